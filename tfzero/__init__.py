@@ -1,0 +1,21 @@
+"""ZeRO for TensorFlow 2 and Keras 3: optimizer state and gradients sharded over replicas, in plain `model.fit`."""
+
+import importlib
+
+__version__ = "0.1.0"
+
+# Names are imported when first used: launching workers must not wait for TensorFlow.
+_HOMES = {
+    "ZeroOptimizer": "tfzero.optimizer",
+    "ZeroStrategy": "tfzero.strategy",
+    "run_local": "tfzero.launch",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module 'tfzero' has no attribute {name!r}")
+    if name.startswith("Zero"):
+        importlib.import_module("tfzero.keras_hooks")
+    return getattr(importlib.import_module(_HOMES[name]), name)

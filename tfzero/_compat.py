@@ -1,0 +1,184 @@
+"""Every private symbol of TensorFlow and Keras that tfzero uses, each with its reason.
+
+`tests/test_compat.py` notices when a release changes one of them. TensorFlow's modules under `tf.distribute` have not
+changed in substance from 2.16 to 2.21; Keras's have.
+"""
+
+import random
+import threading
+
+import keras
+import tensorflow as tf
+
+# The strategy hands its own extended to the base class, and replicas are asked for their place.
+from tensorflow.python.distribute import distribute_lib
+
+# The extended that knows clusters, per-replica execution and input; ours derives from it.
+from tensorflow.python.distribute.collective_all_reduce_strategy import CollectiveAllReduceExtended
+
+# `create_mirrored_variable` builds a distributed variable from components; `regroup` makes per-replica values.
+from tensorflow.python.distribute.distribute_utils import create_mirrored_variable, regroup
+
+# Datasets that are already cut for each replica, with the iterator type that Keras's trainer asks for.
+from tensorflow.python.distribute.input_util import get_distributed_datasets_from_function
+
+# The distributed variables that ours derive from.
+from tensorflow.python.distribute.values import (
+    DistributedVariable,
+    Mirrored,
+    MirroredVariable,
+    SyncOnReadVariable,
+)
+from tensorflow.python.eager import context
+
+# Keras's losses divide by what one replica sees; the divisor must be global.
+from keras.src.losses import loss as keras_loss
+
+# `compile` decides about the optimizer, `_compute_loss` about the scale of a user's loss.
+from keras.src.trainers.trainer import Trainer
+
+# Where batches are built and steps are made.
+from keras.src.backend.tensorflow import trainer as keras_tensorflow_trainer
+from keras.src.optimizers.base_optimizer import BaseOptimizer
+from keras.src.optimizers.multi_optimizer import MultiOptimizer
+
+__all__ = [
+    "BaseOptimizer",
+    "CollectiveAllReduceExtended",
+    "DistributedVariable",
+    "MirroredVariable",
+    "MultiOptimizer",
+    "SyncOnReadVariable",
+    "Trainer",
+    "create_mirrored_variable",
+    "distribute_lib",
+    "get_distributed_datasets_from_function",
+    "keras_loss",
+    "keras_tensorflow_trainer",
+]
+
+
+def replica_index() -> int | None:
+    """This process's index of the replica being run, or None outside a replica of a distribution strategy."""
+    replica = tf.distribute.get_replica_context()
+    if replica is None or not tf.distribute.has_strategy():
+        return None
+    # There is no public name for the local index.
+    return replica._replica_id
+
+
+def replica_thread() -> threading.Thread | None:
+    """The thread that runs a replica's function, one for each call of `strategy.run`; None elsewhere.
+
+    `main_args` are that replica's arguments. Wrapping the function instead would hide from TensorFlow that it is a
+    `tf.function`, and then replicas run one after the other, each waiting for the next one's collectives.
+    """
+    thread = threading.current_thread()
+    return thread if hasattr(thread, "main_args") else None
+
+
+def per_replica(values):
+    """One value for each local replica, as `strategy.run` returns and takes them."""
+    return regroup(tuple(values))
+
+
+def mirrored(values):
+    """One equal value for each local replica."""
+    return regroup(tuple(values), wrap_class=Mirrored)
+
+
+def runtime_is_initialized() -> bool:
+    """Whether TensorFlow has already created its devices; afterwards collectives cannot be configured."""
+    return context.context()._initialized
+
+
+def random_state() -> dict:
+    """The state from which TensorFlow's global seed and Python's `random` go on. JSON."""
+    version, internal, gauss = random.getstate()
+    return {"seed": context.global_seed(), "python": [version, list(internal), gauss]}
+
+
+def set_random_state(state: dict) -> None:
+    """Goes on from a `random_state` of another process; leaves an equal global seed alone, and its counter with it."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    if state["seed"] != context.global_seed():
+        tf.random.set_seed(state["seed"])
+
+
+def dataset_has_unseeded_shuffle(dataset: tf.data.Dataset) -> bool:
+    """Whether `shuffle` without a seed stands anywhere in a pipeline: its order differs between processes."""
+    seeds = [getattr(dataset, name, None) for name in ("_seed", "_seed2")]
+    constants = [tf.get_static_value(seed) for seed in seeds if seed is not None]
+    if type(dataset).__name__ == "_ShuffleDataset" and constants == [0, 0]:
+        return True
+    return any(dataset_has_unseeded_shuffle(source) for source in dataset._inputs())
+
+
+def remake(variable: keras.Variable) -> None:
+    """Makes a Keras variable's `tf.Variable` anew, under the current scope; references to the former stay good."""
+    variable._initialize(tf.constant(variable.numpy()))
+
+
+# What the wrapper takes over from a Keras optimizer's `apply` (keras/src/optimizers/base_optimizer.py).
+
+
+def iteration_counter(optimizer: BaseOptimizer) -> keras.Variable:
+    """The counter of micro-steps; the public `iterations` divides it by the accumulation steps."""
+    return optimizer._iterations
+
+
+def own_scalars(optimizer: BaseOptimizer) -> list[keras.Variable]:
+    """The variables that an optimizer makes in its constructor: iterations, and the learning rate if it is a number."""
+    return list(optimizer._variables)
+
+
+def begin_update(optimizer: BaseOptimizer, learning_rate) -> None:
+    """What an optimizer does once a step, before the variables' own updates (Nadam keeps a product there)."""
+    optimizer._backend_update_step([], [], learning_rate)
+
+
+def decay_weight(optimizer: BaseOptimizer, variable) -> None:
+    """Applies the optimizer's weight decay to one variable, if it is not excluded."""
+    optimizer._apply_weight_decay([variable])
+
+
+def accumulator(optimizer: BaseOptimizer, variable) -> keras.Variable:
+    """The gradient accumulator of one variable."""
+    return optimizer._accumulated_gradients[optimizer._get_variable_index(variable)]
+
+
+def moving_average(optimizer: BaseOptimizer, variable) -> keras.Variable:
+    """The exponential moving average of one variable."""
+    return optimizer._model_variables_moving_average[optimizer._get_variable_index(variable)]
+
+
+def optimizer_for(optimizer: MultiOptimizer, variable) -> BaseOptimizer:
+    """The optimizer that a MultiOptimizer chooses for a variable, by its path."""
+    return optimizer._optimizer_map(variable)
+
+
+def is_accumulator_name(name: str) -> bool:
+    """Whether a slot's name says that it accumulates gradients (`BaseOptimizer.build`)."""
+    return name.endswith("gradient_accumulator")
+
+
+def adopt(optimizer: BaseOptimizer, home, variables=None) -> None:
+    """Makes `home` stand for the strategy in an optimizer, and `variables` for what it trains.
+
+    Keras's TensorFlow optimizer sends slot creation, updates and the swapping of averages through
+    `_distribution_strategy.extended`.
+    """
+    optimizer._distribution_strategy = home
+    if variables is not None:
+        optimizer._trainable_variables = list(variables)
+
+
+def home_of(optimizer: BaseOptimizer):
+    """What stands for the strategy in an optimizer."""
+    return optimizer._distribution_strategy
+
+
+def overridden_apply(optimizer: BaseOptimizer) -> bool:
+    """Whether an optimizer replaces the whole of Keras's `apply`, whose parts tfzero runs itself."""
+    return type(optimizer).apply is not BaseOptimizer.apply

@@ -1,0 +1,211 @@
+"""All replicas as one group: all-reduce, reduce-scatter, all-gather and broadcast.
+
+The raw operations are TensorFlow's (`tensorflow/core/ops/collective_ops.cc`). What this module knows about them:
+
+[Note: keys] TensorFlow binds an instance key to operation, dtype and shape for the life of the process, and all
+members must use the same key for the same collective. Each replica takes keys from a counter of its own while it
+is traced; replicas trace the same program, so the counters agree. Keys are constants in the graph, therefore they
+work inside `tf.while_loop` and `tf.cond`. Where the shape is only known when the graph runs, the value travels flat,
+padded to the next of a fixed list of sizes, and each size has a key of its own.
+
+[Note: ordering] Several devices of one process deadlock unless each orders its own collectives; an ordering token,
+one resource per device, does that and nothing else. It also fixes the order on the wire to the order in the program.
+
+[Note: reduce-scatter] `CollectiveReduceScatterV2` exists for NCCL only. Elsewhere it is an all-to-all and a local
+sum: the same bytes on the wire. TensorFlow's CPU all-to-all fails with 12 or more members in one process (its
+rendezvous keys become ambiguous); such groups reduce everything and keep their row.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import tensorflow as tf
+
+# Far from the keys that TensorFlow's own collectives count up from 1.
+_group_keys = itertools.count(1_000_000)
+_MAX_ALL_TO_ALL_MEMBERS_PER_PROCESS = 11
+# Dtypes that travel as they are; all others travel in disguise. All-gather has no bfloat16.
+_REDUCED_DTYPES = (tf.bfloat16, tf.float16, tf.float32, tf.float64, tf.int32, tf.int64)
+_GATHERED_DTYPES = (tf.float16, tf.float32, tf.float64, tf.int32, tf.int64)
+_DISGUISES = {1: tf.uint8, 2: tf.float16, 4: tf.int32, 8: tf.int64}
+# [Note: keys] 64 sizes for values of unknown shape: powers of two from 1 to 2^62, and 0.
+_SIZES = 64
+
+
+class Group:
+    """The replicas of one strategy as a collective group.
+
+    Each method that takes `replica` is called while that local replica is traced (in a `tf.function`), emits its part
+    of the collective on its device, and must be called by every replica of every worker in the same order.
+
+    Args:
+        devices: this process's devices, one per local replica.
+        world_size: number of replicas in all processes.
+        first_rank: rank of this process's first replica.
+        timeout_seconds: how long a replica waits for the others in one collective.
+        hint: "RING" or "NCCL".
+    """
+
+    def __init__(
+        self, devices: Sequence[str], world_size: int, first_rank: int, timeout_seconds: float, hint: str
+    ) -> None:
+        self.devices = tuple(devices)
+        self.world_size = world_size
+        self.first_rank = first_rank
+        self.timeout_seconds = timeout_seconds
+        self.hint = hint
+        self._group_key = next(_group_keys)
+        self._next_keys = [1] * len(self.devices)
+        self._launchers: dict = {}
+        self._tokens = []
+        for device in self.devices:
+            with tf.init_scope(), tf.device(device):
+                self._tokens.append(tf.Variable(0.0, trainable=False, name="ordering_token"))
+
+    def rank(self, replica: int) -> int:
+        """Rank of a local replica."""
+        return self.first_rank + replica
+
+    def align_keys(self) -> None:
+        """Brings the local replicas' key counters together, should a failed trace have left them apart."""
+        self._next_keys = [max(self._next_keys)] * len(self.devices)
+
+    # Each is the sum, or the rows, of all replicas' values.
+
+    def all_reduce(self, value: tf.Tensor, replica: int) -> tf.Tensor:
+        """Sum over replicas of a tensor of any dtype, with the same shape on all of them."""
+        if self.world_size == 1:
+            return tf.identity(value)
+        if value.dtype not in _REDUCED_DTYPES:
+            wide = tf.int64 if value.dtype.is_integer or value.dtype.is_bool else tf.float64
+            return tf.cast(self.all_reduce(tf.cast(value, wide), replica), value.dtype)
+        if value.shape.is_fully_defined():
+            return self._reduce(value, self._take_key(replica), replica)
+        flat, key = self._pad_to_size(value, tf.size(value, tf.int64), replica)
+        summed = self._reduce(flat, key, replica)[: tf.size(value, tf.int64)]
+        return tf.ensure_shape(tf.reshape(summed, tf.shape(value)), value.shape)
+
+    def reduce_scatter(self, rows: tf.Tensor, replica: int) -> tf.Tensor:
+        """Sum over replicas of this rank's row: `[world_size, n]` to `[n]`. Adds 16-bit floats in float32."""
+        if self.world_size == 1:
+            return tf.reshape(rows, [-1])
+        if self.hint == "NCCL":
+            return self._emit(
+                tf.raw_ops.CollectiveReduceScatterV2, tf.reshape(rows, [-1]), replica, merge_op="Add", final_op="Id"
+            )
+        if len(self.devices) > _MAX_ALL_TO_ALL_MEMBERS_PER_PROCESS:
+            return self.all_reduce(rows, replica)[self.rank(replica)]
+        received = self._emit(tf.raw_ops.CollectiveAllToAllV2, rows, replica)  # [world_size, n]
+        if received.dtype in (tf.bfloat16, tf.float16):
+            return tf.cast(tf.reduce_sum(tf.cast(received, tf.float32), 0), received.dtype)
+        return tf.reduce_sum(received, 0)
+
+    def all_gather(self, row: tf.Tensor, replica: int) -> tf.Tensor:
+        """Every rank's row: `[n]` to `[world_size, n]`, for a static shape and any dtype."""
+        if self.world_size == 1:
+            return row[tf.newaxis]
+        if row.dtype not in _GATHERED_DTYPES:
+            return self._gather_disguised(row, replica)
+        return tf.reshape(self._emit(tf.raw_ops.CollectiveGatherV2, row, replica), [self.world_size, -1])
+
+    def all_gather_parts(self, value: tf.Tensor, replica: int) -> list[tf.Tensor]:
+        """Every rank's tensor, in rank order; their shapes may differ, also from step to step, but not the rank."""
+        if self.world_size == 1:
+            return [value]
+        if value.dtype.size is not None and value.dtype.size == 1:
+            wide = self.all_gather_parts(tf.cast(value, tf.int32), replica)
+            return [tf.cast(part, value.dtype) for part in wide]
+        shapes = self.all_gather(tf.reshape(tf.shape(value, tf.int64), [-1]), replica)  # [world_size, rank]
+        sizes = tf.reduce_prod(shapes, 1)
+        disguise = value.dtype if value.dtype in _GATHERED_DTYPES else _DISGUISES[value.dtype.size]
+        flat, key = self._pad_to_size(tf.bitcast(value, disguise), tf.reduce_max(sizes), replica)
+        gathered = self._emit(tf.raw_ops.CollectiveGatherV2, flat, replica, key=key)
+        rows = tf.reshape(gathered, [self.world_size, -1])
+        parts = [tf.reshape(rows[k, : sizes[k]], shapes[k]) for k in range(self.world_size)]
+        static = [None, *value.shape[1:]] if value.shape.rank else []
+        return [tf.ensure_shape(tf.bitcast(part, value.dtype), static) for part in parts]
+
+    def broadcast(self, value: tf.Tensor, replica: int) -> tf.Tensor:
+        """Rank 0's value on all, for a static shape and any dtype."""
+        if self.world_size == 1:
+            return tf.identity(value)
+        if value.dtype in (tf.float16, tf.float32, tf.float64, tf.int32, tf.int64):
+            return self._broadcast(value, replica)
+        if value.dtype.size == 1:
+            return tf.cast(self._broadcast(tf.cast(value, tf.int32), replica), value.dtype)
+        return tf.bitcast(self._broadcast(tf.bitcast(value, _DISGUISES[value.dtype.size]), replica), value.dtype)
+
+    def launch(self, method: Callable, values: Sequence, *args) -> list:
+        """Runs one collective for all local replicas at once, from outside a replica.
+
+        Args:
+            method: one of this group's methods, e.g. `group.all_reduce`.
+            values: one tensor per local replica.
+
+        Returns:
+            One result per local replica.
+        """
+
+        def parts(*tensors):
+            self.align_keys()
+            results = []
+            for replica, tensor in enumerate(tensors):
+                with tf.device(self.devices[replica]):
+                    results.append(method(tensor, replica, *args))
+            return results
+
+        if not tf.executing_eagerly():
+            return parts(*values)
+        tensors = [tf.convert_to_tensor(value) for value in values]
+        signature = (method.__name__, args, tuple((t.dtype, tuple(t.shape)) for t in tensors))
+        if signature not in self._launchers:
+            specs = [tf.TensorSpec(t.shape, t.dtype) for t in tensors]
+            self._launchers[signature] = tf.function(parts, input_signature=specs, autograph=False)
+        return self._launchers[signature](*tensors)
+
+    def _take_key(self, replica: int, count: int = 1) -> int:
+        key = self._next_keys[replica]
+        self._next_keys[replica] += count
+        return key
+
+    def _pad_to_size(self, value: tf.Tensor, elements: tf.Tensor, replica: int) -> tuple[tf.Tensor, tf.Tensor]:
+        """Flattens and pads to a power of two of at least `elements`; also the key of that size. [Note: keys]"""
+        sizes = tf.constant([0, *(2**k for k in range(_SIZES - 1))], tf.int64)
+        size_index = tf.searchsorted(sizes, elements[tf.newaxis])[0]
+        flat = tf.reshape(value, [-1])
+        padded = tf.pad(flat, [[0, sizes[size_index] - tf.size(flat, tf.int64)]])
+        return padded, self._take_key(replica, _SIZES) + size_index
+
+    def _emit(self, operation: Callable, value: tf.Tensor, replica: int, key=None, **attributes) -> tf.Tensor:
+        with tf.device(self.devices[replica]):
+            return operation(
+                input=value,
+                group_size=self.world_size,
+                group_key=self._group_key,
+                instance_key=self._take_key(replica) if key is None else key,
+                ordering_token=[self._tokens[replica].handle],
+                communication_hint=self.hint,
+                timeout_seconds=self.timeout_seconds,
+                **attributes,
+            )
+
+    def _reduce(self, value: tf.Tensor, key, replica: int) -> tf.Tensor:
+        return self._emit(tf.raw_ops.CollectiveReduceV2, value, replica, key=key, merge_op="Add", final_op="Id")
+
+    def _gather_disguised(self, row: tf.Tensor, replica: int) -> tf.Tensor:
+        if row.dtype.size == 1:
+            return tf.cast(self.all_gather(tf.cast(row, tf.int32), replica), row.dtype)
+        return tf.bitcast(self.all_gather(tf.bitcast(row, _DISGUISES[row.dtype.size]), replica), row.dtype)
+
+    def _broadcast(self, value: tf.Tensor, replica: int) -> tf.Tensor:
+        attributes = {
+            "group_size": self.world_size,
+            "group_key": self._group_key,
+            "instance_key": self._take_key(replica),
+            "communication_hint": self.hint,
+            "timeout_seconds": self.timeout_seconds,
+        }
+        with tf.device(self.devices[replica]):
+            if self.rank(replica) == 0:
+                return tf.raw_ops.CollectiveBcastSendV2(input=value, **attributes)
+            return tf.raw_ops.CollectiveBcastRecvV2(T=value.dtype, shape=value.shape, **attributes)

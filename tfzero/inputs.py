@@ -1,0 +1,115 @@
+"""Cutting a batch for the replicas.
+
+Every worker reads the same global batches and keeps its rows, so batch `k` of the fleet is batch `k` of one device,
+whatever the pipeline: arrays, generators, unknown or ragged batch sizes. All replicas get an element of every batch,
+possibly of no rows, so they always run the same number of steps.
+"""
+
+import warnings
+from dataclasses import dataclass
+
+import tensorflow as tf
+
+from tfzero import _compat
+
+
+@dataclass(frozen=True)
+class Seats:
+    """Which part of a global batch each of this worker's replicas takes.
+
+    Keras puts predictions back in order as (replica, worker), so part `p` goes to worker `p % workers`.
+    """
+
+    worker: int
+    workers: int
+    replicas_per_worker: int
+
+    @property
+    def parts(self) -> int:
+        """Number of parts: the world size."""
+        return self.workers * self.replicas_per_worker
+
+    def part(self, replica: int) -> int:
+        """The part of a local replica."""
+        return replica * self.workers + self.worker
+
+
+def rows_of(value):
+    """Number of rows of a batched dense, ragged or sparse tensor, or None for a value without rows."""
+    if isinstance(value, tf.RaggedTensor):
+        return value.nrows(tf.int64)
+    if isinstance(value, tf.SparseTensor):
+        return value.dense_shape[0]
+    if tf.is_tensor(value) and value.shape.rank != 0:
+        return tf.shape(value, tf.int64)[0]
+    return None
+
+
+def cut(value, part: int, parts: int):
+    """Part `part` of `parts` of a batched tensor, dealt as evenly as possible (`plan.split_rows`, in a graph)."""
+    rows = rows_of(value)
+    if rows is None:
+        return value
+    size, rest = rows // parts, rows % parts
+    begin = part * size + tf.minimum(tf.constant(part, tf.int64), rest)
+    end = begin + size + tf.cast(part < rest, tf.int64)
+    if isinstance(value, tf.SparseTensor):
+        start = tf.concat([[begin], tf.zeros_like(value.dense_shape[1:])], 0)
+        return tf.sparse.slice(value, start, tf.concat([[end - begin], value.dense_shape[1:]], 0))
+    return value[begin:end]
+
+
+def cut_batch(batch, seats: Seats) -> list:
+    """One structure of tensors for each of this worker's replicas."""
+    return [
+        tf.nest.map_structure(lambda leaf, part=seats.part(replica): cut(leaf, part, seats.parts), batch)
+        for replica in range(seats.replicas_per_worker)
+    ]
+
+
+def check_shardable(dataset: tf.data.Dataset, workers: int) -> None:
+    """Refuses what cannot be cut by rows, and warns of what the workers would see in different orders."""
+    policy = dataset.options().experimental_distribute.auto_shard_policy
+    allowed = (tf.data.experimental.AutoShardPolicy.AUTO, tf.data.experimental.AutoShardPolicy.DATA)
+    if policy not in allowed:
+        raise ValueError(
+            f"ZeroStrategy cuts every global batch by rows (AutoShardPolicy.DATA), but the dataset asks for {policy}. "
+            "Leave the policy at AUTO or DATA and let every worker read the whole data, or read different files on "
+            "each worker with `strategy.distribute_datasets_from_function`."
+        )
+    for spec in tf.nest.flatten(dataset.element_spec):
+        if getattr(spec, "shape", None) is not None and spec.shape.rank == 0:
+            raise ValueError(
+                f"A dataset for a ZeroStrategy must be batched, with the global batch size, but its elements hold a "
+                f"scalar: {dataset.element_spec}. Call `dataset.batch(global_batch_size)` first."
+            )
+    if workers > 1 and _compat.dataset_has_unseeded_shuffle(dataset):
+        warnings.warn(
+            "The dataset shuffles without a seed, so every worker sees another order and the global batches are not "
+            "those of one device. Use `dataset.shuffle(size, seed=...)`, the same seed on every worker.",
+            stacklevel=2,
+        )
+
+
+def cut_dataset(dataset: tf.data.Dataset, seats: Seats) -> tf.data.Dataset:
+    """A dataset whose elements are, batch after batch, the parts of this worker's replicas."""
+    is_row_structure = not isinstance(dataset.element_spec, tuple)
+
+    def cut_all(*elements):
+        batch = elements[0] if is_row_structure else elements
+        parts = [tf.data.Dataset.from_tensors(part) for part in cut_batch(batch, seats)]
+        result = parts[0]
+        for part in parts[1:]:
+            result = result.concatenate(part)
+        return result
+
+    def cut_one(*elements):
+        return cut_batch(elements[0] if is_row_structure else elements, seats)[0]
+
+    if seats.replicas_per_worker == 1:
+        pieces = dataset if seats.parts == 1 else dataset.map(cut_one, num_parallel_calls=tf.data.AUTOTUNE)
+    else:
+        pieces = dataset.flat_map(cut_all)
+    options = tf.data.Options()
+    options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
+    return pieces.with_options(options).prefetch(tf.data.AUTOTUNE)

@@ -1,0 +1,236 @@
+"""The places where Keras must be told about replicas.
+
+Keras offers a strategy no hook for these, so they are patched: once, when tfzero is imported, and each asks first
+whether a `ZeroStrategy` is concerned. Models of other strategies run Keras's own code.
+"""
+
+import functools
+
+import keras
+import tensorflow as tf
+
+from tfzero import _compat, losses
+from tfzero.optimizer import Home, ZeroOptimizer
+from tfzero.strategy import ZeroStrategy, mark_global
+
+_FOLD = 0x9E3779B9  # the golden ratio in 32 bits: far apart and odd
+
+
+def _strategy_of(model) -> ZeroStrategy | None:
+    strategy = getattr(model, "_distribute_strategy", None)
+    return strategy if isinstance(strategy, ZeroStrategy) else None
+
+
+def _patch(owner, name: str):
+    """Decorates a function `wrapper(original, *args, **kwargs)` to stand for `owner.name`; doing it twice is once."""
+
+    def install(wrapper):
+        original = getattr(owner, name)
+        if getattr(original, "_tfzero_patch", False):
+            return wrapper
+
+        @functools.wraps(original)
+        def patched(*args, **kwargs):
+            return wrapper(original, *args, **kwargs)
+
+        patched._tfzero_patch = True
+        setattr(owner, name, patched)
+        return wrapper
+
+    return install
+
+
+# Compile: optimizer and metrics belong to the strategy, wherever they were made.
+
+
+def wrap_optimizer(optimizer, strategy: ZeroStrategy):
+    """The ZeroOptimizer of an optimizer: itself, the one it has, or a new one."""
+    if optimizer is None or isinstance(optimizer, ZeroOptimizer):
+        return optimizer
+    home = _compat.home_of(optimizer)
+    if isinstance(home, Home):
+        if home.strategy is not strategy:
+            raise ValueError(
+                f"The optimizer {optimizer.name!r} has trained a model of another ZeroStrategy. Pass a new optimizer."
+            )
+        return home.wrapper
+    return ZeroOptimizer(optimizer)
+
+
+@_patch(_compat.Trainer, "compile")
+def _compile(original, self, *args, **kwargs):
+    strategy = _strategy_of(self)
+    if strategy is None:
+        return original(self, *args, **kwargs)
+    if kwargs.get("jit_compile") is True:
+        raise ValueError(
+            "jit_compile=True cannot work under a ZeroStrategy: XLA would make one cluster of all replicas, and has no "
+            "collectives on CPU. Leave jit_compile at 'auto'; the optimizer's update is compiled by XLA anyway."
+        )
+    with strategy.scope():
+        result = original(self, *args, **kwargs)
+        self.optimizer = wrap_optimizer(self.optimizer, strategy)
+    for metric in [self._loss_tracker, *_metric_objects((args, kwargs))]:
+        strategy.extended.take_in(metric.variables)
+    return result
+
+
+def _metric_objects(arguments) -> list[keras.metrics.Metric]:
+    return [leaf for leaf in tf.nest.flatten(arguments) if isinstance(leaf, keras.metrics.Metric)]
+
+
+# Steps: raw batches are cut, logs are global.
+
+
+@_patch(_compat.keras_tensorflow_trainer.TensorFlowTrainer, "_make_function")
+def _make_function(original, self, step_function):
+    strategy = _strategy_of(self)
+    if strategy is None:
+        return original(self, step_function)
+    for name, value in list(vars(self).items()):
+        if isinstance(value, keras.optimizers.Optimizer) and not isinstance(value, ZeroOptimizer):
+            setattr(self, name, wrap_optimizer(value, strategy))  # a GAN's other optimizers
+    for metric in _flat_metrics(self.metrics):
+        strategy.extended.take_in(metric.variables)
+        _make_result_global(metric, strategy)
+    function = original(self, step_function)
+
+    def function_of_cut_batches(iterator):
+        if not isinstance(iterator, tf.data.Iterator | tf.distribute.DistributedIterator):
+            iterator = map(strategy.cut_batch, iterator)
+        return function(iterator)
+
+    return function_of_cut_batches
+
+
+@_patch(_compat.keras_tensorflow_trainer.TensorFlowTrainer, "predict_on_batch")
+def _predict_on_batch(original, self, x):
+    strategy = _strategy_of(self)
+    return original(self, x if strategy is None else strategy.cut_batch(x))
+
+
+def _flat_metrics(metrics) -> list[keras.metrics.Metric]:
+    """Metrics and, for those that hold others, the held ones."""
+    flat = []
+    for metric in metrics:
+        held = getattr(metric, "metrics", None)
+        flat += _flat_metrics(held) if held else [metric]
+    return flat
+
+
+def _make_result_global(metric: keras.metrics.Metric, strategy: ZeroStrategy) -> None:
+    """Within a replica, lets `metric.result()` speak of all replicas; each counts its own part."""
+    if getattr(metric.result, "_tfzero_global", False):
+        return
+    original = metric.result
+
+    @functools.wraps(original)
+    def result():
+        extended = losses.current_extended()
+        if extended is None or not metric.variables:
+            return original()
+        reduced = _sum_over_replicas([v.value for v in metric.variables], extended)
+        with keras.StatelessScope(state_mapping=zip(metric.variables, reduced, strict=True)):
+            return tf.nest.map_structure(lambda value: mark_global(tf.identity(value)), original())
+
+    result._tfzero_global = True
+    object.__setattr__(metric, "result", result)
+
+
+def _sum_over_replicas(values, extended) -> list[tf.Tensor]:
+    """One all-reduce for all values of a dtype."""
+    tensors = [tf.convert_to_tensor(value) for value in values]
+    reduced: list = [None] * len(tensors)
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        members = [k for k, tensor in enumerate(tensors) if tensor.dtype == dtype]
+        flat = tf.concat([tf.reshape(tensors[k], [-1]) for k in members], 0)
+        flat = extended.replica_collective(extended.group.all_reduce, flat)
+        parts = tf.split(flat, [tensors[k].shape.num_elements() for k in members])
+        for k, part in zip(members, parts, strict=True):
+            reduced[k] = tf.reshape(part, tensors[k].shape)
+    return reduced
+
+
+# Losses: a global divisor.
+
+
+@_patch(_compat.Trainer, "_compute_loss")
+def _compute_loss(original, self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+    extended = losses.current_extended()
+    arguments = {"x": x, "y": y, "y_pred": y_pred, "sample_weight": sample_weight, "training": training}
+    if extended is None:
+        return original(self, **arguments)
+    rows = next((leaf.shape[0] for leaf in tf.nest.flatten(y_pred) if leaf.shape.rank), None)
+    with losses.local_unit(batch_is_static=rows is not None):
+        loss = original(self, **arguments)
+    return losses.scale(loss, extended)
+
+
+@_patch(_compat.keras_loss, "reduce_weighted_values")
+def _reduce_weighted_values(
+    original, values, sample_weight=None, mask=None, reduction="sum_over_batch_size", dtype=None
+):
+    extended = losses.current_extended()
+    if extended is None:
+        return original(values, sample_weight=sample_weight, mask=mask, reduction=reduction, dtype=dtype)
+    return losses.reduce_loss(values, sample_weight, mask, reduction, dtype, extended)
+
+
+@_patch(_compat.keras_loss, "scale_loss_for_distribution")
+def _scale_loss(original, value):
+    extended = losses.current_extended()
+    return original(value) if extended is None else losses.scale(value, extended)
+
+
+@_patch(_compat.keras_loss, "unscale_loss_for_distribution")
+def _unscale_loss(original, value):
+    extended = losses.current_extended()
+    return original(value) if extended is None else losses.unscale(value, extended)
+
+
+def _sum_regularizer(original, self, x):
+    """An activity regularizer adds up the samples, and the sum over replicas is not to be scaled down afterwards."""
+    extended = losses.current_extended()
+    value = original(self, x)
+    if extended is None or isinstance(x, keras.Variable | tf.Variable):
+        return value
+    return tf.math.divide_no_nan(value, tf.cast(losses.share_of_batch(extended), value.dtype))
+
+
+for _regularizer in losses.sum_regularizers():
+    _patch(_regularizer, "__call__")(_sum_regularizer)
+
+
+# Input and randomness.
+
+
+@_patch(_compat.keras_tensorflow_trainer.TFEpochIterator, "__init__")
+def _epoch_iterator(original, self, distribute_strategy=None, *args, **kwargs):
+    if not isinstance(distribute_strategy, ZeroStrategy):
+        return original(self, distribute_strategy, *args, **kwargs)
+    with distribute_strategy.agreed_randomness():
+        return original(self, distribute_strategy, *args, **kwargs)
+
+
+@_patch(keras.random.SeedGenerator, "next")
+def _next_seed(original, self, *args, **kwargs):
+    """Every replica draws from a stream of its own; rank 0's is the stream of one device."""
+    seed = original(self, *args, **kwargs)
+    extended = losses.current_extended()
+    if extended is None:
+        return seed
+    rank = extended.group.rank(_compat.replica_index())
+    return seed + tf.constant([rank * _FOLD % 2**31, 0], seed.dtype)
+
+
+# An optimizer without its wrapper would update each replica by itself.
+
+
+@_patch(_compat.BaseOptimizer, "apply")
+def _apply(original, self, *args, **kwargs):
+    if losses.current_extended() is not None:
+        raise RuntimeError(
+            f"The optimizer {self.name!r} was applied in a replica of a ZeroStrategy without its wrapper. "
+            "Make it `tfzero.ZeroOptimizer(optimizer)`; `model.compile` does so by itself."
+        )
+    return original(self, *args, **kwargs)

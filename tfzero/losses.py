@@ -1,0 +1,118 @@
+"""The loss of one replica: its part of the loss of the whole batch.
+
+[Note: the divisor] Keras divides each loss by what one replica sees and then by the number of replicas: a mean of
+means, wrong as soon as replicas see different numbers of samples, unmasked elements or weights. Here each replica's
+sum is divided by the count over all replicas, so that the parts add up to what one device computes.
+
+[Note: a user's own loss] Within `Model._compute_loss` everything is in the unit of a mean over this replica's samples,
+and the total is multiplied by the replica's share of the batch at the end. So a `compute_loss` that takes its own mean
+is as right as one that adds up Keras losses.
+"""
+
+import contextlib
+import threading
+
+import keras
+import tensorflow as tf
+from keras import ops
+
+from tfzero import _compat
+
+_scope = threading.local()
+
+
+def current_extended():
+    """The extended of the ZeroStrategy whose replica is being run, or None."""
+    replica = tf.distribute.get_replica_context()
+    if replica is None or not hasattr(replica.strategy, "settings"):
+        return None
+    return replica.strategy.extended
+
+
+@contextlib.contextmanager
+def local_unit(batch_is_static: bool):
+    """Within it losses are means over this replica's samples. [Note: a user's own loss]"""
+    before = getattr(_scope, "static", None)
+    _scope.static = batch_is_static
+    try:
+        yield
+    finally:
+        _scope.static = before
+
+
+def share_of_batch(extended) -> tf.Tensor:
+    """This replica's share of the batch, or 1/N where the batch is not known. [Note: share]"""
+    share = extended.share()
+    return tf.constant(1.0 / extended.group.world_size) if share is None else share
+
+
+def scale(value, extended):
+    """A mean over this replica's samples as its part of the mean over all."""
+    if getattr(_scope, "static", None) is not None:
+        return value
+    value = ops.convert_to_tensor(value)
+    share = ops.cast(share_of_batch(extended), value.dtype)
+    return ops.where(share > 0, value * share, ops.zeros_like(value))
+
+
+def unscale(value, extended):
+    """The inverse, for metrics that weigh replicas by their samples.
+
+    Within `_compute_loss` Keras counts each replica as one when it does not know the batch size while tracing; then
+    the parts must add up to `world_size` times the batch's mean.
+    """
+    static = getattr(_scope, "static", None)
+    if static is True:
+        return value
+    share = ops.cast(share_of_batch(extended), value.dtype)
+    if static is False:
+        return value * share * extended.group.world_size
+    return ops.divide_no_nan(value, share)
+
+
+def reduce_loss(values, sample_weight, mask, reduction, dtype, extended):
+    """`reduce_weighted_values` of keras/src/losses/loss.py with a global divisor. [Note: the divisor]"""
+    reduction = _compat.keras_loss.standardize_reduction(reduction)
+    values = ops.convert_to_tensor(values, dtype=dtype)
+    sample_weight = None if sample_weight is None else ops.convert_to_tensor(sample_weight, dtype=values.dtype)
+    counted = tf.size(values, tf.int64) if mask is None else tf.math.count_nonzero(mask)
+    maskable = counted if mask is None else tf.size(mask, tf.int64)
+    if mask is not None:
+        mask = ops.cast(mask, values.dtype)
+        if sample_weight is None:
+            sample_weight = mask
+        else:
+            mask, sample_weight = _compat.keras_loss.squeeze_or_expand_to_same_rank(mask, sample_weight)
+            sample_weight = sample_weight * mask
+    if sample_weight is not None:
+        values, sample_weight = _compat.keras_loss.squeeze_or_expand_to_same_rank(values, sample_weight)
+        values = values * sample_weight
+    if reduction in (None, "none"):
+        return values
+    if values.shape.rank == 0:
+        return scale(values, extended)
+    total = ops.sum(values)
+    if reduction != "sum":
+        weighs = reduction == "mean_with_sample_weight" and sample_weight is not None
+        if weighs:
+            counts = [ops.sum(sample_weight)]
+        else:
+            counts = [tf.size(values, tf.int64), counted, maskable]
+        total = ops.divide_no_nan(total, _global_divisor(counts, total.dtype, extended))
+    if getattr(_scope, "static", None) is not None:
+        total = ops.divide_no_nan(total, ops.cast(share_of_batch(extended), total.dtype))
+    return total
+
+
+def _global_divisor(counts, dtype, extended):
+    """Keras's divisor `elements * unmasked / maskable`, or the sum of weights, of the whole batch."""
+    local = tf.stack([tf.stop_gradient(tf.cast(count, tf.float64)) for count in counts])
+    total = extended.replica_collective(extended.group.all_reduce, local)
+    if len(counts) == 1:
+        return tf.cast(total[0], dtype)
+    return tf.cast(tf.math.divide_no_nan(total[0] * total[1], total[2]), dtype)
+
+
+def sum_regularizers() -> tuple[type, ...]:
+    """Keras's regularizers that add up what they are given, so that the parts of a batch add up too."""
+    return keras.regularizers.L1, keras.regularizers.L2, keras.regularizers.L1L2

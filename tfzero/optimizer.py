@@ -1,0 +1,362 @@
+"""ZeroOptimizer: any Keras optimizer, its state sharded over the replicas.
+
+The wrapper holds the user's own optimizer, builds its slots in shards, and takes the place of its `apply`: the parts
+of Keras's `apply` run here in an order that is right for several replicas (`step.py`), the arithmetic of each
+optimizer stays Keras's own `update_step`.
+"""
+
+import contextlib
+import warnings
+
+import keras
+import tensorflow as tf
+
+from tfzero import _compat
+from tfzero.plan import VariableSpec, make_plan
+from tfzero.step import ReplicaStep, Trained
+from tfzero.variables import VariableView
+
+_KERAS = keras.optimizers
+# Optimizers whose `update_step` treats every element by itself, checked by reading each; a subclass that keeps the
+# method keeps the property.
+_ELEMENTWISE = (
+    _KERAS.SGD, _KERAS.RMSprop, _KERAS.Adam, _KERAS.AdamW, _KERAS.Adadelta, _KERAS.Adagrad, _KERAS.Adamax,
+    _KERAS.Nadam, _KERAS.Ftrl, _KERAS.Lion, _KERAS.ScheduleFreeAdamW,
+)  # fmt: skip
+# Optimizers that need the whole tensor, and that XLA compiles.
+_WHOLE_TENSOR = (_KERAS.Adafactor, _KERAS.Lamb, _KERAS.Muon)
+_ELEMENTWISE_STEPS = {optimizer.update_step for optimizer in _ELEMENTWISE}
+_COMPILED_STEPS = _ELEMENTWISE_STEPS | {optimizer.update_step for optimizer in _WHOLE_TENSOR}
+# Settings of Keras's optimizer base class that would hide those of the inner optimizer.
+_INNER_SETTINGS = (
+    "weight_decay", "clipnorm", "global_clipnorm", "clipvalue", "use_ema", "ema_momentum", "ema_overwrite_frequency",
+    "loss_scale_factor", "gradient_accumulation_steps",
+)  # fmt: skip
+
+
+class Home:
+    """What an inner optimizer takes for its distribution strategy: slots in parts, updates in place."""
+
+    def __init__(self, wrapper: "ZeroOptimizer", strategy) -> None:
+        self.wrapper = wrapper
+        self.strategy = strategy
+        self.extended = self
+
+    def colocate_vars_with(self, view: VariableView) -> contextlib.AbstractContextManager:
+        """Slots made in this context belong to the view's variable."""
+        return self.strategy.extended.colocate_vars_with(view)
+
+    def update(self, variable, function, args=(), kwargs=None, group=True):
+        """Runs an update where the variable is; distributed variables know what to do with a whole value."""
+        del group
+        return function(variable, *args, **(kwargs or {}))
+
+
+class ZeroOptimizer(keras.optimizers.Optimizer):
+    """Shards a Keras optimizer over the replicas of a `ZeroStrategy` (ZeRO, https://arxiv.org/abs/1910.02054).
+
+    `compile` wraps by itself under a `ZeroStrategy`; wrap by hand in custom training loops. How much is sharded is the
+    strategy's stage. Element-wise optimizers (SGD, Adam, ...) are updated shard by shard; those that need the whole
+    tensor (Adafactor, Lamb, Muon, and any that tfzero does not know) get whole variables, each updated by one owner.
+
+    Args:
+        optimizer: a Keras optimizer that has not been built, as an object, a name or a config.
+            `LossScaleOptimizer` and `MultiOptimizer` belong inside. It is used in place: setting its
+            `learning_rate` works as ever.
+
+    Raises:
+        TypeError: if `optimizer` is no Keras optimizer, or one that overrides the whole of `apply`.
+        ValueError: if `optimizer` is a `ZeroOptimizer` or has been built elsewhere.
+
+    Example:
+
+    ```python
+    with strategy.scope():
+        model = ...
+        optimizer = tfzero.ZeroOptimizer(keras.optimizers.Adam(1e-3))
+
+    def train_step(x, y):  # runs in strategy.run
+        with tf.GradientTape() as tape:
+            loss = loss_object(y, model(x, training=True))
+        gradients = tape.gradient(loss, model.trainable_variables)
+        optimizer.apply_gradients(zip(gradients, model.trainable_variables))
+    ```
+    """
+
+    def __init__(self, optimizer) -> None:
+        optimizer = keras.optimizers.get(optimizer)
+        chain = _chain(optimizer)
+        for link in chain:
+            _check_wrappable(link)
+        super().__init__(learning_rate=0.0, name=optimizer.name)
+        for name in _INNER_SETTINGS:
+            object.__delattr__(self, name)
+        self._wrapped = optimizer
+        self._trained = None
+        self._eager_functions: dict = {}
+
+    @property
+    def inner_optimizer(self) -> keras.optimizers.Optimizer:
+        """The user's own optimizer; a loss scale around it is `loss_scale_optimizer`."""
+        return self._wrapped.inner_optimizer if self.loss_scale_optimizer is not None else self._wrapped
+
+    @property
+    def loss_scale_optimizer(self) -> keras.optimizers.LossScaleOptimizer | None:
+        """The `LossScaleOptimizer` inside, or None."""
+        return self._wrapped if isinstance(self._wrapped, keras.optimizers.LossScaleOptimizer) else None
+
+    @property
+    def plan(self):
+        """Who owns what (`tfzero.plan.Plan`); None until built."""
+        return self._trained.plan if self._trained else None
+
+    # What Keras asks of an optimizer is answered by the one inside.
+
+    def __getattr__(self, name):
+        if name.startswith("__") or "_wrapped" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self._wrapped, name)
+
+    def __setattr__(self, name, value) -> None:
+        wrapped = self.__dict__.get("_wrapped")
+        if wrapped is not None and name in _INNER_SETTINGS:
+            setattr(self.inner_optimizer, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def __dir__(self):
+        # Keras saves what `dir` shows: a file holds the optimizer inside, and plain Keras loads it.
+        return dir(self._wrapped) if "_wrapped" in self.__dict__ else super().__dir__()
+
+    @property
+    def variables(self) -> list:
+        return self._wrapped.variables if "_wrapped" in self.__dict__ else []
+
+    @property
+    def learning_rate(self):
+        return self._wrapped.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, value) -> None:
+        self._wrapped.learning_rate = value
+
+    @property
+    def iterations(self):
+        return self._wrapped.iterations
+
+    def scale_loss(self, loss):
+        return self._wrapped.scale_loss(loss)
+
+    def exclude_from_weight_decay(self, var_list=None, var_names=None) -> None:
+        self.inner_optimizer.exclude_from_weight_decay(var_list=var_list, var_names=var_names)
+
+    def finalize_variable_values(self, var_list) -> None:
+        self._wrapped.finalize_variable_values(var_list)
+
+    def set_weights(self, weights) -> None:
+        self._wrapped.set_weights(weights)
+
+    def save_own_variables(self, store) -> None:
+        self._wrapped.save_own_variables(store)
+
+    def load_own_variables(self, store) -> None:
+        self._wrapped.load_own_variables(store)
+
+    def get_config(self) -> dict:
+        return {"optimizer": keras.saving.serialize_keras_object(self._wrapped)}
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        return cls(keras.saving.deserialize_keras_object(config["optimizer"], custom_objects=custom_objects))
+
+    # Build.
+
+    def build(self, variables) -> None:
+        """Makes the inner optimizer's slots, in parts, for the model's trainable variables.
+
+        Args:
+            variables: the Keras variables of a model made under `strategy.scope()`.
+
+        Raises:
+            ValueError: if a variable belongs to no or another strategy, or is not of a float dtype.
+        """
+        if self.built:
+            return
+        variables = list(variables)
+        strategy = _strategy_of(variables)
+        choose = _chooser(self.inner_optimizer)
+        chain = list(dict.fromkeys([*_chain(self._wrapped), *map(choose, variables)]))
+        optimizers = [link for link in chain if not isinstance(link, _CONTAINERS)]
+        specs = [_spec(variable, optimizers, choose(variable)) for variable in variables]
+        settings = strategy.settings
+        plan = make_plan(
+            specs,
+            strategy.num_replicas_in_sync,
+            settings.stage,
+            settings.bucket_bytes,
+            settings.min_shard_elements,
+        )
+        strategy.channel.agree("building an optimizer", [_identity(link) for link in chain], "optimizers")
+        home = Home(self, strategy)
+        for link in chain:
+            _compat.adopt(link, home)
+            strategy.extended.take_in(_compat.own_scalars(link))
+        with tf.init_scope(), strategy.scope(), strategy.extended.creating_optimizer_state():
+            self._wrapped.build([VariableView(v, plan, i) for i, v in enumerate(variables)])
+        for optimizer in optimizers:
+            _compat.adopt(optimizer, home, [v for v in variables if choose(v) is optimizer])
+        self._trained = Trained(
+            variables=tuple(variables),
+            optimizers=tuple(optimizers),
+            compiled=tuple(type(optimizer).update_step in _COMPILED_STEPS for optimizer in optimizers),
+            plan=plan,
+            group=strategy.extended.group,
+            exchange_every_micro_step=settings.stage >= 2,
+            loss_scale=self.loss_scale_optimizer,
+        )
+        self.built = True
+
+    # Apply.
+
+    def apply(self, grads, trainable_variables=None) -> None:
+        """Sums gradients over replicas and updates the variables; call it on every replica.
+
+        Args:
+            grads: one gradient per variable, `None` where there is none; `IndexedSlices` are added up first.
+            trainable_variables: the variables; may be left out once the optimizer is built.
+
+        Raises:
+            RuntimeError: outside a replica.
+            ValueError: for variables that the optimizer was not built for, or if there is no gradient at all.
+        """
+        replica = tf.distribute.get_replica_context()
+        if replica is None or not tf.distribute.has_strategy():
+            raise RuntimeError(
+                "A ZeroOptimizer must be applied within a replica, as all replicas update together, but "
+                "`apply` was called outside. Call it in a function that is passed to `strategy.run`."
+            )
+        grads = list(grads)
+        if not grads:
+            return
+        if not self.built:
+            if trainable_variables is None:
+                raise ValueError("The optimizer is not built: pass `trainable_variables` or call `build` first.")
+            to_build = list(trainable_variables)
+            replica.merge_call(lambda strategy: self.build(to_build))
+        gradients = self._by_index(grads, trainable_variables)
+        if tf.executing_eagerly():
+            self._apply_eagerly(replica, gradients)
+        else:
+            ReplicaStep(self._trained, _compat.replica_index(), gradients).run()
+
+    def _by_index(self, grads, variables) -> dict[int, tf.Tensor]:
+        """Dense gradients by variable index, without the missing ones."""
+        places = {id(variable): index for index, variable in enumerate(self._trained.variables)}
+        variables = list(self._trained.variables if variables is None else variables)
+        if len(grads) != len(variables):
+            raise ValueError(f"Each variable takes one gradient: got {len(grads)} for {len(variables)} variables.")
+        unknown = [variable.path for variable in variables if id(variable) not in places]
+        if unknown:
+            raise ValueError(
+                f"The optimizer was built for other variables and does not know {unknown}. After unfreezing layers "
+                "compile the model again with a new optimizer."
+            )
+        missing = [v.path for g, v in zip(grads, variables, strict=True) if g is None]
+        if len(missing) == len(variables):
+            raise ValueError("No gradients provided for any variable.")
+        if missing:
+            warnings.warn(f"Gradients do not exist for variables {missing} when minimizing the loss.", stacklevel=4)
+        pairs = zip(grads, variables, strict=True)
+        return {places[id(v)]: tf.convert_to_tensor(g) for g, v in pairs if g is not None}
+
+    def _apply_eagerly(self, replica, gradients: dict[int, tf.Tensor]) -> None:
+        """Eager replicas run one after the other, so they meet here and step together in a graph."""
+        indices = tuple(gradients)
+
+        def together(strategy, *values):
+            if indices not in self._eager_functions:
+
+                def one_replica(*tensors):
+                    ReplicaStep(self._trained, _compat.replica_index(), dict(zip(indices, tensors, strict=True))).run()
+
+                self._eager_functions[indices] = tf.function(
+                    lambda *tensors: strategy.run(one_replica, args=tensors), autograph=False
+                )
+            self._eager_functions[indices](*values)
+
+        replica.merge_call(together, args=tuple(gradients.values()))
+
+
+_CONTAINERS = (keras.optimizers.LossScaleOptimizer, _compat.MultiOptimizer)
+
+
+def _chain(optimizer) -> list:
+    """An optimizer and all inside it."""
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        return [optimizer, *_chain(optimizer.inner_optimizer)]
+    if isinstance(optimizer, _compat.MultiOptimizer):
+        return [optimizer, *optimizer.optimizers]
+    return [optimizer]
+
+
+def _check_wrappable(optimizer) -> None:
+    if isinstance(optimizer, ZeroOptimizer):
+        raise ValueError("The optimizer is a ZeroOptimizer already. ZeroOptimizer is the outermost wrapper, once.")
+    if not isinstance(optimizer, keras.optimizers.Optimizer):
+        raise TypeError(f"ZeroOptimizer wraps a Keras optimizer, but received {optimizer!r}.")
+    name = type(optimizer).__name__
+    if not isinstance(optimizer, _CONTAINERS) and _compat.overridden_apply(optimizer):
+        raise TypeError(
+            f"{name} overrides the whole of `apply`, so its parts cannot run in shards. Override `update_step` "
+            "instead, and leave clipping, weight decay and accumulation to the base class."
+        )
+    if optimizer.built:
+        raise ValueError(
+            f"The optimizer {optimizer.name!r} ({name}) has been built already, with whole slots or for another "
+            "strategy. Pass a new one, for example `type(optimizer).from_config(optimizer.get_config())`."
+        )
+
+
+def _strategy_of(variables):
+    """The one ZeroStrategy of all variables."""
+    strategies = {id(s): s for s in (getattr(v.value, "distribute_strategy", None) for v in variables)}
+    strategy = next(iter(strategies.values()), None)
+    if len(strategies) != 1 or not hasattr(strategy, "settings"):
+        names = sorted({type(s).__name__ for s in strategies.values()})
+        raise ValueError(
+            "A ZeroOptimizer trains variables of one ZeroStrategy, but these belong to "
+            f"{len(strategies)} strategies ({', '.join(names)}; NoneType is none). "
+            "Create the whole model under `with strategy.scope():` of the same strategy."
+        )
+    return strategy
+
+
+def _chooser(optimizer):
+    if isinstance(optimizer, _compat.MultiOptimizer):
+        return lambda variable: _compat.optimizer_for(optimizer, variable)
+    return lambda variable: optimizer
+
+
+def _spec(variable, optimizers: list, optimizer) -> VariableSpec:
+    dtype = variable.value.dtype
+    if not dtype.is_floating:
+        raise ValueError(
+            f"The trainable variable {variable.path!r} is of dtype {dtype.name}, which cannot be trained. "
+            "Create it with `trainable=False` or with a float dtype."
+        )
+    return VariableSpec(
+        name=variable.path,
+        elements=variable.shape.num_elements(),
+        dtype=dtype.name,
+        item_bytes=dtype.size,
+        elementwise=type(optimizer).update_step in _ELEMENTWISE_STEPS,
+        optimizer=optimizers.index(optimizer),
+    )
+
+
+def _identity(optimizer) -> list:
+    """What workers must agree on: the class and the settings, but not names counted up per process."""
+    if isinstance(optimizer, _CONTAINERS):
+        return [type(optimizer).__name__]
+    settings = {key: repr(value) for key, value in optimizer.get_config().items() if key != "name"}
+    return [type(optimizer).__name__, settings]

@@ -1,0 +1,61 @@
+"""Gradients into buckets and updated parameters out of them.
+
+The shape contract of `plan.Bucket`: a sharded or owned bucket is `[world_size, row_elements]`, a whole one is flat.
+`unpack(bucket, pack(bucket, tensors))` gives the tensors back.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import tensorflow as tf
+
+from tfzero.plan import Bucket, Placement
+
+
+def pack(bucket: Bucket, tensors: Mapping[int, tf.Tensor], world_size: int) -> tf.Tensor:
+    """Lays tensors, by variable index, into a bucket; a missing one leaves zeros."""
+    dtype = tf.as_dtype(bucket.dtype)
+
+    def flat(segment):
+        if segment.index in tensors:
+            return tf.reshape(tf.cast(tensors[segment.index], dtype), [-1])
+        return tf.zeros([segment.elements], dtype)
+
+    if bucket.placement is Placement.WHOLE:
+        return _concat([flat(segment) for segment in bucket.segments], 0)
+    if bucket.placement is Placement.SHARDED:
+        columns = []
+        for segment in bucket.segments:
+            padding = world_size * segment.width - segment.elements
+            padded = tf.pad(flat(segment), [[0, padding]]) if padding else flat(segment)
+            columns.append(tf.reshape(padded, [world_size, segment.width]))
+        return _concat(columns, 1)
+    return tf.stack([pack_row(bucket, rank, {s.index: flat(s) for s in bucket.segments}) for rank in range(world_size)])
+
+
+def pack_row(bucket: Bucket, rank: int, parts: Mapping[int, tf.Tensor]) -> tf.Tensor:
+    """One rank's row from the flat parts it holds."""
+    segments = bucket.segments_of(rank)
+    row = [parts[segment.index] for segment in segments]
+    padding = bucket.row_elements - sum(segment.width for segment in segments)
+    if padding:
+        row.append(tf.zeros([padding], tf.as_dtype(bucket.dtype)))
+    return _concat(row, 0)
+
+
+def unpack(bucket: Bucket, packed: tf.Tensor, shapes: Sequence[tf.TensorShape]) -> dict[int, tf.Tensor]:
+    """The whole tensors of a bucket, by variable index; `shapes` has one for each segment."""
+    tensors = {}
+    for segment, shape in zip(bucket.segments, shapes, strict=True):
+        end = segment.offset + segment.width
+        if bucket.placement is Placement.WHOLE:
+            flat = packed[segment.offset : end]
+        elif segment.row is not None:
+            flat = packed[segment.row, segment.offset : end]
+        else:
+            flat = tf.reshape(packed[:, segment.offset : end], [-1])[: segment.elements]
+        tensors[segment.index] = tf.reshape(flat, shape)
+    return tensors
+
+
+def _concat(tensors: Sequence[tf.Tensor], axis: int) -> tf.Tensor:
+    return tensors[0] if len(tensors) == 1 else tf.concat(tensors, axis)

@@ -1,0 +1,219 @@
+"""Who owns which elements: pure arithmetic, no TensorFlow.
+
+Every variable of a model is placed in one of three ways:
+
+* `SHARDED`: flattened, padded to a multiple of the world size and cut into equal shards, one per rank. For
+  optimizers that treat every element by itself (Adam, SGD, Lion, ...).
+* `OWNED`: whole, with one owner that updates it for all. For optimizers that need the whole tensor (Muon, Lamb, ...).
+* `WHOLE`: whole on every rank, updated by every rank alike. For small variables, and for everything at stage 0.
+
+Variables travel together in buckets. A bucket of sharded or owned variables is a matrix `[world_size, row_elements]`
+whose row `r` is what rank `r` owns: a reduce-scatter of the matrix gives each rank the sum of its row, and an
+all-gather of the rows gives the matrix back. A bucket of whole variables is one flat run that is all-reduced.
+"""
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class Placement(enum.Enum):
+    """How a variable's optimizer state lies over the ranks."""
+
+    SHARDED = "sharded"
+    OWNED = "owned"
+    WHOLE = "whole"
+
+
+@dataclass(frozen=True)
+class VariableSpec:
+    """What the plan needs to know of a variable.
+
+    Args:
+        name: path of the variable, for messages.
+        elements: number of elements of the whole variable.
+        dtype: name of its dtype; a bucket holds one dtype.
+        item_bytes: bytes of one element.
+        elementwise: whether its optimizer treats every element by itself.
+        optimizer: index of the optimizer that updates it; a bucket belongs to one optimizer.
+    """
+
+    name: str
+    elements: int
+    dtype: str = "float32"
+    item_bytes: int = 4
+    elementwise: bool = True
+    optimizer: int = 0
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Where one variable lies in a bucket.
+
+    Args:
+        index: place of the variable in the plan.
+        elements: elements of the whole variable.
+        row: the row that holds it, or None if it lies across all rows (sharded) or there are no rows (whole).
+        offset: first column in its row (or in the flat run of a whole bucket).
+        width: columns it takes: its shard when sharded, else all its elements.
+    """
+
+    index: int
+    elements: int
+    row: int | None
+    offset: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Variables that travel together: one dtype, one placement, one optimizer."""
+
+    placement: Placement
+    dtype: str
+    optimizer: int
+    segments: tuple[Segment, ...]
+    row_elements: int
+
+    def segments_of(self, rank: int) -> tuple[Segment, ...]:
+        """The segments of which `rank` updates at least a part."""
+        return tuple(segment for segment in self.segments if segment.row in (None, rank))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Who owns what of a list of variables.
+
+    `placements`, `owners` and `reasons` have one entry per variable; `owners` is None for variables without one.
+    """
+
+    world_size: int
+    specs: tuple[VariableSpec, ...]
+    placements: tuple[Placement, ...]
+    owners: tuple[int | None, ...]
+    reasons: tuple[str, ...]
+    buckets: tuple[Bucket, ...]
+
+    def local_elements(self, index: int, rank: int) -> int:
+        """Elements of one slot of variable `index` that `rank` holds."""
+        elements = self.specs[index].elements
+        if self.placements[index] is Placement.SHARDED:
+            return shard_elements(elements, self.world_size)
+        if self.placements[index] is Placement.OWNED:
+            return elements if self.owners[index] == rank else 0
+        return elements
+
+    def wire_elements(self) -> int:
+        """Elements that each rank sends in one step: gradients out, parameters out.
+
+        Reduce-scatter and all-gather send `world_size - 1` rows each; a ring all-reduce sends twice
+        `(world_size - 1) / world_size` of its run.
+        """
+        others = self.world_size - 1
+        sent = 0
+        for bucket in self.buckets:
+            if bucket.placement is Placement.WHOLE:
+                sent += 2 * others * -(-bucket.row_elements // self.world_size)
+            else:
+                sent += 2 * others * bucket.row_elements
+        return sent
+
+
+def shard_elements(elements: int, world_size: int) -> int:
+    """Elements of one rank's shard, padding included."""
+    return -(-elements // world_size)
+
+
+def split_rows(rows: int, parts: int, part: int) -> tuple[int, int]:
+    """First and last-plus-one row of `part` when `rows` are dealt to `parts` as evenly as possible."""
+    size, rest = divmod(rows, parts)
+    begin = part * size + min(part, rest)
+    return begin, begin + size + (part < rest)
+
+
+def make_plan(
+    specs: Sequence[VariableSpec], world_size: int, stage: int, bucket_bytes: int, min_shard_elements: int
+) -> Plan:
+    """Places the variables and packs them into buckets, last variable first, as their gradients arrive."""
+    placed = [_place(spec, stage, min_shard_elements) for spec in specs]
+    placements = tuple(placement for placement, _ in placed)
+    owners = _balance_owners(specs, placements, world_size)
+    buckets: list[Bucket] = []
+    for key in dict.fromkeys((placements[i], s.dtype, s.optimizer) for i, s in reversed(list(enumerate(specs)))):
+        members = [i for i, s in enumerate(specs) if (placements[i], s.dtype, s.optimizer) == key][::-1]
+        bucket_elements = max(1, bucket_bytes // specs[members[0]].item_bytes)
+        if key[0] is Placement.OWNED:
+            groups = _owned_groups(members, specs, owners, world_size, bucket_elements)
+        else:
+            groups = _cut(members, specs, bucket_elements)
+        buckets += [_make_bucket(key, group, specs, owners, world_size) for group in groups]
+    return Plan(world_size, tuple(specs), placements, owners, tuple(reason for _, reason in placed), tuple(buckets))
+
+
+def _place(spec: VariableSpec, stage: int, min_shard_elements: int) -> tuple[Placement, str]:
+    if stage == 0:
+        return Placement.WHOLE, "stage 0 keeps everything whole"
+    if spec.elements < min_shard_elements:
+        return Placement.WHOLE, f"{spec.elements} elements are fewer than min_shard_elements={min_shard_elements}"
+    if not spec.elementwise:
+        return Placement.OWNED, "its optimizer needs the whole tensor"
+    return Placement.SHARDED, "its optimizer is element-wise"
+
+
+def _balance_owners(
+    specs: Sequence[VariableSpec], placements: Sequence[Placement], world_size: int
+) -> tuple[int | None, ...]:
+    """The largest variable first, each to the rank that owns least so far."""
+    owners: list[int | None] = [None] * len(specs)
+    load = [0] * world_size
+    owned = [i for i, placement in enumerate(placements) if placement is Placement.OWNED]
+    for i in sorted(owned, key=lambda i: (-specs[i].elements, i)):
+        owner = load.index(min(load))
+        owners[i] = owner
+        load[owner] += specs[i].elements
+    return tuple(owners)
+
+
+def _cut(members: Sequence[int], specs: Sequence[VariableSpec], limit: int) -> list[list[int]]:
+    """Cuts a list of variables where a group would grow beyond `limit` elements."""
+    groups: list[list[int]] = []
+    room = -1
+    for i in members:
+        if specs[i].elements > room or not groups:
+            groups.append([])
+            room = limit
+        groups[-1].append(i)
+        room -= specs[i].elements
+    return groups
+
+
+def _owned_groups(
+    members: Sequence[int],
+    specs: Sequence[VariableSpec],
+    owners: Sequence[int | None],
+    world_size: int,
+    bucket_elements: int,
+) -> list[list[int]]:
+    """Takes a row's worth of variables from every owner at once, so that rows are about equally long."""
+    row_limit = max(1, bucket_elements // world_size)
+    rows = [_cut([i for i in members if owners[i] == rank], specs, row_limit) for rank in range(world_size)]
+    longest = max(len(row) for row in rows)
+    return [[i for row in rows if k < len(row) for i in row[k]] for k in range(longest)]
+
+
+def _make_bucket(
+    key: tuple[Placement, str, int],
+    members: Sequence[int],
+    specs: Sequence[VariableSpec],
+    owners: Sequence[int | None],
+    world_size: int,
+) -> Bucket:
+    placement, dtype, optimizer = key
+    filled: dict[int | None, int] = {}
+    segments = []
+    for i in members:
+        elements, row = specs[i].elements, owners[i]
+        width = shard_elements(elements, world_size) if placement is Placement.SHARDED else elements
+        segments.append(Segment(i, elements, row, filled.get(row, 0), width))
+        filled[row] = filled.get(row, 0) + width
+    return Bucket(placement, dtype, optimizer, tuple(segments), max(filled.values()))

@@ -1,0 +1,299 @@
+"""The step of one replica.
+
+[Note: the walk of one gradient] From the backward pass to the variable a gradient goes
+
+    backward -> unscale -> dense -> reduce-scatter (or keep, when accumulating whole) -> accumulate
+    -> all-replica finite vote -> clip by the true norm -> weight decay -> inner update on the shard
+    -> moving average -> all-gather -> constraint -> assign
+
+Gradients are summed over replicas; the loss has been divided by the global count before (`losses.py`). The vote comes
+with a loss scale only, and once per micro-step, as in Keras.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import keras
+import tensorflow as tf
+
+from tfzero import _compat
+from tfzero.collectives import Group
+from tfzero.packing import pack, pack_row, unpack
+from tfzero.plan import Bucket, Placement, Plan
+from tfzero.variables import VariableView
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What one wrapper trains, and with what.
+
+    Args:
+        variables: the model's Keras variables, in the plan's order.
+        optimizers: the inner optimizers; a variable's is `plan.specs[i].optimizer`.
+        compiled: for each inner optimizer, whether XLA compiles its update.
+        plan: who owns what.
+        group: the replicas.
+        exchange_every_micro_step: whether gradients are reduced before they are accumulated (stage 2).
+        loss_scale: Keras's loss scale optimizer, if there is one.
+    """
+
+    variables: tuple[keras.Variable, ...]
+    optimizers: tuple[keras.optimizers.Optimizer, ...]
+    compiled: tuple[bool, ...]
+    plan: Plan
+    group: Group
+    exchange_every_micro_step: bool
+    loss_scale: keras.optimizers.LossScaleOptimizer | None
+
+
+class ReplicaStep:
+    """One step of one replica, while it is traced.
+
+    Args:
+        trained: what is trained.
+        replica: the local replica.
+        gradients: by variable index; a variable without gradient is missing and stays as it is.
+    """
+
+    def __init__(self, trained: Trained, replica: int, gradients: Mapping[int, tf.Tensor]) -> None:
+        self.trained = trained
+        self.plan = trained.plan
+        self.group = trained.group
+        self.replica = replica
+        self.rank = trained.group.rank(replica)
+        self.gradients = dict(gradients)
+        self.buckets = [b for b in self.plan.buckets if any(s.index in gradients for s in b.segments)]
+
+    def run(self) -> None:
+        """The whole walk. [Note: the walk of one gradient]"""
+        self._unscale()
+        rows = self._exchange() if self._exchanges_first else None
+        if self.trained.loss_scale is None:
+            self._advance(rows)
+            return
+        finite = self._vote(list(rows.values()) if rows is not None else list(self.gradients.values()))
+        tf.cond(finite, lambda: self._advance_and_grow_scale(rows), self._shrink_scale)
+
+    @property
+    def _exchanges_first(self) -> bool:
+        accumulates = any(optimizer.gradient_accumulation_steps for optimizer in self.trained.optimizers)
+        return self.trained.exchange_every_micro_step or not accumulates
+
+    # Unscale, vote.
+
+    def _unscale(self) -> None:
+        if self.trained.loss_scale is not None:
+            scale = tf.convert_to_tensor(self.trained.loss_scale.dynamic_scale.value)
+            self.gradients = {i: g / tf.cast(scale, g.dtype) for i, g in self.gradients.items()}
+            return
+        for i, gradient in self.gradients.items():
+            factor = self._optimizer_of(i).loss_scale_factor
+            if factor is not None:
+                self.gradients[i] = gradient / tf.cast(factor, gradient.dtype)
+
+    def _vote(self, tensors: Sequence[tf.Tensor]) -> tf.Tensor:
+        """Whether every element on every replica is finite."""
+        flawed = tf.add_n([tf.cast(tf.reduce_any(~tf.math.is_finite(t)), tf.int64) for t in tensors])
+        return self.group.all_reduce(flawed, self.replica) == 0
+
+    def _advance_and_grow_scale(self, rows) -> None:
+        self._advance(rows)
+        scaler = self.trained.loss_scale
+        counter, scale = self._local(scaler.step_counter), self._local(scaler.dynamic_scale)
+        grows = tf.equal(counter, tf.cast(scaler.dynamic_growth_steps - 1, counter.dtype))
+        scale.assign(tf.where(grows, 2.0 * scale, scale))
+        counter.assign(tf.where(grows, tf.zeros_like(counter), counter + 1))
+
+    def _shrink_scale(self) -> None:
+        scaler = self.trained.loss_scale
+        self._local(scaler.step_counter).assign(0)
+        scale = self._local(scaler.dynamic_scale)
+        scale.assign(0.5 * scale)
+
+    # Reduce-scatter.
+
+    def _exchange(self) -> dict[Bucket, tf.Tensor]:
+        """Sums gradients over replicas: each bucket's row that this replica updates, or all of a whole bucket."""
+        return {bucket: self._exchange_bucket(bucket, self.gradients) for bucket in self.buckets}
+
+    def _exchange_bucket(self, bucket: Bucket, gradients: Mapping[int, tf.Tensor]) -> tf.Tensor:
+        packed = pack(bucket, gradients, self.group.world_size)
+        if bucket.placement is Placement.WHOLE:
+            return self.group.all_reduce(packed, self.replica)
+        return self.group.reduce_scatter(packed, self.replica)
+
+    # Accumulate.
+
+    def _advance(self, rows: dict[Bucket, tf.Tensor] | None) -> None:
+        for index, optimizer in enumerate(self.trained.optimizers):
+            buckets = [bucket for bucket in self.buckets if bucket.optimizer == index]
+            if optimizer.gradient_accumulation_steps:
+                self._accumulate_or_update(optimizer, buckets, rows)
+            else:
+                self._update(optimizer, buckets, self._rows_of(buckets, rows))
+            counter = self._local(_compat.iteration_counter(optimizer))
+            counter.assign_add(tf.ones_like(counter))
+
+    def _rows_of(self, buckets, rows) -> dict[Bucket, tf.Tensor]:
+        return {b: self._exchange_bucket(b, self.gradients) if rows is None else rows[b] for b in buckets}
+
+    def _accumulate_or_update(self, optimizer, buckets, rows) -> None:
+        counter = self._local(_compat.iteration_counter(optimizer))
+        steps = optimizer.gradient_accumulation_steps
+
+        def update():
+            if self.trained.exchange_every_micro_step:
+                totals = {b: (rows[b] + self._accumulated_row(b)) / steps for b in buckets}
+            else:
+                means = {i: (self.gradients[i] + self._accumulator(i)) / steps for i in self._indices(buckets)}
+                totals = {b: self._exchange_bucket(b, means) for b in buckets}
+            for i in self._indices(buckets):
+                self._accumulator(i).assign(tf.zeros_like(self._accumulator(i)))
+            self._update(optimizer, buckets, totals)
+
+        def accumulate():
+            for bucket in buckets:
+                for segment in self._active(bucket):
+                    if self.trained.exchange_every_micro_step:
+                        part = rows[bucket][segment.offset : segment.offset + segment.width]
+                    else:
+                        part = self.gradients[segment.index]
+                    accumulator = self._accumulator(segment.index)
+                    accumulator.assign_add(tf.reshape(part, accumulator.shape))
+            if optimizer.use_ema:
+                self._update(optimizer, [], {})
+
+        tf.cond(tf.equal((counter + 1) % steps, 0), update, accumulate)
+
+    def _accumulated_row(self, bucket: Bucket) -> tf.Tensor:
+        parts = {s.index: tf.reshape(self._accumulator(s.index), [-1]) for s in self._mine(bucket)}
+        return pack_row(bucket, self.rank, parts)
+
+    # Clip.
+
+    def _clipper(self, optimizer, rows: Mapping[Bucket, tf.Tensor]) -> Callable:
+        """A function of a gradient's part and its variable's index that clips as Keras does, by the true norm."""
+        if optimizer.clipnorm and optimizer.clipnorm > 0:
+            norms = tf.sqrt(self._squared_norms(rows))
+            places = {index: place for place, index in enumerate(self._indices(rows))}
+            scales = optimizer.clipnorm / tf.maximum(norms, optimizer.clipnorm)
+            return lambda part, index: part * tf.cast(scales[places[index]], part.dtype)
+        if optimizer.global_clipnorm and optimizer.global_clipnorm > 0:
+            limit = optimizer.global_clipnorm
+            norm = tf.sqrt(tf.reduce_sum(self._squared_norms(rows)))
+            # As keras/src/optimizers/base_optimizer.py: a norm that is not finite makes everything NaN.
+            scale = limit * tf.minimum(1.0 / norm, 1.0 / limit) + (norm - norm)
+            return lambda part, index: part * tf.cast(scale, part.dtype)
+        if optimizer.clipvalue and optimizer.clipvalue > 0:
+            return lambda part, index: tf.clip_by_value(part, -optimizer.clipvalue, optimizer.clipvalue)
+        return lambda part, index: part
+
+    def _squared_norms(self, rows: Mapping[Bucket, tf.Tensor]) -> tf.Tensor:
+        """`[variables]`: for each variable the sum of squares over all ranks; whole variables count on rank 0 only."""
+        indices = self._indices(rows)
+        squares = {index: tf.zeros([], tf.float32) for index in indices}
+        for bucket, row in rows.items():
+            if bucket.placement is Placement.WHOLE and self.rank != 0:
+                continue
+            for segment in self._mine(bucket):
+                part = tf.cast(row[segment.offset : segment.offset + segment.width], tf.float32)
+                squares[segment.index] = tf.reduce_sum(tf.square(part))
+        return self.group.all_reduce(tf.stack([squares[index] for index in indices]), self.replica)
+
+    # Update, gather, assign.
+
+    def _update(self, optimizer, buckets: Sequence[Bucket], rows: Mapping[Bucket, tf.Tensor]) -> None:
+        """Updates the variables of `buckets`; with a moving average also the averages of all others."""
+        learning_rate = None
+        clip = None
+        if buckets:
+            clip = self._clipper(optimizer, rows)
+            rate = optimizer.learning_rate
+            learning_rate = tf.convert_to_tensor(rate.value if isinstance(rate, keras.Variable) else rate)
+            _compat.begin_update(optimizer, learning_rate)
+        compiled = self.trained.compiled[self.trained.optimizers.index(optimizer)]
+        for bucket in self._buckets_to_visit(optimizer, buckets):
+
+            def updated_row(row=None, bucket=bucket):
+                parts = {
+                    segment.index: self._updated_part(optimizer, segment, row, learning_rate, clip)
+                    for segment in bucket.segments_of(self.rank)
+                }
+                return pack_row(bucket, self.rank, parts)
+
+            function = tf.function(updated_row, jit_compile=compiled, autograph=False)
+            row = function(rows[bucket]) if bucket in rows else function()
+            if bucket in rows or optimizer.ema_overwrite_frequency:
+                self._assign(bucket, row)
+
+    def _buckets_to_visit(self, optimizer, buckets: Sequence[Bucket]) -> list[Bucket]:
+        if not optimizer.use_ema:
+            return list(buckets)
+        index = self.trained.optimizers.index(optimizer)
+        return [bucket for bucket in self.plan.buckets if bucket.optimizer == index]
+
+    def _updated_part(self, optimizer, segment, row, learning_rate, clip) -> tf.Tensor:
+        """This replica's part of one variable after the step, flat."""
+        view = VariableView(self.trained.variables[segment.index], self.plan, segment.index, self._part(segment))
+        if row is not None and segment.index in self.gradients:
+            gradient = clip(row[segment.offset : segment.offset + segment.width], segment.index)
+            _compat.decay_weight(optimizer, view)
+            optimizer.update_step(tf.reshape(gradient, view.shape), view, learning_rate)
+        if optimizer.use_ema:
+            self._average(optimizer, view)
+        return tf.reshape(view.current, [-1])
+
+    def _average(self, optimizer, view: VariableView) -> None:
+        average = self._local(_compat.moving_average(optimizer, view))
+        iterations = tf.convert_to_tensor(optimizer.iterations)
+        momentum = tf.cast(iterations != 0, view.dtype) * tf.cast(optimizer.ema_momentum, view.dtype)
+        value = tf.reshape(view.current, average.shape)
+        averaged = momentum * average + (1 - momentum) * value
+        average.assign(averaged)
+        if optimizer.ema_overwrite_frequency:
+            overwrite = tf.equal((iterations + 1) % optimizer.ema_overwrite_frequency, 0)
+            view.assign(tf.where(overwrite, averaged, value))
+
+    def _part(self, segment) -> tf.Tensor:
+        """This replica's part of a variable, cut from its whole value: flat when sharded, else as it is."""
+        whole = self._local(self.trained.variables[segment.index])
+        if self.plan.placements[segment.index] is not Placement.SHARDED:
+            return tf.convert_to_tensor(whole)
+        begin = min(self.rank * segment.width, segment.elements)
+        end = min(begin + segment.width, segment.elements)
+        part = tf.reshape(whole, [-1])[begin:end]
+        return tf.pad(part, [[0, segment.width - (end - begin)]])
+
+    def _assign(self, bucket: Bucket, row: tf.Tensor) -> None:
+        packed = row if bucket.placement is Placement.WHOLE else self.group.all_gather(row, self.replica)
+        variables = [self.trained.variables[segment.index] for segment in bucket.segments]
+        for index, value in unpack(bucket, packed, [variable.shape for variable in variables]).items():
+            variable = self.trained.variables[index]
+            if variable.constraint is not None and index in self.gradients:
+                value = variable.constraint(value)
+            self._local(variable).assign(value)
+
+    # Helpers.
+
+    def _local(self, variable: keras.Variable) -> tf.Variable:
+        """This replica's component of a distributed variable."""
+        return variable.value.values[self.replica]
+
+    def _optimizer_of(self, index: int):
+        return self.trained.optimizers[self.plan.specs[index].optimizer]
+
+    def _accumulator(self, index: int) -> tf.Variable:
+        variable = self.trained.variables[index]
+        return self._local(_compat.accumulator(self._optimizer_of(index), variable))
+
+    def _active(self, bucket: Bucket) -> list:
+        """Segments with a gradient of which this replica accumulates something."""
+        if self.trained.exchange_every_micro_step:
+            return [s for s in self._mine(bucket) if s.index in self.gradients]
+        return [s for s in bucket.segments if s.index in self.gradients]
+
+    def _mine(self, bucket: Bucket) -> tuple:
+        return bucket.segments_of(self.rank)
+
+    def _indices(self, buckets) -> list[int]:
+        return [s.index for bucket in buckets for s in bucket.segments if s.index in self.gradients]

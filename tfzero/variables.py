@@ -1,0 +1,175 @@
+"""Variables of a ZeroStrategy: equal on all replicas, averaged, or in shards."""
+
+import tensorflow as tf
+
+from tfzero import _compat
+from tfzero.plan import Placement, Plan
+
+
+class ReplicatedVariable(_compat.MirroredVariable):
+    """A variable of which every replica holds an equal copy.
+
+    Within a replica, a write with aggregation `only_first_replica` takes rank 0's value, also in a nested graph, where
+    TensorFlow's own cannot.
+    """
+
+    def __int__(self) -> int:
+        return int(self.numpy())
+
+    def __index__(self) -> int:
+        return int(self.numpy())
+
+    def __float__(self) -> float:
+        return float(self.numpy())
+
+    def _update_replica(self, update_fn, value, **kwargs):
+        first = self.aggregation == tf.VariableAggregation.ONLY_FIRST_REPLICA
+        if first and tf.is_tensor(value) and not tf.executing_eagerly():
+            extended = self.distribute_strategy.extended
+            value = extended.replica_collective(extended.group.broadcast, value)
+            return update_fn(self._get_on_device_or_primary(), value, **kwargs)
+        return super()._update_replica(update_fn, value, **kwargs)
+
+
+class AveragedVariable(ReplicatedVariable):
+    """A replicated variable that a layer updates from the data, such as BatchNormalization's moving statistics.
+
+    Each replica computes a value from its part of the batch; all take the average, weighted by the parts' sizes, so
+    that replicas stay equal and a replica without samples has no say.
+    """
+
+    def _update_replica(self, update_fn, value, **kwargs):
+        value = self.distribute_strategy.extended.average(tf.convert_to_tensor(value, self.dtype))
+        return update_fn(self._get_on_device_or_primary(), value, **kwargs)
+
+
+class OnReadVariable(_compat.SyncOnReadVariable):
+    """A variable that each replica counts up by itself and that is combined when read: metrics and such."""
+
+    def __int__(self) -> int:
+        return int(self.numpy())
+
+    def __float__(self) -> float:
+        return float(self.numpy())
+
+
+class ShardedVariable(ReplicatedVariable):
+    """A variable of which each replica holds its own part: a shard, or everything or nothing of an owned one.
+
+    Within a replica it reads and writes the replica's part, flat (`[shard_elements]`) when sharded. Outside it behaves
+    as the whole variable: reading gathers, assigning cuts. Both are collectives there, so all workers must take part.
+    """
+
+    def __init__(self, strategy, values, shape: tf.TensorShape, owner: int | None) -> None:
+        self._whole_shape = shape
+        self._owner = owner
+        super().__init__(strategy, values, tf.VariableAggregation.NONE)
+
+    @property
+    def shape(self) -> tf.TensorShape:
+        return self._whole_shape
+
+    def _get_cross_replica(self):
+        extended = self.distribute_strategy.extended
+        return extended.whole_value(self._values, self._whole_shape, self._owner)
+
+    def value(self):
+        if tf.distribute.in_cross_replica_context() or not tf.distribute.has_strategy():
+            return self._get_cross_replica()
+        return super().value()
+
+    def _update_cross_replica(self, update_fn, value, **kwargs):
+        group = self.distribute_strategy.extended.group
+        for replica, component in enumerate(self._values):
+            part = value
+            if tf.convert_to_tensor(value).shape.rank:
+                part = local_part(value, self._owner, group.rank(replica), group.world_size)
+            with tf.device(component.device):
+                update_fn(component, part, **kwargs)
+        return self
+
+
+def local_part(whole, owner: int | None, rank: int, world_size: int) -> tf.Tensor:
+    """What `rank` holds of a whole value: a flat shard, padded with copies of the last element, or all or nothing."""
+    whole = tf.convert_to_tensor(whole)
+    if owner is not None:
+        return whole if owner == rank else tf.zeros([0], whole.dtype)
+    elements = whole.shape.num_elements()
+    width = -(-elements // world_size)
+    columns = tf.minimum(tf.range(rank * width, (rank + 1) * width), elements - 1)
+    return tf.gather(tf.reshape(whole, [-1]), columns)
+
+
+class VariableView:
+    """What an inner optimizer sees of a model variable.
+
+    While the optimizer is built it stands for the whole variable. In a step it holds `value`, the replica's part, which
+    the optimizer's `assign` methods change as they would change a variable.
+
+    Args:
+        variable: the model's Keras variable.
+        plan: the plan that places it.
+        index: its place in the plan.
+        value: this replica's part, `[shard_elements]` when sharded.
+    """
+
+    def __init__(self, variable, plan: Plan, index: int, value: tf.Tensor | None = None) -> None:
+        self.variable = variable
+        self.plan = plan
+        self.index = index
+        self.current = value
+        self.path = variable.path
+        self.name = variable.value.name
+        self.dtype = variable.value.dtype
+        self.shape = variable.shape if value is None else value.shape
+
+    @property
+    def sharded(self) -> bool:
+        """Whether slots made for this view are held in parts."""
+        return self.plan.placements[self.index] is not Placement.WHOLE
+
+    @property
+    def owner(self) -> int | None:
+        """The rank that owns the variable, if one does."""
+        return self.plan.owners[self.index]
+
+    def _distributed_container(self):
+        # Keras finds an optimizer's slots by the variable's identity.
+        return self.variable.value
+
+    def assign(self, value, **_) -> None:
+        self.current = tf.cast(value, self.dtype)
+
+    def assign_add(self, value, **_) -> None:
+        self.current = self.current + tf.cast(value, self.dtype)
+
+    def assign_sub(self, value, **_) -> None:
+        self.current = self.current - tf.cast(value, self.dtype)
+
+    def __tf_tensor__(self, dtype=None, name=None) -> tf.Tensor:
+        value = self.variable.value if self.current is None else self.current
+        return tf.convert_to_tensor(value, dtype, name=name)
+
+    def __add__(self, other):
+        return tf.convert_to_tensor(self) + other
+
+    def __radd__(self, other):
+        return other + tf.convert_to_tensor(self)
+
+    def __sub__(self, other):
+        return tf.convert_to_tensor(self) - other
+
+    def __rsub__(self, other):
+        return other - tf.convert_to_tensor(self)
+
+    def __mul__(self, other):
+        return tf.convert_to_tensor(self) * other
+
+    def __rmul__(self, other):
+        return other * tf.convert_to_tensor(self)
+
+    def __truediv__(self, other):
+        return tf.convert_to_tensor(self) / other
+
+    def __neg__(self):
+        return -tf.convert_to_tensor(self)
