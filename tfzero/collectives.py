@@ -160,7 +160,7 @@ class Group:
         signature = (method.__name__, args, tuple((t.dtype, tuple(t.shape)) for t in tensors))
         if signature not in self._launchers:
             specs = [tf.TensorSpec(t.shape, t.dtype) for t in tensors]
-            self._launchers[signature] = tf.function(parts, input_signature=specs, autograph=False)
+            self._launchers[signature] = tf.function(parts, autograph=False).get_concrete_function(*specs)
         return self._launchers[signature](*tensors)
 
     def _take_key(self, replica: int, count: int = 1) -> int:

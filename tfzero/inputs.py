@@ -93,10 +93,10 @@ def check_shardable(dataset: tf.data.Dataset, workers: int) -> None:
 
 def cut_dataset(dataset: tf.data.Dataset, seats: Seats) -> tf.data.Dataset:
     """A dataset whose elements are, batch after batch, the parts of this worker's replicas."""
-    is_row_structure = not isinstance(dataset.element_spec, tuple)
+    is_single = not isinstance(dataset.element_spec, tuple)
 
     def cut_all(*elements):
-        batch = elements[0] if is_row_structure else elements
+        batch = elements[0] if is_single else elements
         parts = [tf.data.Dataset.from_tensors(part) for part in cut_batch(batch, seats)]
         result = parts[0]
         for part in parts[1:]:
@@ -104,12 +104,10 @@ def cut_dataset(dataset: tf.data.Dataset, seats: Seats) -> tf.data.Dataset:
         return result
 
     def cut_one(*elements):
-        return cut_batch(elements[0] if is_row_structure else elements, seats)[0]
+        return cut_batch(elements[0] if is_single else elements, seats)[0]
 
     if seats.replicas_per_worker == 1:
         pieces = dataset if seats.parts == 1 else dataset.map(cut_one, num_parallel_calls=tf.data.AUTOTUNE)
     else:
         pieces = dataset.flat_map(cut_all)
-    options = tf.data.Options()
-    options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
-    return pieces.with_options(options).prefetch(tf.data.AUTOTUNE)
+    return pieces.prefetch(tf.data.AUTOTUNE)

@@ -7,7 +7,8 @@ Every variable of a model is placed in one of three ways:
 * `OWNED`: whole, with one owner that updates it for all. For optimizers that need the whole tensor (Muon, Lamb, ...).
 * `WHOLE`: whole on every rank, updated by every rank alike. For small variables, and for everything at stage 0.
 
-Variables travel together in buckets. A bucket of sharded or owned variables is a matrix `[world_size, row_elements]`
+Variables travel together in buckets; one that is large enough travels alone, which saves copying it into a bucket and
+out again. A bucket of sharded or owned variables is a matrix `[world_size, row_elements]`
 whose row `r` is what rank `r` owns: a reduce-scatter of the matrix gives each rank the sum of its row, and an
 all-gather of the rows gives the matrix back. A bucket of whole variables is one flat run that is all-reduced.
 """
@@ -15,6 +16,10 @@ all-gather of the rows gives the matrix back. A bucket of whole variables is one
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+
+# A variable of this part of a bucket, or more, travels alone.
+_ALONE = 8
 
 
 class Placement(enum.Enum):
@@ -175,14 +180,19 @@ def _balance_owners(
 
 
 def _cut(members: Sequence[int], specs: Sequence[VariableSpec], limit: int) -> list[list[int]]:
-    """Cuts a list of variables where a group would grow beyond `limit` elements."""
+    """Groups variables of at most `limit` elements together; those of a good part of that each alone."""
     groups: list[list[int]] = []
-    room = -1
+    room = 0
+    open_group: list[int] = []
     for i in members:
-        if specs[i].elements > room or not groups:
-            groups.append([])
+        if specs[i].elements * _ALONE >= limit:
+            groups.append([i])
+            continue
+        if specs[i].elements > room or not open_group:
+            open_group = []
+            groups.append(open_group)
             room = limit
-        groups[-1].append(i)
+        open_group.append(i)
         room -= specs[i].elements
     return groups
 

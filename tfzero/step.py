@@ -33,6 +33,7 @@ class Trained:
         compiled: for each inner optimizer, whether XLA compiles its update.
         plan: who owns what.
         group: the replicas.
+        update_elements: number of elements whose update is compiled together.
         exchange_every_micro_step: whether gradients are reduced before they are accumulated (stage 2).
         loss_scale: Keras's loss scale optimizer, if there is one.
     """
@@ -42,6 +43,7 @@ class Trained:
     compiled: tuple[bool, ...]
     plan: Plan
     group: Group
+    update_elements: int
     exchange_every_micro_step: bool
     loss_scale: keras.optimizers.LossScaleOptimizer | None
 
@@ -212,19 +214,38 @@ class ReplicaStep:
             learning_rate = tf.convert_to_tensor(rate.value if isinstance(rate, keras.Variable) else rate)
             _compat.begin_update(optimizer, learning_rate)
         compiled = self.trained.compiled[self.trained.optimizers.index(optimizer)]
-        for bucket in self._buckets_to_visit(optimizer, buckets):
+        for batch in self._batches(self._buckets_to_visit(optimizer, buckets)):
 
-            def updated_row(row=None, bucket=bucket):
-                parts = {
-                    segment.index: self._updated_part(optimizer, segment, row, learning_rate, clip)
-                    for segment in bucket.segments_of(self.rank)
+            def updated_rows(given, batch=batch):
+                return {
+                    place: self._updated_row(optimizer, bucket, given.get(place), learning_rate, clip)
+                    for place, bucket in enumerate(batch)
                 }
-                return pack_row(bucket, self.rank, parts)
 
-            function = tf.function(updated_row, jit_compile=compiled, autograph=False)
-            row = function(rows[bucket]) if bucket in rows else function()
-            if bucket in rows or optimizer.ema_overwrite_frequency:
-                self._assign(bucket, row)
+            given = {place: rows[bucket] for place, bucket in enumerate(batch) if bucket in rows}
+            updated = tf.function(updated_rows, jit_compile=compiled, autograph=False)(given)
+            for place, bucket in enumerate(batch):
+                if bucket in rows or optimizer.ema_overwrite_frequency:
+                    self._assign(bucket, updated[place])
+
+    def _batches(self, buckets: Sequence[Bucket]) -> list[list[Bucket]]:
+        """Buckets whose updates are compiled together: about as many elements as a full bucket has."""
+        batches: list[list[Bucket]] = []
+        elements = 0
+        for bucket in buckets:
+            if not batches or elements >= self.trained.update_elements:
+                batches.append([])
+                elements = 0
+            batches[-1].append(bucket)
+            elements += sum(segment.elements for segment in bucket.segments)
+        return batches
+
+    def _updated_row(self, optimizer, bucket, row, learning_rate, clip) -> tf.Tensor:
+        parts = {
+            segment.index: self._updated_part(optimizer, segment, row, learning_rate, clip)
+            for segment in self._mine(bucket)
+        }
+        return pack_row(bucket, self.rank, parts)
 
     def _buckets_to_visit(self, optimizer, buckets: Sequence[Bucket]) -> list[Bucket]:
         if not optimizer.use_ema:
@@ -271,7 +292,10 @@ class ReplicaStep:
             variable = self.trained.variables[index]
             if variable.constraint is not None and index in self.gradients:
                 value = variable.constraint(value)
-            self._local(variable).assign(value)
+            if len(bucket.segments) == 1 and value.shape.rank:
+                _write_in_place(self._local(variable), value)
+            else:
+                self._local(variable).assign(value)
 
     # Helpers.
 
@@ -297,3 +321,11 @@ class ReplicaStep:
 
     def _indices(self, buckets) -> list[int]:
         return [s.index for bucket in buckets for s in bucket.segments if s.index in self.gradients]
+
+
+def _write_in_place(variable: tf.Variable, value: tf.Tensor) -> None:
+    """Copies into the variable's own buffer, where `assign` would keep the whole buffer that `value` is a view of."""
+    rank = value.shape.rank
+    tf.raw_ops.ResourceStridedSliceAssign(
+        ref=variable.handle, begin=[0] * rank, end=value.shape, strides=[1] * rank, value=value
+    )

@@ -247,8 +247,12 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
             or (self._num_workers == 1 and not isinstance(value, tf.distribute.DistributedValues))
         ):
             return value
-        totals = self.group.launch(self.group.all_reduce, self._spread(value))
-        return _compat.mirrored([_divide(t, self.group.world_size) if mean else t for t in totals])
+        values, count = self._spread(value), self.group.world_size
+        if not isinstance(value, tf.distribute.DistributedValues):
+            # One value for each worker: its first replica speaks for it.
+            values, count = [values[0], *map(tf.zeros_like, values[1:])], self._num_workers
+        totals = self.group.launch(self.group.all_reduce, values)
+        return _compat.mirrored([_divide(total, count) if mean else total for total in totals])
 
     def _batch_reduce_to(self, reduce_op, value_destination_pairs, options):
         return [self._reduce_to(reduce_op, value, where, options) for value, where in value_destination_pairs]
@@ -256,6 +260,9 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
     def _gather_to_implementation(self, value, destinations, axis, options):
         del destinations, options
         parts = self.group.launch(self.group.all_gather_parts, self._spread(value))
+        if not isinstance(value, tf.distribute.DistributedValues):
+            # One value for each worker: its first replica speaks for it.
+            parts = [replica_parts[:: len(self.worker_devices)] for replica_parts in parts]
         return _compat.mirrored([tf.concat(replica_parts, axis) for replica_parts in parts])
 
     def _batch_gather_to(self, value_destination_pairs, axis, options=None):

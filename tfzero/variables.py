@@ -119,7 +119,8 @@ class VariableView:
         self.index = index
         self.current = value
         self.path = variable.path
-        self.name = variable.value.name
+        # On one device Keras builds with its own variables, and updates TensorFlow's.
+        self.name = variable.name if value is None else variable.value.name
         self.dtype = variable.value.dtype
         self.shape = variable.shape if value is None else value.shape
 
