@@ -9,7 +9,8 @@ work inside `tf.while_loop` and `tf.cond`. Where the shape is only known when th
 padded to the next of a fixed list of sizes, and each size has a key of its own.
 
 [Note: ordering] Several devices of one process deadlock unless each orders its own collectives; an ordering token,
-one resource per device, does that and nothing else. It also fixes the order on the wire to the order in the program.
+one resource per device, does that and nothing else: what shares a token runs in the order of the program. NCCL needs one
+order for all. On CPU a few tokens per device let some collectives overlap, which hides their latency.
 
 [Note: reduce-scatter] `CollectiveReduceScatterV2` exists for NCCL only. Elsewhere it is an all-to-all and a local
 sum: the same bytes on the wire. TensorFlow's CPU all-to-all fails with 12 or more members in one process (its
@@ -30,6 +31,8 @@ _GATHERED_DTYPES = (tf.float16, tf.float32, tf.float64, tf.int32, tf.int64)
 _DISGUISES = {1: tf.uint8, 2: tf.float16, 4: tf.int32, 8: tf.int64}
 # [Note: keys] 64 sizes for values of unknown shape: powers of two from 1 to 2^62, and 0.
 _SIZES = 64
+# [Note: ordering] Collectives in flight at once, on CPU.
+_LANES = 4
 
 
 class Group:
@@ -60,7 +63,7 @@ class Group:
         self._tokens = []
         for device in self.devices:
             with tf.init_scope(), tf.device(device):
-                self._tokens.append(tf.Variable(0.0, trainable=False, name="ordering_token"))
+                self._tokens.append([tf.Variable(0.0, trainable=False) for _ in range(1 if hint == "NCCL" else _LANES)])
 
     def rank(self, replica: int) -> int:
         """Rank of a local replica."""
@@ -177,13 +180,15 @@ class Group:
         return padded, self._take_key(replica, _SIZES) + size_index
 
     def _emit(self, operation: Callable, value: tf.Tensor, replica: int, key=None, **attributes) -> tf.Tensor:
+        tokens = self._tokens[replica]
+        token = tokens[self._next_keys[replica] % len(tokens)]
         with tf.device(self.devices[replica]):
             return operation(
                 input=value,
                 group_size=self.world_size,
                 group_key=self._group_key,
                 instance_key=self._take_key(replica) if key is None else key,
-                ordering_token=[self._tokens[replica].handle],
+                ordering_token=[token.handle],
                 communication_hint=self.hint,
                 timeout_seconds=self.timeout_seconds,
                 **attributes,

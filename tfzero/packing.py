@@ -17,7 +17,7 @@ def pack(bucket: Bucket, tensors: Mapping[int, tf.Tensor], world_size: int) -> t
 
     def flat(segment):
         if segment.index in tensors:
-            return tf.reshape(tf.cast(tensors[segment.index], dtype), [-1])
+            return tf.reshape(tf.cast(tensors[segment.index], dtype), [segment.elements])
         return tf.zeros([segment.elements], dtype)
 
     if bucket.placement is Placement.WHOLE:
