@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "ZeroOptimizer": "tfzero.optimizer",
     "ZeroStrategy": "tfzero.strategy",
+    "WorkerError": "tfzero.launch",
     "run_local": "tfzero.launch",
 }
 __all__ = sorted(_HOMES)
