@@ -115,6 +115,11 @@ def dataset_has_unseeded_shuffle(dataset: tf.data.Dataset) -> bool:
     return any(dataset_has_unseeded_shuffle(source) for source in dataset._inputs())
 
 
+def run_after(operation: tf.Operation, awaited: tf.Operation) -> None:
+    """Makes one operation of a graph wait for another; `tf.control_dependencies` only serves new operations."""
+    operation._add_control_input(awaited)
+
+
 def remake(variable: keras.Variable) -> None:
     """Makes a Keras variable's `tf.Variable` anew, under the current scope; references to the former stay good."""
     variable._initialize(tf.constant(variable.numpy()))

@@ -211,8 +211,8 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
             compiled=tuple(type(optimizer).update_step in _COMPILED_STEPS for optimizer in optimizers),
             plan=plan,
             group=strategy.extended.group,
-            update_elements=settings.bucket_bytes // 4,
-            exchange_every_micro_step=settings.stage >= 2,
+            bucket_bytes=settings.bucket_bytes,
+            sharded_gradients=settings.stage >= 2,
             loss_scale=self.loss_scale_optimizer,
         )
         self.built = True

@@ -139,7 +139,10 @@ def split_rows(rows: int, parts: int, part: int) -> tuple[int, int]:
 def make_plan(
     specs: Sequence[VariableSpec], world_size: int, stage: int, bucket_bytes: int, min_shard_elements: int
 ) -> Plan:
-    """Places the variables and packs them into buckets, last variable first, as their gradients arrive."""
+    """Places the variables and packs them into buckets, in the order in which their gradients are complete.
+
+    The backward pass goes from the last variable to the first, so a bucket is complete with its first variable.
+    """
     placed = [_place(spec, stage, min_shard_elements) for spec in specs]
     placements = tuple(placement for placement, _ in placed)
     owners = _balance_owners(specs, placements, world_size)
@@ -152,6 +155,7 @@ def make_plan(
         else:
             groups = _cut(members, specs, bucket_elements)
         buckets += [_make_bucket(key, group, specs, owners, world_size) for group in groups]
+    buckets.sort(key=lambda bucket: -min(segment.index for segment in bucket.segments))
     return Plan(world_size, tuple(specs), placements, owners, tuple(reason for _, reason in placed), tuple(buckets))
 
 

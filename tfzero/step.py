@@ -19,6 +19,7 @@ import tensorflow as tf
 from tfzero import _compat
 from tfzero.collectives import Group
 from tfzero.packing import pack, pack_row, unpack
+from tfzero.pacing import Pacer
 from tfzero.plan import Bucket, Placement, Plan
 from tfzero.variables import VariableView
 
@@ -33,8 +34,9 @@ class Trained:
         compiled: for each inner optimizer, whether XLA compiles its update.
         plan: who owns what.
         group: the replicas.
-        update_elements: number of elements whose update is compiled together.
-        exchange_every_micro_step: whether gradients are reduced before they are accumulated (stage 2).
+        bucket_bytes: bytes of a full bucket.
+        sharded_gradients: whether gradients are kept in shards: reduced as the backward pass goes, and before they are
+            accumulated (stage 2).
         loss_scale: Keras's loss scale optimizer, if there is one.
     """
 
@@ -43,8 +45,8 @@ class Trained:
     compiled: tuple[bool, ...]
     plan: Plan
     group: Group
-    update_elements: int
-    exchange_every_micro_step: bool
+    bucket_bytes: int
+    sharded_gradients: bool
     loss_scale: keras.optimizers.LossScaleOptimizer | None
 
 
@@ -79,7 +81,7 @@ class ReplicaStep:
     @property
     def _exchanges_first(self) -> bool:
         accumulates = any(optimizer.gradient_accumulation_steps for optimizer in self.trained.optimizers)
-        return self.trained.exchange_every_micro_step or not accumulates
+        return self.trained.sharded_gradients or not accumulates
 
     # Unscale, vote.
 
@@ -116,7 +118,14 @@ class ReplicaStep:
 
     def _exchange(self) -> dict[Bucket, tf.Tensor]:
         """Sums gradients over replicas: each bucket's row that this replica updates, or all of a whole bucket."""
-        return {bucket: self._exchange_bucket(bucket, self.gradients) for bucket in self.buckets}
+        rows = {}
+        pacer = Pacer(2 * self.trained.bucket_bytes)
+        for bucket in self.buckets:
+            rows[bucket] = self._exchange_bucket(bucket, self.gradients)
+            if self.trained.sharded_gradients and self.group.world_size > 1:
+                large = [self.gradients[s.index] for s in bucket.segments if len(bucket.segments) == 1]
+                pacer.add(rows[bucket], large, sum(s.elements for s in bucket.segments) * rows[bucket].dtype.size)
+        return rows
 
     def _exchange_bucket(self, bucket: Bucket, gradients: Mapping[int, tf.Tensor]) -> tf.Tensor:
         packed = pack(bucket, gradients, self.group.world_size)
@@ -144,7 +153,7 @@ class ReplicaStep:
         steps = optimizer.gradient_accumulation_steps
 
         def update():
-            if self.trained.exchange_every_micro_step:
+            if self.trained.sharded_gradients:
                 totals = {b: (rows[b] + self._accumulated_row(b)) / steps for b in buckets}
             else:
                 means = {i: (self.gradients[i] + self._accumulator(i)) / steps for i in self._indices(buckets)}
@@ -156,7 +165,7 @@ class ReplicaStep:
         def accumulate():
             for bucket in buckets:
                 for segment in self._active(bucket):
-                    if self.trained.exchange_every_micro_step:
+                    if self.trained.sharded_gradients:
                         part = rows[bucket][segment.offset : segment.offset + segment.width]
                     else:
                         part = self.gradients[segment.index]
@@ -229,15 +238,15 @@ class ReplicaStep:
                     self._assign(bucket, updated[place])
 
     def _batches(self, buckets: Sequence[Bucket]) -> list[list[Bucket]]:
-        """Buckets whose updates are compiled together: about as many elements as a full bucket has."""
+        """Buckets whose updates are compiled together: about a full bucket's worth."""
         batches: list[list[Bucket]] = []
-        elements = 0
+        size_bytes = 0
         for bucket in buckets:
-            if not batches or elements >= self.trained.update_elements:
+            if not batches or size_bytes >= self.trained.bucket_bytes:
                 batches.append([])
-                elements = 0
+                size_bytes = 0
             batches[-1].append(bucket)
-            elements += sum(segment.elements for segment in bucket.segments)
+            size_bytes += sum(s.elements for s in bucket.segments) * tf.as_dtype(bucket.dtype).size
         return batches
 
     def _updated_row(self, optimizer, bucket, row, learning_rate, clip) -> tf.Tensor:
@@ -292,10 +301,7 @@ class ReplicaStep:
             variable = self.trained.variables[index]
             if variable.constraint is not None and index in self.gradients:
                 value = variable.constraint(value)
-            if len(bucket.segments) == 1 and value.shape.rank:
-                _write_in_place(self._local(variable), value)
-            else:
-                self._local(variable).assign(value)
+            self._local(variable).assign(value)
 
     # Helpers.
 
@@ -312,7 +318,7 @@ class ReplicaStep:
 
     def _active(self, bucket: Bucket) -> list:
         """Segments with a gradient of which this replica accumulates something."""
-        if self.trained.exchange_every_micro_step:
+        if self.trained.sharded_gradients:
             return [s for s in self._mine(bucket) if s.index in self.gradients]
         return [s for s in bucket.segments if s.index in self.gradients]
 
@@ -321,11 +327,3 @@ class ReplicaStep:
 
     def _indices(self, buckets) -> list[int]:
         return [s.index for bucket in buckets for s in bucket.segments if s.index in self.gradients]
-
-
-def _write_in_place(variable: tf.Variable, value: tf.Tensor) -> None:
-    """Copies into the variable's own buffer, where `assign` would keep the whole buffer that `value` is a view of."""
-    rank = value.shape.rank
-    tf.raw_ops.ResourceStridedSliceAssign(
-        ref=variable.handle, begin=[0] * rank, end=value.shape, strides=[1] * rank, value=value
-    )

@@ -1,0 +1,548 @@
+"""Wrong input is answered before anything trains: what was received, and what to do. Nothing waits for ever."""
+
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from oracle import Data, dense_model
+
+import tfzero
+from tfzero.launch import free_ports
+
+LIMIT_SECONDS = 60  # of each fleet, start of TensorFlow included
+pytestmark = pytest.mark.timeout(2 * LIMIT_SECONDS)
+
+
+@pytest.fixture(scope="module")
+def strategy():
+    return tfzero.ZeroStrategy(2, devices=["CPU:0", "CPU:1"], min_shard_elements=10)
+
+
+@pytest.fixture(scope="module")
+def other_strategy():
+    return tfzero.ZeroStrategy(2, devices=["CPU:2", "CPU:3"], min_shard_elements=10)
+
+
+def make(strategy):
+    with strategy.scope():
+        return dense_model()
+
+
+# Settings.
+
+
+@pytest.mark.parametrize("stage", [4, -1, "2", True, None, 2.5])
+def test_unknown_stage(stage):
+    with pytest.raises(ValueError, match=re.escape(f"stage={stage!r}")):
+        tfzero.ZeroStrategy(stage)
+
+
+def test_stage_3_is_not_there_yet():
+    with pytest.raises(NotImplementedError, match="stage=3.*Use stage 0, 1 or 2"):
+        tfzero.ZeroStrategy(3)
+
+
+def test_settings_are_keyword_only():
+    with pytest.raises(TypeError):
+        tfzero.ZeroStrategy(2, ["CPU:0"])
+
+
+@pytest.mark.parametrize(
+    "devices",
+    [["CPU:99"], ["GPU:0"], ["CPU:0", "CPU:0"], ["/device:CPU:0", "CPU:0"], [], "CPU:0", ["nonsense"], [None], [0], 7],
+    ids=repr,
+)
+def test_devices(devices):
+    with pytest.raises(ValueError, match="device") as caught:
+        tfzero.ZeroStrategy(2, devices=devices)
+    assert (devices if isinstance(devices, str) else repr(devices).strip("[]")) in str(caught.value)
+
+
+def test_mixed_devices(monkeypatch):
+    known = {"CPU": ["CPU:0"], "GPU": ["GPU:0"]}
+    monkeypatch.setattr("tfzero.strategy._machine_devices", known.get)
+    with pytest.raises(ValueError, match=r"one type, CPU or GPU. Received: devices=\['CPU:0', 'GPU:0'\]"):
+        tfzero.ZeroStrategy(2, devices=["CPU:0", "GPU:0"])
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"bucket_bytes": 0},
+        {"bucket_bytes": -1},
+        {"bucket_bytes": 1.5},
+        {"bucket_bytes": True},
+        {"bucket_bytes": "25 MiB"},
+        {"bucket_bytes": None},
+        {"min_shard_elements": -1},
+        {"min_shard_elements": 1.0},
+        {"min_shard_elements": None},
+        {"timeout_seconds": 0},
+        {"timeout_seconds": -5},
+        {"timeout_seconds": float("nan")},
+        {"timeout_seconds": float("inf")},
+        {"timeout_seconds": "60"},
+        {"timeout_seconds": None},
+    ],
+    ids=repr,
+)
+def test_numbers_out_of_range(setting):
+    ((name, value),) = setting.items()
+    with pytest.raises(ValueError, match=re.escape(f"Received: {name}={value!r}")):
+        tfzero.ZeroStrategy(2, **setting)
+
+
+# The cluster.
+
+
+@pytest.mark.parametrize("resolver", ["localhost:1", {"worker": ["a:1"]}, 3], ids=repr)
+def test_cluster_resolver_of_wrong_type(resolver):
+    with pytest.raises(ValueError, match="must be a ClusterResolver. Received: " + re.escape(repr(resolver))):
+        tfzero.ZeroStrategy(2, cluster_resolver=resolver)
+
+
+@pytest.mark.parametrize("text", ["{", '{"cluster": {"worker": ["a:1", "b:1"]}}', '{"cluster": {"ps": ["a:1"]}}'])
+def test_malformed_tf_config(monkeypatch, text):
+    monkeypatch.setenv("TF_CONFIG", text)
+    with pytest.raises(ValueError, match="TF_CONFIG") as caught:
+        tfzero.ZeroStrategy(2)
+    assert text in str(caught.value)
+
+
+def test_task_index_out_of_range(monkeypatch):
+    config = {"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": 2}}
+    monkeypatch.setenv("TF_CONFIG", json.dumps(config))
+    with pytest.raises(ValueError, match="worker 2.*only worker 0, worker 1"):
+        tfzero.ZeroStrategy(2)
+
+
+def test_tensorflow_used_before_the_strategy(monkeypatch):
+    """This process has used it; the error comes before any waiting."""
+    tf.constant(1)
+    addresses = [f"127.0.0.1:{port}" for port in free_ports(2)]
+    config = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": 0}}
+    monkeypatch.setenv("TF_CONFIG", json.dumps(config))
+    started = time.monotonic()
+    with pytest.raises(RuntimeError, match="used before the ZeroStrategy.*start of the program"):
+        tfzero.ZeroStrategy(2)
+    assert time.monotonic() - started < 2
+
+
+# Models, optimizers and data, in this process.
+
+
+def test_model_of_no_strategy(strategy):
+    optimizer = tfzero.ZeroOptimizer("adam")
+    with pytest.raises(ValueError, match="Create the whole model under `with strategy.scope"):
+        optimizer.build(dense_model().trainable_variables)
+
+
+def test_model_of_another_strategy(strategy, other_strategy):
+    variables = make(strategy).trainable_variables + make(other_strategy).trainable_variables
+    with pytest.raises(ValueError, match="one ZeroStrategy, but these belong to 2 strategies"):
+        tfzero.ZeroOptimizer("adam").build(variables)
+
+
+def test_model_of_mirrored_strategy():
+    stock = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    variables = make(stock).trainable_variables
+    with pytest.raises(ValueError, match="MirroredStrategy"):
+        tfzero.ZeroOptimizer("adam").build(variables)
+
+
+def test_optimizer_of_another_strategy(strategy, other_strategy):
+    x, y = Data().arrays()
+    optimizer = keras.optimizers.Adam()
+    model = make(strategy)
+    model.compile(optimizer, "categorical_crossentropy")
+    model.fit(x, y, verbose=0)
+    with pytest.raises(ValueError, match="'adam'.*another ZeroStrategy. Pass a new optimizer"):
+        make(other_strategy).compile(optimizer, "categorical_crossentropy")
+
+
+def test_wrapped_optimizer_of_another_strategy(strategy, other_strategy):
+    optimizer = tfzero.ZeroOptimizer("adam")
+    optimizer.build(make(strategy).trainable_variables)
+    model = make(other_strategy)
+    x, y = Data().arrays()
+    before = model.get_weights()
+    with pytest.raises(ValueError, match="(?i)optimizer"):
+        model.compile(optimizer, "categorical_crossentropy")
+        model.fit(x, y, verbose=0)
+    np.testing.assert_array_equal(model.get_weights()[0], before[0])
+
+
+def test_optimizer_built_elsewhere(strategy):
+    optimizer = keras.optimizers.Adam()
+    optimizer.build(dense_model().trainable_variables)
+    with pytest.raises(ValueError, match="'adam' .Adam. has been built already.*Pass a new one"):
+        make(strategy).compile(optimizer, "categorical_crossentropy")
+
+
+class ApplyingItself(keras.optimizers.SGD):
+    def apply(self, grads, trainable_variables=None):
+        super().apply(grads, trainable_variables)
+
+
+def test_optimizer_that_overrides_apply(strategy):
+    with pytest.raises(TypeError, match="ApplyingItself overrides the whole of `apply`.*Override `update_step`"):
+        make(strategy).compile(ApplyingItself(), "categorical_crossentropy")
+
+
+@pytest.mark.parametrize("optimizer", ["no such optimizer", 3, object()], ids=["name", "number", "object"])
+def test_no_optimizer_at_all(strategy, optimizer):
+    with pytest.raises((ValueError, TypeError), match="(?i)optimizer|interpret"):
+        make(strategy).compile(optimizer, "categorical_crossentropy")
+
+
+def test_wrapper_in_a_wrapper():
+    with pytest.raises(ValueError, match="ZeroOptimizer already"):
+        tfzero.ZeroOptimizer(tfzero.ZeroOptimizer("adam"))
+
+
+def test_wrapper_in_a_loss_scale(strategy):
+    with pytest.raises(ValueError, match="outermost"):
+        make(strategy).compile(
+            keras.optimizers.LossScaleOptimizer(tfzero.ZeroOptimizer("adam")), "categorical_crossentropy"
+        )
+
+
+def test_wrapped_optimizer_without_a_zero_strategy():
+    x, y = Data().arrays()
+    model = dense_model()
+    with pytest.raises((ValueError, RuntimeError), match="strategy.scope|strategy.run"):
+        model.compile(tfzero.ZeroOptimizer("adam"), "categorical_crossentropy")
+        model.fit(x, y, verbose=0)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_unwrapped_optimizer_in_a_replica(strategy, compiled):
+    model = make(strategy)
+    with strategy.scope():
+        optimizer = keras.optimizers.SGD()
+
+    def step():
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(model(tf.ones([2, 8])))
+        gradients = tape.gradient(loss, model.trainable_variables)
+        optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
+
+    run = tf.function(strategy.run) if compiled else strategy.run
+    with pytest.raises(RuntimeError, match="without its wrapper. *Make it `tfzero.ZeroOptimizer"):
+        run(step)
+
+
+def test_apply_outside_a_replica(strategy):
+    model = make(strategy)
+    optimizer = tfzero.ZeroOptimizer("sgd")
+    with pytest.raises(RuntimeError, match="strategy.run"):
+        optimizer.apply([tf.zeros(v.shape) for v in model.trainable_variables], model.trainable_variables)
+
+
+def test_variables_of_no_float_dtype(strategy):
+    class Counting(keras.layers.Layer):
+        def build(self, shape):
+            self.count = self.add_weight(shape=(20,), dtype="int32", initializer="zeros", trainable=True, name="count")
+            self.scale = self.add_weight(shape=(20,), initializer="ones", name="scale")
+
+        def call(self, x):
+            return x * tf.reduce_sum(self.scale)
+
+    with strategy.scope():
+        model = keras.Sequential([keras.Input((8,)), Counting()])
+    model.compile("sgd", "mse")
+    with pytest.raises(ValueError, match="count.*int32.*trainable=False"):
+        model.fit(np.ones((4, 8)), np.ones((4, 8)), verbose=0)
+
+
+def test_jit_compile(strategy):
+    with pytest.raises(ValueError, match="jit_compile=True cannot work.*Leave jit_compile at 'auto'"):
+        make(strategy).compile("adam", "categorical_crossentropy", jit_compile=True)
+
+
+def test_jit_compile_set_later(strategy):
+    model = make(strategy)
+    model.compile("adam", "categorical_crossentropy")
+    model.jit_compile = True
+    x, y = Data().arrays()
+    with pytest.raises(ValueError, match="jit_compile"):
+        model.fit(x, y, verbose=0)
+
+
+def compiled(strategy):
+    model = make(strategy)
+    model.compile("adam", "categorical_crossentropy")
+    return model
+
+
+def reported_error(call):
+    """The kind and the text of what `call` raises, or None."""
+    try:
+        call()
+    except Exception as error:
+        return type(error), str(error)
+    return None
+
+
+@pytest.mark.parametrize("method", ["fit", "evaluate"])
+def test_no_samples(strategy, method):
+    x, y = Data().arrays()
+    model = compiled(strategy)
+    before = model.get_weights()
+    with pytest.raises(ValueError, match="(?i)empty|no data|at least one|0 samples|no samples|ran out"):
+        getattr(model, method)(x[:0], y[:0], verbose=0)
+    np.testing.assert_array_equal(model.get_weights()[0], before[0])
+
+
+@pytest.mark.filterwarnings("ignore:.*ran out of data.*:UserWarning")
+@pytest.mark.parametrize("method", ["fit", "evaluate"])
+def test_empty_dataset(strategy, method):
+    dataset = tf.data.Dataset.from_tensor_slices(Data().arrays()).batch(15).take(0)
+    model = compiled(strategy)
+    before = model.get_weights()
+    with pytest.raises(ValueError, match="(?i)empty|no data|at least one|0 samples|no samples|ran out"):
+        getattr(model, method)(dataset, verbose=0)
+    np.testing.assert_array_equal(model.get_weights()[0], before[0])
+
+
+def test_unbatched_scalars(strategy):
+    dataset = tf.data.Dataset.from_tensor_slices((np.ones(8, "float32"), np.ones(8, "float32")))
+    with pytest.raises(ValueError, match="must be batched.*Call `dataset.batch"):
+        compiled(strategy).fit(dataset, verbose=0)
+    with pytest.raises(ValueError, match="must be batched"):
+        strategy.experimental_distribute_dataset(tf.data.Dataset.range(5))
+
+
+def test_no_dataset_at_all(strategy):
+    with pytest.raises(ValueError, match="distributes a tf.data.Dataset, but received"):
+        strategy.experimental_distribute_dataset([1, 2, 3])
+
+
+def test_inputs_of_different_length(strategy):
+    x, y = Data().arrays()
+    with pytest.raises(ValueError, match="(?i)cardinality"):
+        compiled(strategy).fit(x, y[:-1], verbose=0)
+
+
+# Workers that differ or leave. Each runs `scenario` in processes of its own, which end on their own.
+
+
+def fit(model, samples=46):
+    x, y = Data(samples).arrays()
+    model.compile("sgd", "categorical_crossentropy")
+    model.fit(x, y, batch_size=15, verbose=0, shuffle=False)
+
+
+def missing(index):
+    tfzero.ZeroStrategy(2, timeout_seconds=5)
+
+
+def different_settings(index):
+    """One after the other: after a refusal nothing has been used yet."""
+    for settings in ({"stage": index + 1}, {"bucket_bytes": 1024 + index}, {"min_shard_elements": index}):
+        with contextlib.suppress(ValueError):
+            try:
+                tfzero.ZeroStrategy(**settings, timeout_seconds=20)
+            except ValueError as error:
+                print("REPORT", error)
+                raise
+    model = make(tfzero.ZeroStrategy(2, timeout_seconds=20))
+    fit(model)
+    print("REPORT trained")
+
+
+def different_units(index):
+    with tfzero.ZeroStrategy(2, timeout_seconds=10).scope():
+        keras.Sequential([keras.Input((8,)), keras.layers.Dense(17 + index), keras.layers.Dense(3)])
+
+
+def one_layer_more(index):
+    strategy = tfzero.ZeroStrategy(2, timeout_seconds=10)
+    with strategy.scope():
+        layers = [keras.layers.Dense(3) for _ in range(2 + index)]
+        model = keras.Sequential([keras.Input((8,)), *layers])
+    fit(model)
+
+
+def different_optimizers(index):
+    model = make(tfzero.ZeroStrategy(2, timeout_seconds=10))
+    model.compile(keras.optimizers.Adam(0.1 * (index + 1)), "categorical_crossentropy")
+    x, y = Data().arrays()
+    model.fit(x, y, verbose=0)
+
+
+def different_optimizer_classes(index):
+    model = make(tfzero.ZeroStrategy(2, timeout_seconds=10))
+    model.compile(["adam", "sgd"][index], "categorical_crossentropy")
+    x, y = Data().arrays()
+    model.fit(x, y, verbose=0)
+
+
+def different_lengths(index):
+    model = make(tfzero.ZeroStrategy(2, timeout_seconds=6))
+    fit(model, samples=46 + 15 * index)
+
+
+def death_before_training(index):
+    model = make(tfzero.ZeroStrategy(2, timeout_seconds=10))
+    if index == 1:
+        os._exit(7)
+    fit(model)
+
+
+def death_in_training(index):
+    model = make(tfzero.ZeroStrategy(2, timeout_seconds=10))
+    x, y = Data().arrays()
+    model.compile("sgd", "categorical_crossentropy")
+
+    def leave(batch, logs):
+        if index == 1 and batch == 2:
+            os._exit(7)
+
+    model.fit(x, y, batch_size=15, verbose=0, callbacks=[keras.callbacks.LambdaCallback(on_train_batch_end=leave)])
+
+
+def stall_in_training(index):
+    model = make(tfzero.ZeroStrategy(2, timeout_seconds=6))
+    if index == 1:
+        time.sleep(40)
+        os._exit(7)
+    fit(model)
+
+
+def run_scenario(scenario, started=(0, 1)) -> tuple[list[str], float]:
+    """Runs it in two workers; their output in order, and the seconds until the first worker ended.
+
+    Only those in `started` are. Unlike `run_local` it lets the others go on when one has ended.
+    """
+    addresses = [f"127.0.0.1:{port}" for port in free_ports(2)]
+    program = (
+        f"import sys; sys.path[:] = {sys.path!r}\n"
+        "import traceback, os, test_bad_input\n"
+        f"try: test_bad_input.{scenario.__name__}(int(sys.argv[1]))\n"
+        "except Exception: traceback.print_exc()\n"
+        "else: print('NO ERROR')\n"
+        "sys.stdout.flush(); sys.stderr.flush(); os._exit(0)\n"
+    )
+    processes = []
+    began = time.monotonic()
+    for index in started:
+        config = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
+        environment = {**os.environ, "TF_CONFIG": json.dumps(config), "TF_CPP_MIN_LOG_LEVEL": "3"}
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-c", program, str(index)],
+                env=environment,
+                cwd=Path(__file__).parents[1],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    try:
+        outputs = [processes[0].communicate(timeout=LIMIT_SECONDS)[0]]
+        seconds = time.monotonic() - began
+        outputs += [process.communicate(timeout=LIMIT_SECONDS)[0] for process in processes[1:]]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return outputs, seconds
+
+
+def last_error(output: str) -> str:
+    """The last traceback's message."""
+    assert "NO ERROR" not in output, output
+    assert "Traceback (most recent call last)" in output, output
+    return output.rpartition("Traceback (most recent call last)")[2]
+
+
+def test_worker_that_never_starts():
+    (output,), seconds = run_scenario(missing, started=(0,))
+    assert re.search(r"TimeoutError: .*missing after 5 s: worker 1 at 127.0.0.1", last_error(output))
+    assert seconds < 40
+
+
+def test_leader_that_never_starts():
+    (output,), _ = run_scenario(missing, started=(1,))
+    assert re.search(r"TimeoutError: worker 0 at 127.0.0.1:\d+ never called within 5 s", last_error(output))
+
+
+def test_workers_with_different_settings():
+    """Each is told which worker has what, and the same process can then do better."""
+    outputs, _ = run_scenario(different_settings)
+    for output in outputs:
+        reports = [line for line in output.splitlines() if line.startswith("REPORT")]
+        assert len(reports) == 4, output
+        assert "settings differ: stage is 1 on worker 0 and 2 on worker 1" in reports[0]
+        assert "bucket_bytes is 1024 on worker 0 and 1025 on worker 1" in reports[1]
+        assert "min_shard_elements is 0 on worker 0 and 1 on worker 1" in reports[2]
+        assert reports[3] == "REPORT trained"
+
+
+def test_workers_with_different_layers():
+    outputs, _ = run_scenario(different_units)
+    for output in outputs:
+        error = last_error(output)
+        assert "models" in error and "kernel" in error, error
+        assert "(8, 17)" in error and "(8, 18)" in error and "on worker 0" in error and "on worker 1" in error, error
+
+
+def test_worker_with_a_layer_more():
+    outputs, _ = run_scenario(one_layer_more)
+    for output in outputs:
+        error = last_error(output)
+        assert "RuntimeError: The workers are at different places" in error, error
+        assert 'worker 1: "creating a variable"' in error, error
+
+
+def test_workers_with_different_learning_rates():
+    outputs, _ = run_scenario(different_optimizers)
+    for output in outputs:
+        error = last_error(output)
+        assert "optimizers differ" in error and "0.1" in error and "0.2" in error, error
+        assert "on worker 0" in error and "on worker 1" in error, error
+
+
+def test_workers_with_different_optimizers():
+    outputs, _ = run_scenario(different_optimizer_classes)
+    for output in outputs:
+        error = last_error(output)
+        assert "optimizers differ" in error and "Adam" in error and "SGD" in error, error
+
+
+def test_workers_with_data_of_different_length():
+    """An error in bounded time; TensorFlow's own text is all there is once a step runs."""
+    outputs, seconds = run_scenario(different_lengths)
+    for output in outputs:
+        assert re.search("timed out|DeadlineExceeded|TimeoutError|Unavailable|differ", last_error(output)), output
+    assert seconds < LIMIT_SECONDS
+
+
+def test_worker_that_dies_before_training():
+    outputs, seconds = run_scenario(death_before_training)
+    error = last_error(outputs[0])
+    assert re.search("ConnectionError: worker 1 at .* was lost", error), error
+    assert seconds < LIMIT_SECONDS
+
+
+def test_worker_that_dies_in_training():
+    outputs, seconds = run_scenario(death_in_training)
+    assert re.search("worker 1|task:1|Unavailable|timed out|Socket closed|Connection", last_error(outputs[0])), outputs[0]
+    assert seconds < LIMIT_SECONDS
+
+
+def test_worker_that_stalls():
+    outputs, seconds = run_scenario(stall_in_training)
+    error = last_error(outputs[0])
+    assert re.search("worker 1 at .* did not arrive", error), error
+    assert seconds < LIMIT_SECONDS
