@@ -52,6 +52,23 @@ class Home:
         return function(variable, *args, **(kwargs or {}))
 
 
+class _ViewsAtHand(list):
+    """Views that tell the strategy which of them an optimizer's loop has come to.
+
+    Adafactor makes slots of shapes of its own, without naming the variable that they belong to.
+    """
+
+    def __init__(self, views, extended) -> None:
+        super().__init__(views)
+        self._extended = extended
+
+    def __iter__(self):
+        for view in super().__iter__():
+            self._extended.view_at_hand = view
+            yield view
+        self._extended.view_at_hand = None
+
+
 class ZeroOptimizer(keras.optimizers.Optimizer):
     """Shards a Keras optimizer over the replicas of a `ZeroStrategy` (ZeRO, https://arxiv.org/abs/1910.02054).
 
@@ -202,7 +219,8 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
             _compat.adopt(link, home)
             strategy.extended.take_in(_compat.own_scalars(link))
         with tf.init_scope(), strategy.scope(), strategy.extended.creating_optimizer_state():
-            self._wrapped.build([VariableView(v, plan, i) for i, v in enumerate(variables)])
+            views = [VariableView(variable, plan, index) for index, variable in enumerate(variables)]
+            self._wrapped.build(_ViewsAtHand(views, strategy.extended))
         for optimizer in optimizers:
             _compat.adopt(optimizer, home, [v for v in variables if choose(v) is optimizer])
         self._trained = Trained(

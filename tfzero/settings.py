@@ -1,0 +1,88 @@
+"""What a ZeroStrategy is told: its settings, checked, and the devices and workers it is to use."""
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import tensorflow as tf
+
+from tfzero import _compat
+from tfzero.cluster import Cluster, cluster_from_spec, read_tf_config
+
+STAGES = (0, 1, 2)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all workers must agree on. See `ZeroStrategy`."""
+
+    stage: int
+    bucket_bytes: int
+    min_shard_elements: int
+    timeout_seconds: float
+    devices_per_worker: int
+    device_type: str
+
+
+def check_stage(stage) -> None:
+    if stage == 3 and stage is not True:
+        raise NotImplementedError("stage=3 (sharded parameters) is not there yet. Use stage 0, 1 or 2.")
+    if isinstance(stage, bool) or stage not in STAGES:
+        raise ValueError(f"`stage` must be one of {STAGES}. Received: stage={stage!r}")
+
+
+def check_number(name: str, value, kinds, least) -> None:
+    if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value < math.inf:
+        kind = "an integer" if kinds is int else "a number"
+        raise ValueError(f"`{name}` must be {kind} of at least {least}. Received: {name}={value!r}")
+
+
+def find_cluster(resolver) -> Cluster | None:
+    if resolver is None:
+        return read_tf_config()
+    if not isinstance(resolver, tf.distribute.cluster_resolver.ClusterResolver):
+        raise ValueError(f"`cluster_resolver` must be a ClusterResolver. Received: {resolver!r}")
+    spec = resolver.cluster_spec()
+    return cluster_from_spec(spec.as_dict() if spec else {}, resolver.task_type, resolver.task_id)
+
+
+def configure_cpu_devices() -> None:
+    """`python -m tfzero.launch --cpu-devices K` asks for K logical CPU devices in each worker."""
+    count = os.environ.get("TFZERO_CPU_DEVICES")
+    if count is None or _compat.runtime_is_initialized():
+        return
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    if tf.config.get_logical_device_configuration(cpu) is None:
+        tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * int(count))
+
+
+def _machine_devices(kind: str) -> list[str]:
+    """Names of this process's logical devices, without making TensorFlow create them yet."""
+    configurations = [tf.config.get_logical_device_configuration(d) for d in tf.config.list_physical_devices(kind)]
+    return [f"{kind}:{k}" for k in range(sum(len(c) if c else 1 for c in configurations))]
+
+
+def choose_devices(devices: Sequence[str] | None) -> list[str]:
+    cpus, gpus = _machine_devices("CPU"), _machine_devices("GPU")
+    if devices is None:
+        return gpus or cpus
+    if isinstance(devices, str) or not devices:
+        raise ValueError(f"`devices` must be a list of device names, such as ['CPU:0']. Received: {devices!r}")
+    try:
+        specs = [tf.DeviceSpec.from_string(d if d.startswith("/") else f"/device:{d}") for d in devices]
+    except (AttributeError, ValueError) as error:
+        raise ValueError(f"`devices` must name devices, such as ['CPU:0']. Received: {devices!r}") from error
+    names = [f"{spec.device_type}:{spec.device_index or 0}" for spec in specs]
+    known = gpus + cpus
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(
+            f"Unknown devices {unknown}: this process has {known}. For more logical CPU devices call "
+            f"`tf.config.set_logical_device_configuration` first. Received: devices={list(devices)}"
+        )
+    if len(set(names)) < len(names):
+        raise ValueError(f"A device may be named once only. Received: devices={list(devices)}")
+    if len({name.split(":")[0] for name in names}) > 1:
+        raise ValueError(f"All replicas need devices of one type, CPU or GPU. Received: devices={list(devices)}")
+    return names
