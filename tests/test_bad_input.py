@@ -69,7 +69,7 @@ def test_devices(devices):
 
 def test_mixed_devices(monkeypatch):
     known = {"CPU": ["CPU:0"], "GPU": ["GPU:0"]}
-    monkeypatch.setattr("tfzero.strategy._machine_devices", known.get)
+    monkeypatch.setattr("tfzero.devices._machine_devices", known.get)
     with pytest.raises(ValueError, match=r"one type, CPU or GPU. Received: devices=\['CPU:0', 'GPU:0'\]"):
         tfzero.ZeroStrategy(2, devices=["CPU:0", "GPU:0"])
 
@@ -165,7 +165,7 @@ def test_optimizer_of_another_strategy(strategy, other_strategy):
     model = make(strategy)
     model.compile(optimizer, "categorical_crossentropy")
     model.fit(x, y, verbose=0)
-    with pytest.raises(ValueError, match="'adam'.*another ZeroStrategy. Pass a new optimizer"):
+    with pytest.raises(ValueError, match="'adam.*'.*another ZeroStrategy. Pass a new optimizer"):
         make(other_strategy).compile(optimizer, "categorical_crossentropy")
 
 
@@ -184,7 +184,7 @@ def test_wrapped_optimizer_of_another_strategy(strategy, other_strategy):
 def test_optimizer_built_elsewhere(strategy):
     optimizer = keras.optimizers.Adam()
     optimizer.build(dense_model().trainable_variables)
-    with pytest.raises(ValueError, match="'adam' .Adam. has been built already.*Pass a new one"):
+    with pytest.raises(ValueError, match="'adam.*' .Adam. has been built already.*Pass a new one"):
         make(strategy).compile(optimizer, "categorical_crossentropy")
 
 
@@ -284,15 +284,6 @@ def compiled(strategy):
     return model
 
 
-def reported_error(call):
-    """The kind and the text of what `call` raises, or None."""
-    try:
-        call()
-    except Exception as error:
-        return type(error), str(error)
-    return None
-
-
 @pytest.mark.parametrize("method", ["fit", "evaluate"])
 def test_no_samples(strategy, method):
     x, y = Data().arrays()
@@ -303,21 +294,20 @@ def test_no_samples(strategy, method):
     np.testing.assert_array_equal(model.get_weights()[0], before[0])
 
 
-@pytest.mark.filterwarnings("ignore:.*ran out of data.*:UserWarning")
 @pytest.mark.parametrize("method", ["fit", "evaluate"])
 def test_empty_dataset(strategy, method):
     dataset = tf.data.Dataset.from_tensor_slices(Data().arrays()).batch(15).take(0)
     model = compiled(strategy)
     before = model.get_weights()
     with pytest.raises(ValueError, match="(?i)empty|no data|at least one|0 samples|no samples|ran out"):
-        getattr(model, method)(dataset, verbose=0)
+        getattr(model, method)(dataset, verbose=0, **({"shuffle": False} if method == "fit" else {}))
     np.testing.assert_array_equal(model.get_weights()[0], before[0])
 
 
 def test_unbatched_scalars(strategy):
     dataset = tf.data.Dataset.from_tensor_slices((np.ones(8, "float32"), np.ones(8, "float32")))
     with pytest.raises(ValueError, match="must be batched.*Call `dataset.batch"):
-        compiled(strategy).fit(dataset, verbose=0)
+        compiled(strategy).fit(dataset, verbose=0, shuffle=False)
     with pytest.raises(ValueError, match="must be batched"):
         strategy.experimental_distribute_dataset(tf.data.Dataset.range(5))
 
@@ -414,13 +404,13 @@ def death_in_training(index):
 def stall_in_training(index):
     model = make(tfzero.ZeroStrategy(2, timeout_seconds=6))
     if index == 1:
-        time.sleep(40)
+        time.sleep(LIMIT_SECONDS)
         os._exit(7)
     fit(model)
 
 
-def run_scenario(scenario, started=(0, 1)) -> tuple[list[str], float]:
-    """Runs it in two workers; their output in order, and the seconds until the first worker ended.
+def run_scenario(scenario, started=(0, 1), survivors=None) -> tuple[list[str], float]:
+    """Runs it in two workers; the output of the survivors (all by default), and the seconds until the first ended.
 
     Only those in `started` are. Unlike `run_local` it lets the others go on when one has ended.
     """
@@ -451,7 +441,7 @@ def run_scenario(scenario, started=(0, 1)) -> tuple[list[str], float]:
     try:
         outputs = [processes[0].communicate(timeout=LIMIT_SECONDS)[0]]
         seconds = time.monotonic() - began
-        outputs += [process.communicate(timeout=LIMIT_SECONDS)[0] for process in processes[1:]]
+        outputs += [process.communicate(timeout=LIMIT_SECONDS)[0] for process in processes[1:survivors]]
     finally:
         for process in processes:
             process.kill()
@@ -501,8 +491,7 @@ def test_worker_with_a_layer_more():
     outputs, _ = run_scenario(one_layer_more)
     for output in outputs:
         error = last_error(output)
-        assert "RuntimeError: The workers are at different places" in error, error
-        assert 'worker 1: "creating a variable"' in error, error
+        assert "models" in error and "worker 0" in error and "(3, 3)' on worker 1" in error, error
 
 
 def test_workers_with_different_learning_rates():
@@ -529,20 +518,20 @@ def test_workers_with_data_of_different_length():
 
 
 def test_worker_that_dies_before_training():
-    outputs, seconds = run_scenario(death_before_training)
+    outputs, seconds = run_scenario(death_before_training, survivors=1)
     error = last_error(outputs[0])
     assert re.search("ConnectionError: worker 1 at .* was lost", error), error
     assert seconds < LIMIT_SECONDS
 
 
 def test_worker_that_dies_in_training():
-    outputs, seconds = run_scenario(death_in_training)
+    outputs, seconds = run_scenario(death_in_training, survivors=1)
     assert re.search("worker 1|task:1|Unavailable|timed out|Socket closed|Connection", last_error(outputs[0])), outputs[0]
     assert seconds < LIMIT_SECONDS
 
 
 def test_worker_that_stalls():
-    outputs, seconds = run_scenario(stall_in_training)
+    outputs, seconds = run_scenario(stall_in_training, survivors=1)
     error = last_error(outputs[0])
     assert re.search("worker 1 at .* did not arrive", error), error
     assert seconds < LIMIT_SECONDS

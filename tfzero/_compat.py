@@ -92,6 +92,11 @@ def runtime_is_initialized() -> bool:
     return context.context()._initialized
 
 
+def collectives_are_configured() -> bool:
+    """Whether TensorFlow's server for collectives between workers already runs in this process."""
+    return context.context()._collective_ops_server_def is not None
+
+
 def random_state() -> dict:
     """The state from which TensorFlow's global seed and Python's `random` go on. JSON."""
     version, internal, gauss = random.getstate()

@@ -93,9 +93,9 @@ class Group:
         if self.world_size == 1:
             return tf.reshape(rows, [-1])
         if self.hint == "NCCL":
-            return self._emit(
-                tf.raw_ops.CollectiveReduceScatterV2, tf.reshape(rows, [-1]), replica, merge_op="Add", final_op="Id"
-            )
+            flat = tf.reshape(rows, [-1])
+            row = self._emit(tf.raw_ops.CollectiveReduceScatterV2, flat, replica, merge_op="Add", final_op="Id")
+            return tf.reshape(row, rows.shape[1:])
         if len(self.devices) > _MAX_ALL_TO_ALL_MEMBERS_PER_PROCESS:
             return self.all_reduce(rows, replica)[self.rank(replica)]
         received = self._emit(tf.raw_ops.CollectiveAllToAllV2, rows, replica)  # [world_size, n]
@@ -109,7 +109,8 @@ class Group:
             return row[tf.newaxis]
         if row.dtype not in _GATHERED_DTYPES:
             return self._gather_disguised(row, replica)
-        return tf.reshape(self._emit(tf.raw_ops.CollectiveGatherV2, row, replica), [self.world_size, -1])
+        gathered = self._emit(tf.raw_ops.CollectiveGatherV2, row, replica)
+        return tf.reshape(gathered, [self.world_size, *row.shape])
 
     def all_gather_parts(self, value: tf.Tensor, replica: int) -> list[tf.Tensor]:
         """Every rank's tensor, in rank order; their shapes may differ, also from step to step, but not the rank."""

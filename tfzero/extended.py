@@ -35,6 +35,8 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
         self.view_at_hand: VariableView | None = None
         self._settings: Settings = strategy.settings
         self._channel: Channel = strategy.channel
+        # TensorFlow's server runs once in a process.
+        self._std_server_started = _compat.collectives_are_configured()
         options = tf.distribute.experimental.CommunicationOptions(timeout_seconds=strategy.settings.timeout_seconds)
         resolver = None if cluster is None else _resolver(cluster)
         super().__init__(strategy, resolver, options, devices=None if cluster else list(devices))

@@ -65,12 +65,7 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         self.settings = Settings(
             stage, bucket_bytes, min_shard_elements, float(timeout_seconds), len(local), local[0].split(":")[0]
         )
-        if cluster is not None and _compat.runtime_is_initialized():
-            raise RuntimeError(
-                "TensorFlow was used before the ZeroStrategy was made, and then it cannot join other workers any more. "
-                "Make the strategy at the start of the program, before any tensor, variable or model."
-            )
-        self.channel = Channel.join(cluster or Cluster(("localhost:1",), ("worker 0",), 0), timeout_seconds)
+        self.channel = _meet(cluster, timeout_seconds)
         self.channel.agree("making a ZeroStrategy", asdict(self.settings), "settings")
         # The stock constructor would make its own extended.
         _compat.distribute_lib.Strategy.__init__(self, ZeroExtended(self, cluster, local))
@@ -113,6 +108,23 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         finally:
             if unseeded:
                 tf.random.set_seed(None)
+
+
+# The channel of the cluster that this process has joined; later strategies of the process use it too.
+_joined: dict[Cluster, Channel] = {}
+
+
+def _meet(cluster: Cluster | None, timeout_seconds: float) -> Channel:
+    if cluster is None:
+        return Channel.join(Cluster(("localhost:1",), ("worker 0",), 0), timeout_seconds)
+    if cluster not in _joined:
+        if _compat.runtime_is_initialized():
+            raise RuntimeError(
+                "TensorFlow was used before the ZeroStrategy was made, and then it cannot join other workers any more. "
+                "Make the strategy at the start of the program, before any tensor, variable or model."
+            )
+        _joined[cluster] = Channel.join(cluster, timeout_seconds)
+    return _joined[cluster]
 
 
 def mark_global(tensor: tf.Tensor) -> tf.Tensor:

@@ -1,5 +1,6 @@
 """Variables of a ZeroStrategy: equal on all replicas, averaged, or in shards."""
 
+import keras
 import tensorflow as tf
 
 from tfzero import _compat
@@ -29,6 +30,12 @@ class ReplicatedVariable(_compat.MirroredVariable):
             value = extended.replica_collective(extended.group.broadcast, value)
             return update_fn(self._get_on_device_or_primary(), value, **kwargs)
         return super()._update_replica(update_fn, value, **kwargs)
+
+    def _update_cross_replica(self, update_fn, value, **kwargs):
+        # A sharded variable must be read here, where it is whole, and not on each device, where it is a part.
+        if isinstance(value, tf.Variable | keras.Variable):
+            value = tf.convert_to_tensor(value)
+        return super()._update_cross_replica(update_fn, value, **kwargs)
 
 
 class AveragedVariable(ReplicatedVariable):

@@ -1,0 +1,115 @@
+"""Bytes held, bytes at the peak, and bytes on the wire: measured in two real workers."""
+
+import pytest
+
+import tfzero
+
+WORLD_SIZE = 2
+WIDTH, LAYERS = 512, 6
+
+
+def _measure() -> dict:
+    """Trains at each stage; gives bytes per parameter of this process's allocator and of the loopback device."""
+    import gc
+
+    import keras
+    import numpy as np
+    import tensorflow as tf
+
+    strategies = [tfzero.ZeroStrategy(stage=0), tfzero.ZeroStrategy(stage=1), tfzero.ZeroStrategy(stage=2)]
+    x = np.random.default_rng(0).normal(size=(24, WIDTH)).astype("float32")
+    figures = {}
+    for strategy in strategies:
+        gc.collect()
+        before = tf.config.experimental.get_memory_info("CPU:0")["current"]
+        with strategy.scope():
+            inputs = keras.Input((WIDTH,))
+            outputs = inputs
+            for _ in range(LAYERS):
+                outputs = keras.layers.Dense(WIDTH, use_bias=False)(outputs)
+            model = keras.Model(inputs, outputs)
+        model.compile(optimizer=keras.optimizers.Adam(1e-4), loss="mse")
+        wire = _WireMeter(strategy)
+        model.fit(x, x, batch_size=4, epochs=1, verbose=0, shuffle=False, callbacks=[wire])
+        model.train_function = None
+        gc.collect()
+        held = tf.config.experimental.get_memory_info("CPU:0")["current"] - before
+        parameters = model.count_params()
+        figures[strategy.settings.stage] = {
+            "held": held / parameters,
+            "wire": wire.bytes_per_step / parameters,
+            "operations": _collective_elements(model, strategy) if strategy.settings.stage else None,
+        }
+        del model, wire, inputs, outputs
+        keras.backend.clear_session()
+    return figures
+
+
+def _WireMeter(strategy):  # noqa: N802 - a callback made late, as Keras is imported in the workers only
+    import keras
+
+    class WireMeter(keras.callbacks.Callback):
+        """Bytes that all workers receive in a step, off the loopback device, from the second step to the last."""
+
+        def on_train_batch_end(self, batch, logs=None):
+            strategy.channel.all_gather("measuring the wire", batch)
+            if batch == 0:
+                self.start = _received_bytes()
+            self.bytes_per_step = (_received_bytes() - self.start) / max(1, batch)
+
+    return WireMeter()
+
+
+def _received_bytes() -> int:
+    with open("/proc/net/dev", encoding="ascii") as lines:
+        return next(int(line.split()[1]) for line in lines if line.strip().startswith("lo:"))
+
+
+def _collective_elements(model, strategy) -> dict:
+    """Elements that enter each kind of collective in one traced step."""
+    import tensorflow as tf
+
+    @tf.function
+    def step():
+        def replica():
+            gradients = [tf.ones(v.shape) for v in model.trainable_variables]
+            model.optimizer.apply(gradients, model.trainable_variables)
+
+        strategy.run(replica)
+
+    operations = [op for op in step.get_concrete_function().graph.get_operations() if op.type.startswith("Collective")]
+    elements: dict = {}
+    for operation in operations:
+        elements[operation.type] = elements.get(operation.type, 0) + operation.inputs[0].shape.num_elements()
+    return {kind: count / model.count_params() for kind, count in elements.items()}
+
+
+@pytest.fixture(scope="module")
+def figures():
+    return tfzero.run_local(_measure, workers=WORLD_SIZE, timeout_seconds=200)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_bytes_held(figures, stage):
+    """Float32 parameters and Adam's two slots: 12 bytes a parameter, or 4 + 8/N sharded."""
+    formula = 12 if stage == 0 else 4 + 8 / WORLD_SIZE
+    for worker in figures:
+        assert formula <= worker[stage]["held"] <= formula * 1.02
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_bytes_on_the_wire(figures, stage):
+    """2(N-1)/N parameters a step and replica, both workers' sums together: 8 bytes a parameter at N = 2."""
+    formula = 4 * WORLD_SIZE * 2 * (WORLD_SIZE - 1) / WORLD_SIZE
+    for worker in figures:
+        assert formula * 0.98 <= worker[stage]["wire"] <= formula * 1.05
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_no_gradient_travels_twice(figures, stage):
+    """All gradients enter one all-to-all, each rank's shards one all-gather, and nothing else of any size travels."""
+    for worker in figures:
+        operations = dict(worker[stage]["operations"])
+        assert operations.pop("CollectiveAllToAllV2") == pytest.approx(1.0, abs=1e-3)
+        assert operations.pop("CollectiveGatherV2") == pytest.approx(1 / WORLD_SIZE, abs=1e-3)
+        assert sum(operations.values()) < 1e-3
