@@ -68,24 +68,27 @@ def test_shapes_known_only_in_the_graph():
 
 
 def test_collectives_in_loops_and_branches():
+    """As Keras nests them: a loop over steps, the replicas in it, and branches within each replica."""
     strategy = tfzero.ZeroStrategy(devices=["CPU:0", "CPU:1"], timeout_seconds=30)
     extended = strategy.extended
 
-    def replica(steps):
-        def body(i, value):
-            total = tf.cond(
-                i % 2 == 0,
-                lambda: extended.replica_collective(extended.group.all_reduce, value),
-                lambda: extended.replica_collective(extended.group.all_gather, value)[0] + 1.0,
-            )
-            return i + 1, total
-
+    def replica(i, value):
         rank = tf.distribute.get_replica_context().replica_id_in_sync_group
-        return tf.while_loop(lambda i, value: i < steps, body, [0, 1.0 + tf.cast([rank], tf.float32)])[1]
+        return tf.cond(
+            i % 2 == 0,
+            lambda: extended.replica_collective(extended.group.all_reduce, value + tf.cast(rank, tf.float32)),
+            lambda: extended.replica_collective(extended.group.all_gather, value)[0] + 1.0,
+        )
 
-    results = tf.function(lambda steps: strategy.run(replica, args=(steps,)))(tf.constant(3))
-    # 1 + 2 = 3, then 3 + 1 = 4, then 4 + 4 = 8.
-    assert [result.numpy().tolist() for result in results.values] == [[8.0], [8.0]]
+    @tf.function
+    def steps(count):
+        def body(i, value):
+            return i + 1, strategy.experimental_local_results(strategy.run(replica, args=(i, value)))[0]
+
+        return tf.while_loop(lambda i, _: i < count, body, [0, tf.constant([1.0])])[1]
+
+    # 1 + (1 + 1) = 3, then 3 + 1 = 4, then 4 + (4 + 1) = 9.
+    assert steps(tf.constant(3)).numpy().tolist() == [9.0]
 
 
 def test_sixteen_bit_gradients_add_up_in_float32():

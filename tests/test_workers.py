@@ -40,12 +40,12 @@ class Case:
     run: Callable
     rtol: float
     atol: float
-    everywhere: bool  # in every fleet, or only in those that run all cases
+    level: int  # in fleets of this level and above
 
 
-def case(rtol=ADAM["rtol"], atol=ADAM["atol"], everywhere=False):
+def case(rtol=ADAM["rtol"], atol=ADAM["atol"], level=3):
     def register(function):
-        CASES[function.__name__] = Case(function, rtol, atol, everywhere)
+        CASES[function.__name__] = Case(function, rtol, atol, level)
         return function
 
     return register
@@ -118,37 +118,37 @@ def fit_with_ids(strategy, *data, **fit_arguments) -> dict:
     return {"history": history, "weights": model.get_weights()}
 
 
-# Parity: the same in every fleet.
+# Parity: in every fleet.
 
 
-@case(**ADAM, everywhere=True)
+@case(**ADAM, level=1)
 def adam(strategy):
     x, y = Data(20, seed=5).arrays()
     return fit_all(strategy, crossentropy("adam"), validation_data=(x, y))
 
 
-@case(**SGD, everywhere=True)
+@case(**SGD, level=1)
 def sgd(strategy):
     return fit_all(strategy, crossentropy(keras.optimizers.SGD(0.1, momentum=0.9, nesterov=True)))
 
 
-@case(**ADAM, everywhere=True)
+@case(**ADAM, level=1)
 def global_clipnorm(strategy):
     return fit_all(strategy, crossentropy(keras.optimizers.Adam(0.01, global_clipnorm=0.05)), epochs=2)
 
 
-@case(**ADAM, everywhere=True)
+@case(**ADAM, level=1)
 def accumulation(strategy):
     return fit_all(strategy, crossentropy(keras.optimizers.Adam(0.01, gradient_accumulation_steps=3)))
 
 
-@case(**ADAM, everywhere=True)
+@case(**ADAM, level=1)
 def moving_average(strategy):
     optimizer = keras.optimizers.Adam(0.01, use_ema=True, ema_momentum=0.8, ema_overwrite_frequency=3)
     return fit_all(strategy, crossentropy(optimizer))
 
 
-@case(**ADAM, everywhere=True)
+@case(**ADAM, level=1)
 def overflow_on_last_replica(strategy):
     """Rows 14 and 44 end a batch of 15, so they are the last replica's."""
     model = build(strategy)
@@ -163,7 +163,7 @@ def overflow_on_last_replica(strategy):
     return {"same": {"weights": model.get_weights(), "losses": losses, "scale": scale}}
 
 
-@case(**ADAM, everywhere=True)
+@case(**ADAM, level=2)
 def one_sample(strategy):
     return fit_all(strategy, crossentropy("adam"), data=Data(1), batch_size=1, epochs=2)
 
@@ -171,7 +171,7 @@ def one_sample(strategy):
 # The input.
 
 
-@case()
+@case(level=2)
 def shuffled_arrays(strategy):
     return {"same": fit_with_ids(strategy, *samples_with_ids(), batch_size=15, shuffle=True)}
 
@@ -240,7 +240,7 @@ def file_sharding(strategy):
     return {"alike": {"error": error}}
 
 
-@case(**SGD)
+@case(**SGD, level=2)
 def dataset_of_each_worker(strategy):
     """Each worker reads its own samples; together batch k is batch k of one device."""
     model = build(strategy, regression_model)
@@ -272,11 +272,11 @@ def metric_made_outside_the_scope(strategy):
 def callbacks(strategy):
     x, y = Data(20, seed=5).arrays()
     chosen = [
-        keras.callbacks.EarlyStopping("val_loss", patience=4, restore_best_weights=True),
+        keras.callbacks.EarlyStopping("val_loss", patience=3, restore_best_weights=True),
         keras.callbacks.ReduceLROnPlateau("val_loss", patience=1, factor=0.3),
     ]
     arguments = crossentropy(keras.optimizers.Adam(0.3))
-    return fit_all(strategy, arguments, epochs=15, callbacks=chosen, validation_data=(x, y))
+    return fit_all(strategy, arguments, epochs=10, callbacks=chosen, validation_data=(x, y))
 
 
 # How steps are run.
@@ -287,12 +287,12 @@ def three_steps_per_execution(strategy):
     return fit_all(strategy, crossentropy("adam", steps_per_execution=3))
 
 
-@case(**ADAM)
+@case(**ADAM, level=2)
 def eager(strategy):
     return fit_all(strategy, crossentropy(keras.optimizers.Adam(0.01, global_clipnorm=0.1), run_eagerly=True), epochs=1)
 
 
-@case(**ADAM)
+@case(**ADAM, level=2)
 def on_batch(strategy):
     model = build(strategy)
     x, y = Data(23).arrays()
@@ -309,7 +309,7 @@ def on_batch(strategy):
     }
 
 
-@case(**ADAM)
+@case(**ADAM, level=2)
 def custom_loop(strategy):
     model = build(strategy)
     optimizer = wrap(keras.optimizers.Adam(0.01), strategy)
@@ -365,14 +365,14 @@ def synchronized_normalization(strategy):
     return fit_all(strategy, crossentropy(keras.optimizers.SGD(0.1)), make)
 
 
-@case()
+@case(level=2)
 def normalization(strategy):
     make = functools.partial(normalized_model, False)
     outcome = fit_all(strategy, crossentropy(keras.optimizers.Adam(0.01)), make)["same"]
     return {"alike": outcome, "same": {"initial": outcome["initial"]}}
 
 
-@case()
+@case(level=2)
 def dropout(strategy):
     """Ones through dropout, twice from the same seed, then a training with it."""
 
@@ -405,7 +405,7 @@ class DenseEmbedding(keras.layers.Embedding):
         return tf.matmul(tf.one_hot(tf.cast(inputs, tf.int32), self.input_dim), self.embeddings)
 
 
-@case(**ADAM)
+@case(**ADAM, level=2)
 def embedding(strategy):
     layer = DenseEmbedding if strategy is None else keras.layers.Embedding
 
@@ -449,7 +449,7 @@ def bfloat16_variables(strategy):
 # Files.
 
 
-@case(**ADAM)
+@case(**ADAM, level=2)
 def saved(strategy):
     """Every worker saves under a name of its own; this process loads each file with plain Keras."""
     model = build(strategy)
@@ -472,7 +472,7 @@ def saved(strategy):
 # A reduction that is broken on purpose.
 
 
-@case(**ADAM, everywhere=True)
+@case(**ADAM, level=1)
 def broken_reduction(strategy):
     """Each replica takes its own gradient for the sum of all."""
     if strategy is None:
@@ -535,8 +535,8 @@ def run_cases(cases: dict[str, Callable], stage: int) -> dict:
 
 
 @functools.cache
-def run_fleet(workers: int, devices: int, stage: int, everything: bool) -> list[dict]:
-    cases = {name: each.run for name, each in CASES.items() if each.everywhere or everything}
+def run_fleet(workers: int, devices: int, stage: int, level: int) -> list[dict]:
+    cases = {name: each.run for name, each in CASES.items() if each.level <= level}
     return tfzero.run_local(
         run_cases, workers, args=(cases, stage), cpu_devices=devices, timeout_seconds=280, env={"PYTHONHASHSEED": "0"}
     )
@@ -569,14 +569,14 @@ class Fleet:
     workers: int
     devices: int
     stage: int
-    everything: bool = False
+    level: int = 1
 
     def __str__(self):
         return f"{self.workers}x{self.devices}-stage{self.stage}"
 
     def results(self, name: str) -> list[dict]:
         """What each worker returned for a case; fails if one did not get so far."""
-        all_results = run_fleet(self.workers, self.devices, self.stage, self.everything)
+        all_results = run_fleet(self.workers, self.devices, self.stage, self.level)
         reached = [results.get(name, "was not reached: the workers parted before") for results in all_results]
         for result in reached:
             if isinstance(result, str):
@@ -587,17 +587,23 @@ class Fleet:
         return self.results(name)[0]
 
 
-MAIN = Fleet(2, 1, 2, everything=True)
-SECOND = Fleet(2, 2, 1, everything=True)
-FLEETS = [MAIN, SECOND, Fleet(1, 1, 2), Fleet(2, 1, 0), Fleet(2, 1, 1), Fleet(3, 1, 2), Fleet(2, 2, 2)]
-FULL = pytest.mark.parametrize("fleet", [MAIN, SECOND], ids=str)
+MAIN = Fleet(2, 1, 2, level=3)
+SECOND = Fleet(2, 2, 2, level=2)
+FLEETS = [MAIN, SECOND, Fleet(1, 1, 2), Fleet(2, 1, 0), Fleet(2, 1, 1), Fleet(3, 1, 1)]
+SWEPT = [Fleet(4, 1, 2, level=3), Fleet(2, 2, 1, level=3)]
+
+
+def fleets(level: int):
+    """The argument `fleet` of a test: all that run the cases of a level."""
+    swept = [pytest.param(fleet, marks=pytest.mark.sweep) for fleet in SWEPT]
+    return pytest.mark.parametrize("fleet", [fleet for fleet in FLEETS if fleet.level >= level] + swept, ids=str)
 
 
 def fleet_cases():
-    for fleet in [*FLEETS, Fleet(4, 1, 2, everything=True)]:
-        marks = [pytest.mark.sweep] if fleet.workers == 4 else []
+    for fleet in [*FLEETS, *SWEPT]:
+        marks = [pytest.mark.sweep] if fleet in SWEPT else []
         for name, each in CASES.items():
-            if (fleet.everything or each.everywhere) and name != "broken_reduction":
+            if fleet.level >= each.level and name != "broken_reduction":
                 yield pytest.param(fleet, name, id=f"{fleet}-{name}", marks=marks)
 
 
@@ -622,7 +628,7 @@ def test_comparison_notices_a_broken_reduction(fleet):
         assert_close(weights, run_on_one_device("broken_reduction")["weights"], **ADAM)
 
 
-@FULL
+@fleets(3)
 @pytest.mark.parametrize(
     "name",
     ["shuffled_arrays", "shuffled_py_dataset", "shuffled_py_dataset_with_threads", "generator", "seeded_dataset"],
@@ -633,7 +639,7 @@ def test_every_sample_is_seen_once_in_an_epoch(fleet, name):
     assert history["least"] == history["most"] == [1, 1, 1]
 
 
-@FULL
+@fleets(3)
 def test_seeded_dataset_is_seen_once_or_warned_of_under_other_global_seeds(fleet):
     results = fleet.results("seeded_dataset_under_other_global_seeds")
     history = results[0]["alike"]["history"]
@@ -642,19 +648,19 @@ def test_seeded_dataset_is_seen_once_or_warned_of_under_other_global_seeds(fleet
     assert seen_once or warned, history
 
 
-@FULL
+@fleets(3)
 def test_unseeded_shuffle_warns(fleet):
     for result in fleet.results("unseeded_dataset"):
         assert any("shuffles without a seed" in text for text in result["own"]["warnings"])
 
 
-@FULL
+@fleets(3)
 def test_file_sharding_is_refused(fleet):
     error = fleet.result("file_sharding")["alike"]["error"]
     assert "FILE" in error and "distribute_datasets_from_function" in error
 
 
-@FULL
+@fleets(1)
 def test_overflow_halves_the_scale(fleet):
     """Of 12 batches 6 overflow."""
     result = fleet.result("overflow_on_last_replica")["same"]
@@ -662,15 +668,15 @@ def test_overflow_halves_the_scale(fleet):
     assert all(np.isfinite(weights).all() for weights in result["weights"])
 
 
-@FULL
+@fleets(3)
 def test_callbacks_act(fleet):
     """The test is of worth only if training was stopped and its learning rate reduced."""
     history = fleet.result("callbacks")["same"]["history"]
-    assert len(history["loss"]) < 15
+    assert len(history["loss"]) < 10
     assert history["learning_rate"][-1] < 0.3
 
 
-@FULL
+@fleets(2)
 def test_dropout_differs_between_replicas_and_is_reproducible(fleet):
     alike = fleet.result("dropout")["alike"]
     first, second = alike["masks"]
@@ -681,20 +687,20 @@ def test_dropout_differs_between_replicas_and_is_reproducible(fleet):
     assert_close(alike["outcomes"][1], alike["outcomes"][0])
 
 
-@FULL
+@fleets(2)
 def test_normalization_has_moved(fleet):
     alike = fleet.result("normalization")["alike"]
     moved = [not np.allclose(a, b) for a, b in zip(alike["weights"], alike["initial"], strict=True)]
     assert all(moved)
 
 
-@FULL
+@fleets(2)
 def test_sharded_slots_read_as_whole_whichever_way(fleet):
     result = fleet.result("saved")
     assert_close(result["alike"]["converted"], result["same"]["slots"])
 
 
-@FULL
+@fleets(2)
 def test_plain_keras_loads_what_every_worker_saved(fleet, tmp_path):
     x, _ = Data().arrays()
     for worker, result in enumerate(fleet.results("saved")):
