@@ -90,5 +90,7 @@ def assert_same(ours: Outcome, one_device: Outcome, rtol: float = 2e-4, atol: fl
     for name, values in ours.history.items():
         np.testing.assert_allclose(values, one_device.history[name], rtol=rtol, atol=atol, err_msg=name)
     np.testing.assert_allclose(ours.batch_losses, one_device.batch_losses, rtol=rtol, atol=atol)
-    np.testing.assert_allclose(list(ours.evaluation.values()), list(one_device.evaluation.values()), rtol=rtol, atol=atol)
+    np.testing.assert_allclose(
+        list(ours.evaluation.values()), list(one_device.evaluation.values()), rtol=rtol, atol=atol
+    )
     np.testing.assert_allclose(ours.predictions, one_device.predictions, rtol=rtol, atol=atol)

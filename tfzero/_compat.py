@@ -10,6 +10,17 @@ import threading
 import keras
 import tensorflow as tf
 
+# Where batches are built and steps are made.
+from keras.src.backend.tensorflow import trainer as keras_tensorflow_trainer
+
+# Keras's losses divide by what one replica sees; the divisor must be global.
+from keras.src.losses import loss as keras_loss
+from keras.src.optimizers.base_optimizer import BaseOptimizer
+from keras.src.optimizers.multi_optimizer import MultiOptimizer
+
+# `compile` decides about the optimizer, `_compute_loss` about the scale of a user's loss.
+from keras.src.trainers.trainer import Trainer
+
 # The strategy hands its own extended to the base class, and replicas are asked for their place.
 from tensorflow.python.distribute import distribute_lib
 
@@ -30,17 +41,6 @@ from tensorflow.python.distribute.values import (
     SyncOnReadVariable,
 )
 from tensorflow.python.eager import context
-
-# Keras's losses divide by what one replica sees; the divisor must be global.
-from keras.src.losses import loss as keras_loss
-
-# `compile` decides about the optimizer, `_compute_loss` about the scale of a user's loss.
-from keras.src.trainers.trainer import Trainer
-
-# Where batches are built and steps are made.
-from keras.src.backend.tensorflow import trainer as keras_tensorflow_trainer
-from keras.src.optimizers.base_optimizer import BaseOptimizer
-from keras.src.optimizers.multi_optimizer import MultiOptimizer
 
 __all__ = [
     "BaseOptimizer",

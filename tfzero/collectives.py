@@ -9,8 +9,8 @@ work inside `tf.while_loop` and `tf.cond`. Where the shape is only known when th
 padded to the next of a fixed list of sizes, and each size has a key of its own.
 
 [Note: ordering] Several devices of one process deadlock unless each orders its own collectives; an ordering token,
-one resource per device, does that and nothing else: what shares a token runs in the order of the program. NCCL needs one
-order for all. On CPU a few tokens per device let some collectives overlap, which hides their latency.
+one resource per device, does that and nothing else: what shares a token runs in the order of the program. NCCL needs
+one order for all. On CPU a few tokens per device let some collectives overlap, which hides their latency.
 
 [Note: reduce-scatter] `CollectiveReduceScatterV2` exists for NCCL only. Elsewhere it is an all-to-all and a local
 sum: the same bytes on the wire. TensorFlow's CPU all-to-all fails with 12 or more members in one process (its

@@ -91,7 +91,9 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
             if rows is None:
                 return None
             total = self.replica_collective(self.group.all_reduce, rows)
-            known[graph] = tf.cast(tf.math.divide_no_nan(tf.cast(rows, tf.float64), tf.cast(total, tf.float64)), tf.float32)
+            known[graph] = tf.cast(
+                tf.math.divide_no_nan(tf.cast(rows, tf.float64), tf.cast(total, tf.float64)), tf.float32
+            )
         return known[graph]
 
     def average(self, value: tf.Tensor) -> tf.Tensor:

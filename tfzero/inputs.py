@@ -61,10 +61,11 @@ def cut(value, part: int, parts: int):
 
 def cut_batch(batch, seats: Seats) -> list:
     """One structure of tensors for each of this worker's replicas."""
-    return [
-        tf.nest.map_structure(lambda leaf, part=seats.part(replica): cut(leaf, part, seats.parts), batch)
-        for replica in range(seats.replicas_per_worker)
-    ]
+
+    def one(replica):
+        return tf.nest.map_structure(lambda leaf: cut(leaf, seats.part(replica), seats.parts), batch)
+
+    return [one(replica) for replica in range(seats.replicas_per_worker)]
 
 
 def check_shardable(dataset: tf.data.Dataset, workers: int) -> None:

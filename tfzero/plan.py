@@ -17,7 +17,6 @@ import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-
 # A variable of this part of a bucket, or more, travels alone.
 _ALONE = 8
 

@@ -18,8 +18,8 @@ import tensorflow as tf
 
 from tfzero import _compat
 from tfzero.collectives import Group
-from tfzero.packing import pack, pack_row, unpack
 from tfzero.pacing import Pacer
+from tfzero.packing import pack, pack_row, unpack
 from tfzero.plan import Bucket, Placement, Plan
 from tfzero.variables import VariableView
 

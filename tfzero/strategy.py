@@ -18,8 +18,8 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
     """Synchronous data parallelism with sharded optimizer state and gradients (ZeRO, https://arxiv.org/abs/1910.02054).
 
     Use it in place of `tf.distribute.MirroredStrategy` or `MultiWorkerMirroredStrategy`: create the model under
-    `strategy.scope()`, then `compile` and `fit` as on one device, with the global batch size. The result does not depend
-    on the number of replicas.
+    `strategy.scope()`, then `compile` and `fit` as on one device, with the global batch size. The result does not
+    depend on the number of replicas.
 
     | stage | parameters | gradients                            | optimizer slots |
     |-------|------------|--------------------------------------|-----------------|
