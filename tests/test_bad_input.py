@@ -526,7 +526,8 @@ def test_worker_that_dies_before_training():
 
 def test_worker_that_dies_in_training():
     outputs, seconds = run_scenario(death_in_training, survivors=1)
-    assert re.search("worker 1|task:1|Unavailable|timed out|Socket closed|Connection", last_error(outputs[0])), outputs[0]
+    error = last_error(outputs[0])
+    assert re.search("worker 1|task:1|Unavailable|timed out|Socket closed|Connection", error), error
     assert seconds < LIMIT_SECONDS
 
 

@@ -135,7 +135,7 @@ def cells():
             yield pytest.param(name, stage, marks=marks)
 
 
-@pytest.mark.parametrize(("name", "stage"), cells())
+@pytest.mark.parametrize(("name", "stage"), list(cells()))
 def test_an_optimizer_does_as_on_one_device(name, stage):
     strategy = make_strategy(stage)
     with strategy.scope():

@@ -39,10 +39,10 @@ def make_pair(strategy, make_model, make_arguments):
         ours = make_model()
     reference = make_model()
     if reference.built:
-        values = weights_from([v.shape for v in reference.trainable_variables])
-        for model in (ours, reference):
-            for variable, value in zip(model.trainable_variables, values, strict=True):
-                variable.assign(value)
+        values = weights_from([v.shape for v in ours.trainable_variables])
+        for variable, value in zip(ours.trainable_variables, values, strict=True):
+            variable.assign(value)
+        reference.set_weights(ours.get_weights())
     ours.compile(**make_arguments())
     reference.compile(**({"jit_compile": False} | make_arguments()))
     return ours, reference
@@ -335,12 +335,12 @@ def test_metric_objects_made_outside_the_scope():
             **adam()(),
             "metrics": [
                 "accuracy",
-                keras.metrics.AUC(multi_label=True, num_labels=3),
+                keras.metrics.AUC(multi_label=True, num_labels=3, name="auc"),
                 keras.metrics.F1Score(average="macro"),
                 keras.metrics.OneHotMeanIoU(3),
                 keras.metrics.RootMeanSquaredError(),
             ],
-            "weighted_metrics": [keras.metrics.Precision(), keras.metrics.CategoricalCrossentropy()],
+            "weighted_metrics": [keras.metrics.Precision(name="precision"), keras.metrics.CategoricalCrossentropy()],
         },
         sample_weight=np.linspace(0.1, 3, 46),
         validation_split=0.3,

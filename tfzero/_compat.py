@@ -181,7 +181,8 @@ def adopt(optimizer: BaseOptimizer, home, variables=None) -> None:
     """
     optimizer._distribution_strategy = home
     if variables is not None:
-        optimizer._trainable_variables = list(variables)
+        # Not by assignment, with which Keras would count them among the optimizer's own variables.
+        optimizer.__dict__["_trainable_variables"] = list(variables)
 
 
 def home_of(optimizer: BaseOptimizer):

@@ -77,7 +77,7 @@ class Group:
 
     def all_reduce(self, value: tf.Tensor, replica: int) -> tf.Tensor:
         """Sum over replicas of a tensor of any dtype, with the same shape on all of them."""
-        if self.world_size == 1:
+        if self.world_size == 1 or value.shape.num_elements() == 0:
             return tf.identity(value)
         if value.dtype not in _REDUCED_DTYPES:
             wide = tf.int64 if value.dtype.is_integer or value.dtype.is_bool else tf.float64
@@ -131,7 +131,7 @@ class Group:
 
     def broadcast(self, value: tf.Tensor, replica: int) -> tf.Tensor:
         """Rank 0's value on all, for a static shape and any dtype."""
-        if self.world_size == 1:
+        if self.world_size == 1 or value.shape.num_elements() == 0:
             return tf.identity(value)
         if value.dtype in (tf.float16, tf.float32, tf.float64, tf.int32, tf.int64):
             return self._broadcast(value, replica)

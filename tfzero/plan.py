@@ -161,6 +161,8 @@ def make_plan(
 def _place(spec: VariableSpec, stage: int, min_shard_elements: int) -> tuple[Placement, str]:
     if stage == 0:
         return Placement.WHOLE, "stage 0 keeps everything whole"
+    if spec.elements == 0:
+        return Placement.WHOLE, "it has no elements"
     if spec.elements < min_shard_elements:
         return Placement.WHOLE, f"{spec.elements} elements are fewer than min_shard_elements={min_shard_elements}"
     if not spec.elementwise:
