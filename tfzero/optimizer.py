@@ -226,6 +226,7 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
         self._trained = Trained(
             variables=tuple(variables),
             optimizers=tuple(optimizers),
+            counting=tuple(link for link in chain if not isinstance(link, keras.optimizers.LossScaleOptimizer)),
             compiled=tuple(type(optimizer).update_step in _COMPILED_STEPS for optimizer in optimizers),
             plan=plan,
             group=strategy.extended.group,

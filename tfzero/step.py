@@ -31,6 +31,7 @@ class Trained:
     Args:
         variables: the model's Keras variables, in the plan's order.
         optimizers: the inner optimizers; a variable's is `plan.specs[i].optimizer`.
+        counting: all optimizers that count steps: the inner ones and a `MultiOptimizer` around them.
         compiled: for each inner optimizer, whether XLA compiles its update.
         plan: who owns what.
         group: the replicas.
@@ -42,6 +43,7 @@ class Trained:
 
     variables: tuple[keras.Variable, ...]
     optimizers: tuple[keras.optimizers.Optimizer, ...]
+    counting: tuple[keras.optimizers.Optimizer, ...]
     compiled: tuple[bool, ...]
     plan: Plan
     group: Group
@@ -142,6 +144,7 @@ class ReplicaStep:
                 self._accumulate_or_update(optimizer, buckets, rows)
             else:
                 self._update(optimizer, buckets, self._rows_of(buckets, rows))
+        for optimizer in self.trained.counting:
             counter = self._local(_compat.iteration_counter(optimizer))
             counter.assign_add(tf.ones_like(counter))
 
