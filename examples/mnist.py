@@ -43,7 +43,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=("digits", "mnist"), default="digits")
     parser.add_argument("--stage", type=int, default=2)
-    parser.add_argument("--epochs", type=int, help="by default 20 for digits, 5 for mnist")
+    parser.add_argument("--epochs", type=int, help="by default 15 for digits, 5 for mnist")
     options = parser.parse_args()
 
     strategy = tfzero.ZeroStrategy(stage=options.stage)  # before anything else of TensorFlow
@@ -61,7 +61,7 @@ def main() -> int:
             ]
         )
     model.compile(optimizer="adam", loss="categorical_crossentropy", metrics=["accuracy"])
-    epochs = options.epochs or {"digits": 20, "mnist": 5}[options.data]
+    epochs = options.epochs or {"digits": 15, "mnist": 5}[options.data]
     model.fit(x, y, batch_size=64, epochs=epochs, validation_data=held_out, verbose=2 if is_chief else 0)
     accuracy = model.evaluate(*held_out, batch_size=64, verbose=0, return_dict=True)["accuracy"]
 

@@ -226,7 +226,11 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
         self._trained = Trained(
             variables=tuple(variables),
             optimizers=tuple(optimizers),
-            counting=tuple(link for link in chain if not isinstance(link, keras.optimizers.LossScaleOptimizer)),
+            counting=tuple(
+                link
+                for link in chain
+                if isinstance(link, _compat.MultiOptimizer) or any(choose(variable) is link for variable in variables)
+            ),
             compiled=tuple(type(optimizer).update_step in _COMPILED_STEPS for optimizer in optimizers),
             plan=plan,
             group=strategy.extended.group,
