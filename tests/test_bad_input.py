@@ -446,6 +446,7 @@ def run_scenario(scenario, started=(0, 1), survivors=None) -> tuple[list[str], f
         for process in processes:
             process.kill()
             process.wait()
+            process.stdout.close()
     return outputs, seconds
 
 

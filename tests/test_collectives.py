@@ -113,14 +113,14 @@ def test_twelve_members_in_one_process():
 
 def test_nccl_operations():
     """On GPUs: the native reduce-scatter, the NCCL hint, and one ordering token for each device."""
-    group = Group(["/GPU:0", "/GPU:1"], 2, 0, 5.0, "NCCL")
+    group = Group(["/GPU:0", "/GPU:1"], 4, 2, 5.0, "NCCL")  # the second of two workers
 
     @tf.function(autograph=False)
     def step():
         results = []
         for replica in range(2):
             with tf.device(f"/GPU:{replica}"):
-                row = group.reduce_scatter(tf.ones([2, 4]), replica)
+                row = group.reduce_scatter(tf.ones([4, 4]), replica)
                 results += [group.all_gather(row, replica), group.all_reduce(tf.ones([3]), replica)]
         return results
 
@@ -133,7 +133,7 @@ def test_nccl_operations():
         assert {op.get_attr("communication_hint") for op in mine} == {b"nccl"} or {
             op.get_attr("communication_hint") for op in mine
         } == {b"NCCL"}
-        assert {op.get_attr("timeout_seconds") for op in mine} == {5.0}
+        assert [op.get_attr("timeout_seconds") for op in mine] == [5.0, 0.0, 0.0]  # [Note: timeouts]
         tokens = {op.inputs[-1].name for op in mine}
         assert len(tokens) == 1 and "read" not in tokens
         keys = [int(tf.get_static_value(op.inputs[3])) for op in mine]

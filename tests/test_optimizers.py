@@ -261,7 +261,6 @@ def test_a_variable_without_elements_is_no_hindrance(name):
 # The comparison itself.
 
 
-
 @pytest.mark.parametrize(("stage", "method"), [(2, "reduce_scatter"), (0, "all_reduce")])
 def test_the_comparison_notices_a_missing_sum(monkeypatch, stage, method):
     original = getattr(Group, method)

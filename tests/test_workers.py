@@ -26,6 +26,7 @@ import tfzero
 CASE_SEED = 100
 ADAM = {"rtol": 2e-4, "atol": 2e-5}
 SGD = {"rtol": 1e-5, "atol": 1e-5}
+CASES_SECONDS = 220  # for all cases of a fleet; several times what an idle machine needs
 DATA = Data()
 SMALL = 10  # elements of a variable that stays whole: the bias of 3 does, that of 17 does not
 CASES: dict[str, "Case"] = {}
@@ -519,6 +520,7 @@ def run_cases(cases: dict[str, Callable], stage: int) -> dict:
     strategy = tfzero.ZeroStrategy(stage, min_shard_elements=SMALL, timeout_seconds=30)
     worker = strategy.extended.seats.worker
     results: dict = {"seconds": {}}
+    started = time.monotonic()
     for name, run in cases.items():
         began = time.monotonic()
         keras.utils.set_random_seed(CASE_SEED + worker)
@@ -528,21 +530,26 @@ def run_cases(cases: dict[str, Callable], stage: int) -> dict:
             results[name] = f"worker {worker} failed:\n{traceback.format_exc()}"
         results["seconds"][name] = round(time.monotonic() - began, 1)
         try:
-            failures = strategy.channel.all_gather(f"after {name}", isinstance(results[name], str))
+            state = [isinstance(results[name], str), time.monotonic() - started]
+            failures, seconds = zip(*strategy.channel.all_gather(f"after {name}", state), strict=True)
         except Exception:
             results[name] = f"{results[name]}\nThe workers have parted:\n{traceback.format_exc()}"
             break
-        if len(set(failures)) > 1 or "Restart your program" in str(results[name]):
+        if len(set(failures)) > 1 or "Restart your program" in str(results[name]) or max(seconds) > CASES_SECONDS:
             break
     return results
 
 
 @functools.cache
-def run_fleet(workers: int, devices: int, stage: int, level: int) -> list[dict]:
+def run_fleet(workers: int, devices: int, stage: int, level: int) -> list[dict] | str:
+    """What each worker returned, or why there is nothing."""
     cases = {name: each.run for name, each in CASES.items() if each.level <= level}
-    return tfzero.run_local(
-        run_cases, workers, args=(cases, stage), cpu_devices=devices, timeout_seconds=280, env={"PYTHONHASHSEED": "0"}
-    )
+    try:
+        return tfzero.run_local(
+            run_cases, workers, args=(cases, stage), cpu_devices=devices, timeout_seconds=CASES_SECONDS + 60
+        )
+    except (tfzero.WorkerError, TimeoutError) as error:
+        return str(error)
 
 
 @functools.cache
@@ -580,7 +587,12 @@ class Fleet:
     def results(self, name: str) -> list[dict]:
         """What each worker returned for a case; fails if one did not get so far."""
         all_results = run_fleet(self.workers, self.devices, self.stage, self.level)
-        reached = [results.get(name, "was not reached: the workers parted before") for results in all_results]
+        if isinstance(all_results, str):
+            pytest.fail(f"the fleet failed: {all_results}")
+        reached = [
+            results.get(name, f"was not reached: the workers parted before, or {CASES_SECONDS} s had passed")
+            for results in all_results
+        ]
         for result in reached:
             if isinstance(result, str):
                 pytest.fail(f"{name}: {result}")

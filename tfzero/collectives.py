@@ -12,12 +12,17 @@ padded to the next of a fixed list of sizes, and each size has a key of its own.
 one resource per device, does that and nothing else: what shares a token runs in the order of the program. NCCL needs
 one order for all. On CPU a few tokens per device let some collectives overlap, which hides their latency.
 
+[Note: timeouts] TensorFlow starts a thread for each collective with a timeout, and the thread sleeps until the time is
+over. So only the first collective of a graph has one, and only between processes: a worker that falls behind is missed
+there, a worker that dies is missed by TensorFlow's heartbeats, which end all collectives.
+
 [Note: reduce-scatter] `CollectiveReduceScatterV2` exists for NCCL only. Elsewhere it is an all-to-all and a local
 sum: the same bytes on the wire. TensorFlow's CPU all-to-all fails with 12 or more members in one process (its
 rendezvous keys become ambiguous); such groups reduce everything and keep their row.
 """
 
 import itertools
+import weakref
 from collections.abc import Callable, Sequence
 
 import tensorflow as tf
@@ -60,6 +65,7 @@ class Group:
         self._group_key = next(_group_keys)
         self._next_keys = [1] * len(self.devices)
         self._launchers: dict = {}
+        self._timed_graphs = [weakref.WeakSet() for _ in self.devices]
         self._tokens = []
         for device in self.devices:
             with tf.init_scope(), tf.device(device):
@@ -191,9 +197,17 @@ class Group:
                 instance_key=self._take_key(replica) if key is None else key,
                 ordering_token=[token.handle],
                 communication_hint=self.hint,
-                timeout_seconds=self.timeout_seconds,
+                timeout_seconds=self._timeout_of_next(replica),
                 **attributes,
             )
+
+    def _timeout_of_next(self, replica: int) -> float:
+        """[Note: timeouts]"""
+        graph = tf.compat.v1.get_default_graph()
+        if len(self.devices) == self.world_size or graph in self._timed_graphs[replica]:
+            return 0.0
+        self._timed_graphs[replica].add(graph)
+        return self.timeout_seconds
 
     def _reduce(self, value: tf.Tensor, key, replica: int) -> tf.Tensor:
         return self._emit(tf.raw_ops.CollectiveReduceV2, value, replica, key=key, merge_op="Add", final_op="Id")
@@ -209,7 +223,7 @@ class Group:
             "group_key": self._group_key,
             "instance_key": self._take_key(replica),
             "communication_hint": self.hint,
-            "timeout_seconds": self.timeout_seconds,
+            "timeout_seconds": self._timeout_of_next(replica),
         }
         with tf.device(self.devices[replica]):
             if self.rank(replica) == 0:
