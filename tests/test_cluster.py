@@ -320,7 +320,7 @@ def dial(port, sent, opened):
 
 def test_different_clusters():
     first, *others = make_clusters(3)
-    odd = Cluster(first.addresses[:2] + ("elsewhere:7",), first.names, 1)
+    odd = Cluster((*first.addresses[:2], "elsewhere:7"), first.names, 1)
 
     def come_late():
         time.sleep(0.5)

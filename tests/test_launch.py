@@ -60,9 +60,7 @@ def is_alive(pid):
     with contextlib.suppress(ProcessLookupError, FileNotFoundError):
         os.kill(pid, 0)
         stat = Path(f"/proc/{pid}/stat")
-        return (
-            not stat.parent.parent.joinpath("self").exists() or stat.read_text().rpartition(")")[2][1] != "Z"
-        )
+        return not stat.parent.parent.joinpath("self").exists() or stat.read_text().rpartition(")")[2][1] != "Z"
     return False
 
 
@@ -349,9 +347,7 @@ def test_run_local_runs_tensorflow():
         import tensorflow as tf
 
         strategy = tf.distribute.MultiWorkerMirroredStrategy()
-        context = strategy.run(
-            tf.function(lambda: tf.distribute.get_replica_context().all_reduce("SUM", 1.5))
-        )
+        context = strategy.run(tf.function(lambda: tf.distribute.get_replica_context().all_reduce("SUM", 1.5)))
         return strategy.num_replicas_in_sync, float(context)
 
     assert run_local(work, 2, timeout_seconds=60) == [(2, 3.0), (2, 3.0)]

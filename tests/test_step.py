@@ -357,7 +357,7 @@ def test_metric_objects_made_outside_the_scope():
                 "accuracy",
                 keras.metrics.AUC(multi_label=True, num_labels=3, name="auc"),
                 keras.metrics.F1Score(average="macro"),
-                keras.metrics.OneHotMeanIoU(3),
+                keras.metrics.OneHotMeanIoU(3, name="iou"),
                 keras.metrics.RootMeanSquaredError(),
             ],
             "weighted_metrics": [keras.metrics.Precision(name="precision"), keras.metrics.CategoricalCrossentropy()],

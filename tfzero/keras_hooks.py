@@ -16,6 +16,12 @@ from tfzero.strategy import ZeroStrategy, mark_global
 _FOLD = 0x9E3779B9  # the golden ratio in 32 bits: far apart and odd
 
 
+_NO_JIT = (
+    "jit_compile=True cannot work under a ZeroStrategy: XLA would make one cluster of all replicas, and has no "
+    "collectives on CPU. Leave jit_compile at 'auto'; the optimizer's update is compiled by XLA anyway."
+)
+
+
 def _strategy_of(model) -> ZeroStrategy | None:
     strategy = getattr(model, "_distribute_strategy", None)
     return strategy if isinstance(strategy, ZeroStrategy) else None
@@ -63,10 +69,7 @@ def _compile(original, self, *args, **kwargs):
     if strategy is None:
         return original(self, *args, **kwargs)
     if kwargs.get("jit_compile") is True:
-        raise ValueError(
-            "jit_compile=True cannot work under a ZeroStrategy: XLA would make one cluster of all replicas, and has no "
-            "collectives on CPU. Leave jit_compile at 'auto'; the optimizer's update is compiled by XLA anyway."
-        )
+        raise ValueError(_NO_JIT)
     with strategy.scope():
         result = original(self, *args, **kwargs)
         self.optimizer = wrap_optimizer(self.optimizer, strategy)
@@ -87,6 +90,8 @@ def _make_function(original, self, step_function):
     strategy = _strategy_of(self)
     if strategy is None:
         return original(self, step_function)
+    if self.jit_compile:
+        raise ValueError(_NO_JIT)
     for name, value in list(vars(self).items()):
         if isinstance(value, keras.optimizers.Optimizer) and not isinstance(value, ZeroOptimizer):
             setattr(self, name, wrap_optimizer(value, strategy))  # a GAN's other optimizers
@@ -209,7 +214,9 @@ def _epoch_iterator(original, self, distribute_strategy=None, *args, **kwargs):
     if not isinstance(distribute_strategy, ZeroStrategy):
         return original(self, distribute_strategy, *args, **kwargs)
     with distribute_strategy.agreed_randomness():
-        return original(self, distribute_strategy, *args, **kwargs)
+        original(self, distribute_strategy, *args, **kwargs)
+    if self.num_batches == 0:
+        raise ValueError("The data set is empty: it has no batch. Pass at least one sample.")
 
 
 @_patch(keras.random.SeedGenerator, "next")

@@ -67,7 +67,7 @@ def choose_devices(devices: Sequence[str] | None) -> list[str]:
     cpus, gpus = _machine_devices("CPU"), _machine_devices("GPU")
     if devices is None:
         return gpus or cpus
-    if isinstance(devices, str) or not devices:
+    if not isinstance(devices, list | tuple) or not devices:
         raise ValueError(f"`devices` must be a list of device names, such as ['CPU:0']. Received: {devices!r}")
     try:
         specs = [tf.DeviceSpec.from_string(d if d.startswith("/") else f"/device:{d}") for d in devices]
