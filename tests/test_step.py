@@ -756,18 +756,30 @@ def test_a_pydataset():
 
 @pytest.mark.parametrize("drop_remainder", [False, sweep(True)])
 def test_a_tf_dataset(drop_remainder):
-    """Each training has a pipeline of its own: a shuffled one goes on to another order whenever it is read."""
+    dataset = tf.data.Dataset.from_tensor_slices(DATA.arrays())
+    dataset = dataset.shuffle(46, seed=1, reshuffle_each_iteration=False).batch(13, drop_remainder)
+    compare(make_strategy(2, 2), oracle.dense_model, adam(), dataset, validation_data=dataset.take(2))
+
+
+def test_a_tf_dataset_that_shuffles_anew_in_each_epoch():
+    """Each training has a pipeline of its own, as a shuffled one goes on to another order whenever it is read."""
 
     def make_dataset():
-        return tf.data.Dataset.from_tensor_slices(DATA.arrays()).shuffle(46, seed=1).batch(13, drop_remainder)
+        return tf.data.Dataset.from_tensor_slices(DATA.arrays()).shuffle(46, seed=1).batch(13)
 
-    compare(
-        make_strategy(2, 2),
-        oracle.dense_model,
-        adam(),
-        make_dataset,
-        validation_data=lambda: make_dataset().take(2),
-    )
+    compare(make_strategy(2, 2), oracle.dense_model, adam(), make_dataset)
+
+
+def test_a_model_without_trainable_variables():
+    """Nothing is trained, and the metrics are those of one device."""
+
+    def make_model():
+        return keras.Sequential([keras.Input((8,)), layers.Dense(3, activation="softmax", trainable=False)])
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The model does not have any trainable weights")
+        ours, reference = make_pair(make_strategy(2, 2), make_model, adam())
+        oracle.assert_same(*[fit(model, *DATA.arrays(), epochs=1) for model in (ours, reference)])
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What TensorFlow and Keras call when they meet replicas: collectives, variables and input."""
 
 import contextlib
+import weakref
 from collections.abc import Sequence
 
 import tensorflow as tf
@@ -42,6 +43,7 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
         super().__init__(strategy, resolver, options, devices=None if cluster else list(devices))
         # Every replica gets an element of every batch (`inputs.py`), so nobody need ask who has one.
         self.experimental_enable_get_next_as_optional = False
+        self._cut_datasets: weakref.WeakSet = weakref.WeakSet()
         self.seats = Seats(self._id_in_cluster, self._num_workers, len(self.worker_devices))
         self.group = Group(
             self.worker_devices,
@@ -253,14 +255,13 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
     def _experimental_distribute_dataset(self, dataset, options):
         if not isinstance(dataset, tf.data.Dataset):
             raise ValueError(f"ZeroStrategy distributes a tf.data.Dataset, but received {dataset!r}.")
+        del options
+        if dataset in self._cut_datasets:
+            return dataset
         check_shardable(dataset, self._num_workers)
-        return _compat.get_distributed_datasets_from_function(
-            lambda _: cut_dataset(dataset, self.seats),
-            self._input_workers_with_options(options),
-            [self._make_input_context()],
-            self._container_strategy(),
-            options,
-        )
+        cut = cut_dataset(dataset, self.seats)
+        self._cut_datasets.add(cut)
+        return cut
 
 
 def _divide(total: tf.Tensor, count: int) -> tf.Tensor:

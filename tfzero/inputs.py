@@ -93,22 +93,15 @@ def check_shardable(dataset: tf.data.Dataset, workers: int) -> None:
 
 
 def cut_dataset(dataset: tf.data.Dataset, seats: Seats) -> tf.data.Dataset:
-    """A dataset whose elements are, batch after batch, the parts of this worker's replicas."""
+    """A dataset whose elements are per-replica values: of every batch the parts of this worker's replicas.
+
+    It is a plain dataset, as TensorFlow's multi-device iterator crashes now and then when it is dropped in the middle of
+    its data, which Keras does with the first batch of every `fit` and `evaluate`.
+    """
     is_single = not isinstance(dataset.element_spec, tuple)
 
     def cut_all(*elements):
-        batch = elements[0] if is_single else elements
-        parts = [tf.data.Dataset.from_tensors(part) for part in cut_batch(batch, seats)]
-        result = parts[0]
-        for part in parts[1:]:
-            result = result.concatenate(part)
-        return result
+        parts = cut_batch(elements[0] if is_single else elements, seats)
+        return tf.nest.map_structure(lambda *leaves: _compat.per_replica(leaves), *parts)
 
-    def cut_one(*elements):
-        return cut_batch(elements[0] if is_single else elements, seats)[0]
-
-    if seats.replicas_per_worker == 1:
-        pieces = dataset if seats.parts == 1 else dataset.map(cut_one, num_parallel_calls=tf.data.AUTOTUNE)
-    else:
-        pieces = dataset.flat_map(cut_all)
-    return pieces.prefetch(tf.data.AUTOTUNE)
+    return dataset.map(cut_all, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).prefetch(tf.data.AUTOTUNE)
