@@ -8,6 +8,7 @@ possibly of no rows, so they always run the same number of steps.
 import warnings
 from dataclasses import dataclass
 
+import numpy as np
 import tensorflow as tf
 
 from tfzero import _compat
@@ -47,6 +48,8 @@ def rows_of(value):
 
 def cut(value, part: int, parts: int):
     """Part `part` of `parts` of a batched tensor, dealt as evenly as possible (`plan.split_rows`, in a graph)."""
+    if isinstance(value, np.ndarray):
+        value = tf.convert_to_tensor(value)
     rows = rows_of(value)
     if rows is None:
         return value
@@ -74,7 +77,8 @@ def check_shardable(dataset: tf.data.Dataset, workers: int) -> None:
     allowed = (tf.data.experimental.AutoShardPolicy.AUTO, tf.data.experimental.AutoShardPolicy.DATA)
     if policy not in allowed:
         raise ValueError(
-            f"ZeroStrategy cuts every global batch by rows (AutoShardPolicy.DATA), but the dataset asks for {policy}. "
+            f"ZeroStrategy cuts every global batch by rows (AutoShardPolicy.DATA), but the dataset asks for "
+            f"{tf.data.experimental.AutoShardPolicy(policy).name}. "
             "Leave the policy at AUTO or DATA and let every worker read the whole data, or read different files on "
             "each worker with `strategy.distribute_datasets_from_function`."
         )
@@ -95,8 +99,8 @@ def check_shardable(dataset: tf.data.Dataset, workers: int) -> None:
 def cut_dataset(dataset: tf.data.Dataset, seats: Seats) -> tf.data.Dataset:
     """A dataset whose elements are per-replica values: of every batch the parts of this worker's replicas.
 
-    It is a plain dataset, as TensorFlow's multi-device iterator crashes now and then when it is dropped in the middle of
-    its data, which Keras does with the first batch of every `fit` and `evaluate`.
+    It is a plain dataset, as TensorFlow's multi-device iterator crashes now and then when it is dropped in the middle
+    of its data, which Keras does with the first batch of every `fit` and `evaluate`.
     """
     is_single = not isinstance(dataset.element_spec, tuple)
 

@@ -213,7 +213,8 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
             settings.bucket_bytes,
             settings.min_shard_elements,
         )
-        strategy.channel.agree("building an optimizer", [_identity(link) for link in chain], "optimizers")
+        with tf.init_scope():
+            strategy.channel.agree("building an optimizer", [_identity(link) for link in chain], "optimizers")
         home = Home(self, strategy)
         for link in chain:
             _compat.adopt(link, home)

@@ -66,7 +66,11 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
             stage, bucket_bytes, min_shard_elements, float(timeout_seconds), len(local), local[0].split(":")[0]
         )
         self.channel = _meet(cluster, timeout_seconds)
-        self.channel.agree("making a ZeroStrategy", asdict(self.settings), "settings")
+        try:
+            self.channel.agree("making a ZeroStrategy", asdict(self.settings), "settings")
+        except Exception:
+            _joined.pop(cluster, None)
+            raise
         # The stock constructor would make its own extended.
         _compat.distribute_lib.Strategy.__init__(self, ZeroExtended(self, cluster, local))
         self.extended.meet()
