@@ -19,7 +19,7 @@ import tfzero
 from tfzero.launch import free_ports
 
 LIMIT_SECONDS = 60  # of each fleet, start of TensorFlow included
-pytestmark = pytest.mark.timeout(2 * LIMIT_SECONDS)
+pytestmark = [pytest.mark.sweep, pytest.mark.timeout(2 * LIMIT_SECONDS)]
 
 
 @pytest.fixture(scope="module")
