@@ -18,9 +18,6 @@ from keras import optimizers as ko
 import tfzero
 from tfzero.optimizer import ZeroOptimizer
 
-# Not all of these pass yet, so they are run by hand: `pytest -m sweep tests/test_step.py`.
-pytestmark = pytest.mark.sweep
-
 EXACT = {"rtol": 1e-5, "atol": 1e-5}  # SGD
 CLOSE = {"rtol": 2e-4, "atol": 2e-5}  # Adam after three epochs
 DATA = oracle.Data()

@@ -30,14 +30,12 @@ from tensorflow.python.distribute.collective_all_reduce_strategy import Collecti
 # `create_mirrored_variable` builds a distributed variable from components; `regroup` makes per-replica values.
 from tensorflow.python.distribute.distribute_utils import create_mirrored_variable, regroup
 
-# Datasets that are already cut for each replica, with the iterator type that Keras's trainer asks for.
-from tensorflow.python.distribute.input_util import get_distributed_datasets_from_function
-
 # The distributed variables that ours derive from.
 from tensorflow.python.distribute.values import (
     DistributedVariable,
     Mirrored,
     MirroredVariable,
+    PerReplicaSpec,
     SyncOnReadVariable,
 )
 from tensorflow.python.eager import context
@@ -52,7 +50,6 @@ __all__ = [
     "Trainer",
     "create_mirrored_variable",
     "distribute_lib",
-    "get_distributed_datasets_from_function",
     "keras_loss",
     "keras_tensorflow_trainer",
 ]
@@ -111,13 +108,32 @@ def set_random_state(state: dict) -> None:
         tf.random.set_seed(state["seed"])
 
 
-def dataset_has_unseeded_shuffle(dataset: tf.data.Dataset) -> bool:
-    """Whether `shuffle` without a seed stands anywhere in a pipeline: its order differs between processes."""
-    seeds = [getattr(dataset, name, None) for name in ("_seed", "_seed2")]
-    constants = [tf.get_static_value(seed) for seed in seeds if seed is not None]
-    if type(dataset).__name__ == "_ShuffleDataset" and constants == [0, 0]:
-        return True
-    return any(dataset_has_unseeded_shuffle(source) for source in dataset._inputs())
+def shuffle_seeds(dataset: tf.data.Dataset) -> list[list[int]]:
+    """The pair of seeds of every `shuffle` in a pipeline; `[0, 0]` is one without a seed."""
+    seeds = [seed for source in dataset._inputs() for seed in shuffle_seeds(source)]
+    if type(dataset).__name__ == "_ShuffleDataset":
+        seeds.append([int(tf.get_static_value(seed)) for seed in (dataset._seed, dataset._seed2)])
+    return seeds
+
+
+def replica_element_spec(dataset):
+    """What one replica gets of a distributed dataset's elements, as a structure of specs; None for what is no tensor."""
+
+    def of_replica(spec):
+        spec = spec._value_specs[0] if isinstance(spec, PerReplicaSpec) else spec
+        return spec if hasattr(spec, "shape") and hasattr(spec, "dtype") else None
+
+    return tf.nest.map_structure(of_replica, dataset.element_spec)
+
+
+def dataset_of(epoch_iterator: keras_tensorflow_trainer.TFEpochIterator):
+    """The distributed dataset behind Keras's loop over epochs."""
+    return epoch_iterator._distributed_dataset
+
+
+def is_at_first_batch(epoch_iterator: keras_tensorflow_trainer.TFEpochIterator) -> bool:
+    """Whether Keras's loop over data of unknown length has not yet got beyond the very first batch."""
+    return epoch_iterator._num_batches is None and epoch_iterator._steps_seen == 1
 
 
 def run_after(operation: tf.Operation, awaited: tf.Operation) -> None:

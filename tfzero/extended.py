@@ -9,7 +9,7 @@ import tensorflow as tf
 from tfzero import _compat
 from tfzero.cluster import Channel, Cluster
 from tfzero.collectives import Group
-from tfzero.inputs import Seats, check_shardable, cut_dataset, rows_of
+from tfzero.inputs import Seats, check_shardable, cut_dataset, describe_dataset, rows_of
 from tfzero.settings import Settings
 from tfzero.variables import (
     AveragedVariable,
@@ -259,6 +259,7 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
         if dataset in self._cut_datasets:
             return dataset
         check_shardable(dataset, self._num_workers)
+        self._channel.agree("distributing a dataset", describe_dataset(dataset), "data sets")
         cut = cut_dataset(dataset, self.seats)
         self._cut_datasets.add(cut)
         return cut

@@ -88,12 +88,21 @@ def check_shardable(dataset: tf.data.Dataset, workers: int) -> None:
                 f"A dataset for a ZeroStrategy must be batched, with the global batch size, but its elements hold a "
                 f"scalar: {dataset.element_spec}. Call `dataset.batch(global_batch_size)` first."
             )
-    if workers > 1 and _compat.dataset_has_unseeded_shuffle(dataset):
+    if workers > 1 and [0, 0] in _compat.shuffle_seeds(dataset):
         warnings.warn(
             "The dataset shuffles without a seed, so every worker sees another order and the global batches are not "
             "those of one device. Use `dataset.shuffle(size, seed=...)`, the same seed on every worker.",
             stacklevel=2,
         )
+
+
+def describe_dataset(dataset: tf.data.Dataset) -> dict:
+    """What can be known before training of whether workers read the same batches in the same order."""
+    return {
+        "the number of batches": int(dataset.cardinality()),
+        "an element": str(dataset.element_spec),
+        "the shuffle seeds": _compat.shuffle_seeds(dataset),
+    }
 
 
 def cut_dataset(dataset: tf.data.Dataset, seats: Seats) -> tf.data.Dataset:

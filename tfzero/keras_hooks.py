@@ -4,6 +4,7 @@ Keras offers a strategy no hook for these, so they are patched: once, when tfzer
 whether a `ZeroStrategy` is concerned. Models of other strategies run Keras's own code.
 """
 
+import contextlib
 import functools
 
 import keras
@@ -14,8 +15,7 @@ from tfzero.optimizer import Home, ZeroOptimizer
 from tfzero.strategy import ZeroStrategy, mark_global
 
 _FOLD = 0x9E3779B9  # the golden ratio in 32 bits: far apart and odd
-
-
+_EMPTY = "The data set is empty: it has no batch. Pass at least one sample."
 _NO_JIT = (
     "jit_compile=True cannot work under a ZeroStrategy: XLA would make one cluster of all replicas, and has no "
     "collectives on CPU. Leave jit_compile at 'auto'; the optimizer's update is compiled by XLA anyway."
@@ -193,19 +193,6 @@ def _unscale_loss(original, value):
     return original(value) if extended is None else losses.unscale(value, extended)
 
 
-def _sum_regularizer(original, self, x):
-    """An activity regularizer adds up the samples, and the sum over replicas is not to be scaled down afterwards."""
-    extended = losses.current_extended()
-    value = original(self, x)
-    if extended is None or isinstance(x, keras.Variable | tf.Variable):
-        return value
-    return tf.math.divide_no_nan(value, tf.cast(losses.share_of_batch(extended), value.dtype))
-
-
-for _regularizer in losses.sum_regularizers():
-    _patch(_regularizer, "__call__")(_sum_regularizer)
-
-
 # Input and randomness.
 
 
@@ -216,7 +203,36 @@ def _epoch_iterator(original, self, distribute_strategy=None, *args, **kwargs):
     with distribute_strategy.agreed_randomness():
         original(self, distribute_strategy, *args, **kwargs)
     if self.num_batches == 0:
-        raise ValueError("The data set is empty: it has no batch. Pass at least one sample.")
+        raise ValueError(_EMPTY)
+
+
+@_patch(_compat.keras_tensorflow_trainer.TFEpochIterator, "catch_stop_iteration")
+@contextlib.contextmanager
+def _catch_stop_iteration(original, self):
+    with original(self):
+        try:
+            yield
+        except tf.errors.OutOfRangeError:
+            if _is_ours(self) and self.steps_per_execution == 1 and _compat.is_at_first_batch(self):
+                raise ValueError(_EMPTY) from None
+            raise
+
+
+def _is_ours(epoch_iterator) -> bool:
+    return isinstance(epoch_iterator._distribute_strategy, ZeroStrategy)
+
+
+@_patch(_compat.keras_tensorflow_trainer.TensorFlowTrainer, "_maybe_symbolic_build")
+def _maybe_symbolic_build(original, self, iterator=None, data_batch=None):
+    """Builds a model from what its data say of their elements.
+
+    Keras draws a batch for that, which a shuffled dataset or a shared generator then has drawn.
+    """
+    if iterator is not None and _strategy_of(self) is not None:
+        specs = _compat.replica_element_spec(_compat.dataset_of(iterator))
+        if all(spec.shape.rank is not None for spec in tf.nest.flatten(specs) if spec is not None):
+            iterator, data_batch = None, specs
+    return original(self, iterator=iterator, data_batch=data_batch)
 
 
 @_patch(keras.random.SeedGenerator, "next")

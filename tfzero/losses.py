@@ -12,7 +12,6 @@ is as right as one that adds up Keras losses.
 import contextlib
 import threading
 
-import keras
 import tensorflow as tf
 from keras import ops
 
@@ -111,8 +110,3 @@ def _global_divisor(counts, dtype, extended):
     if len(counts) == 1:
         return tf.cast(total[0], dtype)
     return tf.cast(tf.math.divide_no_nan(total[0] * total[1], total[2]), dtype)
-
-
-def sum_regularizers() -> tuple[type, ...]:
-    """Keras's regularizers that add up what they are given, so that the parts of a batch add up too."""
-    return keras.regularizers.L1, keras.regularizers.L2, keras.regularizers.L1L2

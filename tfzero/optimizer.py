@@ -214,7 +214,7 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
             settings.min_shard_elements,
         )
         with tf.init_scope():
-            strategy.channel.agree("building an optimizer", [_identity(link) for link in chain], "optimizers")
+            strategy.channel.agree("building an optimizer", _settings_of(chain), "optimizers")
         home = Home(self, strategy)
         for link in chain:
             _compat.adopt(link, home)
@@ -343,8 +343,9 @@ def _check_wrappable(optimizer) -> None:
 
 
 def _strategy_of(variables):
-    """The one ZeroStrategy of all variables."""
-    strategies = {id(s): s for s in (getattr(v.value, "distribute_strategy", None) for v in variables)}
+    """The one ZeroStrategy of all variables; without variables the current one."""
+    found = [getattr(v.value, "distribute_strategy", None) for v in variables] or [tf.distribute.get_strategy()]
+    strategies = {id(strategy): strategy for strategy in found}
     strategy = next(iter(strategies.values()), None)
     if len(strategies) != 1 or not hasattr(strategy, "settings"):
         names = sorted({type(s).__name__ for s in strategies.values()})
@@ -379,9 +380,13 @@ def _spec(variable, optimizers: list, optimizer) -> VariableSpec:
     )
 
 
-def _identity(optimizer) -> list:
-    """What workers must agree on: the class and the settings, but not names counted up per process."""
-    if isinstance(optimizer, _CONTAINERS):
-        return [type(optimizer).__name__]
-    settings = {key: repr(value) for key, value in optimizer.get_config().items() if key != "name"}
-    return [type(optimizer).__name__, settings]
+def _settings_of(chain: list) -> dict:
+    """What workers must agree on: the classes and their settings, but not names counted up per process."""
+    settings = {}
+    for place, optimizer in enumerate(chain):
+        where = f"{place}." if len(chain) > 1 else ""
+        settings[f"{where}class"] = type(optimizer).__name__
+        if not isinstance(optimizer, _CONTAINERS):
+            config = optimizer.get_config()
+            settings |= {f"{where}{key}": repr(value) for key, value in config.items() if key != "name"}
+    return settings

@@ -76,6 +76,13 @@ class ShardedVariable(ReplicatedVariable):
     def shape(self) -> tf.TensorShape:
         return self._whole_shape
 
+    def __array__(self, dtype=None):
+        return self.numpy().astype(dtype or self.dtype.as_numpy_dtype)
+
+    def _get(self):
+        # Outside any scope TensorFlow takes the first component for the whole.
+        return super()._get() if tf.distribute.has_strategy() else self._get_cross_replica()
+
     def _get_cross_replica(self):
         extended = self.distribute_strategy.extended
         return extended.whole_value(self._values, self._whole_shape, self._owner)
