@@ -94,6 +94,11 @@ def collectives_are_configured() -> bool:
     return context.context()._collective_ops_server_def is not None
 
 
+def abort_collectives(reason: str) -> None:
+    """Ends all collectives of this process, running and to come, with an error of this text."""
+    context.context().abort_collective_ops(tf.errors.UNAVAILABLE, reason)
+
+
 def random_state() -> dict:
     """The state from which TensorFlow's global seed and Python's `random` go on. JSON."""
     version, internal, gauss = random.getstate()
@@ -117,7 +122,7 @@ def shuffle_seeds(dataset: tf.data.Dataset) -> list[list[int]]:
 
 
 def replica_element_spec(dataset):
-    """What one replica gets of a distributed dataset's elements, as a structure of specs; None for what is no tensor."""
+    """Specs of what one replica gets of a distributed dataset's elements; None for what is no tensor."""
 
     def of_replica(spec):
         spec = spec._value_specs[0] if isinstance(spec, PerReplicaSpec) else spec

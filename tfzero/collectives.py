@@ -12,17 +12,16 @@ padded to the next of a fixed list of sizes, and each size has a key of its own.
 one resource per device, does that and nothing else: what shares a token runs in the order of the program. NCCL needs
 one order for all. On CPU a few tokens per device let some collectives overlap, which hides their latency.
 
-[Note: timeouts] TensorFlow starts a thread for each collective with a timeout, and the thread sleeps until the time is
-over. So only the first collective of a graph has one, and only between processes: a worker that falls behind is missed
-there, a worker that dies is missed by TensorFlow's heartbeats, which end all collectives.
+[Note: counts] Between processes a replica adds one to its lane's count when a collective begins and when it ends, so
+that a collective that waits in vain is noticed (`pulse.py`).
 
 [Note: reduce-scatter] `CollectiveReduceScatterV2` exists for NCCL only. Elsewhere it is an all-to-all and a local
 sum: the same bytes on the wire. TensorFlow's CPU all-to-all fails with 12 or more members in one process (its
 rendezvous keys become ambiguous); such groups reduce everything and keep their row.
 """
 
+import contextlib
 import itertools
-import weakref
 from collections.abc import Callable, Sequence
 
 import tensorflow as tf
@@ -50,26 +49,22 @@ class Group:
         devices: this process's devices, one per local replica.
         world_size: number of replicas in all processes.
         first_rank: rank of this process's first replica.
-        timeout_seconds: how long a replica waits for the others in one collective.
         hint: "RING" or "NCCL".
     """
 
-    def __init__(
-        self, devices: Sequence[str], world_size: int, first_rank: int, timeout_seconds: float, hint: str
-    ) -> None:
+    def __init__(self, devices: Sequence[str], world_size: int, first_rank: int, hint: str) -> None:
         self.devices = tuple(devices)
         self.world_size = world_size
         self.first_rank = first_rank
-        self.timeout_seconds = timeout_seconds
         self.hint = hint
         self._group_key = next(_group_keys)
         self._next_keys = [1] * len(self.devices)
         self._launchers: dict = {}
-        self._timed_graphs = [weakref.WeakSet() for _ in self.devices]
-        self._tokens = []
-        for device in self.devices:
-            with tf.init_scope(), tf.device(device):
-                self._tokens.append([tf.Variable(0.0, trainable=False) for _ in range(1 if hint == "NCCL" else _LANES)])
+        lanes = 1 if hint == "NCCL" else _LANES
+        self._tokens = [_make_variables(device, lanes) for device in self.devices]
+        self._counters = []
+        if len(self.devices) < world_size:
+            self._counters = [_make_variables(_host_of(device), lanes) for device in self.devices]
 
     def rank(self, replica: int) -> int:
         """Rank of a local replica."""
@@ -78,6 +73,10 @@ class Group:
     def align_keys(self) -> None:
         """Brings the local replicas' key counters together, should a failed trace have left them apart."""
         self._next_keys = [max(self._next_keys)] * len(self.devices)
+
+    def counts(self) -> list[int]:
+        """How many collectives each lane of each local replica has begun and ended, together. [Note: counts]"""
+        return [int(counter.numpy()) for counters in self._counters for counter in counters]
 
     # Each is the sum, or the rows, of all replicas' values.
 
@@ -187,27 +186,33 @@ class Group:
         return padded, self._take_key(replica, _SIZES) + size_index
 
     def _emit(self, operation: Callable, value: tf.Tensor, replica: int, key=None, **attributes) -> tf.Tensor:
-        tokens = self._tokens[replica]
-        token = tokens[self._next_keys[replica] % len(tokens)]
-        with tf.device(self.devices[replica]):
-            return operation(
+        lane = self._next_keys[replica] % len(self._tokens[replica])
+        with tf.device(self.devices[replica]), self._counted(replica, lane, value) as ended:
+            result = operation(
                 input=value,
                 group_size=self.world_size,
                 group_key=self._group_key,
                 instance_key=self._take_key(replica) if key is None else key,
-                ordering_token=[token.handle],
+                ordering_token=[self._tokens[replica][lane].handle],
                 communication_hint=self.hint,
-                timeout_seconds=self._timeout_of_next(replica),
                 **attributes,
             )
+            ended(result)
+        return result
 
-    def _timeout_of_next(self, replica: int) -> float:
-        """[Note: timeouts]"""
-        graph = tf.compat.v1.get_default_graph()
-        if len(self.devices) == self.world_size or graph in self._timed_graphs[replica]:
-            return 0.0
-        self._timed_graphs[replica].add(graph)
-        return self.timeout_seconds
+    @contextlib.contextmanager
+    def _counted(self, replica: int, lane: int, value: tf.Tensor):
+        """Counts a collective that waits for `value`; the function it gives is to be told the result. [Note: counts]"""
+
+        def count_after(tensor):
+            if self._counters:
+                counter = self._counters[replica][lane]
+                with tf.control_dependencies([tensor]), tf.device(counter.device):
+                    return [counter.assign_add(1, read_value=False)]
+            return []
+
+        with tf.control_dependencies(count_after(value)):
+            yield count_after
 
     def _reduce(self, value: tf.Tensor, key, replica: int) -> tf.Tensor:
         return self._emit(tf.raw_ops.CollectiveReduceV2, value, replica, key=key, merge_op="Add", final_op="Id")
@@ -223,9 +228,22 @@ class Group:
             "group_key": self._group_key,
             "instance_key": self._take_key(replica),
             "communication_hint": self.hint,
-            "timeout_seconds": self._timeout_of_next(replica),
         }
-        with tf.device(self.devices[replica]):
+        with tf.device(self.devices[replica]), self._counted(replica, 0, value) as ended:
             if self.rank(replica) == 0:
-                return tf.raw_ops.CollectiveBcastSendV2(input=value, **attributes)
-            return tf.raw_ops.CollectiveBcastRecvV2(T=value.dtype, shape=value.shape, **attributes)
+                result = tf.raw_ops.CollectiveBcastSendV2(input=value, **attributes)
+            else:
+                result = tf.raw_ops.CollectiveBcastRecvV2(T=value.dtype, shape=value.shape, **attributes)
+            ended(result)
+        return result
+
+
+def _make_variables(device: str, count: int) -> list[tf.Variable]:
+    with tf.init_scope(), tf.device(device):
+        return [tf.Variable(0, trainable=False, dtype=tf.int64) for _ in range(count)]
+
+
+def _host_of(device: str) -> str:
+    """The CPU device that can be read while its GPU is busy."""
+    spec = tf.DeviceSpec.from_string(device)
+    return device if spec.device_type == "CPU" else spec.replace(device_type="CPU", device_index=0).to_string()

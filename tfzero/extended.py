@@ -38,18 +38,17 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
         self._channel: Channel = strategy.channel
         # TensorFlow's server runs once in a process.
         self._std_server_started = _compat.collectives_are_configured()
-        options = tf.distribute.experimental.CommunicationOptions(timeout_seconds=strategy.settings.timeout_seconds)
+        # `pulse.py` takes the place of TensorFlow's own watch, which is slower and begins without a timeout.
+        self._enable_check_health = False
         resolver = None if cluster is None else _resolver(cluster)
+        options = tf.distribute.experimental.CommunicationOptions()
         super().__init__(strategy, resolver, options, devices=None if cluster else list(devices))
-        # Every replica gets an element of every batch (`inputs.py`), so nobody need ask who has one.
-        self.experimental_enable_get_next_as_optional = False
         self._cut_datasets: weakref.WeakSet = weakref.WeakSet()
         self.seats = Seats(self._id_in_cluster, self._num_workers, len(self.worker_devices))
         self.group = Group(
             self.worker_devices,
             self._num_replicas_in_sync,
             self._id_in_cluster * len(self.worker_devices),
-            strategy.settings.timeout_seconds,
             "NCCL" if strategy.settings.device_type == "GPU" else "RING",
         )
 

@@ -11,6 +11,7 @@ from tfzero import _compat
 from tfzero.cluster import Channel, Cluster
 from tfzero.extended import ZeroExtended
 from tfzero.inputs import cut_batch
+from tfzero.pulse import Pulse
 from tfzero.settings import Settings, check_number, check_stage, choose_devices, configure_cpu_devices, find_cluster
 
 
@@ -65,14 +66,16 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         self.settings = Settings(
             stage, bucket_bytes, min_shard_elements, float(timeout_seconds), len(local), local[0].split(":")[0]
         )
-        self.channel = _meet(cluster, timeout_seconds)
+        self.channel, pulse = _meet(cluster, timeout_seconds)
         try:
             self.channel.agree("making a ZeroStrategy", asdict(self.settings), "settings")
         except Exception:
-            _joined.pop(cluster, None)
+            _part(cluster)
             raise
         # The stock constructor would make its own extended.
         _compat.distribute_lib.Strategy.__init__(self, ZeroExtended(self, cluster, local))
+        if pulse is not None:
+            pulse.add(self.extended.group)
         self.extended.meet()
 
     def reduce(self, reduce_op, value, axis=None):
@@ -114,21 +117,27 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
                 tf.random.set_seed(None)
 
 
-# The channel of the cluster that this process has joined; later strategies of the process use it too.
-_joined: dict[Cluster, Channel] = {}
+# Of the cluster that this process has joined; later strategies of the process use them too.
+_joined: dict[Cluster, tuple[Channel, Pulse]] = {}
 
 
-def _meet(cluster: Cluster | None, timeout_seconds: float) -> Channel:
+def _meet(cluster: Cluster | None, timeout_seconds: float) -> tuple[Channel, Pulse | None]:
     if cluster is None:
-        return Channel.join(Cluster(("localhost:1",), ("worker 0",), 0), timeout_seconds)
+        return Channel.join(Cluster(("localhost:1",), ("worker 0",), 0), timeout_seconds), None
     if cluster not in _joined:
         if _compat.runtime_is_initialized():
             raise RuntimeError(
                 "TensorFlow was used before the ZeroStrategy was made, and then it cannot join other workers any more. "
                 "Make the strategy at the start of the program, before any tensor, variable or model."
             )
-        _joined[cluster] = Channel.join(cluster, timeout_seconds)
+        channel, second_channel = (Channel.join(cluster, timeout_seconds) for _ in range(2))
+        _joined[cluster] = channel, Pulse(cluster, second_channel, timeout_seconds)
     return _joined[cluster]
+
+
+def _part(cluster: Cluster | None) -> None:
+    if cluster in _joined:
+        _joined.pop(cluster)[1].stop()
 
 
 def mark_global(tensor: tf.Tensor) -> tf.Tensor:

@@ -1,0 +1,98 @@
+"""Notices workers that are lost or stuck, and ends the collectives that would wait for them for ever.
+
+[Note: pulse] TensorFlow's own timeout starts a thread for each collective, and the thread sleeps until the time is
+over. Instead each replica counts what it begins and what it ends (`Group.counts`): an odd count is a collective in
+flight. Every second the workers exchange their counts over a control channel of their own. A worker that does not
+answer is lost or stopped; one whose counts lag behind is elsewhere in its program.
+"""
+
+import atexit
+import threading
+from time import monotonic
+
+from tfzero import _compat
+from tfzero.cluster import Channel, Cluster
+from tfzero.collectives import Group
+
+_INTERVAL_SECONDS = 1.0
+# When a worker is lost, for a collective that has all it needs to end by itself.
+_GRACE_SECONDS = 2.0
+
+
+class Pulse:
+    """Watches the collectives of this process in a thread, for the life of the process.
+
+    Args:
+        cluster: the workers.
+        channel: a control channel that nothing else uses.
+        timeout_seconds: how long a collective may take, and a worker may not answer.
+    """
+
+    def __init__(self, cluster: Cluster, channel: Channel, timeout_seconds: float) -> None:
+        self._cluster = cluster
+        self._channel = channel
+        self._timeout_seconds = timeout_seconds
+        self._groups: list[Group] = []
+        self._since: list[tuple[int, float]] = []  # each count and when it came to it
+        self._lock = threading.Lock()  # held while the thread is in TensorFlow
+        self._stopped = threading.Event()
+        atexit.register(self.stop)
+        threading.Thread(target=self._watch, name="tfzero pulse", daemon=True).start()
+
+    def add(self, group: Group) -> None:
+        """Watches one more group; all workers add the same ones in the same order."""
+        self._groups.append(group)
+
+    def stop(self) -> None:
+        """Ends the watch; the other workers take it for the end of this one."""
+        with self._lock:
+            self._stopped.set()
+        self._channel.close()
+
+    def _watch(self) -> None:
+        reason = ""
+        counts_of_all: list[list[int]] = []
+        while not self._stopped.wait(_INTERVAL_SECONDS):
+            with self._lock:
+                if self._stopped.is_set():
+                    return
+                counts = [count for group in self._groups for count in group.counts()]
+            if not reason:
+                try:
+                    counts_of_all = self._channel.all_gather("the pulse", counts)
+                except (OSError, RuntimeError, ValueError) as error:
+                    reason = str(error)
+            stuck = self._stuck_lanes(counts, _GRACE_SECONDS if reason else self._timeout_seconds)
+            if stuck:
+                self._abort(reason or self._describe(counts_of_all, stuck))
+                return
+
+    def _stuck_lanes(self, counts: list[int], limit_seconds: float) -> list[int]:
+        """Places of the counts that have been odd, and the same, for too long."""
+        now = monotonic()
+        for place, count in enumerate(counts):
+            if place == len(self._since):
+                self._since.append((count, now))
+            elif self._since[place][0] != count:
+                self._since[place] = (count, now)
+        return [k for k, (count, since) in enumerate(self._since) if count % 2 and now - since >= limit_seconds]
+
+    def _describe(self, counts_of_all: list[list[int]], stuck: list[int]) -> str:
+        mine = counts_of_all[self._cluster.index]
+        behind = [
+            index
+            for index, theirs in enumerate(counts_of_all)
+            if any(place >= len(theirs) or theirs[place] < mine[place] for place in stuck)
+        ]
+        where = f"{self._cluster.name} has waited in a collective for {self._timeout_seconds:g} s."
+        if not behind:
+            return f"{where} All workers wait, but not for the same: run the same program on every worker."
+        return (
+            f"{where} {self._cluster.describe(*behind)} did not arrive there. "
+            "Look there whether it is stuck or elsewhere in the program, or give a longer timeout."
+        )
+
+    def _abort(self, reason: str) -> None:
+        with self._lock:
+            if not self._stopped.is_set():
+                _compat.abort_collectives(reason)
