@@ -535,7 +535,7 @@ def test_workers_with_data_of_different_length():
     outputs, _ = run_scenario(different_lengths)
     for output in outputs:
         error = last_error(output)
-        assert "data sets differ: the number of batches is 4 on worker 0 and 5 on worker 1" in error, error
+        assert "data sets differ: number of batches is 4 on worker 0 and 5 on worker 1" in error, error
 
 
 def test_worker_that_dies_before_training():

@@ -4,6 +4,7 @@
 changed in substance from 2.16 to 2.21; Keras's have.
 """
 
+import contextlib
 import random
 import threading
 
@@ -134,6 +135,14 @@ def replica_element_spec(dataset):
 def dataset_of(epoch_iterator: keras_tensorflow_trainer.TFEpochIterator):
     """The distributed dataset behind Keras's loop over epochs."""
     return epoch_iterator._distributed_dataset
+
+
+def length_of(epoch_iterator: keras_tensorflow_trainer.TFEpochIterator) -> dict:
+    """How much data Keras's loop will give, as far as it knows."""
+    last = None
+    with contextlib.suppress(NotImplementedError):  # of some kinds of data
+        last = epoch_iterator.data_adapter.partial_batch_size
+    return {"number of batches": epoch_iterator.num_batches, "size of the last batch": last}
 
 
 def is_at_first_batch(epoch_iterator: keras_tensorflow_trainer.TFEpochIterator) -> bool:

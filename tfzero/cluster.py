@@ -259,7 +259,7 @@ def _await_call(cluster, listener, timeout_seconds):
 
 
 class Channel:
-    """Connects the processes of all workers, which make the same calls. An error closes it for all."""
+    """Connects the processes of all workers, which make the same calls. What goes wrong with it closes it for all."""
 
     def __init__(self, cluster: Cluster, connections: dict[int, socket.socket], timeout_seconds: float):
         self._cluster = cluster
@@ -296,12 +296,10 @@ class Channel:
             raise
 
     def agree(self, topic: str, value, what: str) -> None:
-        """Raise ValueError on all workers unless all give the same value. `what` names it: "settings"."""
+        """Raise ValueError on all, who may go on, unless all give the same value. `what` names it: "settings"."""
         differences = _describe_differences(self._cluster, self.all_gather(topic, value))
         if differences:
-            text = f"The workers' {what} differ: {differences}. Give every worker the same {what}."
-            self._fail(ValueError(text))
-            raise ValueError(text)
+            raise ValueError(f"The workers' {what} differ: {differences}. Give every worker the same {what}.")
 
     def broadcast(self, topic: str, value):
         """The first worker's value, on all workers. What the others give is not used."""

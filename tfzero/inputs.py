@@ -99,9 +99,9 @@ def check_shardable(dataset: tf.data.Dataset, workers: int) -> None:
 def describe_dataset(dataset: tf.data.Dataset) -> dict:
     """What can be known before training of whether workers read the same batches in the same order."""
     return {
-        "the number of batches": int(dataset.cardinality()),
-        "an element": str(dataset.element_spec),
-        "the shuffle seeds": _compat.shuffle_seeds(dataset),
+        "number of batches": int(dataset.cardinality()),
+        "elements": str(dataset.element_spec),
+        "shuffle seeds": _compat.shuffle_seeds(dataset),
     }
 
 

@@ -204,11 +204,7 @@ def _epoch_iterator(original, self, distribute_strategy=None, *args, **kwargs):
         original(self, distribute_strategy, *args, **kwargs)
     if self.num_batches == 0:
         raise ValueError(_EMPTY)
-    length = {
-        "the number of batches": self.num_batches,
-        "the size of the last batch": self.data_adapter.partial_batch_size,
-    }
-    distribute_strategy.channel.agree("reading data", length, "data sets")
+    distribute_strategy.channel.agree("reading data", _compat.length_of(self), "data sets")
 
 
 @_patch(_compat.keras_tensorflow_trainer.TFEpochIterator, "catch_stop_iteration")

@@ -67,11 +67,7 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
             stage, bucket_bytes, min_shard_elements, float(timeout_seconds), len(local), local[0].split(":")[0]
         )
         self.channel, pulse = _meet(cluster, timeout_seconds)
-        try:
-            self.channel.agree("making a ZeroStrategy", asdict(self.settings), "settings")
-        except Exception:
-            _part(cluster)
-            raise
+        self.channel.agree("making a ZeroStrategy", asdict(self.settings), "settings")
         # The stock constructor would make its own extended.
         _compat.distribute_lib.Strategy.__init__(self, ZeroExtended(self, cluster, local))
         if pulse is not None:
@@ -133,11 +129,6 @@ def _meet(cluster: Cluster | None, timeout_seconds: float) -> tuple[Channel, Pul
         channel, second_channel = (Channel.join(cluster, timeout_seconds) for _ in range(2))
         _joined[cluster] = channel, Pulse(cluster, second_channel, timeout_seconds)
     return _joined[cluster]
-
-
-def _part(cluster: Cluster | None) -> None:
-    if cluster in _joined:
-        _joined.pop(cluster)[1].stop()
 
 
 def mark_global(tensor: tf.Tensor) -> tf.Tensor:

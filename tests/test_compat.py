@@ -1,0 +1,217 @@
+"""A release of TensorFlow or Keras that changes what `tfzero/_compat.py` stands on is noticed here."""
+
+import inspect
+import random
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import tfzero
+from tfzero import _compat
+from tfzero.extended import ZeroExtended
+from tfzero.variables import AveragedVariable, OnReadVariable, ReplicatedVariable, ShardedVariable
+
+
+@pytest.fixture(scope="module")
+def strategy():
+    return tfzero.ZeroStrategy(devices=["CPU:0", "CPU:1"], min_shard_elements=1)
+
+
+@pytest.fixture
+def variable():
+    return keras.Variable(np.arange(4.0, dtype="float32"), name="weight")
+
+
+def built(optimizer, variable):
+    optimizer.build([variable])
+    return optimizer
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "arguments"),
+    [
+        (_compat.Trainer, "compile", "self optimizer loss loss_weights metrics weighted_metrics run_eagerly "
+         "steps_per_execution jit_compile auto_scale_loss"),
+        (_compat.Trainer, "_compute_loss", "self x y y_pred sample_weight training"),
+        (_compat.keras_tensorflow_trainer.TensorFlowTrainer, "_make_function", "self step_function"),
+        (_compat.keras_tensorflow_trainer.TensorFlowTrainer, "_maybe_symbolic_build", "self iterator data_batch"),
+        (_compat.keras_tensorflow_trainer.TensorFlowTrainer, "predict_on_batch", "self x"),
+        (_compat.keras_tensorflow_trainer.TFEpochIterator, "__init__", "self distribute_strategy args kwargs"),
+        (_compat.keras_tensorflow_trainer.TFEpochIterator, "catch_stop_iteration", "self"),
+        (_compat.keras_loss, "reduce_weighted_values", "values sample_weight mask reduction dtype"),
+        (_compat.keras_loss, "scale_loss_for_distribution", "value"),
+        (_compat.keras_loss, "unscale_loss_for_distribution", "value"),
+        (_compat.keras_loss, "standardize_reduction", "reduction"),
+        (_compat.keras_loss, "squeeze_or_expand_to_same_rank", "x1 x2 expand_rank_1"),
+        (_compat.BaseOptimizer, "apply", "self grads trainable_variables"),
+        (_compat.BaseOptimizer, "update_step", "self gradient variable learning_rate"),
+        (keras.random.SeedGenerator, "next", "self ordered"),
+    ],
+)  # fmt: skip
+def test_what_is_patched_has_these_arguments(owner, name, arguments):
+    function = inspect.unwrap(getattr(owner, name))  # beneath the patch
+    assert list(inspect.signature(function).parameters) == arguments.split()
+
+
+@pytest.mark.parametrize(
+    ("ours", "base"),
+    [
+        (ZeroExtended, _compat.CollectiveAllReduceExtended),
+        (ReplicatedVariable, _compat.MirroredVariable),
+        (AveragedVariable, _compat.MirroredVariable),
+        (ShardedVariable, _compat.MirroredVariable),
+        (OnReadVariable, _compat.SyncOnReadVariable),
+    ],
+)
+def test_private_methods_override_something(ours, base):
+    """A hook that is renamed would never be called."""
+    added = {"_agree_on_variable", "_replicate", "_create_slot", "_spread"}
+    mine = {
+        name
+        for each in ours.__mro__[: ours.__mro__.index(base)]
+        for name, value in vars(each).items()
+        if inspect.isfunction(value) and name.startswith("_") and not name.startswith("__")
+    }
+    assert {name for name in mine - added if not hasattr(base, name)} == set()
+
+
+def test_attributes_of_the_extended(strategy):
+    names = ("_id_in_cluster", "_num_workers", "_num_replicas_in_sync", "_std_server_started")
+    assert all(hasattr(strategy.extended, name) for name in names)
+    assert _compat.CollectiveAllReduceExtended._enable_check_health is True
+    assert strategy.extended._enable_check_health is False
+
+
+def test_places_of_replicas(strategy):
+    assert _compat.replica_index() is None and _compat.replica_thread() is None
+    seen = []
+
+    def note(value):
+        seen.append((_compat.replica_index(), _compat.replica_thread().main_args))
+
+    strategy.run(note, args=(5,))
+    assert seen == [(0, (5,)), (1, (5,))]
+
+
+def test_values_of_replicas(strategy):
+    values = _compat.per_replica([tf.constant(1), tf.constant(2)])
+    assert [int(v) for v in strategy.experimental_local_results(values)] == [1, 2]
+    assert isinstance(values, tf.distribute.DistributedValues)
+    mirrored = _compat.mirrored([tf.constant(1), tf.constant(1)])
+    assert isinstance(mirrored, tf.types.experimental.distributed.Mirrored)
+
+
+def test_state_of_the_runtime(strategy):
+    assert _compat.runtime_is_initialized() is True
+    assert _compat.collectives_are_configured() is False
+    assert callable(_compat.context.context().abort_collective_ops)
+
+
+def test_random_state():
+    keras.utils.set_random_seed(5)
+    state = _compat.random_state()
+    assert state["seed"] == 5
+    drawn = random.random()
+    keras.utils.set_random_seed(6)
+    _compat.set_random_state(state)
+    assert random.random() == drawn
+    assert _compat.context.global_seed() == 5
+
+
+def test_shuffle_seeds():
+    tf.random.set_seed(None)
+    dataset = tf.data.Dataset.range(4)
+    assert _compat.shuffle_seeds(dataset.batch(2)) == []
+    assert _compat.shuffle_seeds(dataset.shuffle(4).batch(2)) == [[0, 0]]
+    zipped = tf.data.Dataset.zip((dataset.shuffle(4, seed=3), dataset.shuffle(4)))
+    (_, seed), unseeded = _compat.shuffle_seeds(zipped.prefetch(1))
+    assert seed == 3 and unseeded == [0, 0]
+
+
+def test_specs_of_elements(strategy):
+    dataset = tf.data.Dataset.from_tensor_slices((np.ones((4, 3), "float32"), {"a": np.ones(4)})).batch(2)
+    x, y = _compat.replica_element_spec(strategy.experimental_distribute_dataset(dataset))
+    assert x.shape.as_list() == [None, 3] and x.dtype == tf.float32
+    assert y["a"].shape.as_list() == [None] and y["a"].dtype == tf.float64
+    of_each = strategy.distribute_datasets_from_function(lambda context: dataset)
+    assert _compat.replica_element_spec(of_each)[0].shape.as_list() == [None, 3]
+
+
+def test_the_loop_over_epochs(strategy):
+    dataset = tf.data.Dataset.range(6).filter(lambda k: k < 4).batch(2)
+    loop = _compat.keras_tensorflow_trainer.TFEpochIterator(x=dataset, distribute_strategy=strategy)
+    assert _compat.dataset_of(loop).element_spec is not None
+    assert _compat.length_of(loop) == {"number of batches": None, "size of the last batch": None}
+    steps = iter(loop)
+    next(steps)
+    assert _compat.is_at_first_batch(loop) is True
+    next(steps)
+    assert _compat.is_at_first_batch(loop) is False
+
+
+def test_run_after():
+    @tf.function(autograph=False)
+    def function(x):
+        first, second = tf.exp(x), tf.sin(x)
+        _compat.run_after(first.op, second.op)
+        return first, second
+
+    graph = function.get_concrete_function(tf.constant(1.0)).graph
+    (waiting,) = (op for op in graph.get_operations() if op.type == "Exp")
+    assert [op.type for op in waiting.control_inputs] == ["Sin"]
+
+
+def test_remake(strategy, variable):
+    before = variable.value
+    with strategy.scope():
+        _compat.remake(variable)
+    assert variable.value is not before
+    np.testing.assert_array_equal(variable.numpy(), [0, 1, 2, 3])
+    assert variable.value.distribute_strategy is strategy
+
+
+def test_parts_of_an_optimizer(variable):
+    adam = keras.optimizers.Adam(0.5)
+    assert [v.name for v in _compat.own_scalars(adam)] == ["iteration", "learning_rate"]
+    assert _compat.iteration_counter(adam) is _compat.own_scalars(adam)[0]
+    adam = built(keras.optimizers.AdamW(0.5, weight_decay=0.1, use_ema=True, gradient_accumulation_steps=2), variable)
+    assert _compat.accumulator(adam, variable).name.endswith("gradient_accumulator")
+    assert _compat.is_accumulator_name(_compat.accumulator(adam, variable).name)
+    assert not _compat.is_accumulator_name("momentum")
+    assert _compat.moving_average(adam, variable).shape == variable.shape
+    _compat.decay_weight(adam, variable)
+    np.testing.assert_allclose(variable.numpy(), np.arange(4) * (1 - 0.5 * 0.1))
+
+
+def test_begin_update(variable):
+    """Nadam multiplies its product once a step there."""
+    nadam = built(keras.optimizers.Nadam(0.5), variable)
+    before = float(nadam._u_product)
+    _compat.begin_update(nadam, tf.constant(0.5))
+    assert float(nadam._u_product) < before
+
+
+def test_adopt(variable):
+    sgd = built(keras.optimizers.SGD(0.5), variable)
+    home = object()
+    kept = list(sgd.variables)
+    _compat.adopt(sgd, home, ["stand-in"])
+    assert _compat.home_of(sgd) is home
+    assert sgd._trainable_variables == ["stand-in"]
+    assert sgd.variables == kept
+
+
+def test_multi_optimizer(variable):
+    sgd, adam = keras.optimizers.SGD(), keras.optimizers.Adam()
+    multi = _compat.MultiOptimizer(keras.optimizers.OptimizerMap(adam, {"weight": sgd}))
+    assert _compat.optimizer_for(multi, variable) is sgd
+
+
+def test_overridden_apply():
+    class Own(keras.optimizers.SGD):
+        def apply(self, grads, trainable_variables=None):
+            pass
+
+    assert _compat.overridden_apply(Own()) and not _compat.overridden_apply(keras.optimizers.SGD())
