@@ -11,6 +11,9 @@ import threading
 import keras
 import tensorflow as tf
 
+# Casts what layers read to the dtype of their computation.
+from keras.src.backend.common.variables import AutocastScope
+
 # Where batches are built and steps are made.
 from keras.src.backend.tensorflow import trainer as keras_tensorflow_trainer
 
@@ -39,9 +42,13 @@ from tensorflow.python.distribute.values import (
     PerReplicaSpec,
     SyncOnReadVariable,
 )
-from tensorflow.python.eager import context
+from tensorflow.python.eager import context, record
+
+# The graphs of branches and loops.
+from tensorflow.python.ops.control_flow_v2_func_graphs import ControlFlowFuncGraph
 
 __all__ = [
+    "AutocastScope",
     "BaseOptimizer",
     "CollectiveAllReduceExtended",
     "DistributedVariable",
@@ -153,6 +160,50 @@ def is_at_first_batch(epoch_iterator: keras_tensorflow_trainer.TFEpochIterator) 
 def run_after(operation: tf.Operation, awaited: tf.Operation) -> None:
     """Makes one operation of a graph wait for another; `tf.control_dependencies` only serves new operations."""
     operation._add_control_input(awaited)
+
+
+def is_backward(operation: tf.Operation) -> bool:
+    """Whether a gradient tape made an operation; it names them so."""
+    return "gradient_tape/" in operation.name
+
+
+def creation_order(operation: tf.Operation) -> int:
+    """A number that grows with every operation of a graph."""
+    return operation._id
+
+
+def replace_input(operation: tf.Operation, place: int, value: tf.Tensor) -> None:
+    """Makes an operation take another tensor, of the same dtype and shape, as one of its inputs."""
+    operation._update_input(place, value)
+
+
+def copy_operation(operation: tf.Operation, value: tf.Tensor) -> tf.Tensor:
+    """The first output of a copy that takes `value` as its first input."""
+    with tf.device(operation.device):
+        copy = operation.graph.create_op(
+            operation.type,
+            [value, *operation.inputs[1:]],
+            [output.dtype for output in operation.outputs],
+            attrs=dict(operation.node_def.attr),
+            op_def=operation.op_def,
+        )
+    return copy.outputs[0]
+
+
+def is_recorded(value: tf.Tensor) -> bool:
+    """Whether the gradient tape that is active, if any is, knows how a value was made."""
+    return not record.could_possibly_record() or record.should_record_backprop([value])
+
+
+def graph_around_control_flow(outermost) -> tuple:
+    """The nearest graph, up to `outermost`, that is no branch or loop; and whether a branch or loop is around that."""
+    graph = tf.compat.v1.get_default_graph()
+    while graph is not outermost and isinstance(graph, ControlFlowFuncGraph):
+        graph = graph.outer_graph
+    around = graph
+    while around is not outermost and not isinstance(around, ControlFlowFuncGraph) and hasattr(around, "outer_graph"):
+        around = around.outer_graph
+    return graph, around is not outermost and isinstance(around, ControlFlowFuncGraph)
 
 
 def remake(variable: keras.Variable) -> None:

@@ -60,6 +60,7 @@ class Group:
         self._group_key = next(_group_keys)
         self._next_keys = [1] * len(self.devices)
         self._launchers: dict = {}
+        self._last_operations: list[tf.Operation | None] = [None] * len(self.devices)
         lanes = 1 if hint == "NCCL" else _LANES
         self._tokens = [_make_variables(device, lanes) for device in self.devices]
         self._counters = []
@@ -78,6 +79,11 @@ class Group:
         """How many collectives each lane of each local replica has begun and ended, together. [Note: counts]"""
         return [int(counter.numpy()) for counters in self._counters for counter in counters]
 
+    def last_operation(self, replica: int, graph) -> tf.Operation | None:
+        """The collective that was last traced for a local replica, if that was in `graph`."""
+        last = self._last_operations[replica]
+        return last if last is not None and last.graph is graph else None
+
     # Each is the sum, or the rows, of all replicas' values.
 
     def all_reduce(self, value: tf.Tensor, replica: int) -> tf.Tensor:
@@ -93,20 +99,35 @@ class Group:
         summed = self._reduce(flat, key, replica)[: tf.size(value, tf.int64)]
         return tf.ensure_shape(tf.reshape(summed, tf.shape(value)), value.shape)
 
-    def reduce_scatter(self, rows: tf.Tensor, replica: int) -> tf.Tensor:
-        """Sum over replicas of this rank's row: `[world_size, n]` to `[n]`. Adds 16-bit floats in float32."""
+    def reduce_scatter(self, rows: tf.Tensor, replica: int, dtype: tf.DType | None = None) -> tf.Tensor:
+        """Sum over replicas of this rank's row: `[world_size, n]` to `[n]`. Adds 16-bit floats in float32.
+
+        Args:
+            rows: every rank's row as this replica has it; travels in its own dtype.
+            replica: the local replica.
+            dtype: dtype of the sum; by default that of `rows`.
+        """
+        dtype = rows.dtype if dtype is None else dtype
         if self.world_size == 1:
-            return tf.reshape(rows, [-1])
+            return tf.cast(tf.reshape(rows, [-1]), dtype)
         if self.hint == "NCCL":
             flat = tf.reshape(rows, [-1])
             row = self._emit(tf.raw_ops.CollectiveReduceScatterV2, flat, replica, merge_op="Add", final_op="Id")
-            return tf.reshape(row, rows.shape[1:])
+            return tf.cast(tf.reshape(row, rows.shape[1:]), dtype)
         if len(self.devices) > _MAX_ALL_TO_ALL_MEMBERS_PER_PROCESS:
-            return self.all_reduce(rows, replica)[self.rank(replica)]
-        received = self._emit(tf.raw_ops.CollectiveAllToAllV2, rows, replica)  # [world_size, n]
+            return tf.cast(self.all_reduce(rows, replica)[self.rank(replica)], dtype)
+        received = self.all_to_all(rows, replica)
         if received.dtype in (tf.bfloat16, tf.float16):
-            return tf.cast(tf.reduce_sum(tf.cast(received, tf.float32), 0), received.dtype)
-        return tf.reduce_sum(received, 0)
+            received = tf.cast(received, tf.float32)
+        return tf.cast(tf.reduce_sum(received, 0), dtype)
+
+    def all_to_all(self, rows: tf.Tensor, replica: int) -> tf.Tensor:
+        """Row `r` goes to rank `r`; the row that comes from rank `r` takes its place: `[world_size, n]` to the same."""
+        if self.world_size == 1:
+            return rows
+        if self.hint != "NCCL" and len(self.devices) > _MAX_ALL_TO_ALL_MEMBERS_PER_PROCESS:
+            return self.all_gather(rows, replica)[:, self.rank(replica)]
+        return self._emit(tf.raw_ops.CollectiveAllToAllV2, rows, replica)
 
     def all_gather(self, row: tf.Tensor, replica: int) -> tf.Tensor:
         """Every rank's row: `[n]` to `[world_size, n]`, for a static shape and any dtype."""
@@ -198,6 +219,7 @@ class Group:
                 **attributes,
             )
             ended(result)
+        self._last_operations[replica] = result.op
         return result
 
     @contextlib.contextmanager

@@ -9,12 +9,14 @@ import tensorflow as tf
 from tfzero import _compat
 from tfzero.cluster import Channel, Cluster
 from tfzero.collectives import Group
+from tfzero.gathering import Gatherer
 from tfzero.inputs import Seats, check_shardable, cut_dataset, describe_dataset, rows_of
 from tfzero.settings import Settings
 from tfzero.variables import (
     AveragedVariable,
     OnReadVariable,
     ReplicatedVariable,
+    ShardedParameter,
     ShardedVariable,
     VariableView,
     local_part,
@@ -74,6 +76,33 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
             return _compat.per_replica(self.group.launch(method, self._spread(value), *args))
 
         return tf.distribute.get_replica_context().merge_call(together, args=(value,))
+
+    def gathered(self, shard: tf.Variable, shape: tf.TensorShape, dtype: tf.DType, name: str) -> tf.Tensor:
+        """Within a replica: the whole value of a parameter, from the replica's shard. [Note: control flow]"""
+        if tf.executing_eagerly():
+            return self._gatherer(None).whole(shard, shape, dtype)
+        graph, is_in_a_loop = _compat.graph_around_control_flow(_compat.replica_thread().graph)
+        if is_in_a_loop:
+            raise RuntimeError(
+                f"The parameter {name!r} is read in a tf.function that is called in a loop or a branch. There it "
+                "cannot be gathered at stage 3, as replicas may take other ways. Call the function outside, or leave "
+                "`tf.function` away."
+            )
+        if graph is tf.compat.v1.get_default_graph():
+            return self._gatherer(graph).whole(shard, shape, dtype)
+        with graph.as_default():
+            return self._gatherer(graph).whole(shard, shape, dtype)
+
+    def forget_gathered(self) -> None:
+        """Within a replica: parameters change, so what is read from now on is gathered anew."""
+        for gatherer in _compat.replica_thread().__dict__.get("_tfzero_gatherers", {}).values():
+            gatherer.forget()
+
+    def _gatherer(self, graph) -> Gatherer:
+        known = _compat.replica_thread().__dict__.setdefault("_tfzero_gatherers", {})
+        if graph not in known:
+            known[graph] = Gatherer(self.group, self.replica_collective, self._settings.reshard_after_forward)
+        return known[graph]
 
     def share(self) -> tf.Tensor | None:
         """This replica's rows of the batch over the rows of all, float32; None if `run` was given nothing with rows.
@@ -201,7 +230,28 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
             copies = self.group.launch(self.group.broadcast, [initial_value] * len(self.worker_devices))
         else:
             copies = [initial_value] * len(self.worker_devices)
+        if self._is_sharded(initial_value, kwargs):
+            return self._shard(next_creator, copies, kwargs)
         return self._replicate(next_creator, copies, kwargs)
+
+    def _is_sharded(self, initial_value: tf.Tensor, kwargs: dict) -> bool:
+        """Whether a new variable is one that stage 3 shards: a layer's own state, made untrainable, is not."""
+        return (
+            self._settings.stage == 3
+            and not self._creating_optimizer_state
+            and initial_value.dtype.is_floating
+            and kwargs.get("trainable") is not False
+            and kwargs.get("synchronization") is not tf.VariableSynchronization.ON_READ
+            and initial_value.shape.num_elements() >= max(1, self._settings.min_shard_elements)
+        )
+
+    def _shard(self, next_creator, copies: Sequence[tf.Tensor], kwargs: dict) -> ShardedParameter:
+        kwargs.pop("shape", None)
+        values: list[tf.Variable] = []
+        for replica, device in enumerate(self.worker_devices):
+            part = local_part(copies[replica], None, self.group.rank(replica), self.group.world_size)
+            values.append(_component(next_creator, device, part, values, kwargs))
+        return ShardedParameter(self._container_strategy(), values, copies[0].shape)
 
     def _agree_on_variable(self, name: str | None, initial_value: tf.Tensor) -> None:
         what = {"shape": str(initial_value.shape), "dtype": initial_value.dtype.name}

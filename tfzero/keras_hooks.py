@@ -13,6 +13,7 @@ import tensorflow as tf
 from tfzero import _compat, losses
 from tfzero.optimizer import Home, ZeroOptimizer
 from tfzero.strategy import ZeroStrategy, mark_global
+from tfzero.variables import ShardedParameter
 
 _FOLD = 0x9E3779B9  # the golden ratio in 32 bits: far apart and odd
 _EMPTY = "The data set is empty: it has no batch. Pass at least one sample."
@@ -191,6 +192,15 @@ def _scale_loss(original, value):
 def _unscale_loss(original, value):
     extended = losses.current_extended()
     return original(value) if extended is None else losses.unscale(value, extended)
+
+
+# Mixed precision: what is cast for a layer travels in the layer's dtype.
+
+
+@_patch(_compat.AutocastScope, "maybe_cast")
+def _maybe_cast(original, self, value):
+    is_parameter = isinstance(value, ShardedParameter) and losses.current_extended() is not None
+    return value.whole(tf.as_dtype(self.dtype)) if is_parameter and self.dtype is not None else original(self, value)
 
 
 # Input and randomness.

@@ -14,7 +14,7 @@ import tensorflow as tf
 from tfzero import _compat
 from tfzero.plan import VariableSpec, make_plan
 from tfzero.step import ReplicaStep, Trained
-from tfzero.variables import VariableView
+from tfzero.variables import ShardedParameter, VariableView
 
 _KERAS = keras.optimizers
 # Optimizers whose `update_step` treats every element by itself, checked by reading each; a subclass that keeps the
@@ -269,6 +269,7 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
             to_build = list(trainable_variables)
             replica.merge_call(lambda strategy: self.build(to_build))
         gradients = self._by_index(grads, trainable_variables)
+        replica.strategy.extended.forget_gathered()
         if tf.executing_eagerly():
             self._apply_eagerly(replica, gradients)
         else:
@@ -377,6 +378,7 @@ def _spec(variable, optimizers: list, optimizer) -> VariableSpec:
         item_bytes=dtype.size,
         elementwise=type(optimizer).update_step in _ELEMENTWISE_STEPS,
         optimizer=optimizers.index(optimizer),
+        sharded_parameter=isinstance(variable.value, ShardedParameter),
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import tensorflow as tf
 
-from tfzero.plan import Bucket, Placement
+from tfzero.plan import Bucket, Placement, shard_elements
 
 
 def pack(bucket: Bucket, tensors: Mapping[int, tf.Tensor], world_size: int) -> tf.Tensor:
@@ -40,6 +40,56 @@ def pack_row(bucket: Bucket, rank: int, parts: Mapping[int, tf.Tensor]) -> tf.Te
     if padding:
         row.append(tf.zeros([padding], tf.as_dtype(bucket.dtype)))
     return _concat(row, 0)
+
+
+def pack_for_owners(bucket: Bucket, shards: Mapping[int, tf.Tensor], world_size: int) -> tf.Tensor:
+    """One rank's shards of owned variables: row `r` holds those that rank `r` owns.
+
+    After an all-to-all row `r` holds rank `r`'s shards of this rank's own variables: see `unpack_owned`.
+    """
+    columns = max(_shard_columns(bucket, owner, world_size) for owner in range(world_size))
+    rows = []
+    for owner in range(world_size):
+        padding = tf.zeros([columns - _shard_columns(bucket, owner, world_size)], tf.as_dtype(bucket.dtype))
+        rows.append(tf.concat([*(shards[s.index] for s in bucket.segments_of(owner)), padding], 0))
+    return tf.stack(rows)
+
+
+def unpack_owned(bucket: Bucket, rows: tf.Tensor, rank: int) -> dict[int, tf.Tensor]:
+    """The owner's whole variables, flat, from every rank's shards."""
+    wholes, begin = {}, 0
+    for segment in bucket.segments_of(rank):
+        width = shard_elements(segment.elements, rows.shape[0])
+        wholes[segment.index] = tf.reshape(rows[:, begin : begin + width], [-1])[: segment.elements]
+        begin += width
+    return wholes
+
+
+def pack_owned(bucket: Bucket, wholes: Mapping[int, tf.Tensor], rank: int, world_size: int) -> tf.Tensor:
+    """The owner's whole variables, flat, as every rank's shards: row `r` holds those of rank `r`."""
+    cut = []
+    for segment in bucket.segments_of(rank):
+        width = shard_elements(segment.elements, world_size)
+        padded = tf.pad(wholes[segment.index], [[0, world_size * width - segment.elements]])
+        cut.append(tf.reshape(padded, [world_size, width]))
+    columns = max(_shard_columns(bucket, owner, world_size) for owner in range(world_size))
+    mine = _shard_columns(bucket, rank, world_size)
+    return tf.concat([*cut, tf.zeros([world_size, columns - mine], tf.as_dtype(bucket.dtype))], 1)
+
+
+def unpack_for_owners(bucket: Bucket, rows: tf.Tensor) -> dict[int, tf.Tensor]:
+    """One rank's shards of owned variables; row `r` is what their owner `r` sent."""
+    shards, begins = {}, [0] * rows.shape[0]
+    for segment in bucket.segments:
+        width = shard_elements(segment.elements, rows.shape[0])
+        begin = begins[segment.row]
+        shards[segment.index] = rows[segment.row, begin : begin + width]
+        begins[segment.row] += width
+    return shards
+
+
+def _shard_columns(bucket: Bucket, owner: int, world_size: int) -> int:
+    return sum(shard_elements(segment.elements, world_size) for segment in bucket.segments_of(owner))
 
 
 def unpack(bucket: Bucket, packed: tf.Tensor, shapes: Sequence[tf.TensorShape]) -> dict[int, tf.Tensor]:

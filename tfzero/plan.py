@@ -40,6 +40,7 @@ class VariableSpec:
         item_bytes: bytes of one element.
         elementwise: whether its optimizer treats every element by itself.
         optimizer: index of the optimizer that updates it; a bucket belongs to one optimizer.
+        sharded_parameter: whether the variable itself lies in shards (stage 3), and its gradient with it.
     """
 
     name: str
@@ -48,6 +49,7 @@ class VariableSpec:
     item_bytes: int = 4
     elementwise: bool = True
     optimizer: int = 0
+    sharded_parameter: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,13 +73,14 @@ class Segment:
 
 @dataclass(frozen=True)
 class Bucket:
-    """Variables that travel together: one dtype, one placement, one optimizer."""
+    """Variables that travel together: one dtype, one placement, one optimizer; all parameters in shards, or none."""
 
     placement: Placement
     dtype: str
     optimizer: int
     segments: tuple[Segment, ...]
     row_elements: int
+    sharded_parameters: bool = False
 
     def segments_of(self, rank: int) -> tuple[Segment, ...]:
         """The segments of which `rank` updates at least a part."""
@@ -146,8 +149,9 @@ def make_plan(
     placements = tuple(placement for placement, _ in placed)
     owners = _balance_owners(specs, placements, world_size)
     buckets: list[Bucket] = []
-    for key in dict.fromkeys((placements[i], s.dtype, s.optimizer) for i, s in reversed(list(enumerate(specs)))):
-        members = [i for i, s in enumerate(specs) if (placements[i], s.dtype, s.optimizer) == key][::-1]
+    keys = [(placements[i], s.dtype, s.optimizer, s.sharded_parameter) for i, s in enumerate(specs)]
+    for key in dict.fromkeys(reversed(keys)):
+        members = [i for i in range(len(specs)) if keys[i] == key][::-1]
         bucket_elements = max(1, bucket_bytes // specs[members[0]].item_bytes)
         if key[0] is Placement.OWNED:
             groups = _owned_groups(members, specs, owners, world_size, bucket_elements)
@@ -217,13 +221,13 @@ def _owned_groups(
 
 
 def _make_bucket(
-    key: tuple[Placement, str, int],
+    key: tuple[Placement, str, int, bool],
     members: Sequence[int],
     specs: Sequence[VariableSpec],
     owners: Sequence[int | None],
     world_size: int,
 ) -> Bucket:
-    placement, dtype, optimizer = key
+    placement, dtype, optimizer, sharded_parameters = key
     filled: dict[int | None, int] = {}
     segments = []
     for i in members:
@@ -231,4 +235,4 @@ def _make_bucket(
         width = shard_elements(elements, world_size) if placement is Placement.SHARDED else elements
         segments.append(Segment(i, elements, row, filled.get(row, 0), width))
         filled[row] = filled.get(row, 0) + width
-    return Bucket(placement, dtype, optimizer, tuple(segments), max(filled.values()))
+    return Bucket(placement, dtype, optimizer, tuple(segments), max(filled.values()), sharded_parameters)

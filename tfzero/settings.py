@@ -10,7 +10,7 @@ import tensorflow as tf
 from tfzero import _compat
 from tfzero.cluster import Cluster, cluster_from_spec, read_tf_config
 
-STAGES = (0, 1, 2)
+STAGES = (0, 1, 2, 3)
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,10 @@ class Settings:
     timeout_seconds: float
     devices_per_worker: int
     device_type: str
+    reshard_after_forward: bool = True
 
 
 def check_stage(stage) -> None:
-    if stage == 3 and stage is not True:
-        raise NotImplementedError("stage=3 (sharded parameters) is not there yet. Use stage 0, 1 or 2.")
     if isinstance(stage, bool) or stage not in STAGES:
         raise ValueError(f"`stage` must be one of {STAGES}. Received: stage={stage!r}")
 
@@ -36,6 +35,14 @@ def check_number(name: str, value, kinds, least) -> None:
     if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value < math.inf:
         kind = "an integer" if kinds is int else "a number"
         raise ValueError(f"`{name}` must be {kind} of at least {least}. Received: {name}={value!r}")
+
+
+def check_reshard(reshard_after_forward, stage: int) -> None:
+    if reshard_after_forward not in (None, True, False) or (reshard_after_forward is not None and stage != 3):
+        raise ValueError(
+            "`reshard_after_forward` must be True or False, and has an effect at stage 3 only. "
+            f"Received: reshard_after_forward={reshard_after_forward!r}, stage={stage}"
+        )
 
 
 def find_cluster(resolver) -> Cluster | None:

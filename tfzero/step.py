@@ -6,6 +6,7 @@
     -> all-replica finite vote -> clip by the true norm -> weight decay -> inner update on the shard
     -> moving average -> all-gather -> constraint -> assign
 
+At stage 3 the tape has reduce-scattered already ([Note: gather]), and the all-gather is left to the next reader.
 Gradients are summed over replicas; the loss has been divided by the global count before (`losses.py`). The vote comes
 with a loss scale only, and once per micro-step, as in Keras.
 """
@@ -19,9 +20,17 @@ import tensorflow as tf
 from tfzero import _compat
 from tfzero.collectives import Group
 from tfzero.pacing import Pacer
-from tfzero.packing import pack, pack_row, unpack
-from tfzero.plan import Bucket, Placement, Plan
-from tfzero.variables import VariableView
+from tfzero.packing import (
+    pack,
+    pack_for_owners,
+    pack_owned,
+    pack_row,
+    unpack,
+    unpack_for_owners,
+    unpack_owned,
+)
+from tfzero.plan import Bucket, Placement, Plan, Segment, shard_elements
+from tfzero.variables import VariableView, local_part
 
 
 @dataclass(frozen=True)
@@ -124,16 +133,30 @@ class ReplicaStep:
         pacer = Pacer(2 * self.trained.bucket_bytes)
         for bucket in self.buckets:
             rows[bucket] = self._exchange_bucket(bucket, self.gradients)
-            if self.trained.sharded_gradients and self.group.world_size > 1:
+            if self.trained.sharded_gradients and self.group.world_size > 1 and not bucket.sharded_parameters:
                 large = [self.gradients[s.index] for s in bucket.segments if len(bucket.segments) == 1]
                 pacer.add(rows[bucket], large, sum(s.elements for s in bucket.segments) * rows[bucket].dtype.size)
         return rows
 
     def _exchange_bucket(self, bucket: Bucket, gradients: Mapping[int, tf.Tensor]) -> tf.Tensor:
+        if bucket.sharded_parameters:
+            return self._row_of_shards(bucket, gradients)
         packed = pack(bucket, gradients, self.group.world_size)
         if bucket.placement is Placement.WHOLE:
             return self.group.all_reduce(packed, self.replica)
         return self.group.reduce_scatter(packed, self.replica)
+
+    def _row_of_shards(self, bucket: Bucket, shards: Mapping[int, tf.Tensor]) -> tf.Tensor:
+        """This replica's row from the shards that it has of a bucket's variables; a missing one leaves zeros."""
+        size = self.group.world_size
+        given = {}
+        for segment in bucket.segments:
+            empty = tf.zeros([shard_elements(segment.elements, size)], tf.as_dtype(bucket.dtype))
+            given[segment.index] = shards.get(segment.index, empty)
+        if bucket.placement is Placement.OWNED:
+            received = self.group.all_to_all(pack_for_owners(bucket, given, size), self.replica)
+            given = unpack_owned(bucket, received, self.rank)
+        return pack_row(bucket, self.rank, given)
 
     # Accumulate.
 
@@ -228,14 +251,16 @@ class ReplicaStep:
         compiled = self.trained.compiled[self.trained.optimizers.index(optimizer)]
         for batch in self._batches(self._buckets_to_visit(optimizer, buckets)):
 
-            def updated_rows(given, batch=batch):
+            def updated_rows(given, parts, batch=batch):
                 return {
-                    place: self._updated_row(optimizer, bucket, given.get(place), learning_rate, clip)
+                    place: self._updated_row(optimizer, bucket, given.get(place), parts[place], learning_rate, clip)
                     for place, bucket in enumerate(batch)
                 }
 
             given = {place: rows[bucket] for place, bucket in enumerate(batch) if bucket in rows}
-            updated = tf.function(updated_rows, jit_compile=compiled, autograph=False)(given)
+            # Outside what XLA compiles, as it has no collectives.
+            parts = {place: self._collect_owned(bucket) for place, bucket in enumerate(batch)}
+            updated = tf.function(updated_rows, jit_compile=compiled, autograph=False)(given, parts)
             for place, bucket in enumerate(batch):
                 if bucket in rows or optimizer.ema_overwrite_frequency:
                     self._assign(bucket, updated[place])
@@ -252,12 +277,12 @@ class ReplicaStep:
             size_bytes += sum(s.elements for s in bucket.segments) * tf.as_dtype(bucket.dtype).size
         return batches
 
-    def _updated_row(self, optimizer, bucket, row, learning_rate, clip) -> tf.Tensor:
-        parts = {
-            segment.index: self._updated_part(optimizer, segment, row, learning_rate, clip)
-            for segment in self._mine(bucket)
-        }
-        return pack_row(bucket, self.rank, parts)
+    def _updated_row(self, optimizer, bucket, row, parts, learning_rate, clip) -> tf.Tensor:
+        updated = {}
+        for segment in self._mine(bucket):
+            part = parts[segment.index] if parts else self._part(bucket, segment)
+            updated[segment.index] = self._updated_part(optimizer, segment, row, part, learning_rate, clip)
+        return pack_row(bucket, self.rank, updated)
 
     def _buckets_to_visit(self, optimizer, buckets: Sequence[Bucket]) -> list[Bucket]:
         if not optimizer.use_ema:
@@ -265,9 +290,9 @@ class ReplicaStep:
         index = self.trained.optimizers.index(optimizer)
         return [bucket for bucket in self.plan.buckets if bucket.optimizer == index]
 
-    def _updated_part(self, optimizer, segment, row, learning_rate, clip) -> tf.Tensor:
+    def _updated_part(self, optimizer, segment, row, part, learning_rate, clip) -> tf.Tensor:
         """This replica's part of one variable after the step, flat."""
-        view = VariableView(self.trained.variables[segment.index], self.plan, segment.index, self._part(segment))
+        view = VariableView(self.trained.variables[segment.index], self.plan, segment.index, part)
         if row is not None and segment.index in self.gradients:
             gradient = clip(row[segment.offset : segment.offset + segment.width], segment.index)
             _compat.decay_weight(optimizer, view)
@@ -287,30 +312,65 @@ class ReplicaStep:
             overwrite = tf.equal((iterations + 1) % optimizer.ema_overwrite_frequency, 0)
             view.assign(tf.where(overwrite, averaged, value))
 
-    def _part(self, segment) -> tf.Tensor:
-        """This replica's part of a variable, cut from its whole value: flat when sharded, else as it is."""
-        whole = self._local(self.trained.variables[segment.index])
-        if self.plan.placements[segment.index] is not Placement.SHARDED:
-            return tf.convert_to_tensor(whole)
+    def _collect_owned(self, bucket: Bucket) -> dict[int, tf.Tensor]:
+        """The whole values of this replica's own variables, by variable index, if they lie in shards."""
+        if not (bucket.sharded_parameters and bucket.placement is Placement.OWNED):
+            return {}
+        shards = {s.index: tf.convert_to_tensor(self._component(s.index)) for s in bucket.segments}
+        row = self._row_of_shards(bucket, shards)
+        return {
+            s.index: tf.reshape(row[s.offset : s.offset + s.width], self._shape_of(s.index)) for s in self._mine(bucket)
+        }
+
+    def _part(self, bucket: Bucket, segment: Segment) -> tf.Tensor:
+        """This replica's part of a variable: flat when sharded, else whole."""
+        value = self._component(segment.index)
+        if bucket.sharded_parameters or bucket.placement is not Placement.SHARDED:
+            return tf.convert_to_tensor(value)
         begin = min(self.rank * segment.width, segment.elements)
         end = min(begin + segment.width, segment.elements)
-        part = tf.reshape(whole, [-1])[begin:end]
+        part = tf.reshape(value, [-1])[begin:end]
         return tf.pad(part, [[0, segment.width - (end - begin)]])
 
     def _assign(self, bucket: Bucket, row: tf.Tensor) -> None:
+        if bucket.sharded_parameters:
+            self._assign_shards(bucket, row)
+            return
         packed = row if bucket.placement is Placement.WHOLE else self.group.all_gather(row, self.replica)
-        variables = [self.trained.variables[segment.index] for segment in bucket.segments]
-        for index, value in unpack(bucket, packed, [variable.shape for variable in variables]).items():
+        shapes = [self._shape_of(segment.index) for segment in bucket.segments]
+        for index, value in unpack(bucket, packed, shapes).items():
             variable = self.trained.variables[index]
             if variable.constraint is not None and index in self.gradients:
                 value = variable.constraint(value)
-            self._local(variable).assign(value)
+            self._component(index).assign(value)
+
+    def _assign_shards(self, bucket: Bucket, row: tf.Tensor) -> None:
+        mine = {s.index: row[s.offset : s.offset + s.width] for s in self._mine(bucket)}
+        if bucket.placement is Placement.OWNED:
+            size = self.group.world_size
+            sent = pack_owned(bucket, mine, self.rank, size)
+            mine = unpack_for_owners(bucket, self.group.all_to_all(sent, self.replica))
+        for index, shard in mine.items():
+            variable = self.trained.variables[index]
+            if variable.constraint is not None and index in self.gradients:
+                rows = tf.reshape(self.group.all_gather(shard, self.replica), [-1])
+                shape = self._shape_of(index)
+                whole = variable.constraint(tf.reshape(rows[: shape.num_elements()], shape))
+                shard = local_part(whole, None, self.rank, self.group.world_size)
+            self._component(index).assign(shard)
 
     # Helpers.
 
     def _local(self, variable: keras.Variable) -> tf.Variable:
         """This replica's component of a distributed variable."""
         return variable.value.values[self.replica]
+
+    def _component(self, index: int) -> tf.Variable:
+        """What this replica holds of a model variable."""
+        return self._local(self.trained.variables[index])
+
+    def _shape_of(self, index: int) -> tf.TensorShape:
+        return self.trained.variables[index].shape
 
     def _optimizer_of(self, index: int):
         return self.trained.optimizers[self.plan.specs[index].optimizer]

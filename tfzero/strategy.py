@@ -12,7 +12,15 @@ from tfzero.cluster import Channel, Cluster
 from tfzero.extended import ZeroExtended
 from tfzero.inputs import cut_batch
 from tfzero.pulse import Pulse
-from tfzero.settings import Settings, check_number, check_stage, choose_devices, configure_cpu_devices, find_cluster
+from tfzero.settings import (
+    Settings,
+    check_number,
+    check_reshard,
+    check_stage,
+    choose_devices,
+    configure_cpu_devices,
+    find_cluster,
+)
 
 
 class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
@@ -38,6 +46,8 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         min_shard_elements: variables with fewer elements stay whole on every replica.
         timeout_seconds: how long a worker waits for the others before it gives up with an error: when it starts, and
             in every exchange of a step.
+        reshard_after_forward: at stage 3, whether gathered parameters are let go after the forward pass and gathered
+            again in the backward pass (the default), or kept, with a third less to send and more memory.
 
     Raises:
         ValueError: for settings, devices or a `TF_CONFIG` that make no sense, or that differ between workers.
@@ -55,16 +65,24 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         bucket_bytes: int = 25 * 2**20,
         min_shard_elements: int = 1024,
         timeout_seconds: float = 60.0,
+        reshard_after_forward: bool | None = None,
     ) -> None:
         check_stage(stage)
         check_number("bucket_bytes", bucket_bytes, int, 1)
         check_number("min_shard_elements", min_shard_elements, int, 0)
         check_number("timeout_seconds", timeout_seconds, (int, float), 1)
+        check_reshard(reshard_after_forward, stage)
         cluster = find_cluster(cluster_resolver)
         configure_cpu_devices()
         local = choose_devices(devices)
         self.settings = Settings(
-            stage, bucket_bytes, min_shard_elements, float(timeout_seconds), len(local), local[0].split(":")[0]
+            stage,
+            bucket_bytes,
+            min_shard_elements,
+            float(timeout_seconds),
+            len(local),
+            local[0].split(":")[0],
+            reshard_after_forward is not False,
         )
         self.channel, pulse = _meet(cluster, timeout_seconds)
         self.channel.agree("making a ZeroStrategy", asdict(self.settings), "settings")

@@ -103,6 +103,41 @@ class ShardedVariable(ReplicatedVariable):
         return self
 
 
+class ShardedParameter(ShardedVariable):
+    """A model's variable of which every replica holds a shard; a replica that reads it gathers it.
+
+    See [Note: gather] in `gathering.py`. The tape's gradient of it is the shard's, `[shard_elements]`, summed over
+    replicas.
+    """
+
+    def __init__(self, strategy, values, shape: tf.TensorShape) -> None:
+        super().__init__(strategy, values, shape, owner=None)
+
+    def whole(self, dtype: tf.DType | None = None) -> tf.Tensor:
+        """Within a replica: the whole value, gathered in `dtype`."""
+        shard = self._values[_compat.replica_index()]
+        return self.distribute_strategy.extended.gathered(shard, self._whole_shape, dtype or self.dtype, self.name)
+
+    def _get(self):
+        return super()._get() if _compat.replica_index() is None else self.whole()
+
+    def value(self):
+        return self._get()
+
+    def _dense_var_to_tensor(self, dtype=None, name=None, as_ref=False):
+        if _compat.replica_index() is None:
+            return super()._dense_var_to_tensor(dtype, name, as_ref)
+        return tf.convert_to_tensor(self._get(), dtype, name=name)
+
+    def _update_replica(self, update_fn, value, **kwargs):
+        extended = self.distribute_strategy.extended
+        extended.forget_gathered()
+        replica, group = _compat.replica_index(), extended.group
+        if tf.convert_to_tensor(value).shape.rank:
+            value = local_part(value, None, group.rank(replica), group.world_size)
+        return update_fn(self._values[replica], value, **kwargs)
+
+
 def local_part(whole, owner: int | None, rank: int, world_size: int) -> tf.Tensor:
     """What `rank` holds of a whole value: a flat shard, padded with copies of the last element, or all or nothing."""
     whole = tf.convert_to_tensor(whole)

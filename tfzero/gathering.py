@@ -1,0 +1,167 @@
+"""Whole values of sharded parameters, for as long as a layer needs them (stage 3).
+
+[Note: gather] A replica that reads a sharded parameter gathers it from all replicas. Gather and reduce-scatter are each
+other's gradient, so a gradient arrives as the shard that the replica owns, already summed. In a graph four things keep
+the memory down:
+
+1. Unless delayed, all gathers start at once. A gather waits until what an earlier gather was for has been computed.
+2. The backward pass would keep every gathered value alive. What it computes from one is pointed to a second gather,
+   which starts when the backward pass comes near; activations are not computed again.
+3. Reduce-scatters fall behind the backward pass. Second gathers wait for the reduce-scatter of an earlier layer.
+4. A value is gathered once in a step, and its gradient reduced once, however often it is read (tied layers).
+
+[Note: control flow] All replicas must gather in the same order, so never in a branch or a loop: the gather is put into
+the graph around it. A `tf.function` within a loop would hide it there and is refused.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import tensorflow as tf
+
+from tfzero import _compat
+from tfzero.collectives import Group
+
+# How many gathered values may wait for their layer, beside that of the layer which is being computed.
+_PREFETCH = 1
+# Operations that give the same elements in another form: what comes after them uses the gathered value too.
+_VIEWS = {"Identity", "IdentityN", "Reshape", "Transpose", "Cast", "ExpandDims", "Squeeze"}
+# Operations that look at the shape only, and run at once.
+_SHAPES = {"Shape", "ShapeN", "Size", "Rank"}
+
+
+@dataclass(frozen=True)
+class Use:
+    """An operation that takes a gathered value, or a view of it, as its input `place`."""
+
+    operation: tf.Operation
+    place: int
+    views: tuple[tf.Operation, ...]  # from the gathered value to the input
+
+    @property
+    def order(self) -> int:
+        return _compat.creation_order(self.operation)
+
+    def replace(self, value: tf.Tensor) -> None:
+        """Makes the operation take another value, by copies of the views."""
+        for view in self.views:
+            value = _compat.copy_operation(view, value)
+        _compat.replace_input(self.operation, self.place, value)
+
+
+class Gatherer:
+    """The gathered values of one replica in one graph.
+
+    Args:
+        group: the replicas.
+        collective: runs one of the group's methods within a replica (`ZeroExtended.replica_collective`).
+        reshard_after_forward: whether the backward pass gathers again instead of keeping values.
+    """
+
+    def __init__(self, group: Group, collective: Callable, reshard_after_forward: bool) -> None:
+        self._group = group
+        self._collective = collective
+        self._reshard = reshard_after_forward
+        self._values: dict = {}
+        self._gathered: list[tf.Tensor] = []
+        self._scattered: list[tf.Tensor] = []
+        self._awaited: list[tf.Tensor] = []  # what the latest second gather's layer waits for
+
+    def whole(self, shard: tf.Variable, shape: tf.TensorShape, dtype: tf.DType) -> tf.Tensor:
+        """The whole value of a parameter in `dtype`, from this replica's flat shard `[shard_elements]`."""
+        key = (id(shard), dtype)
+        if key not in self._values or not _compat.is_recorded(self._values[key]):
+            self._values[key] = self._gather(shard, shape, dtype)
+        return self._values[key]
+
+    def forget(self) -> None:
+        """Lets the next reads gather anew, because parameters have changed."""
+        self._values.clear()
+
+    def _gather(self, shard: tf.Variable, shape: tf.TensorShape, dtype: tf.DType) -> tf.Tensor:
+        @tf.custom_gradient
+        def gather(part):  # [shard_elements]
+            whole = self._all_gather(part, shape, dtype, self._previous_users())
+            self._gathered.append(whole)
+
+            def gradient(upstream):
+                upstream = tf.convert_to_tensor(upstream)
+                waits: Sequence[tf.Tensor] = ()
+                if not tf.executing_eagerly() and upstream.graph is whole.graph:
+                    waits = self._scattered[:-_PREFETCH][-1:]
+                    if self._reshard:
+                        self._gather_again(whole, part, dtype, waits)
+                with tf.control_dependencies(waits):
+                    scattered = self._reduce_scatter(tf.identity(upstream), part.dtype)
+                self._scattered.append(scattered)
+                return scattered
+
+            return whole, gradient
+
+        return gather(tf.convert_to_tensor(shard))
+
+    def _all_gather(self, part, shape, dtype, waits) -> tf.Tensor:
+        with tf.control_dependencies(waits):
+            part = tf.identity(tf.cast(part, dtype))
+        flat = tf.reshape(self._collective(self._group.all_gather, part), [-1])
+        return tf.reshape(flat[: shape.num_elements()] if flat.shape[0] > shape.num_elements() else flat, shape)
+
+    def _reduce_scatter(self, whole: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
+        """Sum over replicas of this replica's shard, in `dtype`."""
+
+        @tf.custom_gradient
+        def scatter(whole):
+            padding = -whole.shape.num_elements() % self._group.world_size
+            flat = tf.reshape(whole, [-1])
+            rows = tf.reshape(tf.pad(flat, [[0, padding]]) if padding else flat, [self._group.world_size, -1])
+            summed = self._collective(self._group.reduce_scatter, rows, dtype)
+            return summed, lambda upstream: self._all_gather(upstream, whole.shape, whole.dtype, ())
+
+        return scatter(whole)
+
+    def _previous_users(self) -> list[tf.Operation]:
+        """What is computed from a gathered value before the last; see 1 in [Note: gather]."""
+        if tf.executing_eagerly() or len(self._gathered) <= _PREFETCH:
+            return []
+        return [use.operation for use in _uses(self._gathered[-1 - _PREFETCH])]
+
+    def _gather_again(self, whole: tf.Tensor, part: tf.Tensor, dtype: tf.DType, waits: Sequence[tf.Tensor]) -> None:
+        """Points the backward pass to a second gather; see 2 in [Note: gather].
+
+        Only what was made after this replica's last collective: a collective that is made now comes after that one, and
+        must not be needed before it. The rest keeps the first value.
+        """
+        last = self._group.last_operation(_compat.replica_index(), whole.graph)
+        uses = [
+            use
+            for use in sorted(_uses(whole), key=lambda use: use.order)
+            if _compat.is_backward(use.operation)
+            and use.operation.type not in _SHAPES
+            and (last is None or use.order > _compat.creation_order(last))
+        ]
+        if not uses or _compat.is_backward(whole.op):
+            return
+        incoming = next((taken for use in uses if (taken := _incoming(use.operation))), [])
+        again = self._all_gather(part, whole.shape, dtype, [*(self._awaited or incoming), *waits])
+        self._awaited = incoming
+        for use in uses:
+            use.replace(again)
+
+
+def _uses(value: tf.Tensor, views: tuple[tf.Operation, ...] = ()) -> Iterator[Use]:
+    """What takes a value or a view of it that the forward pass made."""
+    for operation in value.consumers():
+        for place, taken in enumerate(operation.inputs):
+            if taken is not value:
+                continue
+            if operation.type in _VIEWS and not _compat.is_backward(operation):
+                output = operation.outputs[place if operation.type == "IdentityN" else 0]
+                known = views if operation.type in ("Identity", "IdentityN") else (*views, operation)
+                yield from _uses(output, known)
+            else:
+                yield Use(operation, place, views)
+
+
+def _incoming(operation: tf.Operation) -> list[tf.Tensor]:
+    """The gradients that a backward operation takes."""
+    return [t for t in operation.inputs if _compat.is_backward(t.op) and t.op.type not in _SHAPES]
