@@ -16,6 +16,7 @@ from keras import optimizers as ko
 import tfzero
 from tfzero.collectives import Group
 from tfzero.plan import Placement
+from tfzero.variables import ShardedParameter
 
 DEVICES = ["CPU:0", "CPU:1", "CPU:2"]
 EXACT = {"rtol": 1e-5, "atol": 1e-5}  # SGD
@@ -128,10 +129,11 @@ def assert_same_training(ours, theirs, tolerance):
 
 def cells():
     """Every optimizer at every stage; a good part of them with `-m sweep` only."""
-    always = {"sgd_momentum", "adam", "nadam", "schedule_free", *WHOLE_TENSOR, "loss_scale_lamb", "multi_map"}
+    always = {0: {"adam", "muon"}, 1: {"adam", "adafactor", "multi_map"}, 2: OPTIMIZERS}
+    always[3] = {"sgd_momentum", "adam", "nadam", "schedule_free", *WHOLE_TENSOR, "loss_scale_lamb", "multi_map"}
     for name in OPTIMIZERS:
-        for stage in (0, 1, 2):
-            marks = [] if stage == 2 or name in always else [pytest.mark.sweep]
+        for stage in range(4):
+            marks = [] if name in always[stage] else [pytest.mark.sweep]
             yield pytest.param(name, stage, marks=marks)
 
 
@@ -151,7 +153,12 @@ def test_an_optimizer_does_as_on_one_device(name, stage):
         assert list(plan.placements) == wanted
     assert [large, list(plan.placements).count(Placement.WHOLE)] == [[True, True, True, False], 1 if stage else 4]
     assert len(set(plan.owners) - {None}) > 1 or name not in WHOLE_TENSOR or stage == 0
+    assert [isinstance(v.value, ShardedParameter) and stage == 3 for v in model.trainable_variables] == [
+        stage == 3 and is_large for is_large in large
+    ]
     for variable in model.trainable_variables:  # replicas end equal
+        if isinstance(variable.value, ShardedParameter):
+            continue
         first, *others = [component.numpy() for component in variable.value.values]
         for other in others:
             np.testing.assert_array_equal(other, first)
@@ -205,7 +212,9 @@ def awkward_model(narrow=None):
 @pytest.mark.filterwarnings("ignore:Gradients do not exist")
 @pytest.mark.filterwarnings("ignore:The model does not have")
 @pytest.mark.parametrize(
-    ("name", "stage"), [("adam", 0), ("adam", 1), ("adamw", 2), ("muon", 0), ("muon", 2), ("multi_map", 1)]
+    ("name", "stage"),
+    [("adam", 0), ("adam", 1), ("adamw", 2), ("muon", 0), ("muon", 2), ("multi_map", 1), ("adamw", 3), ("muon", 3)],
+
 )
 def test_awkward_variables_do_as_on_one_device(name, stage):
     strategy = make_strategy(stage, min_shard_elements=0)
@@ -218,7 +227,7 @@ def test_awkward_variables_do_as_on_one_device(name, stage):
 
 
 @pytest.mark.filterwarnings("ignore:Gradients do not exist")
-@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("stage", [0, 2, 3])
 def test_a_bfloat16_variable_follows_one_device(stage):
     """16-bit values are compared by one step of SGD, to 1e-2."""
     changes = []
@@ -261,14 +270,14 @@ def test_a_variable_without_elements_is_no_hindrance(name):
 # The comparison itself.
 
 
-@pytest.mark.parametrize(("stage", "method"), [(2, "reduce_scatter"), (0, "all_reduce")])
+@pytest.mark.parametrize(("stage", "method"), [(2, "reduce_scatter"), (3, "reduce_scatter"), (0, "all_reduce")])
 def test_the_comparison_notices_a_missing_sum(monkeypatch, stage, method):
     original = getattr(Group, method)
 
-    def broken(self, value, replica):
+    def broken(self, value, replica, *dtype):
         is_gradient = value.dtype == tf.float32 and (value.shape.num_elements() or 0) > 60
         if not is_gradient:
-            return original(self, value, replica)
+            return original(self, value, replica, *dtype)
         return value[self.rank(replica)] if method == "reduce_scatter" else tf.identity(value)
 
     monkeypatch.setattr(Group, method, broken)
@@ -281,7 +290,7 @@ def test_the_comparison_notices_a_missing_sum(monkeypatch, stage, method):
 
 
 def test_the_oracle_notices_a_missing_sum(monkeypatch):
-    monkeypatch.setattr(Group, "reduce_scatter", lambda self, rows, replica: rows[self.rank(replica)])
+    monkeypatch.setattr(Group, "reduce_scatter", lambda self, rows, replica, *dtype: rows[self.rank(replica)])
     ours, reference = oracle.train_both(
         make_strategy(2), oracle.dense_model, lambda: {"optimizer": "adam", "loss": "categorical_crossentropy"},
         oracle.Data(), epochs=1,

@@ -5,6 +5,7 @@ replica sees other samples. On one device `jit_compile` is off where only `fit` 
 the result and saves a second for each model.
 """
 
+import os
 import warnings
 
 import keras
@@ -17,10 +18,13 @@ from keras import optimizers as ko
 
 import tfzero
 from tfzero.optimizer import ZeroOptimizer
+from tfzero.variables import ShardedParameter
 
 EXACT = {"rtol": 1e-5, "atol": 1e-5}  # SGD
 CLOSE = {"rtol": 2e-4, "atol": 2e-5}  # Adam after three epochs
 DATA = oracle.Data()
+# `TFZERO_TEST_STAGE=3 pytest tests/test_step.py` runs everything but stage 0 at another stage.
+OTHER_STAGE = int(os.environ["TFZERO_TEST_STAGE"]) if "TFZERO_TEST_STAGE" in os.environ else None
 
 
 def sweep(*values):
@@ -28,10 +32,11 @@ def sweep(*values):
     return pytest.param(*values, marks=pytest.mark.sweep)
 
 
-GRID = [(0, 2), (2, 3), sweep(1, 3), sweep(2, 2)]  # stage, devices
+GRID = [(0, 2), (2, 3), (3, 2), sweep(1, 3), sweep(2, 2)]  # stage, devices
 
 
 def make_strategy(stage=2, devices=3):
+    stage = OTHER_STAGE if OTHER_STAGE is not None and stage else stage
     return tfzero.ZeroStrategy(stage=stage, devices=[f"CPU:{k}" for k in range(devices)], min_shard_elements=8)
 
 
@@ -85,6 +90,8 @@ def assert_same_weights(ours, reference, **tolerance):
 
 def assert_replicas_equal(model):
     for variable in model.variables:
+        if isinstance(variable.value, ShardedParameter):
+            continue  # replicas hold different parts
         first, *others = [component.numpy() for component in variable.value.values]
         for other in others:
             np.testing.assert_array_equal(other, first, err_msg=variable.path)
@@ -125,7 +132,18 @@ def adam(**settings):
 
 @pytest.mark.parametrize(
     ("stage", "devices", "batch_size"),
-    [(0, 2, 15), (1, 2, 1), (1, 3, 15), (2, 3, 1), (2, 3, 15), sweep(0, 3, 1), sweep(2, 2, 15), sweep(2, 2, 1)],
+    [
+        (0, 2, 15),
+        (1, 2, 1),
+        (2, 3, 1),
+        (2, 3, 15),
+        (3, 3, 15),
+        (3, 2, 1),
+        sweep(1, 3, 15),
+        sweep(0, 3, 1),
+        sweep(2, 2, 15),
+        sweep(2, 2, 1),
+    ],
 )
 def test_ragged_batches(stage, devices, batch_size):
     """Batches of 15, 15, 15 and 1 samples, and of 1 only: training, evaluation and prediction."""
@@ -175,6 +193,8 @@ def test_batches_on_their_own():
     ("setting", "stage", "devices"),
     [
         ("global_clipnorm", 0, 2),
+        ("global_clipnorm", 3, 3),
+        ("clipnorm", 3, 2),
         ("global_clipnorm", 2, 3),
         ("clipnorm", 2, 3),
         ("clipvalue", 2, 2),
@@ -233,7 +253,7 @@ def test_an_overflow_in_one_part_of_the_batch(stage, devices):
     assert_replicas_equal(ours)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_gradient_accumulation(stage):
     """Twelve micro-steps in threes, with clipping and a learning rate that depends on the iteration."""
     schedule = ko.schedules.ExponentialDecay(0.02, 1, 0.9)
@@ -254,6 +274,7 @@ def test_gradient_accumulation(stage):
     [
         (0, {"ema_overwrite_frequency": 2}),
         (2, {"ema_overwrite_frequency": 2}),
+        (3, {"ema_overwrite_frequency": 2}),
         (1, {}),
         (2, {"gradient_accumulation_steps": 3, "ema_overwrite_frequency": 2}),
         sweep(1, {"gradient_accumulation_steps": 3, "ema_overwrite_frequency": 2}),
@@ -266,7 +287,7 @@ def test_moving_averages(stage, settings):
 
 
 @pytest.mark.parametrize(
-    ("stage", "swap_on_epoch"), [(0, False), (2, True), sweep(0, True), sweep(1, False), sweep(2, False)]
+    ("stage", "swap_on_epoch"), [(0, False), (2, True), (3, True), sweep(0, True), sweep(1, False), sweep(2, False)]
 )
 def test_swapping_moving_averages_for_evaluation(stage, swap_on_epoch):
     x, y = DATA.arrays()
@@ -288,7 +309,7 @@ def constrained_model():
     return keras.Model(inputs, output(frozen(shared(shared(inputs)))))
 
 
-@pytest.mark.parametrize("stage", [sweep(0), 2])
+@pytest.mark.parametrize("stage", [sweep(0), 2, 3])
 def test_constraints_shared_and_frozen_layers(stage):
     ours, reference = compare(
         make_strategy(stage),
@@ -415,7 +436,7 @@ class DenseEmbedding(layers.Layer):
 
 
 @pytest.mark.parametrize(
-    ("stage", "settings"), [(0, {}), (2, {}), (2, {"clipnorm": 0.02}), (1, {"gradient_accumulation_steps": 2})]
+    ("stage", "settings"), [(0, {}), (2, {}), (2, {"clipnorm": 0.02}), (1, {"gradient_accumulation_steps": 2}), (3, {})]
 )
 def test_an_embedding_has_the_dense_gradient(stage, settings):
     """Rows occur several times in a batch and on several replicas."""
@@ -543,7 +564,7 @@ def many_headed_model():
     return keras.Model(inputs, outputs)
 
 
-@pytest.mark.parametrize("stage", [sweep(0), 2])
+@pytest.mark.parametrize("stage", [sweep(0), 2, 3])
 def test_several_inputs_and_outputs(stage):
     x, y = DATA.arrays()
     weights = {"kind": np.linspace(0, 3, 46), "size": np.linspace(2, 0, 46), "rank": np.ones(46)}
@@ -712,7 +733,7 @@ class Gan(keras.Model):
         return {m.name: m.result() for m in self.metrics}
 
 
-@pytest.mark.parametrize("stage", [sweep(0), 2])
+@pytest.mark.parametrize("stage", [sweep(0), 2, 3])
 def test_two_optimizers_in_one_step(stage):
     ours, reference = make_pair(make_strategy(stage), Gan, lambda: {
         "generator_optimizer": ko.Adam(0.02), "critic_optimizer": ko.SGD(0.1, momentum=0.5),
@@ -808,7 +829,7 @@ def test_callbacks_that_steer(make_callbacks):
 
 
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
-@pytest.mark.parametrize("stage", [sweep(0), 2])
+@pytest.mark.parametrize("stage", [sweep(0), 2, 3])
 def test_mixed_precision(policy, stage):
     """One step of SGD moves the weights as on one device, to 1e-2; then it trains on."""
 
@@ -841,7 +862,9 @@ def test_mixed_precision(policy, stage):
 # Custom loops.
 
 
-@pytest.mark.parametrize(("stage", "compiled"), [(2, True), (0, False), sweep(2, False), sweep(1, True)])
+@pytest.mark.parametrize(
+    ("stage", "compiled"), [(2, True), (0, False), (3, True), (3, False), sweep(2, False), sweep(1, True)]
+)
 def test_a_custom_loop(stage, compiled):
     """The mean over the global batch is the user's: sums over the parts, divided by the number of all samples."""
     x, y = DATA.arrays()
@@ -985,6 +1008,7 @@ def test_variables_that_cannot_be_trained():
         sweep(0, lambda: ko.Adam(0.02)),
         (2, lambda: ko.Adam(0.02)),
         (2, lambda: ko.LossScaleOptimizer(ko.Muon(0.02), initial_scale=4.0)),
+        (3, lambda: ko.Adam(0.02)),
     ],
     ids=["adam-0", "adam-2", "scaled-muon-2"],
 )

@@ -11,6 +11,9 @@ import threading
 import keras
 import tensorflow as tf
 
+# Convolutions and poolings, which fail for an empty batch.
+from keras.src.backend.tensorflow import nn as keras_nn
+
 # Casts what layers read to the dtype of their computation.
 from keras.src.backend.common.variables import AutocastScope
 
@@ -59,6 +62,7 @@ __all__ = [
     "create_mirrored_variable",
     "distribute_lib",
     "keras_loss",
+    "keras_nn",
     "keras_tensorflow_trainer",
 ]
 

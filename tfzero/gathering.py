@@ -92,7 +92,7 @@ class Gatherer:
                     if self._reshard:
                         self._gather_again(whole, part, dtype, waits)
                 with tf.control_dependencies(waits):
-                    scattered = self._reduce_scatter(tf.identity(upstream), part.dtype)
+                    scattered = self._reduce_scatter(tf.reshape(upstream, [shape.num_elements()]), part.dtype)
                 self._scattered.append(scattered)
                 return scattered
 
@@ -107,13 +107,13 @@ class Gatherer:
         return tf.reshape(flat[: shape.num_elements()] if flat.shape[0] > shape.num_elements() else flat, shape)
 
     def _reduce_scatter(self, whole: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
-        """Sum over replicas of this replica's shard, in `dtype`."""
+        """Sum over replicas of this replica's shard, in `dtype`, of a flat whole value."""
 
         @tf.custom_gradient
         def scatter(whole):
             padding = -whole.shape.num_elements() % self._group.world_size
-            flat = tf.reshape(whole, [-1])
-            rows = tf.reshape(tf.pad(flat, [[0, padding]]) if padding else flat, [self._group.world_size, -1])
+            padded = tf.pad(whole, [[0, padding]]) if padding else whole
+            rows = tf.reshape(padded, [self._group.world_size, -1])
             summed = self._collective(self._group.reduce_scatter, rows, dtype)
             return summed, lambda upstream: self._all_gather(upstream, whole.shape, whole.dtype, ())
 

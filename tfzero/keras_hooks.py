@@ -268,3 +268,32 @@ def _apply(original, self, *args, **kwargs):
             "Make it `tfzero.ZeroOptimizer(optimizer)`; `model.compile` does so by itself."
         )
     return original(self, *args, **kwargs)
+
+
+# A replica without samples: oneDNN's convolutions and poolings give a wrong shape for an empty batch.
+
+
+def _on_samples(original, inputs, *args, **kwargs):
+    """Lets an empty batch on a CPU pass as one sample that is dropped again."""
+    extended = losses.current_extended()
+    if extended is None or extended.group.hint == "NCCL" or tf.executing_eagerly() or inputs.shape[0] is not None:
+        return original(inputs, *args, **kwargs)
+    args = [tf.convert_to_tensor(each) if isinstance(each, keras.Variable) else each for each in args]
+
+    def on_one_sample():
+        return original(tf.zeros([1, *tf.unstack(tf.shape(inputs))[1:]], inputs.dtype), *args, **kwargs)[:0]
+
+    return tf.cond(tf.shape(inputs)[0] > 0, lambda: original(inputs, *args, **kwargs), on_one_sample)
+
+
+for _name in ("conv", "depthwise_conv", "separable_conv", "conv_transpose", "max_pool", "average_pool"):
+    _patch(_compat.keras_nn, _name)(_on_samples)
+
+
+@_patch(_compat.keras_nn, "moments")
+def _moments(original, x, axes, keepdims=False, synchronized=False):
+    """The moments of no samples are 0, not NaN, which would spread in the sum of gradients."""
+    result = original(x, axes, keepdims=keepdims, synchronized=synchronized)
+    if losses.current_extended() is None or synchronized or x.shape[0] is not None:
+        return result
+    return tuple(tf.where(tf.size(x) > 0, moment, tf.zeros_like(moment)) for moment in result)

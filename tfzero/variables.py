@@ -95,12 +95,16 @@ class ShardedVariable(ReplicatedVariable):
     def _update_cross_replica(self, update_fn, value, **kwargs):
         group = self.distribute_strategy.extended.group
         for replica, component in enumerate(self._values):
-            part = value
-            if tf.convert_to_tensor(value).shape.rank:
-                part = local_part(value, self._owner, group.rank(replica), group.world_size)
+            part = self._part_of(value, group.rank(replica))
             with tf.device(component.device):
                 update_fn(component, part, **kwargs)
         return self
+
+    def _part_of(self, value, rank: int) -> tf.Tensor:
+        """What a rank holds of a value for the whole variable; a scalar may stand for every element."""
+        if tf.convert_to_tensor(value).shape.rank == 0 and self._whole_shape.rank:
+            return value
+        return local_part(value, self._owner, rank, self.distribute_strategy.extended.group.world_size)
 
 
 class ShardedParameter(ShardedVariable):
@@ -132,10 +136,8 @@ class ShardedParameter(ShardedVariable):
     def _update_replica(self, update_fn, value, **kwargs):
         extended = self.distribute_strategy.extended
         extended.forget_gathered()
-        replica, group = _compat.replica_index(), extended.group
-        if tf.convert_to_tensor(value).shape.rank:
-            value = local_part(value, None, group.rank(replica), group.world_size)
-        return update_fn(self._values[replica], value, **kwargs)
+        replica = _compat.replica_index()
+        return update_fn(self._values[replica], self._part_of(value, extended.group.rank(replica)), **kwargs)
 
 
 def local_part(whole, owner: int | None, rank: int, world_size: int) -> tf.Tensor:
