@@ -47,11 +47,6 @@ def test_unknown_stage(stage):
         tfzero.ZeroStrategy(stage)
 
 
-def test_stage_3_is_not_there_yet():
-    with pytest.raises(NotImplementedError, match="stage=3.*Use stage 0, 1 or 2"):
-        tfzero.ZeroStrategy(3)
-
-
 def test_settings_are_keyword_only():
     with pytest.raises(TypeError):
         tfzero.ZeroStrategy(2, ["CPU:0"])
@@ -423,6 +418,15 @@ def one_step_more(index):
         time.sleep(20)
 
 
+def gather_alone(index):
+    strategy = tfzero.ZeroStrategy(3, timeout_seconds=6)
+    model = make(strategy)
+    if index == 1:
+        time.sleep(LIMIT_SECONDS)
+    with strategy.gathered(model.trainable_variables):
+        print("NO ERROR")
+
+
 def stall_before_training(index):
     model = make(tfzero.ZeroStrategy(2, timeout_seconds=6))
     if index == 1:
@@ -549,6 +553,7 @@ def test_worker_that_dies_before_training():
     ("scenario", "told"),
     [
         (stall_before_training, "worker 1 at .* did not arrive"),
+        (gather_alone, "worker 1 at .* did not arrive at 'gathering variables' within 6 s"),
         (death_in_training, "worker 1 at .* was lost"),
         (stop_in_training, "worker 1 at .* did not arrive at 'the pulse' within 6 s"),
         (sleep_in_training, "waited in a collective for 6 s. worker 1 at .* did not arrive there"),

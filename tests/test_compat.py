@@ -48,6 +48,10 @@ def built(optimizer, variable):
         (_compat.BaseOptimizer, "apply", "self grads trainable_variables"),
         (_compat.BaseOptimizer, "update_step", "self gradient variable learning_rate"),
         (keras.random.SeedGenerator, "next", "self ordered"),
+        (_compat.AutocastScope, "maybe_cast", "self value"),
+        (_compat.keras_nn, "moments", "x axes keepdims synchronized"),
+        (_compat.keras_nn, "conv", "inputs kernel strides padding data_format dilation_rate"),
+        (_compat.keras_nn, "max_pool", "inputs pool_size strides padding data_format"),
     ],
 )  # fmt: skip
 def test_what_is_patched_has_these_arguments(owner, name, arguments):
@@ -67,7 +71,16 @@ def test_what_is_patched_has_these_arguments(owner, name, arguments):
 )
 def test_private_methods_override_something(ours, base):
     """A hook that is renamed would never be called."""
-    added = {"_agree_on_variable", "_replicate", "_create_slot", "_spread"}
+    added = {
+        "_agree_on_variable",
+        "_replicate",
+        "_create_slot",
+        "_spread",
+        "_gatherer",
+        "_is_sharded",
+        "_shard",
+        "_part_of",
+    }
     mine = {
         name
         for each in ours.__mro__[: ours.__mro__.index(base)]
@@ -161,6 +174,72 @@ def test_run_after():
     graph = function.get_concrete_function(tf.constant(1.0)).graph
     (waiting,) = (op for op in graph.get_operations() if op.type == "Exp")
     assert [op.type for op in waiting.control_inputs] == ["Sin"]
+
+
+def test_what_a_second_gather_is_made_of():
+    @tf.function(autograph=False)
+    def function(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = tf.matmul(tf.reshape(x, [2, 2]), tf.constant([[1.0, 2.0], [3.0, 4.0]]))
+        gradient = tape.gradient(y, x)
+        assert _compat.is_backward(gradient.op) and not _compat.is_backward(y.op)
+        assert _compat.creation_order(gradient.op) > _compat.creation_order(y.op)
+        copy = _compat.copy_operation(y.op.inputs[0].op, 2 * x)
+        _compat.replace_input(y.op, 0, copy)
+        _compat.note_previous(gradient.op, y.op)
+        assert y.op in _compat.waited_for(gradient.op) and copy.op in _compat.waited_for(y.op)
+        return y
+
+    doubled = function(tf.constant([1.0, 0.0, 0.0, 1.0]))
+    np.testing.assert_array_equal(doubled, [[2, 4], [6, 8]])
+
+
+def test_is_recorded():
+    x = tf.constant(1.0)
+    assert _compat.is_recorded(x)  # no tape asks
+    with tf.GradientTape() as tape:
+        assert not _compat.is_recorded(x)
+        tape.watch(x)
+        assert _compat.is_recorded(x + 1)
+
+
+def test_graphs_around_control_flow():
+    seen = []
+
+    def look():
+        seen.append(_compat.graph_around_control_flow(outermost))
+        return tf.constant(1.0)
+
+    @tf.function(autograph=False)
+    def inner():
+        return look()
+
+    @tf.function(autograph=False)
+    def outer(x):
+        nonlocal outermost
+        outermost = tf.compat.v1.get_default_graph()
+        look()
+        tf.cond(x > 0, look, lambda: 0.0)
+        tf.while_loop(lambda i: i < 2, lambda i: i + look(), [0.0])
+        inner()
+        tf.cond(x > 1, inner.__wrapped__ if hasattr(inner, "__wrapped__") else inner, lambda: 0.0)
+        tf.while_loop(lambda i: i < 2, lambda i: i + tf.function(look, autograph=False)(), [0.0])
+        return x
+
+    outermost = None
+    outer.get_concrete_function(tf.constant(1.0))
+    assert [graph is outermost for graph, _ in seen[:3]] == [True, True, True]
+    assert seen[3][0] is not outermost
+    assert [is_in_a_loop for _, is_in_a_loop in (*seen[:4], seen[-1])] == [False, False, False, False, True]
+
+
+def test_a_plain_variable_in_a_scope(strategy):
+    with strategy.scope():
+        variable = _compat.plain_variable(tf.constant([1.0]))
+    assert not isinstance(variable, _compat.DistributedVariable)
+    variable.assign([2.0])
+    assert variable.numpy() == [2.0]
 
 
 def test_remake(strategy, variable):

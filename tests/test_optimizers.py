@@ -214,7 +214,6 @@ def awkward_model(narrow=None):
 @pytest.mark.parametrize(
     ("name", "stage"),
     [("adam", 0), ("adam", 1), ("adamw", 2), ("muon", 0), ("muon", 2), ("multi_map", 1), ("adamw", 3), ("muon", 3)],
-
 )
 def test_awkward_variables_do_as_on_one_device(name, stage):
     strategy = make_strategy(stage, min_shard_elements=0)

@@ -394,6 +394,36 @@ def test_metric_objects_made_outside_the_scope():
 # Layers that look at the batch.
 
 
+def image_model():
+    return keras.Sequential(
+        [
+            keras.Input((8,)),
+            layers.Reshape((4, 2, 1)),
+            layers.Conv2D(5, 3, padding="same", activation="relu"),
+            layers.DepthwiseConv2D(2, padding="same"),
+            layers.MaxPooling2D((2, 1)),
+            layers.Flatten(),
+            layers.Dense(3, activation="softmax"),
+        ]
+    )
+
+
+def test_a_replica_without_samples_convolves_nothing():
+    """The last batch has one sample for three replicas."""
+    compare(make_strategy(), image_model, sgd(), tolerance=EXACT)
+
+
+def test_a_replica_without_samples_normalizes_nothing():
+    """The moments of no samples would be NaN, and the sum of gradients with them."""
+
+    def make_model():
+        return keras.Sequential([keras.Input((8,)), layers.BatchNormalization(), layers.Dense(3)])
+
+    ours, _ = make_pair(make_strategy(), make_model, sgd())
+    fit(ours, *DATA.arrays())
+    assert all(np.isfinite(weights).all() for weights in ours.get_weights())
+
+
 def test_batch_normalization_leaves_replicas_equal():
     """Parts are normalised by themselves, but moving statistics are averages over the whole batch."""
 

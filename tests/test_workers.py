@@ -155,7 +155,7 @@ def overflow_on_last_replica(strategy):
     """Rows 14 and 44 end a batch of 15, so they are the last replica's."""
     model = build(strategy)
     x, y = Data().arrays()
-    x[[14, 44]] = np.inf
+    x[[14, 44], 0] = 3e38
     optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(0.01), initial_scale=1024.0)
     model.compile(**crossentropy(optimizer))
     losses = []
@@ -487,7 +487,7 @@ def broken_reduction(strategy):
     def reduce(self, value, key, replica):
         return value * self.world_size if value.dtype.is_floating else originals[1](self, value, key, replica)
 
-    group.reduce_scatter = lambda self, rows, replica: rows[self.rank(replica)] * self.world_size
+    group.reduce_scatter = lambda self, rows, replica, *dtype: rows[self.rank(replica)] * self.world_size
     group._reduce = reduce
     try:
         model = build(strategy)
@@ -606,8 +606,8 @@ class Fleet:
 
 MAIN = Fleet(2, 1, 2, level=3)
 SECOND = Fleet(2, 2, 2, level=2)
-FLEETS = [MAIN, SECOND, Fleet(1, 1, 2), Fleet(2, 1, 0), Fleet(2, 1, 1), Fleet(3, 1, 1)]
-SWEPT = [Fleet(4, 1, 2, level=3), Fleet(2, 2, 1, level=3)]
+FLEETS = [MAIN, SECOND, Fleet(2, 1, 3, level=2), Fleet(1, 1, 2), Fleet(2, 1, 0), Fleet(2, 1, 1), Fleet(3, 1, 3)]
+SWEPT = [Fleet(4, 1, 2, level=3), Fleet(2, 2, 1, level=3), Fleet(2, 2, 3, level=3), Fleet(4, 1, 3, level=3)]
 
 
 def fleets(level: int):

@@ -11,11 +11,11 @@ import threading
 import keras
 import tensorflow as tf
 
-# Convolutions and poolings, which fail for an empty batch.
-from keras.src.backend.tensorflow import nn as keras_nn
-
 # Casts what layers read to the dtype of their computation.
 from keras.src.backend.common.variables import AutocastScope
+
+# Convolutions and poolings, which fail for an empty batch.
+from keras.src.backend.tensorflow import nn as keras_nn
 
 # Where batches are built and steps are made.
 from keras.src.backend.tensorflow import trainer as keras_tensorflow_trainer
@@ -49,6 +49,9 @@ from tensorflow.python.eager import context, record
 
 # The graphs of branches and loops.
 from tensorflow.python.ops.control_flow_v2_func_graphs import ControlFlowFuncGraph
+
+# A variable that no strategy's scope turns into another kind.
+from tensorflow.python.ops.resource_variable_ops import ResourceVariable
 
 __all__ = [
     "AutocastScope",
@@ -194,6 +197,19 @@ def copy_operation(operation: tf.Operation, value: tf.Tensor) -> tf.Tensor:
     return copy.outputs[0]
 
 
+def note_previous(operation: tf.Operation, previous: tf.Operation | None) -> None:
+    """Notes that an operation will wait for another of the same graph, as both take one ordering token."""
+    if previous is not None and previous.graph is operation.graph:
+        operation._tfzero_previous = previous
+
+
+def waited_for(operation: tf.Operation) -> list[tf.Operation]:
+    """All that an operation waits for by itself."""
+    previous = getattr(operation, "_tfzero_previous", None)
+    own = [tensor.op for tensor in operation.inputs] + list(operation.control_inputs)
+    return own if previous is None else [*own, previous]
+
+
 def is_recorded(value: tf.Tensor) -> bool:
     """Whether the gradient tape that is active, if any is, knows how a value was made."""
     return not record.could_possibly_record() or record.should_record_backprop([value])
@@ -208,6 +224,12 @@ def graph_around_control_flow(outermost) -> tuple:
     while around is not outermost and not isinstance(around, ControlFlowFuncGraph) and hasattr(around, "outer_graph"):
         around = around.outer_graph
     return graph, around is not outermost and isinstance(around, ControlFlowFuncGraph)
+
+
+def plain_variable(value: tf.Tensor) -> tf.Variable:
+    """A variable of this process alone, also within the scope of a strategy."""
+    with tf.init_scope():
+        return ResourceVariable(value, trainable=False)
 
 
 def remake(variable: keras.Variable) -> None:

@@ -10,7 +10,8 @@ padded to the next of a fixed list of sizes, and each size has a key of its own.
 
 [Note: ordering] Several devices of one process deadlock unless each orders its own collectives; an ordering token,
 one resource per device, does that and nothing else: what shares a token runs in the order of the program. NCCL needs
-one order for all. On CPU a few tokens per device let some collectives overlap, which hides their latency.
+one order for all. On CPU a few tokens per device let some collectives overlap, which hides their latency; one more
+"lane" is for stage 3's second gathers, which are traced after what needs them.
 
 [Note: counts] Between processes a replica adds one to its lane's count when a collective begins and when it ends, so
 that a collective that waits in vain is noticed (`pulse.py`).
@@ -25,6 +26,8 @@ import itertools
 from collections.abc import Callable, Sequence
 
 import tensorflow as tf
+
+from tfzero import _compat
 
 # Far from the keys that TensorFlow's own collectives count up from 1.
 _group_keys = itertools.count(1_000_000)
@@ -60,12 +63,12 @@ class Group:
         self._group_key = next(_group_keys)
         self._next_keys = [1] * len(self.devices)
         self._launchers: dict = {}
-        self._last_operations: list[tf.Operation | None] = [None] * len(self.devices)
-        lanes = 1 if hint == "NCCL" else _LANES
+        lanes = 1 if hint == "NCCL" else _LANES + 1
         self._tokens = [_make_variables(device, lanes) for device in self.devices]
         self._counters = []
         if len(self.devices) < world_size:
             self._counters = [_make_variables(_host_of(device), lanes) for device in self.devices]
+        self._latest: list[list[tf.Operation | None]] = [[None] * lanes for _ in self.devices]
 
     def rank(self, replica: int) -> int:
         """Rank of a local replica."""
@@ -79,10 +82,10 @@ class Group:
         """How many collectives each lane of each local replica has begun and ended, together. [Note: counts]"""
         return [int(counter.numpy()) for counters in self._counters for counter in counters]
 
-    def last_operation(self, replica: int, graph) -> tf.Operation | None:
-        """The collective that was last traced for a local replica, if that was in `graph`."""
-        last = self._last_operations[replica]
-        return last if last is not None and last.graph is graph else None
+    def latest(self, replica: int, graph) -> tf.Operation | None:
+        """The collective that the next one of the backward lane will wait for, if it is in `graph`. [Note: ordering]"""
+        latest = self._latest[replica][-1]
+        return latest if latest is not None and latest.graph is graph else None
 
     # Each is the sum, or the rows, of all replicas' values.
 
@@ -129,13 +132,16 @@ class Group:
             return self.all_gather(rows, replica)[:, self.rank(replica)]
         return self._emit(tf.raw_ops.CollectiveAllToAllV2, rows, replica)
 
-    def all_gather(self, row: tf.Tensor, replica: int) -> tf.Tensor:
-        """Every rank's row: `[n]` to `[world_size, n]`, for a static shape and any dtype."""
+    def all_gather(self, row: tf.Tensor, replica: int, backward: bool = False) -> tf.Tensor:
+        """Every rank's row: `[n]` to `[world_size, n]`, for a static shape and any dtype.
+
+        `backward` puts it into the lane of gathers that are traced long after what needs them. [Note: ordering]
+        """
         if self.world_size == 1:
             return row[tf.newaxis]
         if row.dtype not in _GATHERED_DTYPES:
-            return self._gather_disguised(row, replica)
-        gathered = self._emit(tf.raw_ops.CollectiveGatherV2, row, replica)
+            return self._gather_disguised(row, replica, backward)
+        gathered = self._emit(tf.raw_ops.CollectiveGatherV2, row, replica, lane=-1 if backward else None)
         return tf.reshape(gathered, [self.world_size, *row.shape])
 
     def all_gather_parts(self, value: tf.Tensor, replica: int) -> list[tf.Tensor]:
@@ -206,8 +212,11 @@ class Group:
         padded = tf.pad(flat, [[0, sizes[size_index] - tf.size(flat, tf.int64)]])
         return padded, self._take_key(replica, _SIZES) + size_index
 
-    def _emit(self, operation: Callable, value: tf.Tensor, replica: int, key=None, **attributes) -> tf.Tensor:
-        lane = self._next_keys[replica] % len(self._tokens[replica])
+    def _emit(
+        self, operation: Callable, value: tf.Tensor, replica: int, key=None, lane: int | None = None, **attributes
+    ) -> tf.Tensor:
+        if lane is None:
+            lane = self._next_keys[replica] % max(1, len(self._tokens[replica]) - 1)
         with tf.device(self.devices[replica]), self._counted(replica, lane, value) as ended:
             result = operation(
                 input=value,
@@ -219,7 +228,8 @@ class Group:
                 **attributes,
             )
             ended(result)
-        self._last_operations[replica] = result.op
+        _compat.note_previous(result.op, self._latest[replica][lane])
+        self._latest[replica][lane] = result.op
         return result
 
     @contextlib.contextmanager
@@ -239,10 +249,10 @@ class Group:
     def _reduce(self, value: tf.Tensor, key, replica: int) -> tf.Tensor:
         return self._emit(tf.raw_ops.CollectiveReduceV2, value, replica, key=key, merge_op="Add", final_op="Id")
 
-    def _gather_disguised(self, row: tf.Tensor, replica: int) -> tf.Tensor:
+    def _gather_disguised(self, row: tf.Tensor, replica: int, backward: bool) -> tf.Tensor:
         if row.dtype.size == 1:
-            return tf.cast(self.all_gather(tf.cast(row, tf.int32), replica), row.dtype)
-        return tf.bitcast(self.all_gather(tf.bitcast(row, _DISGUISES[row.dtype.size]), replica), row.dtype)
+            return tf.cast(self.all_gather(tf.cast(row, tf.int32), replica, backward), row.dtype)
+        return tf.bitcast(self.all_gather(tf.bitcast(row, _DISGUISES[row.dtype.size]), replica, backward), row.dtype)
 
     def _broadcast(self, value: tf.Tensor, replica: int) -> tf.Tensor:
         attributes = {

@@ -1,6 +1,7 @@
 """What TensorFlow and Keras call when they meet replicas: collectives, variables and input."""
 
 import contextlib
+import warnings
 import weakref
 from collections.abc import Sequence
 
@@ -20,6 +21,11 @@ from tfzero.variables import (
     ShardedVariable,
     VariableView,
     local_part,
+)
+
+_EAGER = (
+    "Eagerly, stage 3 keeps every parameter that it has gathered until the step is over: the memory of stage 2. "
+    "Leave `run_eagerly=True` away to train in the memory of shards."
 )
 
 
@@ -80,6 +86,7 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
     def gathered(self, shard: tf.Variable, shape: tf.TensorShape, dtype: tf.DType, name: str) -> tf.Tensor:
         """Within a replica: the whole value of a parameter, from the replica's shard. [Note: control flow]"""
         if tf.executing_eagerly():
+            warnings.warn(_EAGER, stacklevel=2)
             return self._gatherer(None).whole(shard, shape, dtype)
         graph, is_in_a_loop = _compat.graph_around_control_flow(_compat.replica_thread().graph)
         if is_in_a_loop:

@@ -65,6 +65,7 @@ class Gatherer:
         self._values: dict = {}
         self._gathered: list[tf.Tensor] = []
         self._scattered: list[tf.Tensor] = []
+        self._replaced: set[tf.Operation] = set()
         self._awaited: list[tf.Tensor] = []  # what the latest second gather's layer waits for
 
     def whole(self, shard: tf.Variable, shape: tf.TensorShape, dtype: tf.DType) -> tf.Tensor:
@@ -100,10 +101,10 @@ class Gatherer:
 
         return gather(tf.convert_to_tensor(shard))
 
-    def _all_gather(self, part, shape, dtype, waits) -> tf.Tensor:
+    def _all_gather(self, part, shape, dtype, waits, backward=False) -> tf.Tensor:
         with tf.control_dependencies(waits):
             part = tf.identity(tf.cast(part, dtype))
-        flat = tf.reshape(self._collective(self._group.all_gather, part), [-1])
+        flat = tf.reshape(self._collective(self._group.all_gather, part, backward), [-1])
         return tf.reshape(flat[: shape.num_elements()] if flat.shape[0] > shape.num_elements() else flat, shape)
 
     def _reduce_scatter(self, whole: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
@@ -128,24 +129,46 @@ class Gatherer:
     def _gather_again(self, whole: tf.Tensor, part: tf.Tensor, dtype: tf.DType, waits: Sequence[tf.Tensor]) -> None:
         """Points the backward pass to a second gather; see 2 in [Note: gather].
 
-        Only what was made after this replica's last collective: a collective that is made now comes after that one, and
-        must not be needed before it. The rest keeps the first value.
+        What the second gather must wait for must not wait for what it is for: such a use keeps the first value.
         """
-        last = self._group.last_operation(_compat.replica_index(), whole.graph)
+        if _compat.is_backward(whole.op):
+            return
+        previous = self._group.latest(_compat.replica_index(), whole.graph)
         uses = [
             use
             for use in sorted(_uses(whole), key=lambda use: use.order)
             if _compat.is_backward(use.operation)
             and use.operation.type not in _SHAPES
-            and (last is None or use.order > _compat.creation_order(last))
+            and not (previous is not None and self._comes_after(previous, use.operation))
         ]
-        if not uses or _compat.is_backward(whole.op):
+        if not uses:
             return
         incoming = next((taken for use in uses if (taken := _incoming(use.operation))), [])
-        again = self._all_gather(part, whole.shape, dtype, [*(self._awaited or incoming), *waits])
+        awaited = [
+            tensor
+            for tensor in (*(self._awaited or incoming), *waits)
+            if not any(self._comes_after(tensor.op, use.operation) for use in uses)
+        ]
+        again = self._all_gather(part, whole.shape, dtype, awaited, backward=True)
         self._awaited = incoming
         for use in uses:
             use.replace(again)
+            self._replaced.add(use.operation)
+
+    def _comes_after(self, operation: tf.Operation, other: tf.Operation) -> bool:
+        """Whether an operation waits for another, by way of any operations between."""
+        start = _compat.creation_order(other)
+        seen: set[tf.Operation] = set()
+        stack = [operation]
+        while stack:
+            current = stack.pop()
+            if current is other:
+                return True
+            # What is older cannot wait for it, unless it was made to take another value.
+            if current not in seen and (_compat.creation_order(current) > start or current in self._replaced):
+                seen.add(current)
+                stack += _compat.waited_for(current)
+        return False
 
 
 def _uses(value: tf.Tensor, views: tuple[tf.Operation, ...] = ()) -> Iterator[Use]:

@@ -21,6 +21,7 @@ from tfzero.settings import (
     configure_cpu_devices,
     find_cluster,
 )
+from tfzero.variables import ShardedParameter
 
 
 class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
@@ -35,9 +36,10 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
     | 0     | whole      | whole                                | whole           |
     | 1     | whole      | whole, when they are accumulated     | shard           |
     | 2     | whole      | shard, bucket by bucket              | shard           |
+    | 3     | shard      | shard                                | shard           |
 
     Args:
-        stage: how much is sharded: 0, 1 or 2.
+        stage: how much is sharded: 0, 1, 2 or 3.
         devices: this process's devices, such as `["GPU:0", "GPU:1"]`; by default all its GPUs, or else all its logical
             CPU devices. Every worker must have equally many, of one type.
         cluster_resolver: a `tf.distribute.cluster_resolver.ClusterResolver` that names the workers; by default
@@ -51,7 +53,6 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
 
     Raises:
         ValueError: for settings, devices or a `TF_CONFIG` that make no sense, or that differ between workers.
-        NotImplementedError: for stage 3.
         TimeoutError: if a worker does not come within `timeout_seconds`; the message names it.
         RuntimeError: if TensorFlow was used before the strategy was made in one of several workers.
     """
@@ -111,6 +112,39 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         """One global batch as per-replica values, cut as `experimental_distribute_dataset` cuts it."""
         parts = cut_batch(batch, self.extended.seats)
         return tf.nest.map_structure(lambda *leaves: _compat.per_replica(leaves), *parts)
+
+    @contextlib.contextmanager
+    def gathered(self, variables):
+        """Within it every worker holds the whole values of sharded parameters; what is assigned is written back.
+
+        For looking at and changing parameters between steps, without a collective for each access. All workers must
+        enter and leave it; if they assign different values, the first worker's count. Replicas see the assigned values
+        after the context. It does nothing for variables that are whole anyway.
+
+        Args:
+            variables: a Keras variable of this strategy, or a list of them.
+
+        Raises:
+            ValueError: for variables of another or of no strategy, or if workers name different ones.
+            TimeoutError: if a worker does not come within `timeout_seconds`.
+        """
+        variables = list(variables) if isinstance(variables, list | tuple) else [variables]
+        values = [getattr(variable, "value", variable) for variable in variables]
+        strange = [v.name for v in values if getattr(v, "distribute_strategy", None) is not self]
+        if strange:
+            raise ValueError(f"`gathered` takes variables made under this strategy's scope, but received {strange}.")
+        self.channel.agree("gathering variables", [list(v.shape) for v in values], "variables to gather")
+        parameters = [value for value in values if isinstance(value, ShardedParameter)]
+        for parameter in parameters:
+            parameter.hold()
+        completed = False
+        try:
+            yield
+            self.channel.all_gather("writing gathered variables back", None)
+            completed = True
+        finally:
+            for parameter in parameters:
+                parameter.let_go(write_back=completed)
 
     @contextlib.contextmanager
     def agreed_randomness(self):

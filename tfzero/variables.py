@@ -116,9 +116,27 @@ class ShardedParameter(ShardedVariable):
 
     def __init__(self, strategy, values, shape: tf.TensorShape) -> None:
         super().__init__(strategy, values, shape, owner=None)
+        self._held: tf.Variable | None = None
+
+    def hold(self) -> None:
+        """Holds the whole value here, for reading and assigning outside replicas, until `let_go`. A collective."""
+        self._held = _compat.plain_variable(self._get_cross_replica())
+
+    def let_go(self, write_back: bool) -> None:
+        """Ends `hold`; to write back is a collective, and what the first worker assigned counts."""
+        held, self._held = self._held, None
+        if write_back:
+            group = self.distribute_strategy.extended.group
+            values = [tf.convert_to_tensor(held)] * len(self._values)
+            self.assign(group.launch(group.broadcast, values)[0])
 
     def whole(self, dtype: tf.DType | None = None) -> tf.Tensor:
         """Within a replica: the whole value, gathered in `dtype`."""
+        if tf.distribute.get_strategy() is not self.distribute_strategy:
+            raise RuntimeError(
+                f"The parameter {self.name!r} belongs to another strategy than the one whose replica reads it. "
+                "Make the model under the `scope()` of the strategy that runs it."
+            )
         shard = self._values[_compat.replica_index()]
         return self.distribute_strategy.extended.gathered(shard, self._whole_shape, dtype or self.dtype, self.name)
 
@@ -127,6 +145,15 @@ class ShardedParameter(ShardedVariable):
 
     def value(self):
         return self._get()
+
+    def _get_cross_replica(self):
+        return super()._get_cross_replica() if self._held is None else tf.convert_to_tensor(self._held)
+
+    def _update_cross_replica(self, update_fn, value, **kwargs):
+        if self._held is None:
+            return super()._update_cross_replica(update_fn, value, **kwargs)
+        update_fn(self._held, value, **kwargs)
+        return self
 
     def _dense_var_to_tensor(self, dtype=None, name=None, as_ref=False):
         if _compat.replica_index() is None:
