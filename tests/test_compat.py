@@ -49,6 +49,7 @@ def built(optimizer, variable):
         (_compat.BaseOptimizer, "update_step", "self gradient variable learning_rate"),
         (keras.random.SeedGenerator, "next", "self ordered"),
         (_compat.AutocastScope, "maybe_cast", "self value"),
+        (_compat.keras_core, "remat", "f"),
         (_compat.keras_nn, "moments", "x axes keepdims synchronized"),
         (_compat.keras_nn, "conv", "inputs kernel strides padding data_format dilation_rate"),
         (_compat.keras_nn, "max_pool", "inputs pool_size strides padding data_format"),

@@ -1040,7 +1040,7 @@ def test_variables_that_cannot_be_trained():
         (2, lambda: ko.LossScaleOptimizer(ko.Muon(0.02), initial_scale=4.0)),
         (3, lambda: ko.Adam(0.02)),
     ],
-    ids=["adam-0", "adam-2", "scaled-muon-2"],
+    ids=["adam-0", "adam-2", "scaled-muon-2", "adam-3"],
 )
 def test_files_are_plain_keras_files(stage, make_optimizer, tmp_path):
     """A model saved here goes on in plain Keras, and one saved by plain Keras goes on here, as on one device."""

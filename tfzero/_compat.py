@@ -14,6 +14,9 @@ import tensorflow as tf
 # Casts what layers read to the dtype of their computation.
 from keras.src.backend.common.variables import AutocastScope
 
+# Recomputes activations in the backward pass (`keras.RematScope`).
+from keras.src.backend.tensorflow import core as keras_core
+
 # Convolutions and poolings, which fail for an empty batch.
 from keras.src.backend.tensorflow import nn as keras_nn
 
@@ -64,6 +67,7 @@ __all__ = [
     "Trainer",
     "create_mirrored_variable",
     "distribute_lib",
+    "keras_core",
     "keras_loss",
     "keras_nn",
     "keras_tensorflow_trainer",

@@ -5,6 +5,7 @@ import warnings
 import weakref
 from collections.abc import Sequence
 
+import numpy as np
 import tensorflow as tf
 
 from tfzero import _compat
@@ -218,6 +219,11 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
                 with tf.init_scope(), self._container_strategy().scope():
                     _compat.remake(variable)
 
+    def value_container(self, value):
+        """What a tape notes when a replica's component is read: of a parameter in shards the shard, by itself."""
+        container = super().value_container(value)
+        return value if isinstance(container, ShardedParameter) else container
+
     def _validate_colocate_with_variable(self, colocate_with_variable):
         if not isinstance(colocate_with_variable, VariableView):
             super()._validate_colocate_with_variable(colocate_with_variable)
@@ -227,19 +233,20 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
         if view is not None and not isinstance(view, VariableView | _compat.DistributedVariable):
             return super()._create_variable(next_creator, colocate_with=view, **kwargs)
         with tf.device(self.worker_devices[0]):
-            initial_value = _initial_value(kwargs)
+            value = _initial_value(kwargs)
         if view is None and self.view_at_hand is not None and self.view_at_hand.owner is not None:
             view = self.view_at_hand
         if isinstance(view, VariableView):
-            return self._create_slot(next_creator, view, initial_value, kwargs)
-        self._agree_on_variable(kwargs.get("name"), initial_value)
-        if initial_value.dtype != tf.string and self._num_workers > 1:
-            copies = self.group.launch(self.group.broadcast, [initial_value] * len(self.worker_devices))
-        else:
-            copies = [initial_value] * len(self.worker_devices)
-        if self._is_sharded(initial_value, kwargs):
-            return self._shard(next_creator, copies, kwargs)
-        return self._replicate(next_creator, copies, kwargs)
+            return self._create_slot(next_creator, view, _on_host(value), kwargs)
+        self._agree_on_variable(kwargs.get("name"), value)
+        if value.dtype != tf.string and self._num_workers > 1:
+            value = self.group.launch(self.group.broadcast, [value] * len(self.worker_devices))[0]
+        is_sharded = self._is_sharded(value, kwargs)
+        value = _on_host(value)
+        if is_sharded:
+            parts = self._make_parts(next_creator, value, None, kwargs)
+            return ShardedParameter(self._container_strategy(), parts, tf.TensorShape(value.shape))
+        return self._replicate(next_creator, value, kwargs)
 
     def _is_sharded(self, initial_value: tf.Tensor, kwargs: dict) -> bool:
         """Whether a new variable is one that stage 3 shards: a layer's own state, made untrainable, is not."""
@@ -252,29 +259,30 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
             and initial_value.shape.num_elements() >= max(1, self._settings.min_shard_elements)
         )
 
-    def _shard(self, next_creator, copies: Sequence[tf.Tensor], kwargs: dict) -> ShardedParameter:
+    def _make_parts(self, next_creator, value, owner: int | None, kwargs: dict) -> list[tf.Variable]:
+        """One variable for each local replica, of its part of a value."""
         kwargs.pop("shape", None)
-        values: list[tf.Variable] = []
+        parts: list[tf.Variable] = []
         for replica, device in enumerate(self.worker_devices):
-            part = local_part(copies[replica], None, self.group.rank(replica), self.group.world_size)
-            values.append(_component(next_creator, device, part, values, kwargs))
-        return ShardedParameter(self._container_strategy(), values, copies[0].shape)
+            part = local_part(value, owner, self.group.rank(replica), self.group.world_size)
+            parts.append(_component(next_creator, device, part, parts, kwargs))
+        return parts
 
     def _agree_on_variable(self, name: str | None, initial_value: tf.Tensor) -> None:
         what = {"shape": str(initial_value.shape), "dtype": initial_value.dtype.name}
         self._channel.agree("creating a variable", what, f"models (at the variable {name!r})")
 
-    def _replicate(self, next_creator, copies: Sequence[tf.Tensor], kwargs: dict):
+    def _replicate(self, next_creator, value, kwargs: dict):
         """A distributed variable of one component for each local replica."""
 
         def components(**kwargs):
             values: list[tf.Variable] = []
-            for device, copy in zip(self.worker_devices, copies, strict=True):
-                values.append(_component(next_creator, device, copy, values, kwargs))
+            for device in self.worker_devices:
+                values.append(_component(next_creator, device, value, values, kwargs))
             return values
 
         averaged = (
-            copies[0].dtype.is_floating
+            tf.as_dtype(value.dtype).is_floating
             and kwargs.get("trainable") is False
             and kwargs.get("aggregation", tf.VariableAggregation.NONE) == tf.VariableAggregation.NONE
             and not self._creating_optimizer_state
@@ -285,22 +293,18 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
         }
         return _compat.create_mirrored_variable(self._container_strategy(), components, classes, {}, **kwargs)
 
-    def _create_slot(self, next_creator, view: VariableView, initial_value: tf.Tensor, kwargs: dict):
+    def _create_slot(self, next_creator, view: VariableView, value, kwargs: dict):
         """An optimizer's slot: as the plan places its variable, or a replica's own when it accumulates whole."""
         if self._settings.stage < 2 and _compat.is_accumulator_name(kwargs.get("name") or ""):
             kwargs |= {
                 "synchronization": tf.VariableSynchronization.ON_READ,
                 "aggregation": tf.VariableAggregation.SUM,
             }
-            return self._replicate(next_creator, [initial_value] * len(self.worker_devices), kwargs)
+            return self._replicate(next_creator, value, kwargs)
         if not view.sharded:
-            return self._replicate(next_creator, [initial_value] * len(self.worker_devices), kwargs)
-        kwargs.pop("shape", None)
-        values: list[tf.Variable] = []
-        for replica, device in enumerate(self.worker_devices):
-            part = local_part(initial_value, view.owner, self.group.rank(replica), self.group.world_size)
-            values.append(_component(next_creator, device, part, values, kwargs))
-        return ShardedVariable(self._container_strategy(), values, initial_value.shape, view.owner)
+            return self._replicate(next_creator, value, kwargs)
+        parts = self._make_parts(next_creator, value, view.owner, kwargs)
+        return ShardedVariable(self._container_strategy(), parts, tf.TensorShape(value.shape), view.owner)
 
     # Input.
 
@@ -333,13 +337,19 @@ def _initial_value(kwargs: dict) -> tf.Tensor:
     return tf.convert_to_tensor(value, dtype=kwargs.get("dtype"))
 
 
-def _component(next_creator, device: str, value: tf.Tensor, made: Sequence[tf.Variable], kwargs: dict) -> tf.Variable:
+def _on_host(value: tf.Tensor):
+    """A copy in memory of NumPy's, so that temporary whole values leave no holes among the lasting parts."""
+    return np.array(value) if tf.executing_eagerly() and value.dtype != tf.string else value
+
+
+def _component(next_creator, device: str, value, made: Sequence[tf.Variable], kwargs: dict) -> tf.Variable:
     """One replica's variable; names as in TensorFlow's mirrored_strategy.py."""
     kwargs = dict(kwargs)
     if made:
         kwargs["name"] = f"{made[0].name.split(':')[0]}/replica_{len(made)}/"
     with tf.device(device):
-        kwargs["initial_value"] = tf.identity(value)
+        # A tensor made of an array may go on using the array's memory.
+        kwargs["initial_value"] = tf.raw_ops.DeepCopy(x=value) if isinstance(value, np.ndarray) else tf.identity(value)
         return next_creator(**kwargs)
 
 

@@ -270,6 +270,21 @@ def _apply(original, self, *args, **kwargs):
     return original(self, *args, **kwargs)
 
 
+# Recomputing activations: TensorFlow's `recompute_grad` takes no keyword arguments in a graph, and layers pass some.
+
+
+@_patch(_compat.keras_core, "remat")
+def _remat(original, function):
+    if not isinstance(tf.distribute.get_strategy(), ZeroStrategy):
+        return original(function)
+
+    @functools.wraps(function)
+    def recomputed(*args, **kwargs):
+        return original(functools.partial(function, **kwargs))(*args)
+
+    return recomputed
+
+
 # A replica without samples: oneDNN's convolutions and poolings give a wrong shape for an empty batch.
 
 

@@ -262,7 +262,7 @@ class ReplicaStep:
             parts = {place: self._collect_owned(bucket) for place, bucket in enumerate(batch)}
             updated = tf.function(updated_rows, jit_compile=compiled, autograph=False)(given, parts)
             for place, bucket in enumerate(batch):
-                if bucket in rows or optimizer.ema_overwrite_frequency:
+                if (bucket in rows or optimizer.ema_overwrite_frequency) and not self._is_updated_in_place(bucket):
                     self._assign(bucket, updated[place])
 
     def _batches(self, buckets: Sequence[Bucket]) -> list[list[Bucket]]:
@@ -277,12 +277,19 @@ class ReplicaStep:
             size_bytes += sum(s.elements for s in bucket.segments) * tf.as_dtype(bucket.dtype).size
         return batches
 
-    def _updated_row(self, optimizer, bucket, row, parts, learning_rate, clip) -> tf.Tensor:
+    def _updated_row(self, optimizer, bucket, row, parts, learning_rate, clip) -> tf.Tensor | None:
         updated = {}
         for segment in self._mine(bucket):
             part = parts[segment.index] if parts else self._part(bucket, segment)
             updated[segment.index] = self._updated_part(optimizer, segment, row, part, learning_rate, clip)
-        return pack_row(bucket, self.rank, updated)
+            if self._is_updated_in_place(bucket):
+                self._component(segment.index).assign(updated[segment.index])
+        return None if self._is_updated_in_place(bucket) else pack_row(bucket, self.rank, updated)
+
+    def _is_updated_in_place(self, bucket: Bucket) -> bool:
+        """Whether what this replica updates is all that it holds."""
+        constraints = [self.trained.variables[segment.index].constraint for segment in bucket.segments]
+        return bucket.sharded_parameters and bucket.placement is Placement.SHARDED and not any(constraints)
 
     def _buckets_to_visit(self, optimizer, buckets: Sequence[Bucket]) -> list[Bucket]:
         if not optimizer.use_ema:

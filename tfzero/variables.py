@@ -1,10 +1,11 @@
 """Variables of a ZeroStrategy: equal on all replicas, averaged, or in shards."""
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from tfzero import _compat
-from tfzero.plan import Placement, Plan
+from tfzero.plan import Placement, Plan, shard_elements
 
 
 class ReplicatedVariable(_compat.MirroredVariable):
@@ -167,15 +168,21 @@ class ShardedParameter(ShardedVariable):
         return update_fn(self._values[replica], self._part_of(value, extended.group.rank(replica)), **kwargs)
 
 
-def local_part(whole, owner: int | None, rank: int, world_size: int) -> tf.Tensor:
-    """What `rank` holds of a whole value: a flat shard, padded with copies of the last element, or all or nothing."""
-    whole = tf.convert_to_tensor(whole)
+def local_part(whole, owner: int | None, rank: int, world_size: int):
+    """What `rank` holds of a whole array or tensor: all or nothing of an owned one, else its flat shard.
+
+    The shard `[shard_elements]` is padded with copies of its last element.
+    """
+    library, concatenate = (np, np.concatenate) if isinstance(whole, np.ndarray) else (tf, tf.concat)
+    if library is tf:
+        whole = tf.convert_to_tensor(whole)
     if owner is not None:
-        return whole if owner == rank else tf.zeros([0], whole.dtype)
-    elements = whole.shape.num_elements()
-    width = -(-elements // world_size)
-    columns = tf.minimum(tf.range(rank * width, (rank + 1) * width), elements - 1)
-    return tf.gather(tf.reshape(whole, [-1]), columns)
+        return whole if owner == rank else library.zeros([0], whole.dtype)
+    flat = library.reshape(whole, [-1])
+    width = shard_elements(flat.shape[0], world_size)
+    begin = min(rank * width, flat.shape[0] - 1)
+    part = flat[begin : begin + width] if begin == rank * width else flat[begin:]
+    return concatenate([part, library.repeat(part[-1:], width - part.shape[0])], 0)
 
 
 class VariableView:
