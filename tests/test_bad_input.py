@@ -415,7 +415,7 @@ def one_step_more(index):
     for _ in range(2 + index):
         model.train_on_batch(x, y)
     if index == 0:
-        time.sleep(20)
+        time.sleep(10)
 
 
 def gather_alone(index):

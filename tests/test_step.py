@@ -253,7 +253,7 @@ def test_an_overflow_in_one_part_of_the_batch(stage, devices):
     assert_replicas_equal(ours)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, sweep(1), 2, 3])
 def test_gradient_accumulation(stage):
     """Twelve micro-steps in threes, with clipping and a learning rate that depends on the iteration."""
     schedule = ko.schedules.ExponentialDecay(0.02, 1, 0.9)
@@ -892,6 +892,7 @@ def test_mixed_precision(policy, stage):
 # Custom loops.
 
 
+@pytest.mark.filterwarnings("ignore:.*the memory of stage 2")
 @pytest.mark.parametrize(
     ("stage", "compiled"), [(2, True), (0, False), (3, True), (3, False), sweep(2, False), sweep(1, True)]
 )

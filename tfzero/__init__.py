@@ -1,4 +1,4 @@
-"""ZeRO for TensorFlow 2 and Keras 3: optimizer state and gradients sharded over replicas, in plain `model.fit`."""
+"""ZeRO for TensorFlow 2 and Keras 3: optimizer state, gradients and parameters sharded over replicas, in `model.fit`."""
 
 import importlib
 

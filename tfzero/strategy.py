@@ -1,4 +1,4 @@
-"""ZeroStrategy: a `tf.distribute.Strategy` that shards the optimizer's work over its replicas."""
+"""ZeroStrategy: a `tf.distribute.Strategy` that shards optimizer state, gradients and parameters over its replicas."""
 
 import contextlib
 import os
@@ -25,7 +25,9 @@ from tfzero.variables import ShardedParameter
 
 
 class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
-    """Synchronous data parallelism with sharded optimizer state and gradients (ZeRO, https://arxiv.org/abs/1910.02054).
+    """Synchronous data parallelism with sharded optimizer state, gradients and parameters.
+
+    ZeRO, https://arxiv.org/abs/1910.02054.
 
     Use it in place of `tf.distribute.MirroredStrategy` or `MultiWorkerMirroredStrategy`: create the model under
     `strategy.scope()`, then `compile` and `fit` as on one device, with the global batch size. The result does not
