@@ -1,4 +1,4 @@
-"""ZeRO for TensorFlow 2 and Keras 3: optimizer state, gradients and parameters sharded over replicas, in `model.fit`."""
+"""ZeRO for TensorFlow 2 and Keras 3: optimizer state, gradients and parameters in shards, in plain `model.fit`."""
 
 import importlib
 
