@@ -167,3 +167,13 @@ def test_unpack_is_the_inverse_of_pack(world_size, elementwise):
             np.testing.assert_array_equal(value, tensors[index])
             seen.add(index)
     assert seen == set(tensors)
+
+
+def test_sums_of_16_bits_on_gpus_are_taken_in_32_bits():
+    group = Group(["/GPU:0", "/GPU:1"], 2, 0, "NCCL")
+    rows = tf.TensorSpec([2, 8], tf.bfloat16)
+    step = tf.function(lambda rows: group.reduce_scatter(rows, 0, tf.float32), autograph=False)
+    function = step.get_concrete_function(rows)
+    kinds = [op.type for op in function.graph.get_operations() if op.type.startswith("Collective")]
+    assert kinds == ["CollectiveAllToAllV2"]
+    assert function.structured_outputs.dtype == tf.float32

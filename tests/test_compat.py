@@ -79,7 +79,7 @@ def test_private_methods_override_something(ours, base):
         "_spread",
         "_gatherer",
         "_is_sharded",
-        "_shard",
+        "_make_parts",
         "_part_of",
     }
     mine = {

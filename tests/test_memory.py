@@ -1,4 +1,4 @@
-"""Bytes held, bytes at the peak, and bytes on the wire: measured in two real workers."""
+"""Bytes held, bytes at the peak, and bytes on the wire: measured in real workers."""
 
 import pytest
 
@@ -117,3 +117,118 @@ def test_no_gradient_travels_twice(figures, stage):
         assert operations.pop("CollectiveAllToAllV2") == pytest.approx(1.0, abs=1e-3)
         assert operations.pop("CollectiveGatherV2") == pytest.approx(1 / WORLD_SIZE, abs=1e-3)
         assert sum(operations.values()) < 1e-3
+
+
+# Stage 3 in four workers. In this file, so that nothing of any size travels while bytes on the wire are measured.
+
+
+FOUR = 4
+DEEP_WIDTH = 512
+DEPTHS = (8, 16, 32)
+DEEP_ROWS = 4  # of each worker's batch
+# What the limited training may use beyond what TensorFlow takes to start, in bytes a parameter. Of private memory,
+# which the allocator reserves generously, stage 3 takes 14.5 and replication 40.
+LIMIT = 20
+
+
+def _make_model(depth, width):
+    import keras
+
+    layers = [keras.layers.Dense(width, use_bias=False, activation="relu") for _ in range(depth)]
+    model = keras.Sequential([keras.Input((width,)), *layers])
+    model.compile(keras.optimizers.Adam(1e-4), "mse")
+    return model
+
+
+def _train(strategy, depth, width, steps):
+    import numpy as np
+
+    with strategy.scope():
+        model = _make_model(depth, width)
+    rows = DEEP_ROWS * strategy.num_replicas_in_sync
+    x = np.random.default_rng(0).normal(size=(rows * steps, width)).astype("float32")
+    model.fit(x, x, batch_size=rows, verbose=0, shuffle=False)
+    return model
+
+
+def _measure_depths() -> dict:
+    """Bytes held between steps and at the peak of a step, by depth."""
+    import gc
+
+    import keras
+    import tensorflow as tf
+
+    def info():
+        return tf.config.experimental.get_memory_info("CPU:0")
+
+    # Layers of 1 MiB, each in a bucket of its own, as larger ones are by default.
+    strategy = tfzero.ZeroStrategy(3, bucket_bytes=2**20)
+    figures: dict = {}
+    for depth in DEPTHS:
+        gc.collect()
+        before = info()["current"]
+        model = _train(strategy, depth, DEEP_WIDTH, steps=1)
+        tf.config.experimental.reset_memory_stats("CPU:0")
+        rows = DEEP_ROWS * FOUR
+        x = tf.ones([rows, DEEP_WIDTH])
+        for _ in range(3):
+            model.train_on_batch(x, x)
+        gc.collect()
+        figures[depth] = {"peak": info()["peak"] - before, "held": info()["current"] - before}
+        del model
+        keras.backend.clear_session()
+    return figures
+
+
+@pytest.fixture(scope="module")
+def figures_by_depth():
+    return tfzero.run_local(_measure_depths, workers=FOUR, timeout_seconds=250)
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_a_replica_holds_its_shards(figures_by_depth, depth):
+    """Float32 parameters and Adam's two slots: 12/N bytes a parameter."""
+    for worker in figures_by_depth:
+        held = worker[depth]["held"] / (depth * DEEP_WIDTH**2)
+        assert 12 / FOUR <= held <= 12 / FOUR * 1.04
+
+
+@pytest.mark.parametrize("depth", DEPTHS[1:])
+def test_the_peak_grows_by_shards_and_activations_only(figures_by_depth, depth):
+    """Shards of parameters, slots and gradients are 16/N bytes a parameter."""
+    more = depth - DEPTHS[0]
+    activations = 3 * DEEP_ROWS * DEEP_WIDTH * 4  # outputs, and what their activation function keeps
+    for worker in figures_by_depth:
+        growth = worker[depth]["peak"] - worker[DEPTHS[0]]["peak"]
+        assert growth <= more * (16 / FOUR * DEEP_WIDTH**2 + activations) * 1.05
+
+
+def _train_within(stage, depth, width) -> str:
+    """Trains with a limit on this process's private memory."""
+    import resource
+
+    import tensorflow as tf
+
+    strategy = tfzero.ZeroStrategy(stage, timeout_seconds=30)
+    _train(strategy, 2, 8, steps=1)  # threads and compilers have started
+    with open("/proc/self/status", encoding="ascii") as lines:
+        used = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmData"))
+    limit = used + LIMIT * depth * width**2
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    try:
+        model = _train(strategy, depth, width, steps=3)
+    except (MemoryError, tf.errors.ResourceExhaustedError):
+        return "out of memory"
+    return f"trained {model.count_params()} parameters"
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize(("stage", "outcome"), [(3, "trained 67108864 parameters"), (0, "out of memory")])
+def test_a_limit_under_which_replication_runs_out_of_memory(stage, outcome):
+    try:
+        outcomes = tfzero.run_local(_train_within, workers=FOUR, args=(stage, 16, 2048), timeout_seconds=250)
+    except tfzero.WorkerError as error:  # a failed allocation may end a process of TensorFlow at once
+        assert stage == 0, error
+        assert any(sign in str(error) for sign in ("ResourceExhausted", "OOM", "signal 6", "signal 11")), error
+        return
+    assert set(outcomes) == {outcome}

@@ -16,9 +16,10 @@ one order for all. On CPU a few tokens per device let some collectives overlap, 
 [Note: counts] Between processes a replica adds one to its lane's count when a collective begins and when it ends, so
 that a collective that waits in vain is noticed (`pulse.py`).
 
-[Note: reduce-scatter] `CollectiveReduceScatterV2` exists for NCCL only. Elsewhere it is an all-to-all and a local
-sum: the same bytes on the wire. TensorFlow's CPU all-to-all fails with 12 or more members in one process (its
-rendezvous keys become ambiguous); such groups reduce everything and keep their row.
+[Note: reduce-scatter] `CollectiveReduceScatterV2` exists for NCCL only, and adds 16-bit floats in 16 bits. Elsewhere,
+and for those, it is an all-to-all and a local sum: the same bytes on the wire. TensorFlow's CPU all-to-all fails with
+12 or more members in one process (its rendezvous keys become ambiguous); such groups reduce or gather everything and
+keep their row.
 """
 
 import contextlib
@@ -113,22 +114,21 @@ class Group:
         dtype = rows.dtype if dtype is None else dtype
         if self.world_size == 1:
             return tf.cast(tf.reshape(rows, [-1]), dtype)
-        if self.hint == "NCCL":
+        is_narrow = rows.dtype in (tf.bfloat16, tf.float16)
+        if self.hint == "NCCL" and not is_narrow:
             flat = tf.reshape(rows, [-1])
             row = self._emit(tf.raw_ops.CollectiveReduceScatterV2, flat, replica, merge_op="Add", final_op="Id")
             return tf.cast(tf.reshape(row, rows.shape[1:]), dtype)
-        if len(self.devices) > _MAX_ALL_TO_ALL_MEMBERS_PER_PROCESS:
+        if self._lacks_all_to_all:
             return tf.cast(self.all_reduce(rows, replica)[self.rank(replica)], dtype)
         received = self.all_to_all(rows, replica)
-        if received.dtype in (tf.bfloat16, tf.float16):
-            received = tf.cast(received, tf.float32)
-        return tf.cast(tf.reduce_sum(received, 0), dtype)
+        return tf.cast(tf.reduce_sum(tf.cast(received, tf.float32) if is_narrow else received, 0), dtype)
 
     def all_to_all(self, rows: tf.Tensor, replica: int) -> tf.Tensor:
         """Row `r` goes to rank `r`; the row that comes from rank `r` takes its place: `[world_size, n]` to the same."""
         if self.world_size == 1:
             return rows
-        if self.hint != "NCCL" and len(self.devices) > _MAX_ALL_TO_ALL_MEMBERS_PER_PROCESS:
+        if self._lacks_all_to_all:
             return self.all_gather(rows, replica)[:, self.rank(replica)]
         return self._emit(tf.raw_ops.CollectiveAllToAllV2, rows, replica)
 
@@ -170,6 +170,10 @@ class Group:
         if value.dtype.size == 1:
             return tf.cast(self._broadcast(tf.cast(value, tf.int32), replica), value.dtype)
         return tf.bitcast(self._broadcast(tf.bitcast(value, _DISGUISES[value.dtype.size]), replica), value.dtype)
+
+    @property
+    def _lacks_all_to_all(self) -> bool:
+        return self.hint != "NCCL" and len(self.devices) > _MAX_ALL_TO_ALL_MEMBERS_PER_PROCESS
 
     def launch(self, method: Callable, values: Sequence, *args) -> list:
         """Runs one collective for all local replicas at once, from outside a replica.

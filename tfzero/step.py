@@ -20,15 +20,7 @@ import tensorflow as tf
 from tfzero import _compat
 from tfzero.collectives import Group
 from tfzero.pacing import Pacer
-from tfzero.packing import (
-    pack,
-    pack_for_owners,
-    pack_owned,
-    pack_row,
-    unpack,
-    unpack_for_owners,
-    unpack_owned,
-)
+from tfzero.packing import pack, pack_for_owners, pack_owned, pack_row, unpack, unpack_for_owners, unpack_owned
 from tfzero.plan import Bucket, Placement, Plan, Segment, shard_elements
 from tfzero.variables import VariableView, local_part
 
@@ -345,10 +337,15 @@ class ReplicaStep:
             return
         packed = row if bucket.placement is Placement.WHOLE else self.group.all_gather(row, self.replica)
         shapes = [self._shape_of(segment.index) for segment in bucket.segments]
-        for index, value in unpack(bucket, packed, shapes).items():
-            variable = self.trained.variables[index]
-            if variable.constraint is not None and index in self.gradients:
-                value = variable.constraint(value)
+        values = unpack(bucket, packed, shapes)
+        for index in values.keys() & self.gradients.keys():
+            constraint = self.trained.variables[index].constraint
+            values[index] = values[index] if constraint is None else constraint(values[index])
+        # XLA writes into the variables' memory; new memory every step would leave holes in between.
+        tf.function(self._assign_values, jit_compile=True, autograph=False)(values)
+
+    def _assign_values(self, values: Mapping[int, tf.Tensor]) -> None:
+        for index, value in values.items():
             self._component(index).assign(value)
 
     def _assign_shards(self, bucket: Bucket, row: tf.Tensor) -> None:
