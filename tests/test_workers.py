@@ -659,7 +659,8 @@ def test_every_sample_is_seen_once_in_an_epoch(fleet, name):
 @fleets(3)
 def test_other_shuffle_seeds_are_refused(fleet):
     error = fleet.result("seeded_dataset_under_other_global_seeds")["alike"]["error"]
-    assert "data sets differ: shuffle seeds is [[100, 3]] on worker 0 and [[101, 3]] on worker 1" in error
+    assert "data sets differ: shuffle seeds is [[100, 3]] on worker 0" in error
+    assert "[[101, 3]] on worker 1" in error
 
 
 @fleets(3)
