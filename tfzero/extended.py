@@ -112,22 +112,23 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
             known[graph] = Gatherer(self.group, self.replica_collective, self._settings.reshard_after_forward)
         return known[graph]
 
-    def share(self) -> tf.Tensor | None:
-        """This replica's rows of the batch over the rows of all, float32; None if `run` was given nothing with rows.
+    def share(self) -> tf.Tensor:
+        """This replica's rows of the batch over the rows of all, float32; 1/N if `run` was given nothing with rows.
 
         [Note: share] The batch is the first argument of the function that `run` runs. The share is what a mean over
         this replica's samples must be multiplied with to be its part of the mean over all samples.
         """
+        unknown = tf.constant(1.0 / self.group.world_size)
         thread = _compat.replica_thread()
         if thread is None:
-            return None
+            return unknown
         graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
         known = thread.__dict__.setdefault("_tfzero_shares", {})
         if graph not in known:
             leaves = tf.nest.flatten([thread.main_args, thread.main_kwargs])
             rows = next((rows for rows in map(rows_of, leaves) if rows is not None), None)
             if rows is None:
-                return None
+                return unknown
             total = self.replica_collective(self.group.all_reduce, rows)
             known[graph] = tf.cast(
                 tf.math.divide_no_nan(tf.cast(rows, tf.float64), tf.cast(total, tf.float64)), tf.float32
@@ -139,8 +140,6 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
         if self.group.world_size == 1:
             return value
         share = self.share()
-        if share is None:
-            share = tf.constant(1.0 / self.group.world_size)
         wide = tf.cast(value, tf.float64 if value.dtype == tf.float64 else tf.float32)
         weighted = tf.where(share > 0, wide * tf.cast(share, wide.dtype), tf.zeros_like(wide))
         return tf.cast(self.replica_collective(self.group.all_reduce, weighted), value.dtype)

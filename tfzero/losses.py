@@ -39,18 +39,12 @@ def local_unit(batch_is_static: bool):
         _scope.static = before
 
 
-def share_of_batch(extended) -> tf.Tensor:
-    """This replica's share of the batch, or 1/N where the batch is not known. [Note: share]"""
-    share = extended.share()
-    return tf.constant(1.0 / extended.group.world_size) if share is None else share
-
-
 def scale(value, extended):
     """A mean over this replica's samples as its part of the mean over all."""
     if getattr(_scope, "static", None) is not None:
         return value
     value = ops.convert_to_tensor(value)
-    share = ops.cast(share_of_batch(extended), value.dtype)
+    share = ops.cast(extended.share(), value.dtype)
     return ops.where(share > 0, value * share, ops.zeros_like(value))
 
 
@@ -63,7 +57,7 @@ def unscale(value, extended):
     static = getattr(_scope, "static", None)
     if static is True:
         return value
-    share = ops.cast(share_of_batch(extended), value.dtype)
+    share = ops.cast(extended.share(), value.dtype)
     if static is False:
         return value * share * extended.group.world_size
     return ops.divide_no_nan(value, share)
@@ -99,7 +93,7 @@ def reduce_loss(values, sample_weight, mask, reduction, dtype, extended):
             counts = [tf.size(values, tf.int64), counted, maskable]
         total = ops.divide_no_nan(total, _global_divisor(counts, total.dtype, extended))
     if getattr(_scope, "static", None) is not None:
-        total = ops.divide_no_nan(total, ops.cast(share_of_batch(extended), total.dtype))
+        total = ops.divide_no_nan(total, ops.cast(extended.share(), total.dtype))
     return total
 
 
