@@ -5,12 +5,12 @@ import warnings
 import weakref
 from collections.abc import Sequence
 
-import numpy as np
 import tensorflow as tf
 
 from tfzero import _compat
 from tfzero.cluster import Channel, Cluster
 from tfzero.collectives import Group
+from tfzero.components import component, initial_value, on_host
 from tfzero.gathering import Gatherer
 from tfzero.inputs import Seats, check_shardable, cut_dataset, describe_dataset, rows_of
 from tfzero.settings import Settings
@@ -232,16 +232,16 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
         if view is not None and not isinstance(view, VariableView | _compat.DistributedVariable):
             return super()._create_variable(next_creator, colocate_with=view, **kwargs)
         with tf.device(self.worker_devices[0]):
-            value = _initial_value(kwargs)
+            value = initial_value(kwargs)
         if view is None and self.view_at_hand is not None and self.view_at_hand.owner is not None:
             view = self.view_at_hand
         if isinstance(view, VariableView):
-            return self._create_slot(next_creator, view, _on_host(value), kwargs)
+            return self._create_slot(next_creator, view, on_host(value), kwargs)
         self._agree_on_variable(kwargs.get("name"), value)
         if value.dtype != tf.string and self._num_workers > 1:
             value = self.group.launch(self.group.broadcast, [value] * len(self.worker_devices))[0]
         is_sharded = self._is_sharded(value, kwargs)
-        value = _on_host(value)
+        value = on_host(value)
         if is_sharded:
             parts = self._make_parts(next_creator, value, None, kwargs)
             return ShardedParameter(self._container_strategy(), parts, tf.TensorShape(value.shape))
@@ -264,7 +264,7 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
         parts: list[tf.Variable] = []
         for replica, device in enumerate(self.worker_devices):
             part = local_part(value, owner, self.group.rank(replica), self.group.world_size)
-            parts.append(_component(next_creator, device, part, parts, kwargs))
+            parts.append(component(next_creator, device, part, parts, kwargs))
         return parts
 
     def _agree_on_variable(self, name: str | None, initial_value: tf.Tensor) -> None:
@@ -277,7 +277,7 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
         def components(**kwargs):
             values: list[tf.Variable] = []
             for device in self.worker_devices:
-                values.append(_component(next_creator, device, value, values, kwargs))
+                values.append(component(next_creator, device, value, values, kwargs))
             return values
 
         averaged = (
@@ -326,30 +326,6 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
 
 def _divide(total: tf.Tensor, count: int) -> tf.Tensor:
     return total / tf.cast(count, total.dtype) if total.dtype.is_floating else tf.cast(total / count, total.dtype)
-
-
-def _initial_value(kwargs: dict) -> tf.Tensor:
-    value = kwargs["initial_value"]
-    if callable(value):
-        value = value()
-    value = getattr(value, "wrapped_value", value)  # a value restored from a checkpoint
-    return tf.convert_to_tensor(value, dtype=kwargs.get("dtype"))
-
-
-def _on_host(value: tf.Tensor):
-    """A copy in memory of NumPy's, so that temporary whole values leave no holes among the lasting parts."""
-    return np.array(value) if tf.executing_eagerly() and value.dtype != tf.string else value
-
-
-def _component(next_creator, device: str, value, made: Sequence[tf.Variable], kwargs: dict) -> tf.Variable:
-    """One replica's variable; names as in TensorFlow's mirrored_strategy.py."""
-    kwargs = dict(kwargs)
-    if made:
-        kwargs["name"] = f"{made[0].name.split(':')[0]}/replica_{len(made)}/"
-    with tf.device(device):
-        # A tensor made of an array may go on using the array's memory.
-        kwargs["initial_value"] = tf.raw_ops.DeepCopy(x=value) if isinstance(value, np.ndarray) else tf.identity(value)
-        return next_creator(**kwargs)
 
 
 def _resolver(cluster: Cluster) -> tf.distribute.cluster_resolver.SimpleClusterResolver:
