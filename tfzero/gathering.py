@@ -22,8 +22,9 @@ import tensorflow as tf
 from tfzero import _compat
 from tfzero.collectives import Group
 
-# How many gathered values may wait for their layer, beside that of the layer which is being computed.
-_PREFETCH = 1
+# Bytes of gathered values that may wait for their layer, beside that of the layer which is being computed; a larger
+# value waits alone. So large layers are prefetched one by one, and small ones need not wait for the network each time.
+_PREFETCH_BYTES = 4 * 2**20
 # Operations that give the same elements in another form: what comes after them uses the gathered value too.
 _VIEWS = {"Identity", "IdentityN", "Reshape", "Transpose", "Cast", "ExpandDims", "Squeeze"}
 # Operations that look at the shape only, and run at once.
@@ -89,7 +90,7 @@ class Gatherer:
                 upstream = tf.convert_to_tensor(upstream)
                 waits: Sequence[tf.Tensor] = ()
                 if not tf.executing_eagerly() and upstream.graph is whole.graph:
-                    waits = self._scattered[:-_PREFETCH][-1:]
+                    waits = _before_the_last(self._scattered, _PREFETCH_BYTES // self._group.world_size)
                     if self._reshard:
                         self._gather_again(whole, part, dtype, waits)
                 with tf.control_dependencies(waits):
@@ -122,9 +123,10 @@ class Gatherer:
 
     def _previous_users(self) -> list[tf.Operation]:
         """What is computed from a gathered value before the last; see 1 in [Note: gather]."""
-        if tf.executing_eagerly() or len(self._gathered) <= _PREFETCH:
+        if tf.executing_eagerly():
             return []
-        return [use.operation for use in _uses(self._gathered[-1 - _PREFETCH])]
+        before = _before_the_last(self._gathered, _PREFETCH_BYTES)
+        return [use.operation for value in before for use in _uses(value)]
 
     def _gather_again(self, whole: tf.Tensor, part: tf.Tensor, dtype: tf.DType, waits: Sequence[tf.Tensor]) -> None:
         """Points the backward pass to a second gather; see 2 in [Note: gather].
@@ -169,6 +171,16 @@ class Gatherer:
                 seen.add(current)
                 stack += _compat.waited_for(current)
         return False
+
+
+def _before_the_last(values: Sequence[tf.Tensor], size_bytes: int) -> Sequence[tf.Tensor]:
+    """The value, if any, before the fewest last ones that have `size_bytes` together."""
+    remaining = max(1, size_bytes)
+    for place in reversed(range(len(values))):
+        if remaining <= 0:
+            return values[place : place + 1]
+        remaining -= values[place].shape.num_elements() * values[place].dtype.size
+    return ()
 
 
 def _uses(value: tf.Tensor, views: tuple[tf.Operation, ...] = ()) -> Iterator[Use]:
