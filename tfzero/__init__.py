@@ -6,10 +6,15 @@ __version__ = "0.1.0"
 
 # Names are imported when first used: launching workers must not wait for TensorFlow.
 _HOMES = {
+    "CheckpointCallback": "tfzero.callbacks",
+    "DamagedCheckpointError": "tfzero.commits",
+    "DriftCallback": "tfzero.callbacks",
     "ZeroOptimizer": "tfzero.optimizer",
     "ZeroStrategy": "tfzero.strategy",
     "WorkerError": "tfzero.launch",
+    "load_checkpoint": "tfzero.checkpointing",
     "run_local": "tfzero.launch",
+    "save_checkpoint": "tfzero.checkpointing",
 }
 __all__ = sorted(_HOMES)
 
@@ -17,6 +22,6 @@ __all__ = sorted(_HOMES)
 def __getattr__(name: str):
     if name not in _HOMES:
         raise AttributeError(f"module 'tfzero' has no attribute {name!r}")
-    if name.startswith("Zero"):
+    if _HOMES[name] != "tfzero.launch":
         importlib.import_module("tfzero.keras_hooks")
     return getattr(importlib.import_module(_HOMES[name]), name)

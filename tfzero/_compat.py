@@ -168,6 +168,27 @@ def is_at_first_batch(epoch_iterator: keras_tensorflow_trainer.TFEpochIterator) 
     return epoch_iterator._num_batches is None and epoch_iterator._steps_seen == 1
 
 
+def set_initial_epoch(model, epoch: int | None) -> None:
+    """The epoch from which `fit` goes on, as `BackupAndRestore` says it; None for what `fit` was told."""
+    model._initial_epoch = epoch
+
+
+def draw_batches(epoch_iterator: keras_tensorflow_trainer.TFEpochIterator, steps, count: int | None) -> None:
+    """Passes over so many batches of an epoch, or all, in the loop `steps` that Keras's iterator makes over it."""
+    drawn = 0
+    with contextlib.suppress(StopIteration, tf.errors.OutOfRangeError):
+        while count is None or drawn < count:
+            _, _, iterator = next(steps)
+            for _ in range(epoch_iterator.steps_per_execution):
+                next(iterator)
+                drawn += 1
+
+
+def end_epoch(epoch_iterator: keras_tensorflow_trainer.TFEpochIterator) -> None:
+    """What Keras's loop does after an epoch that it was let finish."""
+    epoch_iterator.data_adapter.on_epoch_end()
+
+
 def run_after(operation: tf.Operation, awaited: tf.Operation) -> None:
     """Makes one operation of a graph wait for another; `tf.control_dependencies` only serves new operations."""
     operation._add_control_input(awaited)

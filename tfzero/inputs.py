@@ -35,6 +35,21 @@ class Seats:
         return replica * self.workers + self.worker
 
 
+@dataclass
+class DataPosition:
+    """Where in its data a training goes on, and from which randomness it shuffles them.
+
+    Args:
+        epochs: how many times the data have been begun before.
+        batches: of the current epoch, already trained with.
+        randomness: the state from which the pipeline is built (`_compat.random_state`), once known.
+    """
+
+    epochs: int = 0
+    batches: int = 0
+    randomness: dict | None = None
+
+
 def rows_of(value):
     """Number of rows of a batched dense, ragged or sparse tensor, or None for a value without rows."""
     if isinstance(value, tf.RaggedTensor):

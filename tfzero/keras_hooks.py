@@ -11,6 +11,8 @@ import keras
 import tensorflow as tf
 
 from tfzero import _compat, losses
+from tfzero.callbacks import CheckpointCallback
+from tfzero.inputs import DataPosition
 from tfzero.optimizer import Home, ZeroOptimizer
 from tfzero.strategy import ZeroStrategy, mark_global
 from tfzero.variables import ShardedParameter
@@ -210,11 +212,58 @@ def _maybe_cast(original, self, value):
 def _epoch_iterator(original, self, distribute_strategy=None, *args, **kwargs):
     if not isinstance(distribute_strategy, ZeroStrategy):
         return original(self, distribute_strategy, *args, **kwargs)
-    with distribute_strategy.agreed_randomness():
+    # Of the training data, if a callback goes on from a checkpoint: they come first.
+    position, distribute_strategy.data_position = distribute_strategy.data_position, None
+    with distribute_strategy.agreed_randomness(position):
         original(self, distribute_strategy, *args, **kwargs)
+    self._tfzero_position = position
     if self.num_batches == 0:
         raise ValueError(_EMPTY)
     distribute_strategy.channel.agree("reading data", _compat.length_of(self), "data sets")
+
+
+@_patch(_compat.keras_tensorflow_trainer.TFEpochIterator, "_enumerate_iterator")
+def _enumerate_iterator(original, self):
+    """At first passes over the epochs and batches that a checkpoint has behind it."""
+    position = self.__dict__.pop("_tfzero_position", None) or DataPosition()
+    for _ in range(position.epochs):
+        steps = original(self)
+        if self.steps_per_epoch:  # one iterator serves all epochs
+            _compat.draw_batches(self, steps, None)
+        else:  # a new one shuffles anew when it gives its first batch
+            _compat.draw_batches(self, steps, 1)
+            steps.close()
+            _compat.end_epoch(self)
+    steps = original(self)
+    _compat.draw_batches(self, steps, position.batches)
+    yield from steps
+
+
+@_patch(_compat.keras_tensorflow_trainer.TensorFlowTrainer, "fit")
+def _fit(original, self, *args, **kwargs):
+    """Tells callbacks of checkpoints before the data pipeline is made, and after all other callbacks have ended."""
+    strategy = _strategy_of(self)
+    given = kwargs["callbacks"] if "callbacks" in kwargs else args[5] if len(args) > 5 else None
+    callbacks = [each for each in _flat_callbacks(given) if isinstance(each, CheckpointCallback)]
+    if strategy is None or not callbacks:
+        return original(self, *args, **kwargs)
+    if len(callbacks) > 1:
+        raise ValueError(f"`fit` takes one CheckpointCallback. Received: {len(callbacks)} of them.")
+    (callback,) = callbacks
+    callback.prepare(self)
+    try:
+        history = original(self, *args, **kwargs)
+        callback.finish()
+    finally:
+        callback.leave()
+        strategy.data_position = None
+    return history
+
+
+def _flat_callbacks(callbacks) -> list:
+    if isinstance(callbacks, keras.callbacks.CallbackList):
+        callbacks = callbacks.callbacks
+    return tf.nest.flatten(callbacks)
 
 
 @_patch(_compat.keras_tensorflow_trainer.TFEpochIterator, "catch_stop_iteration")

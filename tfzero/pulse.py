@@ -13,10 +13,13 @@ from time import monotonic
 from tfzero import _compat
 from tfzero.cluster import Channel, Cluster
 from tfzero.collectives import Group
+from tfzero.stopping import AgreedStop
 
 _INTERVAL_SECONDS = 1.0
 # When a worker is lost, for a collective that has all it needs to end by itself.
 _GRACE_SECONDS = 2.0
+# So much before the timeout a worker that does not answer counts as lost, so that all know in time.
+_EARLY_SECONDS = 5.0
 
 
 class Pulse:
@@ -36,6 +39,7 @@ class Pulse:
         self._since: list[tuple[int, float]] = []  # each count and when it came to it
         self._lock = threading.Lock()  # held while the thread is in TensorFlow
         self._stopped = threading.Event()
+        self.stop_together = AgreedStop(timeout_seconds)
         atexit.register(self.stop)
         threading.Thread(target=self._watch, name="tfzero pulse", daemon=True).start()
 
@@ -52,6 +56,7 @@ class Pulse:
     def _watch(self) -> None:
         reason = ""
         counts_of_all: list[list[int]] = []
+        patience_seconds = max(_INTERVAL_SECONDS, self._timeout_seconds - _EARLY_SECONDS)
         while not self._stopped.wait(_INTERVAL_SECONDS):
             with self._lock:
                 if self._stopped.is_set():
@@ -59,7 +64,10 @@ class Pulse:
                 counts = [count for group in self._groups for count in group.counts()]
             if not reason:
                 try:
-                    counts_of_all = self._channel.all_gather("the pulse", counts)
+                    beat = [counts, self.stop_together.tell()]
+                    beats = self._channel.all_gather("the pulse", beat, patience_seconds)
+                    counts_of_all = [counts for counts, _ in beats]
+                    self.stop_together.hear([told for _, told in beats])
                 except (OSError, RuntimeError, ValueError) as error:
                     reason = str(error)
             stuck = self._stuck_lanes(counts, _GRACE_SECONDS if reason else self._timeout_seconds)

@@ -10,7 +10,7 @@ import tensorflow as tf
 from tfzero import _compat
 from tfzero.cluster import Channel, Cluster
 from tfzero.extended import ZeroExtended
-from tfzero.inputs import cut_batch
+from tfzero.inputs import DataPosition, cut_batch
 from tfzero.pulse import Pulse
 from tfzero.settings import (
     Settings,
@@ -21,6 +21,7 @@ from tfzero.settings import (
     configure_cpu_devices,
     find_cluster,
 )
+from tfzero.stopping import AgreedStop
 from tfzero.variables import ShardedParameter
 
 
@@ -87,7 +88,9 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
             local[0].split(":")[0],
             reshard_after_forward is not False,
         )
-        self.channel, pulse = _meet(cluster, timeout_seconds)
+        self.data_position: DataPosition | None = None  # for the next training data
+        self.channel, self.saving_channel, pulse = _meet(cluster, timeout_seconds)
+        self.stop = AgreedStop() if pulse is None else pulse.stop_together
         self.channel.agree("making a ZeroStrategy", asdict(self.settings), "settings")
         # The stock constructor would make its own extended.
         _compat.distribute_lib.Strategy.__init__(self, ZeroExtended(self, cluster, local))
@@ -149,17 +152,23 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
                 parameter.let_go(write_back=completed)
 
     @contextlib.contextmanager
-    def agreed_randomness(self):
-        """Within it a data pipeline that is built shuffles alike on all workers: as the first worker would."""
-        if self.extended.seats.workers == 1:
+    def agreed_randomness(self, position: DataPosition | None = None):
+        """Within it a data pipeline that is built shuffles alike on all workers: as the first worker would.
+
+        With a position it shuffles as it did when the position's training began, or else the position notes how.
+        """
+        if self.extended.seats.workers == 1 and position is None:
             yield
             return
-        state = self.channel.broadcast("preparing data", _compat.random_state())
-        unseeded = state["seed"] is None
-        if unseeded:
-            draw = int.from_bytes(os.urandom(4), "little")
-            state["seed"] = self.channel.broadcast("drawing a seed to shuffle by", draw)
-        _compat.set_random_state(state)
+        position = position or DataPosition()
+        unseeded = _compat.random_state()["seed"] is None
+        if position.randomness is None:
+            position.randomness = self.channel.broadcast("preparing data", _compat.random_state())
+            unseeded = position.randomness["seed"] is None
+            if unseeded:
+                draw = int.from_bytes(os.urandom(4), "little")
+                position.randomness["seed"] = self.channel.broadcast("drawing a seed to shuffle by", draw)
+        _compat.set_random_state(position.randomness)
         try:
             yield
         finally:
@@ -168,21 +177,27 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
 
 
 # Of the cluster that this process has joined; later strategies of the process use them too.
-_joined: dict[Cluster, tuple[Channel, Pulse]] = {}
+_joined: dict[Cluster, tuple[Channel, Channel, Pulse]] = {}
 
 
-def _meet(cluster: Cluster | None, timeout_seconds: float) -> tuple[Channel, Pulse | None]:
+def _meet(cluster: Cluster | None, timeout_seconds: float) -> tuple[Channel, Channel, Pulse | None]:
+    """Control channels for the program and for saving in the background, and the pulse."""
     if cluster is None:
-        return Channel.join(Cluster(("localhost:1",), ("worker 0",), 0), timeout_seconds), None
+        return channel_of_one(), channel_of_one(), None
     if cluster not in _joined:
         if _compat.runtime_is_initialized():
             raise RuntimeError(
                 "TensorFlow was used before the ZeroStrategy was made, and then it cannot join other workers any more. "
                 "Make the strategy at the start of the program, before any tensor, variable or model."
             )
-        channel, second_channel = (Channel.join(cluster, timeout_seconds) for _ in range(2))
-        _joined[cluster] = channel, Pulse(cluster, second_channel, timeout_seconds)
+        channel, of_saving, of_pulse = (Channel.join(cluster, timeout_seconds) for _ in range(3))
+        _joined[cluster] = channel, of_saving, Pulse(cluster, of_pulse, timeout_seconds)
     return _joined[cluster]
+
+
+def channel_of_one() -> Channel:
+    """A control channel for a process without others."""
+    return Channel(Cluster(("localhost:1",), ("worker 0",), 0), {}, timeout_seconds=1.0)
 
 
 def mark_global(tensor: tf.Tensor) -> tf.Tensor:

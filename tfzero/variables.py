@@ -77,6 +77,11 @@ class ShardedVariable(ReplicatedVariable):
     def shape(self) -> tf.TensorShape:
         return self._whole_shape
 
+    @property
+    def owner(self) -> int | None:
+        """The rank that holds everything, or None if every rank holds a shard."""
+        return self._owner
+
     def __array__(self, dtype=None):
         return self.numpy().astype(dtype or self.dtype.as_numpy_dtype)
 

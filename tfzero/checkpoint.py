@@ -1,0 +1,367 @@
+"""What a model's training consists of, written and read by all workers at once, each its own part.
+
+[Note: forms] A variable is stored in its own shape, whoever holds it: a shard as the rectangles that it covers
+(`slices.py`), an owned variable by its owner, one that is equal everywhere by one worker. So any number of workers, at
+any stage, reads what any other wrote. What each replica counts for itself (metrics, accumulators at stage 1) is stored
+as `[replicas, *shape]`: the same number of replicas gets its own values back, another number the sum on its first.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import keras
+import tensorflow as tf
+
+from tfzero import commits
+from tfzero.cluster import Channel
+from tfzero.plan import shard_elements
+from tfzero.slices import Rectangle, rectangles
+from tfzero.variables import OnReadVariable, ShardedVariable
+
+# Rectangles are cut out in batches of as many bytes as the largest variable has, or this.
+_LEAST_BATCH_BYTES = 4 * 2**20
+_SLOWEST_BYTES_PER_SECOND = 5e6  # of a disk that is not taken for broken
+METRICS = "metrics"
+
+
+@dataclass(frozen=True)
+class Item:
+    """One variable of the training state.
+
+    Args:
+        name: as in the file: "model/dense/kernel", "optimizer/adam/dense_kernel_momentum".
+        variable: the Keras variable.
+    """
+
+    name: str
+    variable: keras.Variable
+
+    @property
+    def group(self) -> str:
+        """ "model", "metrics", or the attribute of the model that holds the optimizer."""
+        return self.name.split("/")[0]
+
+    @property
+    def value(self):
+        return self.variable.value
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.value.shape)
+
+    @property
+    def dtype(self) -> tf.DType:
+        return tf.as_dtype(self.value.dtype)
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.size
+
+    @property
+    def is_per_replica(self) -> bool:
+        return isinstance(self.value, OnReadVariable)
+
+    @property
+    def is_equal_everywhere(self) -> bool:
+        """Whether every replica holds all of it, and the same."""
+        return not isinstance(self.value, ShardedVariable | OnReadVariable)
+
+    def component(self, replica: int) -> tf.Variable:
+        return self.value.values[replica] if hasattr(self.value, "values") else self.value
+
+    def describe(self, world_size: int) -> dict:
+        """Its entry in the manifest."""
+        replicas = world_size if self.is_per_replica else None
+        return {"name": self.name, "shape": list(self.shape), "dtype": self.dtype.name, "replicas": replicas}
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the workers: `ranks` are those of its replicas, of `size` in all."""
+
+    worker: int
+    workers: int
+    ranks: tuple[int, ...]
+    size: int
+
+    @classmethod
+    def of(cls, strategy) -> "World":
+        if not hasattr(strategy, "settings"):
+            return cls(0, 1, (0,), 1)
+        group = strategy.extended.group
+        ranks = tuple(group.rank(replica) for replica in range(len(group.devices)))
+        seats = strategy.extended.seats
+        return cls(seats.worker, seats.workers, ranks, group.world_size)
+
+
+def state_of(model: keras.Model) -> list[Item]:
+    """All variables that training goes on from: the model's, those of its optimizers, and its metrics'."""
+    groups = {"model": model.variables}
+    groups |= {name: optimizer.variables for name, optimizer in _optimizers(model).items()}
+    groups[METRICS] = model.metrics_variables
+    items: list[Item] = []
+    seen: dict[str, int] = {}
+    for group, variables in groups.items():
+        for variable in variables:
+            name = f"{group}/{variable.path}"
+            seen[name] = seen.get(name, 0) + 1
+            items.append(Item(name if seen[name] == 1 else f"{name}#{seen[name]}", variable))
+    return items
+
+
+def optimizers_of(model: keras.Model) -> dict[str, str]:
+    """The classes of a model's optimizers, by the attribute that holds each."""
+    return {name: type(_innermost(optimizer)).__name__ for name, optimizer in _optimizers(model).items()}
+
+
+def _optimizers(model: keras.Model) -> dict[str, keras.optimizers.Optimizer]:
+    return {name: value for name, value in sorted(vars(model).items()) if isinstance(value, keras.optimizers.Optimizer)}
+
+
+def _innermost(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
+    inner = getattr(optimizer, "inner_optimizer", None)
+    return optimizer if inner is None else _innermost(inner)
+
+
+# Which parts of which variable a replica has.
+
+
+def _range(item: Item, rank: int, world_size: int) -> tuple[int, int]:
+    """The flat elements of a variable that a rank holds."""
+    elements = math.prod(item.shape)
+    if not isinstance(item.value, ShardedVariable):
+        return 0, elements
+    if item.value.owner is not None:
+        return (0, elements) if item.value.owner == rank else (0, 0)
+    width = shard_elements(elements, world_size)
+    return min(rank * width, elements), min((rank + 1) * width, elements)
+
+
+def _writers(items: Sequence[Item], world: World) -> dict[str, int]:
+    """The worker that writes each variable that is equal on all; the largest first, to who has least to write."""
+    load = [0] * world.workers
+    writers = {}
+    equal = [item for item in items if item.is_equal_everywhere]
+    for item in sorted(equal, key=lambda item: -item.bytes):
+        writers[item.name] = load.index(min(load))
+        load[writers[item.name]] += item.bytes
+    return writers
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A rectangle of a stored variable and its value."""
+
+    name: str
+    rectangle: Rectangle
+    value: tf.Tensor
+
+
+def pieces_to_write(items: Sequence[Item], world: World) -> Iterator[Piece]:
+    """What this worker contributes to a checkpoint; tensors are read one by one."""
+    writers = _writers(items, world)
+    for item in items:
+        for replica, rank in enumerate(world.ranks):
+            if item.is_per_replica:
+                row = Rectangle((world.size, *item.shape), (rank, *[0] * len(item.shape)), (1, *item.shape))
+                yield Piece(item.name, row, tf.convert_to_tensor(item.component(replica))[tf.newaxis])
+            elif isinstance(item.value, ShardedVariable):
+                yield from _cut(item, item.component(replica), *_range(item, rank, world.size))
+            elif replica == 0 and writers[item.name] == world.worker:
+                yield from _cut(item, item.component(replica), 0, math.prod(item.shape))
+
+
+def _cut(item: Item, component: tf.Variable, begin: int, end: int) -> Iterator[Piece]:
+    flat = tf.reshape(tf.convert_to_tensor(component), [-1])
+    offset = 0
+    for rectangle in rectangles(item.shape, begin, end):
+        part = tf.slice(flat, [offset], [rectangle.elements])
+        yield Piece(item.name, rectangle, tf.reshape(part, rectangle.sizes))
+        offset += rectangle.elements
+
+
+# Writing.
+
+
+def snapshot(pieces: Iterable[Piece]) -> list[Piece]:
+    """Copies of pieces in the main memory, which training does not change."""
+    with tf.device("CPU:0"):
+        return [Piece(piece.name, piece.rectangle, tf.raw_ops.DeepCopy(x=piece.value)) for piece in pieces]
+
+
+def write_pieces(folder: Path, worker: int, pieces: Iterator[Piece], batch_bytes: int) -> list[list]:
+    """Writes a worker's pieces; gives for each of its files the path before its suffix, its bytes and its checksum."""
+    written: list[list] = []
+    batch: list[Piece] = []
+    size_bytes = 0
+
+    def write_batch():
+        prefix = folder / f"worker-{worker:05d}-{len(written):05d}"
+        tf.raw_ops.SaveV2(
+            prefix=str(prefix),
+            tensor_names=[piece.name for piece in batch],
+            shape_and_slices=[piece.rectangle.spec for piece in batch],
+            tensors=[piece.value for piece in batch],
+        )
+        commits.describe_file(Path(f"{prefix}.index"))
+        written.append([str(prefix), *commits.describe_file(Path(f"{prefix}.data-00000-of-00001"))])
+
+    for piece in pieces:
+        batch.append(piece)
+        size_bytes += piece.rectangle.elements * piece.value.dtype.size
+        del piece
+        if size_bytes >= batch_bytes:
+            write_batch()
+            batch.clear()
+            size_bytes = 0
+    if batch:
+        write_batch()
+    return written
+
+
+def merge(folder: Path, written: Sequence[Sequence]) -> dict[str, list]:
+    """Makes one checkpoint of all workers' files; gives the bytes and the checksum of each of its data files."""
+    tf.raw_ops.MergeV2Checkpoints(
+        checkpoint_prefixes=[prefix for prefix, _, _ in written],
+        destination_prefix=str(folder / commits.STATE),
+        delete_old_dirs=False,
+    )
+    # MergeV2Checkpoints numbers data files in the order of the prefixes (tensor_bundle.cc, MergeBundles).
+    names = (f"{commits.STATE}.data-{k:05d}-of-{len(written):05d}" for k in range(len(written)))
+    return {name: [size, checksum] for name, (_, size, checksum) in zip(names, written, strict=True)}
+
+
+class Writer:
+    """Writes a checkpoint together with the other workers.
+
+    Args:
+        channel: a control channel that only this uses while it writes.
+        world: this process's place.
+        final: the directory that the checkpoint gets.
+        timeout_seconds: how long a worker waits for the others, beside the time to write.
+    """
+
+    def __init__(self, channel: Channel, world: World, final: Path, timeout_seconds: float) -> None:
+        self._channel = channel
+        self._world = world
+        self._final = final
+        self._timeout_seconds = timeout_seconds
+
+    def write(self, pieces: Iterator[Piece], items: Sequence[Item], manifest: Mapping) -> None:
+        """Writes the pieces of all workers and commits. [Note: commit] in `commits.py`.
+
+        Raises:
+            OSError: on all workers, if one of them cannot write; the text names it.
+        """
+        manifest = {**manifest, "variables": [item.describe(self._world.size) for item in items]}
+        total = sum(item.bytes for item in items)
+        self._timeout_seconds += total / _SLOWEST_BYTES_PER_SECOND
+        batch_bytes = max(_LEAST_BATCH_BYTES, *(item.bytes for item in items))
+        is_chief = self._world.worker == 0
+        folder = Path(self._together("begin", lambda: str(commits.begin(self._final)) if is_chief else None)[0])
+        written = self._together("write", lambda: write_pieces(folder, self._world.worker, pieces, batch_bytes))
+
+        def commit():
+            files = merge(folder, [file for of_worker in written for file in of_worker])
+            commits.commit(folder, self._final, {**manifest, "files": files})
+
+        self._together("commit", commit if is_chief else lambda: None)
+
+    def _together(self, what: str, function) -> list:
+        """What `function` gives on each worker; fails on all if it fails on one."""
+        result, problem = None, None
+        try:
+            result = function()
+        except (OSError, tf.errors.OpError, commits.DamagedCheckpointError) as error:
+            problem = f"{type(error).__name__}: {error}"
+        answers = self._channel.all_gather(f"checkpoint: {what}", [result, problem], self._timeout_seconds)
+        problems = [f"worker {worker}: {text}" for worker, (_, text) in enumerate(answers) if text]
+        if problems:
+            raise OSError(f"The checkpoint {self._final} could not be written. {'; '.join(problems)}")
+        return [answer for answer, _ in answers]
+
+
+# Reading.
+
+
+def check_fits(items: Sequence[Item], manifest: Mapping, folder: Path, optimizers: Mapping[str, str]) -> dict:
+    """The manifest's entry for each item, by name. Variables are matched by their order, as names may be counted up.
+
+    Raises:
+        ValueError: if the checkpoint is one of another model; the message says which variable differs, and how.
+    """
+    for name, kind in optimizers.items():
+        stored = manifest["optimizers"].get(name)
+        if stored != kind:
+            raise ValueError(f"{folder} is a checkpoint of another optimizer: `{name}` is {kind} here, {stored} there.")
+    entries: dict = {}
+    for group in dict.fromkeys(item.group for item in items):
+        here = [item for item in items if item.group == group]
+        there = [entry for entry in manifest["variables"] if entry["name"].split("/")[0] == group]
+        for item, entry in zip(here, there, strict=False):
+            if (list(item.shape), item.dtype.name) != (entry["shape"], entry["dtype"]):
+                raise ValueError(
+                    f"{folder} is a checkpoint of another model: {item.name!r} is {item.dtype.name} of shape "
+                    f"{item.shape} here, and {entry['name']!r} is {entry['dtype']} of shape {tuple(entry['shape'])} "
+                    "there."
+                )
+            entries[item.name] = entry
+        if len(here) != len(there):
+            rest = [item.name for item in here[len(there) :]] or [entry["name"] for entry in there[len(here) :]]
+            where = "here" if len(here) > len(there) else "there"
+            raise ValueError(
+                f"{folder} is a checkpoint of another model: `{group}` has {len(here)} variables here and "
+                f"{len(there)} there; only {where} is {rest[0]!r}."
+            )
+    return entries
+
+
+def read_state(folder: Path, items: Sequence[Item], entries: Mapping[str, dict], world: World) -> None:
+    """Gives every variable of this worker its value, one after the other."""
+    prefix = str(folder / commits.STATE)
+    for item in items:
+        for replica, rank in enumerate(world.ranks):
+            component = item.component(replica)
+            with tf.device(component.device):
+                component.assign(_value_for(prefix, item, entries[item.name], rank, world.size, component))
+
+
+def _value_for(prefix: str, item: Item, entry: Mapping, rank: int, world_size: int, component) -> tf.Tensor:
+    stored_by = entry["replicas"]
+    if item.is_per_replica and stored_by == world_size:
+        return tf.reshape(_read(prefix, entry, [_row(entry, rank)], item), item.shape)
+    if item.is_per_replica and rank != 0:
+        return tf.zeros(item.shape, item.dtype)
+    begin, end = _range(item, rank, world_size)
+    if stored_by:
+        whole = tf.add_n([tf.cast(_read(prefix, entry, [_row(entry, k)], item), item.dtype) for k in range(stored_by)])
+        flat = tf.reshape(whole, [-1])[begin:end]
+    else:
+        flat = _read(prefix, entry, rectangles(item.shape, begin, end), item)
+    elements = component.shape.num_elements()
+    if begin < end and end - begin < elements:
+        flat = tf.concat([flat, tf.repeat(flat[-1:], elements - (end - begin))], 0)  # as `local_part` pads
+    if begin == end and elements:
+        flat = tf.zeros([elements], item.dtype)
+    return tf.reshape(flat, component.shape)
+
+
+def _row(entry: Mapping, replica: int) -> Rectangle:
+    shape = tuple(entry["shape"])
+    return Rectangle((entry["replicas"], *shape), (replica, *[0] * len(shape)), (1, *shape))
+
+
+def _read(prefix: str, entry: Mapping, wanted: Sequence[Rectangle], item: Item) -> tf.Tensor:
+    """Stored rectangles, flat, one after the other."""
+    if not wanted:
+        return tf.zeros([0], item.dtype)
+    with tf.device("CPU:0"):
+        parts = tf.raw_ops.RestoreV2(
+            prefix=prefix,
+            tensor_names=[entry["name"]] * len(wanted),
+            shape_and_slices=[rectangle.spec for rectangle in wanted],
+            dtypes=[item.dtype] * len(wanted),
+        )
+        return tf.concat([tf.reshape(part, [-1]) for part in parts], 0)

@@ -1,0 +1,53 @@
+"""Shards as rectangles: how a flat range of a variable's elements lies in its shape.
+
+TensorFlow's checkpoints hold rectangular slices of tensors and know the shapes of the whole, so a checkpoint that was
+written in shards can be read as whole variables or in other shards.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Rectangle:
+    """The elements of a variable of `shape` from `starts`, `sizes` many in each dimension."""
+
+    shape: tuple[int, ...]
+    starts: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.sizes)
+
+    @property
+    def spec(self) -> str:
+        """What `SaveV2` and `RestoreV2` take as `shape_and_slices`; "" for the whole variable."""
+        if self.sizes == self.shape:
+            return ""
+        slices = [f"{start},{size}" for start, size in zip(self.starts, self.sizes, strict=True)]
+        return f"{' '.join(map(str, self.shape))} {':'.join(slices)}"
+
+
+def rectangles(shape: Sequence[int], begin: int, end: int) -> list[Rectangle]:
+    """The rectangles of which the flat elements from `begin` to `end` consist, in order; at most 2 * rank - 1."""
+    shape = tuple(shape)
+    if begin >= end:
+        return []
+    if not shape:
+        return [Rectangle((), (), ())]
+    inner = math.prod(shape[1:])
+    (first, offset), (last, rest) = divmod(begin, inner), divmod(end, inner)
+
+    def in_row(row, begin, end):
+        parts = rectangles(shape[1:], begin, end)
+        return [Rectangle(shape, (row, *part.starts), (1, *part.sizes)) for part in parts]
+
+    if first == last:
+        return in_row(first, offset, rest)
+    parts = in_row(first, offset, inner) if offset else []
+    first += bool(offset)
+    if first < last:
+        parts.append(Rectangle(shape, (first, *[0] * (len(shape) - 1)), (last - first, *shape[1:])))
+    return parts + in_row(last, 0, rest)

@@ -1,0 +1,62 @@
+"""Ending all workers after the same step.
+
+[Note: stop together] A worker that is told to end cannot just do so, and cannot ask the others at the end of its step
+either: they may already wait for it in the next. So it is said with the pulse (`pulse.py`), which goes on meanwhile.
+Who hears of it begins no further step until it has heard from all, at the next beat, how many steps they have begun.
+The largest of these numbers is the last step for all.
+"""
+
+import threading
+
+
+class AgreedStop:
+    """Tells whether the training of this process is to end, and after which step.
+
+    Args:
+        timeout_seconds: how long to wait for the others' answer; None if there are no others.
+    """
+
+    def __init__(self, timeout_seconds: float | None = None) -> None:
+        self._timeout_seconds = timeout_seconds
+        self._condition = threading.Condition()
+        self._requested = False
+        self._heard = False
+        self._begun = 0
+        self._last: int | None = None
+
+    def request(self) -> None:
+        """Asks all workers to end soon. May be called from a signal handler."""
+        self._requested = True
+
+    @property
+    def is_requested(self) -> bool:
+        """Whether this process was asked to end."""
+        return self._requested
+
+    def begin_step(self) -> bool:
+        """Whether the next step may begin; the same number of times true on all workers.
+
+        Raises:
+            TimeoutError: if the others do not answer.
+        """
+        with self._condition:
+            if self._requested and self._timeout_seconds is None:
+                self._last = self._begun
+            if not self._condition.wait_for(lambda: not self._heard or self._last is not None, self._timeout_seconds):
+                raise TimeoutError(f"The other workers did not say within {self._timeout_seconds:g} s when to stop.")
+            may_begin = self._last is None or self._begun < self._last
+            self._begun += may_begin
+            return may_begin
+
+    def tell(self) -> list:
+        """What the others are to hear of this worker, as JSON has it."""
+        with self._condition:
+            return [self._requested, self._heard, self._begun]
+
+    def hear(self, told: list[list]) -> None:
+        """Takes what all workers told, this one among them."""
+        with self._condition:
+            if all(heard for _, heard, _ in told):
+                self._last = max(begun for _, _, begun in told)
+                self._condition.notify_all()
+            self._heard |= any(requested for requested, _, _ in told)
