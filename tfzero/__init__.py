@@ -23,5 +23,5 @@ def __getattr__(name: str):
     if name not in _HOMES:
         raise AttributeError(f"module 'tfzero' has no attribute {name!r}")
     if _HOMES[name] != "tfzero.launch":
-        importlib.import_module("tfzero.keras_hooks")
+        importlib.import_module("tfzero.keras_files")
     return getattr(importlib.import_module(_HOMES[name]), name)

@@ -23,10 +23,14 @@ from keras.src.backend.tensorflow import nn as keras_nn
 # Where batches are built and steps are made.
 from keras.src.backend.tensorflow import trainer as keras_tensorflow_trainer
 
+# Keras's files, of which one worker writes one.
+from keras.src.legacy.saving import legacy_h5_format
+
 # Keras's losses divide by what one replica sees; the divisor must be global.
 from keras.src.losses import loss as keras_loss
 from keras.src.optimizers.base_optimizer import BaseOptimizer
 from keras.src.optimizers.multi_optimizer import MultiOptimizer
+from keras.src.saving import saving_lib
 
 # `compile` decides about the optimizer, `_compute_loss` about the scale of a user's loss.
 from keras.src.trainers.trainer import Trainer
@@ -71,6 +75,8 @@ __all__ = [
     "keras_loss",
     "keras_nn",
     "keras_tensorflow_trainer",
+    "legacy_h5_format",
+    "saving_lib",
 ]
 
 

@@ -14,10 +14,8 @@ from tfzero.checkpoint import METRICS, World, state_of
 from tfzero.checkpointing import Save, Team, find_newest, restore
 from tfzero.inputs import DataPosition
 from tfzero.settings import check_number
+from tfzero.stopping import EXIT_STOPPED
 from tfzero.strategy import ZeroStrategy
-
-# Exit code of a run that SIGTERM ended after it had saved (EX_TEMPFAIL: try again).
-EXIT_STOPPED = 75
 
 
 class CheckpointCallback(keras.callbacks.Callback):

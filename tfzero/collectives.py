@@ -14,7 +14,7 @@ one order for all. On CPU a few tokens per device let some collectives overlap, 
 "lane" is for stage 3's second gathers, which are traced after what needs them.
 
 [Note: counts] Between processes a replica adds one to its lane's count when a collective begins and when it ends, so
-that a collective that waits in vain is noticed (`pulse.py`).
+that a collective that waits in vain is noticed (`pulse.py`). Before it begins, its purpose is noted beside the count.
 
 [Note: reduce-scatter] `CollectiveReduceScatterV2` exists for NCCL only, and adds 16-bit floats in 16 bits. Elsewhere,
 and for those, it is an all-to-all and a local sum: the same bytes on the wire. TensorFlow's CPU all-to-all fails with
@@ -69,6 +69,10 @@ class Group:
         self._counters = []
         if len(self.devices) < world_size:
             self._counters = [_make_variables(_host_of(device), lanes) for device in self.devices]
+            self._purposes = [_make_variables(_host_of(device), lanes) for device in self.devices]
+        self._known_purposes = {"a value that all replicas contribute to": 0}
+        self._current_purpose = [0] * len(self.devices)
+        self.iterations: tf.Variable | None = None  # of the optimizer built last
         self._latest: list[list[tf.Operation | None]] = [[None] * lanes for _ in self.devices]
 
     def rank(self, replica: int) -> int:
@@ -82,6 +86,23 @@ class Group:
     def counts(self) -> list[int]:
         """How many collectives each lane of each local replica has begun and ended, together. [Note: counts]"""
         return [int(counter.numpy()) for counters in self._counters for counter in counters]
+
+    @contextlib.contextmanager
+    def purpose(self, replica: int, text: str):
+        """Within it a local replica's collectives are for this, should one of them have to be named."""
+        former = self._current_purpose[replica]
+        self._current_purpose[replica] = self._known_purposes.setdefault(text, len(self._known_purposes))
+        try:
+            yield
+        finally:
+            self._current_purpose[replica] = former
+
+    def describe(self, place: int) -> str:
+        """In which step, and at what, the collective is that stands at a place of `counts`."""
+        replica, lane = divmod(place, len(self._counters[0]))
+        purpose = list(self._known_purposes)[int(self._purposes[replica][lane].numpy())]
+        step = "" if self.iterations is None else f"in step {int(self.iterations.numpy()) + 1}, "
+        return f"{step}at {purpose}"
 
     def latest(self, replica: int, graph) -> tf.Operation | None:
         """The collective that the next one of the backward lane will wait for, if it is in `graph`. [Note: ordering]"""
@@ -240,14 +261,21 @@ class Group:
     def _counted(self, replica: int, lane: int, value: tf.Tensor):
         """Counts a collective that waits for `value`; the function it gives is to be told the result. [Note: counts]"""
 
-        def count_after(tensor):
+        def count_after(*tensors):
             if self._counters:
                 counter = self._counters[replica][lane]
-                with tf.control_dependencies([tensor]), tf.device(counter.device):
+                with tf.control_dependencies(tensors), tf.device(counter.device):
                     return [counter.assign_add(1, read_value=False)]
             return []
 
-        with tf.control_dependencies(count_after(value)):
+        def note_after(tensor):
+            if self._counters:
+                noted = self._purposes[replica][lane]
+                with tf.control_dependencies([tensor]), tf.device(noted.device):
+                    return [noted.assign(self._current_purpose[replica], read_value=False)]
+            return []
+
+        with tf.control_dependencies(count_after(value, *note_after(value))):
             yield count_after
 
     def _reduce(self, value: tf.Tensor, key, replica: int) -> tf.Tensor:

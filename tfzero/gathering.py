@@ -83,7 +83,8 @@ class Gatherer:
     def _gather(self, shard: tf.Variable, shape: tf.TensorShape, dtype: tf.DType) -> tf.Tensor:
         @tf.custom_gradient
         def gather(part):  # [shard_elements]
-            whole = self._all_gather(part, shape, dtype, self._previous_users())
+            with self._group.purpose(_compat.replica_index(), f"the parameter {shard.name}"):
+                whole = self._all_gather(part, shape, dtype, self._previous_users())
             self._gathered.append(whole)
 
             def gradient(upstream):
@@ -92,8 +93,10 @@ class Gatherer:
                 if not tf.executing_eagerly() and upstream.graph is whole.graph:
                     waits = _before_the_last(self._scattered, _PREFETCH_BYTES // self._group.world_size)
                     if self._reshard:
-                        self._gather_again(whole, part, dtype, waits)
-                with tf.control_dependencies(waits):
+                        with self._group.purpose(_compat.replica_index(), f"the parameter {shard.name} once more"):
+                            self._gather_again(whole, part, dtype, waits)
+                purpose = self._group.purpose(_compat.replica_index(), f"the gradient of {shard.name}")
+                with purpose, tf.control_dependencies(waits):
                     scattered = self._reduce_scatter(tf.reshape(upstream, [shape.num_elements()]), part.dtype)
                 self._scattered.append(scattered)
                 return scattered

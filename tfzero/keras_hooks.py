@@ -25,12 +25,12 @@ _NO_JIT = (
 )
 
 
-def _strategy_of(model) -> ZeroStrategy | None:
+def strategy_of(model) -> ZeroStrategy | None:
     strategy = getattr(model, "_distribute_strategy", None)
     return strategy if isinstance(strategy, ZeroStrategy) else None
 
 
-def _patch(owner, name: str):
+def patch(owner, name: str):
     """Decorates a function `wrapper(original, *args, **kwargs)` to stand for `owner.name`; doing it twice is once."""
 
     def install(wrapper):
@@ -66,9 +66,9 @@ def wrap_optimizer(optimizer, strategy: ZeroStrategy):
     return ZeroOptimizer(optimizer)
 
 
-@_patch(_compat.Trainer, "compile")
+@patch(_compat.Trainer, "compile")
 def _compile(original, self, *args, **kwargs):
-    strategy = _strategy_of(self)
+    strategy = strategy_of(self)
     if strategy is None:
         return original(self, *args, **kwargs)
     if kwargs.get("jit_compile") is True:
@@ -88,9 +88,9 @@ def _metric_objects(arguments) -> list[keras.metrics.Metric]:
 # Steps: raw batches are cut, logs are global.
 
 
-@_patch(_compat.keras_tensorflow_trainer.TensorFlowTrainer, "_make_function")
+@patch(_compat.keras_tensorflow_trainer.TensorFlowTrainer, "_make_function")
 def _make_function(original, self, step_function):
-    strategy = _strategy_of(self)
+    strategy = strategy_of(self)
     if strategy is None:
         return original(self, step_function)
     if self.jit_compile:
@@ -111,9 +111,9 @@ def _make_function(original, self, step_function):
     return function_of_cut_batches
 
 
-@_patch(_compat.keras_tensorflow_trainer.TensorFlowTrainer, "predict_on_batch")
+@patch(_compat.keras_tensorflow_trainer.TensorFlowTrainer, "predict_on_batch")
 def _predict_on_batch(original, self, x):
-    strategy = _strategy_of(self)
+    strategy = strategy_of(self)
     return original(self, x if strategy is None else strategy.cut_batch(x))
 
 
@@ -162,7 +162,7 @@ def _sum_over_replicas(values, extended) -> list[tf.Tensor]:
 # Losses: a global divisor.
 
 
-@_patch(_compat.Trainer, "_compute_loss")
+@patch(_compat.Trainer, "_compute_loss")
 def _compute_loss(original, self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
     extended = losses.current_extended()
     arguments = {"x": x, "y": y, "y_pred": y_pred, "sample_weight": sample_weight, "training": training}
@@ -174,7 +174,7 @@ def _compute_loss(original, self, x=None, y=None, y_pred=None, sample_weight=Non
     return losses.scale(loss, extended)
 
 
-@_patch(_compat.keras_loss, "reduce_weighted_values")
+@patch(_compat.keras_loss, "reduce_weighted_values")
 def _reduce_weighted_values(
     original, values, sample_weight=None, mask=None, reduction="sum_over_batch_size", dtype=None
 ):
@@ -184,13 +184,13 @@ def _reduce_weighted_values(
     return losses.reduce_loss(values, sample_weight, mask, reduction, dtype, extended)
 
 
-@_patch(_compat.keras_loss, "scale_loss_for_distribution")
+@patch(_compat.keras_loss, "scale_loss_for_distribution")
 def _scale_loss(original, value):
     extended = losses.current_extended()
     return original(value) if extended is None else losses.scale(value, extended)
 
 
-@_patch(_compat.keras_loss, "unscale_loss_for_distribution")
+@patch(_compat.keras_loss, "unscale_loss_for_distribution")
 def _unscale_loss(original, value):
     extended = losses.current_extended()
     return original(value) if extended is None else losses.unscale(value, extended)
@@ -199,7 +199,7 @@ def _unscale_loss(original, value):
 # Mixed precision: what is cast for a layer travels in the layer's dtype.
 
 
-@_patch(_compat.AutocastScope, "maybe_cast")
+@patch(_compat.AutocastScope, "maybe_cast")
 def _maybe_cast(original, self, value):
     is_parameter = isinstance(value, ShardedParameter) and losses.current_extended() is not None
     return value.whole(tf.as_dtype(self.dtype)) if is_parameter and self.dtype is not None else original(self, value)
@@ -208,7 +208,7 @@ def _maybe_cast(original, self, value):
 # Input and randomness.
 
 
-@_patch(_compat.keras_tensorflow_trainer.TFEpochIterator, "__init__")
+@patch(_compat.keras_tensorflow_trainer.TFEpochIterator, "__init__")
 def _epoch_iterator(original, self, distribute_strategy=None, *args, **kwargs):
     if not isinstance(distribute_strategy, ZeroStrategy):
         return original(self, distribute_strategy, *args, **kwargs)
@@ -222,7 +222,7 @@ def _epoch_iterator(original, self, distribute_strategy=None, *args, **kwargs):
     distribute_strategy.channel.agree("reading data", _compat.length_of(self), "data sets")
 
 
-@_patch(_compat.keras_tensorflow_trainer.TFEpochIterator, "_enumerate_iterator")
+@patch(_compat.keras_tensorflow_trainer.TFEpochIterator, "_enumerate_iterator")
 def _enumerate_iterator(original, self):
     """At first passes over the epochs and batches that a checkpoint has behind it."""
     position = self.__dict__.pop("_tfzero_position", None) or DataPosition()
@@ -239,10 +239,10 @@ def _enumerate_iterator(original, self):
     yield from steps
 
 
-@_patch(_compat.keras_tensorflow_trainer.TensorFlowTrainer, "fit")
+@patch(_compat.keras_tensorflow_trainer.TensorFlowTrainer, "fit")
 def _fit(original, self, *args, **kwargs):
     """Tells callbacks of checkpoints before the data pipeline is made, and after all other callbacks have ended."""
-    strategy = _strategy_of(self)
+    strategy = strategy_of(self)
     given = kwargs["callbacks"] if "callbacks" in kwargs else args[5] if len(args) > 5 else None
     callbacks = [each for each in _flat_callbacks(given) if isinstance(each, CheckpointCallback)]
     if strategy is None or not callbacks:
@@ -266,7 +266,7 @@ def _flat_callbacks(callbacks) -> list:
     return tf.nest.flatten(callbacks)
 
 
-@_patch(_compat.keras_tensorflow_trainer.TFEpochIterator, "catch_stop_iteration")
+@patch(_compat.keras_tensorflow_trainer.TFEpochIterator, "catch_stop_iteration")
 @contextlib.contextmanager
 def _catch_stop_iteration(original, self):
     with original(self):
@@ -282,20 +282,20 @@ def _is_ours(epoch_iterator) -> bool:
     return isinstance(epoch_iterator._distribute_strategy, ZeroStrategy)
 
 
-@_patch(_compat.keras_tensorflow_trainer.TensorFlowTrainer, "_maybe_symbolic_build")
+@patch(_compat.keras_tensorflow_trainer.TensorFlowTrainer, "_maybe_symbolic_build")
 def _maybe_symbolic_build(original, self, iterator=None, data_batch=None):
     """Builds a model from what its data say of their elements.
 
     Keras draws a batch for that, which a shuffled dataset or a shared generator then has drawn.
     """
-    if iterator is not None and _strategy_of(self) is not None:
+    if iterator is not None and strategy_of(self) is not None:
         specs = _compat.replica_element_spec(_compat.dataset_of(iterator))
         if all(spec.shape.rank is not None for spec in tf.nest.flatten(specs) if spec is not None):
             iterator, data_batch = None, specs
     return original(self, iterator=iterator, data_batch=data_batch)
 
 
-@_patch(keras.random.SeedGenerator, "next")
+@patch(keras.random.SeedGenerator, "next")
 def _next_seed(original, self, *args, **kwargs):
     """Every replica draws from a stream of its own; rank 0's is the stream of one device."""
     seed = original(self, *args, **kwargs)
@@ -309,7 +309,7 @@ def _next_seed(original, self, *args, **kwargs):
 # An optimizer without its wrapper would update each replica by itself.
 
 
-@_patch(_compat.BaseOptimizer, "apply")
+@patch(_compat.BaseOptimizer, "apply")
 def _apply(original, self, *args, **kwargs):
     if losses.current_extended() is not None:
         raise RuntimeError(
@@ -322,7 +322,7 @@ def _apply(original, self, *args, **kwargs):
 # Recomputing activations: TensorFlow's `recompute_grad` takes no keyword arguments in a graph, and layers pass some.
 
 
-@_patch(_compat.keras_core, "remat")
+@patch(_compat.keras_core, "remat")
 def _remat(original, function):
     if not isinstance(tf.distribute.get_strategy(), ZeroStrategy):
         return original(function)
@@ -351,10 +351,10 @@ def _on_samples(original, inputs, *args, **kwargs):
 
 
 for _name in ("conv", "depthwise_conv", "separable_conv", "conv_transpose", "max_pool", "average_pool"):
-    _patch(_compat.keras_nn, _name)(_on_samples)
+    patch(_compat.keras_nn, _name)(_on_samples)
 
 
-@_patch(_compat.keras_nn, "moments")
+@patch(_compat.keras_nn, "moments")
 def _moments(original, x, axes, keepdims=False, synchronized=False):
     """The moments of no samples are 0, not NaN, which would spread in the sum of gradients."""
     result = original(x, axes, keepdims=keepdims, synchronized=synchronized)

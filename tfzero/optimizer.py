@@ -239,6 +239,7 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
             sharded_gradients=settings.stage >= 2,
             loss_scale=self.loss_scale_optimizer,
         )
+        strategy.extended.group.iterations = _compat.iteration_counter(chain[-1]).value.values[0]
         self.built = True
 
     # Apply.

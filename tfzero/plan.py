@@ -14,7 +14,7 @@ all-gather of the rows gives the matrix back. A bucket of whole variables is one
 """
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 # A variable of this part of a bucket, or more, travels alone.
@@ -124,6 +124,22 @@ class Plan:
             else:
                 sent += 2 * others * bucket.row_elements
         return sent
+
+    def bucket_bytes(self, bucket: Bucket) -> int:
+        """Bytes of a bucket's variables."""
+        return sum(segment.elements * self.specs[segment.index].item_bytes for segment in bucket.segments)
+
+    def group(self, buckets: Iterable[Bucket], least_bytes: int) -> list[list[Bucket]]:
+        """Buckets in groups of at least so many bytes, the last one aside; each is updated at once."""
+        groups: list[list[Bucket]] = []
+        size_bytes = 0
+        for bucket in buckets:
+            if not groups or size_bytes >= least_bytes:
+                groups.append([])
+                size_bytes = 0
+            groups[-1].append(bucket)
+            size_bytes += self.bucket_bytes(bucket)
+        return groups
 
 
 def shard_elements(elements: int, world_size: int) -> int:

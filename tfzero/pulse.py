@@ -4,22 +4,33 @@
 over. Instead each replica counts what it begins and what it ends (`Group.counts`): an odd count is a collective in
 flight. Every second the workers exchange their counts over a control channel of their own. A worker that does not
 answer is lost or stopped; one whose counts lag behind is elsewhere in its program.
+
+A worker that ends with an error because of that exits with a code of its own, and at once: leaving TensorFlow in good
+order takes the others.
 """
 
 import atexit
+import os
+import re
+import sys
 import threading
 from time import monotonic
+
+import tensorflow as tf
 
 from tfzero import _compat
 from tfzero.cluster import Channel, Cluster
 from tfzero.collectives import Group
-from tfzero.stopping import AgreedStop
+from tfzero.stopping import EXIT_WORKER_LOST, AgreedStop
 
 _INTERVAL_SECONDS = 1.0
 # When a worker is lost, for a collective that has all it needs to end by itself.
 _GRACE_SECONDS = 2.0
 # So much before the timeout a worker that does not answer counts as lost, so that all know in time.
 _EARLY_SECONDS = 5.0
+# For the pulse to notice what TensorFlow has noticed first.
+_NOTICE_SECONDS = 3.0
+_TASK = re.compile(r"/job:(\w+)/replica:0/task:(\d+)")
 
 
 class Pulse:
@@ -40,7 +51,10 @@ class Pulse:
         self._lock = threading.Lock()  # held while the thread is in TensorFlow
         self._stopped = threading.Event()
         self.stop_together = AgreedStop(timeout_seconds)
+        self._reason = ""  # why the watch has ended
+        self._has_reason = threading.Event()
         atexit.register(self.stop)
+        sys.excepthook = self._exit_hook(sys.excepthook)
         threading.Thread(target=self._watch, name="tfzero pulse", daemon=True).start()
 
     def add(self, group: Group) -> None:
@@ -69,11 +83,47 @@ class Pulse:
                     counts_of_all = [counts for counts, _ in beats]
                     self.stop_together.hear([told for _, told in beats])
                 except (OSError, RuntimeError, ValueError) as error:
-                    reason = str(error)
+                    reason = self._note(str(error))
             stuck = self._stuck_lanes(counts, _GRACE_SECONDS if reason else self._timeout_seconds)
             if stuck:
-                self._abort(reason or self._describe(counts_of_all, stuck))
+                reason = self._note(reason or self._describe(counts_of_all, stuck))
+                self._abort(f"{reason} {self._where()}")
                 return
+
+    def _note(self, reason: str) -> str:
+        self._reason = reason
+        self._has_reason.set()
+        return reason
+
+    def _where(self) -> str:
+        """What this worker waits for; a collective that was aborted stays in flight."""
+        places = [
+            group.describe(place) for group in self._groups for place, count in enumerate(group.counts()) if count % 2
+        ]
+        return f"{self._cluster.name} was {' and '.join(dict.fromkeys(places))}." if places else ""
+
+    def _exit_hook(self, former):
+        """What to do with an error that ends the process, after `former` has shown it."""
+
+        def show_and_exit(kind, error, trace):
+            former(kind, error, trace)
+            if not isinstance(error, tf.errors.OpError | ConnectionError | TimeoutError):
+                return
+            lost = self._reason if self._has_reason.wait(_NOTICE_SECONDS) else self._named_in(str(error))
+            if lost:
+                text = f"tfzero: {self._cluster.name} exits with code {EXIT_WORKER_LOST}: {lost} {self._where()}"
+                print(text, file=sys.stderr)
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(EXIT_WORKER_LOST)
+
+        return show_and_exit
+
+    def _named_in(self, text: str) -> str:
+        """What TensorFlow says of another worker, by our name for it."""
+        names = {f"{job} {index}" for job, index in _TASK.findall(text)} - {self._cluster.name}
+        lost = [name for name in self._cluster.names if name in names]
+        return f"{', '.join(lost)} was lost, as TensorFlow noticed." if lost else ""
 
     def _stuck_lanes(self, counts: list[int], limit_seconds: float) -> list[int]:
         """Places of the counts that have been odd, and the same, for too long."""

@@ -127,16 +127,17 @@ class ReplicaStep:
             rows[bucket] = self._exchange_bucket(bucket, self.gradients)
             if self.trained.sharded_gradients and self.group.world_size > 1 and not bucket.sharded_parameters:
                 large = [self.gradients[s.index] for s in bucket.segments if len(bucket.segments) == 1]
-                pacer.add(rows[bucket], large, sum(s.elements for s in bucket.segments) * rows[bucket].dtype.size)
+                pacer.add(rows[bucket], large, self.plan.bucket_bytes(bucket))
         return rows
 
     def _exchange_bucket(self, bucket: Bucket, gradients: Mapping[int, tf.Tensor]) -> tf.Tensor:
         if bucket.sharded_parameters:
             return self._row_of_shards(bucket, gradients)
         packed = pack(bucket, gradients, self.group.world_size)
-        if bucket.placement is Placement.WHOLE:
-            return self.group.all_reduce(packed, self.replica)
-        return self.group.reduce_scatter(packed, self.replica)
+        with self.group.purpose(self.replica, f"the gradients of {self._describe(bucket)}"):
+            if bucket.placement is Placement.WHOLE:
+                return self.group.all_reduce(packed, self.replica)
+            return self.group.reduce_scatter(packed, self.replica)
 
     def _row_of_shards(self, bucket: Bucket, shards: Mapping[int, tf.Tensor]) -> tf.Tensor:
         """This replica's row from the shards that it has of a bucket's variables; a missing one leaves zeros."""
@@ -241,7 +242,7 @@ class ReplicaStep:
             learning_rate = tf.convert_to_tensor(rate.value if isinstance(rate, keras.Variable) else rate)
             _compat.begin_update(optimizer, learning_rate)
         compiled = self.trained.compiled[self.trained.optimizers.index(optimizer)]
-        for batch in self._batches(self._buckets_to_visit(optimizer, buckets)):
+        for batch in self.plan.group(self._buckets_to_visit(optimizer, buckets), self.trained.bucket_bytes):
 
             def updated_rows(given, parts, batch=batch):
                 return {
@@ -256,18 +257,6 @@ class ReplicaStep:
             for place, bucket in enumerate(batch):
                 if (bucket in rows or optimizer.ema_overwrite_frequency) and not self._is_updated_in_place(bucket):
                     self._assign(bucket, updated[place])
-
-    def _batches(self, buckets: Sequence[Bucket]) -> list[list[Bucket]]:
-        """Buckets whose updates are compiled together: about a full bucket's worth."""
-        batches: list[list[Bucket]] = []
-        size_bytes = 0
-        for bucket in buckets:
-            if not batches or size_bytes >= self.trained.bucket_bytes:
-                batches.append([])
-                size_bytes = 0
-            batches[-1].append(bucket)
-            size_bytes += sum(s.elements for s in bucket.segments) * tf.as_dtype(bucket.dtype).size
-        return batches
 
     def _updated_row(self, optimizer, bucket, row, parts, learning_rate, clip) -> tf.Tensor | None:
         updated = {}
@@ -335,7 +324,8 @@ class ReplicaStep:
         if bucket.sharded_parameters:
             self._assign_shards(bucket, row)
             return
-        packed = row if bucket.placement is Placement.WHOLE else self.group.all_gather(row, self.replica)
+        with self.group.purpose(self.replica, f"the parameters of {self._describe(bucket)}"):
+            packed = row if bucket.placement is Placement.WHOLE else self.group.all_gather(row, self.replica)
         shapes = [self._shape_of(segment.index) for segment in bucket.segments]
         values = unpack(bucket, packed, shapes)
         for index in values.keys() & self.gradients.keys():
@@ -372,6 +362,10 @@ class ReplicaStep:
     def _component(self, index: int) -> tf.Variable:
         """What this replica holds of a model variable."""
         return self._local(self.trained.variables[index])
+
+    def _describe(self, bucket: Bucket) -> str:
+        first = self.trained.variables[bucket.segments[0].index].path
+        return f"bucket {self.plan.buckets.index(bucket)} ({first} and so on)"
 
     def _shape_of(self, index: int) -> tf.TensorShape:
         return self.trained.variables[index].shape

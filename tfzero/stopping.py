@@ -8,6 +8,11 @@ The largest of these numbers is the last step for all.
 
 import threading
 
+# Exit codes of a worker that ended because SIGTERM told it to, after it had saved (EX_TEMPFAIL: try again), and
+# because another worker was lost or did not arrive (EX_PROTOCOL).
+EXIT_STOPPED = 75
+EXIT_WORKER_LOST = 76
+
 
 class AgreedStop:
     """Tells whether the training of this process is to end, and after which step.

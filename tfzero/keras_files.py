@@ -1,0 +1,140 @@
+"""Keras's own files under a ZeroStrategy: all workers take part, one writes.
+
+Reading a sharded variable gathers it, so every worker walks over the model as Keras's saving does, variable by
+variable, but only the first of those that name a path writes there. The files are ordinary ones, for plain Keras too.
+"""
+
+from pathlib import Path
+
+import keras
+import numpy as np
+
+from tfzero import _compat
+from tfzero.keras_hooks import patch, strategy_of
+
+_SAVING_SECONDS = 3600.0  # for the others to wait for the one that writes
+
+
+class _Discarded(_compat.saving_lib.H5IOStore):
+    """Takes what Keras would write, one variable after the other, and drops it."""
+
+    def __init__(self) -> None:
+        pass
+
+    def __bool__(self) -> bool:
+        return True
+
+    def make(self, path, metadata=None):
+        return self
+
+    def __setitem__(self, key, value) -> None:
+        np.asarray(value)
+
+    def close(self) -> None:
+        pass
+
+
+def _save_together(original, model, filepath, *args, **kwargs):
+    strategy = strategy_of(model)
+    if strategy is None:
+        return original(model, filepath, *args, **kwargs)
+    path = str(Path(filepath).absolute())
+    index = strategy.extended.seats.worker
+    if strategy.channel.all_gather("saving a model", path).index(path) == index:
+        result = original(model, filepath, *args, **kwargs)
+    else:
+        _compat.saving_lib._save_state(model, _Discarded(), None, "", set())
+        result = None
+    strategy.channel.all_gather("a model is saved", None, _SAVING_SECONDS)
+    return result
+
+
+patch(_compat.saving_lib, "save_model")(_save_together)
+patch(_compat.saving_lib, "save_weights_only")(_save_together)
+
+
+@patch(_compat.saving_lib, "is_memory_sufficient")
+def _is_memory_sufficient(original, model):
+    """Lets a model's file be put together on the disk; Keras does it in memory where it fits."""
+    return strategy_of(model) is None and original(model)
+
+
+@patch(_compat.legacy_h5_format, "save_model_to_hdf5")
+def _save_model_to_hdf5(original, model, filepath, *args, **kwargs):
+    strategy = strategy_of(model)
+    if strategy is not None and strategy.extended.seats.workers > 1:
+        raise ValueError(
+            f"Several workers cannot save in the legacy HDF5 format. Save as `.keras`. Received: {filepath}"
+        )
+    return original(model, filepath, *args, **kwargs)
+
+
+# Callbacks that handle files themselves.
+
+
+@patch(keras.callbacks.ModelCheckpoint, "_save_model")
+def _save_model_checkpoint(original, self, epoch, batch, logs):
+    if strategy_of(self.model) is not None:
+        # Keras's own check and `makedirs` fail if another worker is as fast.
+        Path(self._get_file_path(epoch, batch, logs)).parent.mkdir(parents=True, exist_ok=True)
+    return original(self, epoch, batch, logs)
+
+
+@patch(keras.callbacks.BackupAndRestore, "_save_model")
+def _save_backup(original, self):
+    if _is_chief(self.model):
+        return original(self)
+    return self.model.save_weights(self._weights_path, overwrite=True)
+
+
+@patch(keras.callbacks.BackupAndRestore, "on_train_end")
+def _end_backups(original, self, logs=None):
+    return original(self, logs) if _is_chief(self.model) else None
+
+
+def _is_chief(model) -> bool:
+    strategy = strategy_of(model)
+    return strategy is None or strategy.extended.seats.worker == 0
+
+
+# Best weights: every replica keeps its own part.
+
+
+class LocalWeights:
+    """A copy of what this process holds of a model's variables."""
+
+    def __init__(self, model: keras.Model) -> None:
+        self._copies = [component.numpy() for component in _components(model)]
+
+    def restore(self, model: keras.Model) -> None:
+        for component, copy in zip(_components(model), self._copies, strict=True):
+            component.assign(copy)
+
+
+def _components(model: keras.Model) -> list:
+    return [component for variable in model.weights for component in variable.value.values]
+
+
+@patch(keras.callbacks.EarlyStopping, "on_epoch_end")
+def _look_for_best(original, self, epoch, logs=None):
+    if strategy_of(self.model) is None or not self.restore_best_weights:
+        return original(self, epoch, logs)
+    self.restore_best_weights = False
+    try:
+        original(self, epoch, logs)
+    finally:
+        self.restore_best_weights = True
+    counts = epoch >= self.start_from_epoch and self.monitor in (logs or {})
+    if counts and (self.best_epoch == epoch or self.best_weights is None):
+        self.best_weights = LocalWeights(self.model)
+
+
+@patch(keras.callbacks.EarlyStopping, "on_train_end")
+def _restore_best(original, self, logs=None):
+    best = self.best_weights
+    if not isinstance(best, LocalWeights):
+        return original(self, logs)
+    self.best_weights = None
+    original(self, logs)
+    best.restore(self.model)
+    self.best_weights = best
