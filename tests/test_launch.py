@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tfzero.launch import WorkerError, _LineSplitter, free_ports, run_local
+from tfzero.fleet import LineSplitter
+from tfzero.launch import WorkerError, free_ports, run_local
 
 ROOT = Path(__file__).parents[1]
 LIMIT_SECONDS = 20  # of each launch here; most take half a second
@@ -89,7 +90,7 @@ def test_free_ports_differ():
 @pytest.mark.parametrize("piece_bytes", [1, 3, 1000])
 def test_splitter_loses_no_text(piece_bytes):
     stream = "a\n\nb\r\n\r1/2 ━╸\b\b\b\r2/2 ━━\n\ttabs and spaces  \nlast".encode()
-    splitter = _LineSplitter()
+    splitter = LineSplitter()
     pieces = [stream[at : at + piece_bytes] for at in range(0, len(stream), piece_bytes)]
     lines = [line for piece in pieces for line in splitter.feed(piece)] + splitter.feed(b"", final=True)
     assert lines == ["a", "", "b", "1/2 ━╸", "2/2 ━━", "\ttabs and spaces  ", "last"]
@@ -188,13 +189,67 @@ def test_children_of_a_finished_worker_are_ended(script, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_to_the_launcher_ends_all(script, tmp_path, number):
     body = "signal.signal(signal.SIGTERM, signal.SIG_IGN); note_pid(0); print('ready'); time.sleep(60)\n"
-    process = start("--workers", 2, script(body))
+    process = start("--workers", 2, "--grace-seconds", 1, script(body))
     pids = [pid for pid in noted_pids(tmp_path, 3) if pid]
     process.send_signal(number)
     _, errors = process.communicate(timeout=LIMIT_SECONDS)
     assert process.returncode == 128 + number
     assert f"received {number.name}; all workers have ended" in errors
     assert_gone(pids)
+
+
+def test_workers_may_save_after_sigterm(script, tmp_path):
+    body = (
+        "def save(*_): time.sleep(2); print('saved'); sys.exit(75)\n"
+        "signal.signal(signal.SIGTERM, save); note_pid(0); time.sleep(60)\n"
+    )
+    process = start("--workers", 2, "--max-restarts", 3, script(body))
+    noted_pids(tmp_path, 3)
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate(timeout=LIMIT_SECONDS)
+    assert process.returncode == 75
+    assert output.count("saved") == 2 and "received SIGTERM; all workers have saved and ended" in errors
+
+
+RESTARTS = "restarts = int(os.environ['TFZERO_RESTARTS']); print('fleet', restarts, len(cluster))\n"
+
+
+def test_a_failed_fleet_is_restarted(script):
+    body = RESTARTS + "if restarts < 2 and index == 1: os.kill(os.getpid(), 9)\ntime.sleep(1)\n"
+    done = launch("--workers", 2, "--max-restarts", 3, script(body))
+    assert done.returncode == 0
+    assert done.stdout.count("fleet 2 2") == 2
+    assert "restart 1 of 3, with 2 workers" in done.stderr and "restart 2 of 3, with 2 workers" in done.stderr
+
+
+def test_a_fleet_is_restarted_only_so_often(script):
+    done = launch("--workers", 2, "--max-restarts", 2, script(RESTARTS + "if index: sys.exit(9)\ntime.sleep(5)\n"))
+    assert done.returncode == 9
+    assert done.stdout.count("fleet 2 2") == 2 and done.stderr.count("restart ") == 2
+
+
+def test_fewer_workers_go_on_when_one_does_not_come_back(script):
+    body = RESTARTS + "if index == 2: sys.exit(9)\ntime.sleep(1)\n"
+    done = launch("--workers", 3, "--max-restarts", 3, "--min-workers", 2, script(body))
+    assert done.returncode == 0
+    assert [done.stdout.count(f"fleet {k} {n}") for k, n in ((0, 3), (1, 3), (2, 2))] == [3, 3, 2]
+    assert "worker 2 does not come back; restart 2 of 3, with 2 workers" in done.stderr
+
+
+def test_who_is_lost_is_not_who_notices(script):
+    """A stopped worker does not end; the others exit with code 76."""
+    body = RESTARTS + "if index == 1 and len(cluster) == 3: time.sleep(60)\nif len(cluster) == 3: sys.exit(76)\n"
+    done = launch("--workers", 3, "--max-restarts", 2, "--min-workers", 1, script(body))
+    assert done.returncode == 0
+    assert "worker 1 does not come back" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--min-workers", 3), ("--min-workers", 0), ("--max-restarts", -1), ("--grace-seconds", -1)]
+)
+def test_bad_numbers_of_restarts_are_refused(script, arguments):
+    done = launch("--workers", 2, *arguments, script(""))
+    assert done.returncode == 2 and str(arguments[0]) in done.stderr
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ties a process to its parent")

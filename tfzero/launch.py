@@ -4,48 +4,37 @@
     losses = tfzero.run_local(train, workers=2, args=(3,))      # a function, like a call
 
 Each worker gets its `TF_CONFIG`, its output is passed on line by line, and the first failure ends all the
-others. TensorFlow is imported by the workers alone, never here. Linux and macOS.
-
-[Note: who is left behind] Nobody: each worker leads its own session and is ended with its children. If the
-launcher itself is killed outright, Linux kills the workers (`PR_SET_PDEATHSIG`), but not their children;
-macOS kills nothing. A child that starts a session of its own is never chased.
+others. With `--max-restarts` they are started again then, and go on from their last checkpoint. TensorFlow is
+imported by the workers alone, never here. Linux and macOS.
 """
 
 import argparse
-import codecs
 import contextlib
 import functools
 import json
-import math
 import os
 import pickle
-import re
-import selectors
 import signal
 import socket
-import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
 import traceback
-from collections import deque
+from dataclasses import dataclass
 from pathlib import Path
 
 import cloudpickle
 
+from tfzero.fleet import Fleet, Worker
+from tfzero.stopping import EXIT_STOPPED
+
 CPU_DEVICES_VARIABLE = "TFZERO_CPU_DEVICES"
-_POLL_SECONDS = 0.02  # how late an exit may be noticed
-_GRACE_SECONDS = 1.0  # between SIGTERM, which TensorFlow's workers ignore, and SIGKILL
-_LEAVE_SECONDS = 3.0  # for a worker to exit after all results are in
-_KEPT_LINES = 400  # of each worker's output, for reports
+RESTARTS_VARIABLE = "TFZERO_RESTARTS"  # how often the fleet was restarted, for scripts that want to know
+# A worker that is lost again so soon after a restart has not come back.
+_COME_BACK_SECONDS = 60.0
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-# Ties the process to its launcher (PR_SET_PDEATHSIG = 1, SIGKILL = 9), then becomes the worker.
-_TIE_TO_LAUNCHER = (
-    "import sys; sys.path[:1] = []; import ctypes, os; ctypes.CDLL(None).prctl(1, ctypes.c_ulong(9))\n"
-    "if os.getppid() == int(sys.argv[1]): os.execv(sys.argv[2], sys.argv[2:])"
-)
 _SERVE_CALL = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from tfzero.launch import _serve_call; _serve_call(*sys.argv[2:])"
@@ -63,177 +52,6 @@ def free_ports(count: int) -> list[int]:
         for each in sockets:
             each.bind(("127.0.0.1", 0))
         return [each.getsockname()[1] for each in sockets]
-
-
-class _LineSplitter:
-    r"""Cuts a stream of bytes into lines, ended by \n, \r\n or \r.
-
-    So each update of a progress bar becomes a line: its \r would overwrite our prefix, and no text is
-    lost. Only what holds no text is dropped: the empty start of a bar, and backspaces around it.
-    """
-
-    def __init__(self):
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._pending = ""
-        self._after_return = False
-
-    def feed(self, chunk: bytes, final: bool = False) -> list[str]:
-        text = self._decoder.decode(chunk, final)
-        if self._after_return:  # the \n of an \r\n that came in two pieces
-            text = text.removeprefix("\n")
-        self._after_return = text.endswith("\r")
-        *parts, self._pending = re.split(r"(\r\n|\r|\n)", self._pending + text)
-        if final and self._pending:
-            parts += [self._pending, ""]
-        pairs = [(line.strip("\b"), end) for line, end in zip(parts[::2], parts[1::2], strict=True)]
-        return [line for line, end in pairs if line or end != "\r"]
-
-
-class _Worker:
-    """One started process, the last lines of its output, and its exit code once it has ended."""
-
-    def __init__(self, index: int, command: list[str], environment: dict[str, str], hold: bool):
-        if sys.platform == "linux":
-            command = [sys.executable, "-S", "-c", _TIE_TO_LAUNCHER, str(os.getpid()), *command]
-        self.index = index
-        self.exit_code: int | None = None
-        self.exit_seconds = math.inf  # when the exit was noticed, by the monotonic clock
-        self.lines: deque[str] = deque(maxlen=_KEPT_LINES)
-        self.splitter = _LineSplitter()
-        stdin = subprocess.PIPE if hold else subprocess.DEVNULL
-        streams = {"stdin": stdin, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "bufsize": 0}
-        self.process = subprocess.Popen(command, env=environment, start_new_session=True, **streams)
-        os.set_blocking(self.process.stdout.fileno(), False)
-        try:
-            self.exit_notice: int | None = os.pidfd_open(self.process.pid)  # readable from its exit on
-        except (AttributeError, OSError):  # only Linux 5.3 and later have it: else exits are polled for
-            self.exit_notice = None
-
-    def signal_group(self, number: int) -> None:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, number)
-
-    def verdict(self, workers: int) -> str:
-        ending = f"exit code {self.exit_code}"
-        if self.exit_code < 0:
-            hint = ", often: out of memory" if self.exit_code == -signal.SIGKILL else ""
-            ending = f"signal {-self.exit_code} ({signal.strsignal(-self.exit_code)}{hint})"
-        return f"worker {self.index} (of {workers}) failed first, with {ending}"
-
-    def show(self, lines: list[str]) -> str:
-        return "\n".join(f"[worker {self.index}] {line}" for line in lines or ["(no output)"])
-
-    def last_traceback(self, otherwise_lines: int = 20) -> list[str]:
-        lines = ["", *self.lines]
-        starts = [at for at, line in enumerate(lines) if "Traceback (most recent call last):" in line]
-        starts = [at for at in starts if not lines[at - 1].startswith("Exception ignored")]
-        return lines[starts[-1] :] if starts else lines[1:][-otherwise_lines:]
-
-
-class _Fleet:
-    """The workers of one run. Use it in `contextlib.closing`: whatever happens, all have ended after it."""
-
-    def __init__(self, *, echo: bool):
-        self.workers: list[_Worker] = []
-        self._echo = echo
-        self._selector = selectors.DefaultSelector()
-
-    def start(self, commands: list[list[str]], environments: list[dict[str, str]], *, hold=False) -> None:
-        for index, (command, environment) in enumerate(zip(commands, environments, strict=True)):
-            worker = _Worker(index, command, environment, hold)
-            self.workers.append(worker)
-            self._selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
-            if worker.exit_notice is not None:
-                self._selector.register(worker.exit_notice, selectors.EVENT_READ, worker)
-
-    @property
-    def running(self) -> list[_Worker]:
-        return [worker for worker in self.workers if worker.exit_code is None]
-
-    def wait(self, is_done, timeout_seconds: float | None) -> tuple[_Worker | None, list[_Worker]]:
-        """Waits until `is_done(worker)` for all; else ends all, and returns the first failed, or the late."""
-        deadline_seconds = time.monotonic() + (timeout_seconds or math.inf)
-        while waiting := [worker for worker in self.workers if not is_done(worker)]:
-            if time.monotonic() > deadline_seconds:
-                self.close()
-                return None, waiting
-            failed = next((worker for worker in self._poll() if not is_done(worker)), None)  # any exit code
-            if failed:
-                self.close()
-                return failed, []
-        return None, []
-
-    def let_go(self) -> None:
-        """Tells the held workers to leave, and gives them a few seconds."""
-        for worker in self.running:
-            with contextlib.suppress(OSError):
-                worker.process.stdin.write(b"\n")
-        self._poll_for(_LEAVE_SECONDS)
-
-    def close(self) -> None:
-        """Ends all workers and their children, politely for a moment only. May be called again."""
-        try:
-            for worker in self.running:
-                worker.signal_group(signal.SIGTERM)
-            self._poll_for(_GRACE_SECONDS)
-        finally:
-            for worker in self.running:
-                worker.signal_group(signal.SIGKILL)
-            for worker in self.running:
-                self._finish(worker)
-            self._selector.close()
-
-    def _poll_for(self, seconds: float) -> None:
-        stop_seconds = time.monotonic() + seconds
-        while self.running and time.monotonic() < stop_seconds:
-            self._poll()
-
-    def _poll(self) -> list[_Worker]:
-        """Passes on output for a moment; returns the workers that ended, in the order of their exits."""
-        for key, _ in self._selector.select(_POLL_SECONDS):  # in the order in which they became ready
-            if key.fd == key.data.exit_notice:
-                key.data.exit_seconds = time.monotonic()
-            else:
-                self._pass_on(key.data)
-        ended = [worker for worker in self.running if worker.process.poll() is not None]
-        for worker in ended:
-            self._finish(worker)
-        return sorted(ended, key=lambda worker: worker.exit_seconds)
-
-    def _pass_on(self, worker: _Worker) -> bool:
-        """Takes one piece of a worker's output. False if there is none, for now or for good."""
-        chunk = worker.process.stdout.read(65536)
-        if chunk:
-            self._keep(worker, worker.splitter.feed(chunk))
-        elif chunk is not None:
-            self._forget(worker.process.stdout)
-        return bool(chunk)
-
-    def _finish(self, worker: _Worker) -> None:
-        """Takes the exit code and the last output of a worker that ends, and ends the children it left."""
-        if worker.exit_notice is not None:
-            self._forget(worker.exit_notice)
-            os.close(worker.exit_notice)
-        with worker.process:  # closes its pipes
-            worker.exit_code = worker.process.wait()
-            worker.signal_group(signal.SIGKILL)
-            while self._pass_on(worker):
-                pass
-            self._forget(worker.process.stdout)
-            self._keep(worker, worker.splitter.feed(b"", final=True))
-
-    def _forget(self, source) -> None:
-        with contextlib.suppress(KeyError):
-            self._selector.unregister(source)
-
-    def _keep(self, worker: _Worker, lines: list[str]) -> None:
-        worker.lines.extend(lines)
-        if self._echo and lines:
-            try:
-                print(worker.show(lines), flush=True)
-            except OSError:  # nobody reads us any more: end, without trying again
-                self._echo = False
-                raise
 
 
 def run_local(fn, workers=2, *, args=(), timeout_seconds=600, env=None, cpu_devices=None, echo=False) -> list:
@@ -255,7 +73,7 @@ def run_local(fn, workers=2, *, args=(), timeout_seconds=600, env=None, cpu_devi
         Path(folder, "call").write_bytes(_pickle_call(fn, tuple(args)))
         results = [Path(folder, f"result_{index}") for index in range(workers)]
         serve = [sys.executable, "-c", _SERVE_CALL, json.dumps([str(entry) for entry in sys.path]), folder]
-        with contextlib.closing(_Fleet(echo=echo)) as fleet:
+        with contextlib.closing(Fleet(echo=echo)) as fleet:
             fleet.start([[*serve, each.name] for each in results], environments, hold=True)
             failed, late = fleet.wait(lambda worker: results[worker.index].exists(), timeout_seconds)
             if failed:
@@ -310,12 +128,12 @@ def _serve_call(folder: str, result_name: str) -> None:
     os._exit(exit_code)  # without TensorFlow's shutdown, which may hang or abort
 
 
-def _logs(fleet: _Fleet, shown_last: list[_Worker], kept_lines: int = 60) -> str:
+def _logs(fleet: Fleet, shown_last: list[Worker], kept_lines: int = 60) -> str:
     order = sorted(fleet.workers, key=lambda worker: worker in shown_last)
     return "\n".join(worker.show(list(worker.lines)[-kept_lines:]) for worker in order)
 
 
-def _lateness(late: list[_Worker], timeout_seconds: float) -> str:
+def _lateness(late: list[Worker], timeout_seconds: float) -> str:
     numbers = ", ".join(str(worker.index) for worker in late)
     return f"still running after {timeout_seconds:g} seconds: worker {numbers}; all have ended now"
 
@@ -337,36 +155,70 @@ def _environments(workers: int, env: dict[str, str], cpu_devices: int | None) ->
     return [{**shared, "TF_CONFIG": json.dumps(config)} for config in configs]
 
 
+@dataclass(frozen=True)
+class _Outcome:
+    """How one fleet of the command line ended; `lost` is the worker to blame, if one is."""
+
+    exit_code: int = 0
+    message: str = ""
+    lost: int | None = None
+    seconds: float = 0.0
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns 0, the first failure's exit code, or 124 after a timeout; bad input is 2."""
     options = _parse(arguments)
-    target = ["-m", options.script] if options.module else [options.script]
-    commands = [[sys.executable, *target, *options.script_args]] * options.workers
-    environments = _environments(options.workers, {}, options.cpu_devices)
     sys.stdout.reconfigure(errors="backslashreplace")
-    exit_code, message = 0, ""
+    for number in _STOP_SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as it is under nohup
+            signal.signal(number, _stop)
+    workers, former = options.workers, _Outcome()
+    for restarts in range(options.max_restarts + 1):
+        outcome = _run_fleet(options, workers, restarts)
+        if outcome.message:
+            print(f"tfzero.launch: {outcome.message}", file=sys.stderr, flush=True)
+        if outcome.lost is None or restarts == options.max_restarts:
+            break
+        again = f"restart {restarts + 1} of {options.max_restarts}"
+        if outcome.lost == former.lost and outcome.seconds < _COME_BACK_SECONDS and workers > options.min_workers:
+            workers -= 1
+            again = f"worker {outcome.lost} does not come back; {again}"
+        print(f"tfzero.launch: {again}, with {workers} workers.", file=sys.stderr, flush=True)
+        former = outcome
+    return outcome.exit_code
+
+
+def _run_fleet(options: argparse.Namespace, workers: int, restarts: int) -> _Outcome:
+    target = ["-m", options.script] if options.module else [options.script]
+    commands = [[sys.executable, *target, *options.script_args]] * workers
+    environments = _environments(workers, {RESTARTS_VARIABLE: str(restarts)}, options.cpu_devices)
+    fleet = Fleet(echo=True)
+    start = time.monotonic()
     try:
-        for number in _STOP_SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:  # as it is under nohup
-                signal.signal(number, _stop)
-        with contextlib.closing(_Fleet(echo=True)) as fleet:
-            fleet.start(commands, environments)
-            failed, late = fleet.wait(lambda worker: worker.exit_code == 0, options.timeout_seconds)
-        if failed:
-            exit_code = failed.exit_code if failed.exit_code > 0 else 128 - failed.exit_code
-            again = failed.show(failed.last_traceback())
-            message = f"{failed.verdict(options.workers)}; all have ended. Its last output again:\n{again}"
-        elif late:
-            exit_code, message = 124, f"timeout: {_lateness(late, options.timeout_seconds)}."
+        fleet.start(commands, environments)
+        failed, late = fleet.wait(lambda worker: worker.exit_code == 0, options.timeout_seconds)
     except KeyboardInterrupt as stop:
         number = signal.Signals((*stop.args, signal.SIGINT)[0])
-        exit_code, message = 128 + number, f"received {number.name}; all workers have ended."
+        if number == signal.SIGTERM:  # workers may save before they end
+            fleet.close(options.grace_seconds)
+        else:
+            fleet.close()
+        saved = {worker.exit_code for worker in fleet.workers} == {EXIT_STOPPED}
+        message = f"received {number.name}; all workers have {'saved and ' * saved}ended."
+        return _Outcome(EXIT_STOPPED if saved else 128 + number, message)
     except BrokenPipeError:  # the reader of our output has left, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        exit_code = 128 + signal.SIGPIPE
-    if message:
-        print(f"tfzero.launch: {message}", file=sys.stderr, flush=True)
-    return exit_code
+        return _Outcome(128 + signal.SIGPIPE)
+    finally:
+        fleet.close()
+    if late:
+        return _Outcome(124, f"timeout: {_lateness(late, options.timeout_seconds)}.")
+    if not failed:
+        return _Outcome()
+    exit_code = failed.exit_code if failed.exit_code > 0 else 128 - failed.exit_code
+    again = failed.show(failed.last_traceback())
+    message = f"{failed.verdict(workers)}; all have ended. Its last output again:\n{again}"
+    return _Outcome(exit_code, message, fleet.culprit(failed).index, time.monotonic() - start)
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -374,6 +226,12 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m tfzero.launch", description=about, allow_abbrev=False)
     parser.add_argument("--workers", type=int, required=True, metavar="N", help="number of processes")
     parser.add_argument("--timeout-seconds", type=float, metavar="S", help="end everything after S seconds")
+    about = "start the workers again after a failure, so often; they go on from their last checkpoint"
+    parser.add_argument("--max-restarts", type=int, default=0, metavar="R", help=about)
+    about = "go on with fewer workers, but not fewer than M, when one does not come back (default: N)"
+    parser.add_argument("--min-workers", type=int, metavar="M", help=about)
+    about = "for workers to save after SIGTERM (default: 30)"
+    parser.add_argument("--grace-seconds", type=float, default=30.0, metavar="S", help=about)
     parser.add_argument("--cpu-devices", type=int, metavar="K", help="logical CPU devices of each worker")
     parser.add_argument("-m", dest="module", action="store_true", help="script is a module, as in python -m")
     parser.add_argument("script", help="what each worker runs")
@@ -383,6 +241,11 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         _check_settings(options.workers, options.timeout_seconds, options.cpu_devices)
     except ValueError as error:
         parser.error(str(error))
+    options.min_workers = options.workers if options.min_workers is None else options.min_workers
+    if not 1 <= options.min_workers <= options.workers:
+        parser.error(f"--min-workers must be from 1 to --workers. Received: {options.min_workers}")
+    if options.max_restarts < 0 or options.grace_seconds < 0:
+        parser.error("--max-restarts and --grace-seconds must be at least 0.")
     if not options.module and not os.path.exists(options.script):
         parser.error(f"there is no script {options.script!r} in {os.getcwd()}. For a module write -m MODULE.")
     return options
