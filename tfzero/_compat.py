@@ -190,8 +190,16 @@ def draw_batches(epoch_iterator: keras_tensorflow_trainer.TFEpochIterator, steps
                 drawn += 1
 
 
-def end_epoch(epoch_iterator: keras_tensorflow_trainer.TFEpochIterator) -> None:
-    """What Keras's loop does after an epoch that it was let finish."""
+def end_epoch(epoch_iterator: keras_tensorflow_trainer.TFEpochIterator, batches: int) -> None:
+    """What Keras's loop does after an epoch of so many batches, which it was not let finish.
+
+    It makes an iterator that it never uses, which lets a `shuffle` go on to its next order; but not after data of
+    unknown length, of which it has by then tried to take more than there are.
+    """
+    if epoch_iterator.data_adapter.num_batches is None:
+        epoch_iterator._num_batches = batches + epoch_iterator.steps_per_execution
+    else:
+        epoch_iterator._current_iterator = iter(epoch_iterator._get_iterator())
     epoch_iterator.data_adapter.on_epoch_end()
 
 

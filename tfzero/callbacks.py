@@ -70,7 +70,8 @@ class CheckpointCallback(keras.callbacks.Callback):
         """Finds the checkpoint to go on from, before the data pipeline is made, which must shuffle as it did."""
         self._team = Team.of(model)
         self._found = find_newest(self.directory, self._team)
-        self._position = {"epoch": 0, "batch": 0, "first_epoch": None, "finished": None, "randomness": None}
+        self._position = dict.fromkeys(("epoch", "batch", "epoch_batches"), 0)
+        self._position |= dict.fromkeys(("first_epoch", "finished", "randomness"))
         self._data = DataPosition()
         self._saved: tuple | None = None
         self._due = False
@@ -82,9 +83,11 @@ class CheckpointCallback(keras.callbacks.Callback):
                     "Load it with `tfzero.load_checkpoint`, and give the callback another directory."
                 )
             self._position = manifest["position"]
-            first = self._position["first_epoch"] or 0
             self._data = DataPosition(
-                self._position["epoch"] - first, self._position["batch"], self._position["randomness"]
+                epochs=self._position["epoch"] - (self._position["first_epoch"] or 0),
+                batches=self._position["batch"],
+                epoch_batches=self._position["epoch_batches"],
+                randomness=self._position["randomness"],
             )
             self._saved = self._mark(manifest["step"])
         model.distribute_strategy.data_position = self._data
@@ -159,7 +162,7 @@ class CheckpointCallback(keras.callbacks.Callback):
             self._save_if_due()
 
     def on_epoch_end(self, epoch, logs=None) -> None:
-        self._position |= {"epoch": epoch + 1, "batch": 0}
+        self._position |= {"epoch": epoch + 1, "batch": 0, "epoch_batches": self._position["batch"]}
         if self.save_every_epochs is not None and (epoch + 1) % self.save_every_epochs == 0:
             self._due = True
 

@@ -42,11 +42,13 @@ class DataPosition:
     Args:
         epochs: how many times the data have been begun before.
         batches: of the current epoch, already trained with.
+        epoch_batches: of the epoch before.
         randomness: the state from which the pipeline is built (`_compat.random_state`), once known.
     """
 
     epochs: int = 0
     batches: int = 0
+    epoch_batches: int = 0
     randomness: dict | None = None
 
 

@@ -233,7 +233,7 @@ def _enumerate_iterator(original, self):
         else:  # a new one shuffles anew when it gives its first batch
             _compat.draw_batches(self, steps, 1)
             steps.close()
-            _compat.end_epoch(self)
+            _compat.end_epoch(self, position.epoch_batches)
     steps = original(self)
     _compat.draw_batches(self, steps, position.batches)
     yield from steps

@@ -26,8 +26,8 @@ from tfzero.stopping import EXIT_WORKER_LOST, AgreedStop
 _INTERVAL_SECONDS = 1.0
 # When a worker is lost, for a collective that has all it needs to end by itself.
 _GRACE_SECONDS = 2.0
-# So much before the timeout a worker that does not answer counts as lost, so that all know in time.
-_EARLY_SECONDS = 5.0
+# After so much of the timeout a worker that does not answer counts as lost, so that all know in time.
+_PATIENCE = 0.8
 # For the pulse to notice what TensorFlow has noticed first.
 _NOTICE_SECONDS = 3.0
 _TASK = re.compile(r"/job:(\w+)/replica:0/task:(\d+)")
@@ -70,7 +70,6 @@ class Pulse:
     def _watch(self) -> None:
         reason = ""
         counts_of_all: list[list[int]] = []
-        patience_seconds = max(_INTERVAL_SECONDS, self._timeout_seconds - _EARLY_SECONDS)
         while not self._stopped.wait(_INTERVAL_SECONDS):
             with self._lock:
                 if self._stopped.is_set():
@@ -79,7 +78,7 @@ class Pulse:
             if not reason:
                 try:
                     beat = [counts, self.stop_together.tell()]
-                    beats = self._channel.all_gather("the pulse", beat, patience_seconds)
+                    beats = self._channel.all_gather("the pulse", beat, _PATIENCE * self._timeout_seconds)
                     counts_of_all = [counts for counts, _ in beats]
                     self.stop_together.hear([told for _, told in beats])
                 except (OSError, RuntimeError, ValueError) as error:
