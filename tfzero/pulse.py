@@ -28,8 +28,11 @@ _INTERVAL_SECONDS = 1.0
 _GRACE_SECONDS = 2.0
 # After so much of the timeout a worker that does not answer counts as lost, so that all know in time.
 _PATIENCE = 0.8
-# For the pulse to notice what TensorFlow has noticed first.
-_NOTICE_SECONDS = 3.0
+# As which TensorFlow reports that another worker is gone; it may notice before the pulse does.
+_LOSSES = (
+    tf.errors.UnavailableError, tf.errors.DeadlineExceededError, tf.errors.AbortedError, tf.errors.CancelledError,
+    ConnectionError, TimeoutError,
+)  # fmt: skip
 _TASK = re.compile(r"/job:(\w+)/replica:0/task:(\d+)")
 
 
@@ -106,9 +109,9 @@ class Pulse:
 
         def show_and_exit(kind, error, trace):
             former(kind, error, trace)
-            if not isinstance(error, tf.errors.OpError | ConnectionError | TimeoutError):
+            if not isinstance(error, _LOSSES):
                 return
-            lost = self._reason if self._has_reason.wait(_NOTICE_SECONDS) else self._named_in(str(error))
+            lost = self._reason if self._has_reason.wait(self._timeout_seconds) else self._named_in(str(error))
             if lost:
                 text = f"tfzero: {self._cluster.name} exits with code {EXIT_WORKER_LOST}: {lost} {self._where()}"
                 print(text, file=sys.stderr)
