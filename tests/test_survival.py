@@ -35,8 +35,8 @@ tf.config.experimental.enable_op_determinism()
 keras.utils.set_random_seed(1)
 strategy = tfzero.ZeroStrategy(int(stage), min_shard_elements=8, timeout_seconds=timeout_seconds)
 with strategy.scope():
-    hidden = [keras.layers.Dense(17, activation="tanh"), keras.layers.BatchNormalization(), keras.layers.Dense(3)]
-    model = keras.Sequential([keras.Input((5,)), *hidden])
+    hidden = [keras.layers.Dense(17, activation="tanh"), keras.layers.BatchNormalization(synchronized=True)]
+    model = keras.Sequential([keras.Input((5,)), *hidden, keras.layers.Dense(3)])
 model.compile(keras.optimizers.Adam(0.01, global_clipnorm=1.0), "mse", metrics=["mae"])
 random = np.random.default_rng(0)
 x, y = random.normal(size=(46, 5)).astype("float32"), random.normal(size=(46, 3)).astype("float32")
