@@ -89,7 +89,10 @@ def _save_backup(original, self):
 
 @patch(keras.callbacks.BackupAndRestore, "on_train_end")
 def _end_backups(original, self, logs=None):
-    return original(self, logs) if _is_chief(self.model) else None
+    if _is_chief(self.model):
+        original(self, logs)
+    if (strategy := strategy_of(self.model)) is not None:
+        strategy.channel.all_gather("deleting the backup", None)
 
 
 def _is_chief(model) -> bool:

@@ -1,0 +1,198 @@
+"""Keras's own files and callbacks in real workers: all take part, one writes, and plain Keras reads what it wrote."""
+
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import tfzero
+
+WIDTH, DEPTH = 256, 6  # the largest variable is a sixth of the model
+
+
+def _train_and_save(folder: str) -> dict:
+    """At stages 2 and 3: trains with Keras's callbacks, saves, and gives the values, and which files were written."""
+    import h5py
+    import keras
+    import numpy as np
+    import tensorflow as tf
+
+    written: list[str] = []
+    original = h5py.File.__init__
+
+    def noting(self, name, mode="r", *args, **kwargs):
+        if mode != "r":
+            written.append(str(name))
+        original(self, name, mode, *args, **kwargs)
+
+    h5py.File.__init__ = noting
+    results = {}
+    strategies = {stage: tfzero.ZeroStrategy(stage) for stage in (2, 3)}
+    keras.utils.set_random_seed(strategies[2].cluster_resolver.task_id)
+    random = np.random.default_rng(0)
+    x, y = random.normal(size=(22, WIDTH)).astype("float32"), random.normal(size=(22, WIDTH)).astype("float32")
+    for stage, strategy in strategies.items():
+        place = Path(folder, str(stage))
+
+        def make_model(strategy=strategy):
+            with strategy.scope():
+                hidden = [keras.layers.Dense(WIDTH, use_bias=False) for _ in range(DEPTH)]
+                model = keras.Sequential([keras.Input((WIDTH,)), *hidden])
+            model.compile(keras.optimizers.Adam(1e-4), "mse")
+            return model
+
+        model = make_model()
+        initial = model.get_weights()
+
+        class Raise(keras.callbacks.Callback):
+            def on_epoch_begin(self, epoch, logs=None):
+                if epoch == 2:
+                    raise InterruptedError
+
+        backup = keras.callbacks.BackupAndRestore
+        with np.testing.assert_raises(InterruptedError):
+            model.fit(x, y, epochs=4, batch_size=8, verbose=0, callbacks=[backup(place / "backup"), Raise()])
+        resumed = make_model()
+        history = resumed.fit(x, y, epochs=4, batch_size=8, verbose=0, callbacks=[backup(place / "backup")])
+        assert history.epoch == [2, 3] and not (place / "backup").exists()
+
+        best = []
+
+        class Note(keras.callbacks.Callback):
+            def on_epoch_end(self, epoch, logs=None, best=best):
+                if epoch == 0:
+                    best[:] = self.model.get_weights()
+
+        model.set_weights(initial)
+        callbacks = [
+            keras.callbacks.ModelCheckpoint(place / "new" / "best-{epoch}.keras", "loss", save_best_only=True),
+            keras.callbacks.ModelCheckpoint(place / "new" / "{epoch}.weights.h5", save_weights_only=True),
+            keras.callbacks.EarlyStopping("loss", patience=1, min_delta=1e9, restore_best_weights=True),
+            Note(),
+        ]
+        model.fit(x, y, epochs=4, batch_size=8, verbose=0, callbacks=callbacks)
+        restored = model.get_weights()
+        assert np.testing.assert_array_equal(restored, best) is None
+
+        tf.config.experimental.reset_memory_stats("CPU:0")
+        before = tf.config.experimental.get_memory_info("CPU:0")["current"]
+        model.save(place / "model.keras")
+        extra = tf.config.experimental.get_memory_info("CPU:0")["peak"] - before
+        assert (place / "model.keras").exists(), "the others go on before the file is there"
+        model.save_weights(place / "model.weights.h5")
+        loaded = make_model()
+        loaded.load_weights(place / "model.weights.h5")
+        results[stage] = {
+            "weights": restored,
+            "slots": [np.array(v) for v in model.optimizer.variables],
+            "loaded": loaded.get_weights(),
+            "extra": extra,
+        }
+        for refused in ("model.h5", "model.hdf5"):
+            with np.testing.assert_raises_regex(ValueError, "cannot save in the legacy HDF5 format. Save as `.keras`"):
+                model.save(place / refused)
+    return {"written": written, **results}
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    for stage in (2, 3):
+        (folder / str(stage)).mkdir()
+    return folder, tfzero.run_local(_train_and_save, workers=2, args=(str(folder),), timeout_seconds=150)
+
+
+def test_one_worker_writes(fleet):
+    _, (first, second) = fleet
+    assert len(first["written"]) >= 12
+    assert second["written"] == []
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_plain_keras_loads_what_workers_saved(fleet, stage):
+    folder, results = fleet
+    model = keras.models.load_model(folder / str(stage) / "model.keras")
+    assert type(model.optimizer) is keras.optimizers.Adam
+    for result in results:
+        np.testing.assert_array_equal(model.get_weights(), result[stage]["weights"])
+        np.testing.assert_array_equal(result[stage]["loaded"], result[stage]["weights"])
+        for mine, theirs in zip(model.optimizer.variables, result[stage]["slots"], strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+    model.load_weights(folder / str(stage) / "model.weights.h5")
+    np.testing.assert_array_equal(model.get_weights(), results[0][stage]["weights"])
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_model_checkpoints_are_ordinary_files(fleet, stage):
+    folder, results = fleet
+    new = folder / str(stage) / "new"
+    assert {path.name for path in new.iterdir()} >= {"best-1.keras", "1.weights.h5", "2.weights.h5"}
+    # Early stopping gave the first epoch's weights back.
+    np.testing.assert_array_equal(
+        keras.models.load_model(new / "best-1.keras").get_weights(), results[0][stage]["weights"]
+    )
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_saving_takes_one_variable_of_memory_at_a_time(fleet, stage):
+    _, results = fleet
+    for result in results:
+        assert result[stage]["extra"] <= WIDTH * WIDTH * 4 * 1.05
+
+
+# Replicas that drift apart.
+
+
+def _drift(stage: int) -> str:
+    import keras
+    import numpy as np
+
+    strategy = tfzero.ZeroStrategy(stage)
+    with strategy.scope():
+        model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, name="first"), keras.layers.Dense(2)])
+    model.compile("adam", "mse")
+
+    class Flip(keras.callbacks.Callback):
+        """A cosmic ray in the second worker."""
+
+        def on_train_batch_end(self, batch, logs=None):
+            if batch == 3 and strategy.cluster_resolver.task_id == 1:
+                bias = self.model.get_layer("first").bias.value.values[0]
+                bias.assign(np.nextafter(bias.numpy(), np.float32(2)))
+
+    x, y = np.ones((32, 4), "float32"), np.ones((32, 2), "float32")
+    model.fit(x, y, batch_size=4, verbose=0, callbacks=[tfzero.DriftCallback(check_every=1)])
+    seen = []
+    note = keras.callbacks.LambdaCallback(on_train_batch_begin=lambda batch, logs: seen.append(batch))
+    try:
+        model.fit(x, y, batch_size=4, verbose=0, callbacks=[Flip(), note, tfzero.DriftCallback(check_every=2)])
+    except RuntimeError as error:
+        return f"after {len(seen)} batches: {error}"
+    return "nothing noticed"
+
+
+def test_replicas_that_drift_apart_are_stopped_by_name():
+    texts = tfzero.run_local(_drift, workers=2, args=(2,), timeout_seconds=100)
+    assert len(set(texts)) == 1
+    assert "after 4 batches: The replicas have drifted apart in 1 of " in texts[0]
+    assert "'model/sequential/first/bias' (" in texts[0] and " on replica 0, " in texts[0]
+
+
+@pytest.mark.parametrize("check_every", [0, -1, 2.5])
+def test_drift_is_checked_after_whole_batches(check_every):
+    with pytest.raises(ValueError, match="`check_every` must be an integer of at least 1"):
+        tfzero.DriftCallback(check_every)
+
+
+def test_files_of_other_strategies_are_untouched(tmp_path):
+    """The patches of Keras ask for a ZeroStrategy first."""
+    with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+        model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    model.compile("sgd", "mse")
+    stop = keras.callbacks.EarlyStopping("loss", restore_best_weights=True)
+    model.fit(np.ones((4, 3)), np.ones((4, 2)), verbose=0, callbacks=[stop])
+    assert all(isinstance(weight, np.ndarray) for weight in stop.best_weights)
+    model.save(tmp_path / "model.h5")
+    assert keras.models.load_model(tmp_path / "model.h5", compile=False).count_params() == 8
