@@ -118,6 +118,48 @@ def test_any_number_of_replicas_at_any_stage_reads_what_any_other_wrote(optimize
     assert_equal(values_of(model), values)
 
 
+def _models_of_all_stages():
+    for stage in range(4):
+        strategy = tfzero.ZeroStrategy(stage, min_shard_elements=8, timeout_seconds=120)
+        keras.utils.set_random_seed(strategy.extended.seats.worker)
+        yield stage, strategy, compiled(strategy, "adam", menagerie)
+
+
+def _write_at_all_stages(folder):
+    for stage, strategy, model in _models_of_all_stages():
+        for begin in (0, 15):
+            model.train_on_batch(TOKENS[begin : begin + 15], TARGETS[begin : begin + 15])
+        place = Path(folder, f"{strategy.num_replicas_in_sync} {stage}")
+        tfzero.save_checkpoint(model, place)
+        values = values_of(model)
+        if strategy.extended.seats.worker == 0:
+            np.savez(place / "values.npz", *values)
+
+
+def _read_at_all_stages(folder):
+    read = 0
+    for _, _, model in _models_of_all_stages():
+        model.train_on_batch(TOKENS[20:], TARGETS[20:])
+        for place in sorted(Path(folder).iterdir()):
+            model.set_weights([weight + 1 for weight in model.get_weights()])
+            assert tfzero.load_checkpoint(model, place) == 2
+            with np.load(place / "values.npz") as file:
+                assert_equal(values_of(model), list(file.values()))
+            read += 1
+    return read
+
+
+@pytest.mark.parametrize(
+    ("writers", "readers"), [([2], [3]), pytest.param([1, 2, 3, 4], [1, 2, 3, 4], marks=pytest.mark.sweep)]
+)
+def test_any_number_of_workers_at_any_stage_reads_what_any_other_wrote(writers, readers, tmp_path):
+    for workers in writers:
+        tfzero.run_local(_write_at_all_stages, workers=workers, args=(str(tmp_path),), timeout_seconds=240)
+    for workers in readers:
+        read = tfzero.run_local(_read_at_all_stages, workers=workers, args=(str(tmp_path),), timeout_seconds=240)
+        assert read == [4 * 4 * len(writers)] * workers
+
+
 @pytest.mark.parametrize("optimizer", ["average", "scaled"])
 def test_averages_and_loss_scales_are_saved(optimizer):
     directory, values = source(3, 2, optimizer)
