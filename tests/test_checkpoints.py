@@ -21,7 +21,10 @@ from keras import optimizers as ko
 import tfzero
 
 ALL = list(itertools.product((1, 2, 3, 4), (0, 1, 2, 3)))
-SPREAD = {((1, 0), (3, 3)), ((2, 1), (4, 2)), ((3, 2), (2, 3)), ((4, 3), (1, 1)), ((2, 3), (2, 0)), ((4, 2), (3, 2))}
+SPREAD = {
+    "adam": {((1, 0), (3, 3)), ((2, 1), (4, 2)), ((3, 3), (1, 1)), ((4, 2), (3, 2))},
+    "adafactor": {((3, 3), (4, 2)), ((2, 1), (3, 3))},
+}
 TOKENS = np.random.default_rng(0).integers(0, 11, (46, 3))
 TARGETS = np.random.default_rng(1).normal(size=(46, 3)).astype("float32")
 
@@ -103,12 +106,12 @@ def target(devices, stage, optimizer):
     return model
 
 
-def pairs(optimizers, spread):
-    for optimizer, pair in itertools.product(optimizers, itertools.product(ALL, ALL)):
-        yield pytest.param(optimizer, *pair, marks=[] if pair in spread else pytest.mark.sweep)
+def pairs():
+    for optimizer, pair in itertools.product(SPREAD, itertools.product(ALL, ALL)):
+        yield pytest.param(optimizer, *pair, marks=[] if pair in SPREAD[optimizer] else pytest.mark.sweep)
 
 
-@pytest.mark.parametrize(("optimizer", "written_by", "read_by"), list(pairs(["adam", "adafactor"], SPREAD)))
+@pytest.mark.parametrize(("optimizer", "written_by", "read_by"), list(pairs()))
 def test_any_number_of_replicas_at_any_stage_reads_what_any_other_wrote(optimizer, written_by, read_by):
     directory, values = source(*written_by, optimizer)
     model = target(*read_by, optimizer)
@@ -162,13 +165,13 @@ def test_any_number_of_workers_at_any_stage_reads_what_any_other_wrote(writers, 
 
 @pytest.mark.parametrize("optimizer", ["average", "scaled"])
 def test_averages_and_loss_scales_are_saved(optimizer):
-    directory, values = source(3, 2, optimizer)
-    model = target(2, 3, optimizer)
+    directory, values = source(3, 3, optimizer)
+    model = target(2, 2, optimizer)
     tfzero.load_checkpoint(model, directory)
     assert_equal(values_of(model), values)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", ["adam", "scaled"])
 def test_plain_keras_loads_a_checkpoint(optimizer):
     directory, values = source(3, 3, optimizer)
     model = compiled(None, optimizer, menagerie)
@@ -318,7 +321,7 @@ def check_interrupted_run(fit, crash, tmp_path, strategy, asynchronous=True):
     assert 20 - crash <= len(seen) * getattr(actual, "steps_per_execution", 1) <= 20 - crash + 4, "began too early"
 
 
-@pytest.mark.parametrize(("before", "after"), [((3, 1), (2, 2)), ((2, 2), (3, 1)), ((2, 1), (2, 1)), ((1, 0), (4, 3))])
+@pytest.mark.parametrize(("before", "after"), [((3, 1), (2, 2)), ((2, 2), (3, 1)), ((2, 1), (2, 1))])
 def test_another_number_of_replicas_goes_on_as_one_device(before, after, tmp_path):
     """In the middle of an epoch, with metrics and accumulated gradients in progress."""
 

@@ -21,6 +21,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 # Of the manifest and all that it describes; a reader takes this and older ones.
 FORMAT = 1
@@ -49,7 +50,7 @@ def begin(final: Path) -> Path:
     return unfinished
 
 
-def commit(unfinished: Path, final: Path, manifest: Mapping) -> None:
+def commit(unfinished: Path, final: Path, manifest: Mapping[str, Any]) -> None:
     """Completes a checkpoint of which all files are written, and gives it its name. [Note: commit]
 
     Args:
@@ -78,14 +79,14 @@ def commit(unfinished: Path, final: Path, manifest: Mapping) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def describe_file(path: Path) -> list:
+def describe_file(path: Path) -> list[Any]:
     """`[bytes, checksum]` of a file, which is on the disk afterwards."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
         return [path.stat().st_size, hashlib.file_digest(file, "blake2b").hexdigest()[:32]]
 
 
-def read_manifest(folder: Path) -> dict:
+def read_manifest(folder: Path) -> dict[str, Any]:
     """What a checkpoint says of itself.
 
     Raises:
@@ -95,7 +96,7 @@ def read_manifest(folder: Path) -> dict:
     path = folder / _MANIFEST
     try:
         whole = json.loads(path.read_text())
-        content = whole["manifest"]
+        content: dict[str, Any] = whole["manifest"]
         is_intact = whole["checksum"] == _checksum_of(content)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedCheckpointError(f"The checkpoint {folder} cannot be read: {path}: {error}") from None
@@ -109,7 +110,7 @@ def read_manifest(folder: Path) -> dict:
     return content
 
 
-def find_damage(folder: Path, manifest: Mapping, part: int = 0, parts: int = 1) -> list[str]:
+def find_damage(folder: Path, manifest: Mapping[str, Any], part: int = 0, parts: int = 1) -> list[str]:
     """What is wrong with the files of a checkpoint, of which `part` of `parts` is looked at; workers share the work."""
     damages = []
     for name, expected in sorted(manifest["files"].items())[part::parts]:
@@ -160,7 +161,7 @@ def check_room(directory: Path, needed_bytes: int) -> None:
             probe.write(b"probe")
     except OSError as error:
         raise OSError(
-            error.errno, f"Cannot write checkpoints into {directory}: {os.strerror(error.errno)}. Name another."
+            error.errno, f"Cannot write checkpoints into {directory}: {error.strerror}. Name another."
         ) from None
     free = shutil.disk_usage(directory).free
     if free < needed_bytes:
@@ -195,7 +196,7 @@ class Lock:
         self._file.close()
 
 
-def _checksum_of(content: Mapping) -> str:
+def _checksum_of(content: Mapping[str, Any]) -> str:
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 

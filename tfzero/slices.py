@@ -5,7 +5,6 @@ written in shards can be read as whole variables or in other shards.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -30,9 +29,8 @@ class Rectangle:
         return f"{' '.join(map(str, self.shape))} {':'.join(slices)}"
 
 
-def rectangles(shape: Sequence[int], begin: int, end: int) -> list[Rectangle]:
+def rectangles(shape: tuple[int, ...], begin: int, end: int) -> list[Rectangle]:
     """The rectangles of which the flat elements from `begin` to `end` consist, in order; at most 2 * rank - 1."""
-    shape = tuple(shape)
     if begin >= end:
         return []
     if not shape:
@@ -40,7 +38,7 @@ def rectangles(shape: Sequence[int], begin: int, end: int) -> list[Rectangle]:
     inner = math.prod(shape[1:])
     (first, offset), (last, rest) = divmod(begin, inner), divmod(end, inner)
 
-    def in_row(row, begin, end):
+    def in_row(row: int, begin: int, end: int) -> list[Rectangle]:
         parts = rectangles(shape[1:], begin, end)
         return [Rectangle(shape, (row, *part.starts), (1, *part.sizes)) for part in parts]
 

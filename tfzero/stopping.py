@@ -53,12 +53,12 @@ class AgreedStop:
             self._begun += may_begin
             return may_begin
 
-    def tell(self) -> list:
+    def tell(self) -> list[bool | int]:
         """What the others are to hear of this worker, as JSON has it."""
         with self._condition:
             return [self._requested, self._heard, self._begun]
 
-    def hear(self, told: list[list]) -> None:
+    def hear(self, told: list[list[bool | int]]) -> None:
         """Takes what all workers told, this one among them."""
         with self._condition:
             if all(heard for _, heard, _ in told):
