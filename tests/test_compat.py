@@ -40,6 +40,21 @@ def built(optimizer, variable):
         (_compat.keras_tensorflow_trainer.TensorFlowTrainer, "predict_on_batch", "self x"),
         (_compat.keras_tensorflow_trainer.TFEpochIterator, "__init__", "self distribute_strategy args kwargs"),
         (_compat.keras_tensorflow_trainer.TFEpochIterator, "catch_stop_iteration", "self"),
+        (_compat.keras_tensorflow_trainer.TFEpochIterator, "_enumerate_iterator", "self"),
+        (_compat.keras_tensorflow_trainer.TensorFlowTrainer, "fit", "self x y batch_size epochs verbose callbacks "
+         "validation_split validation_data shuffle class_weight sample_weight initial_epoch steps_per_epoch "
+         "validation_steps validation_batch_size validation_freq"),
+        (_compat.saving_lib, "save_model", "model filepath weights_format zipped"),
+        (_compat.saving_lib, "save_weights_only", "model filepath max_shard_size objects_to_skip"),
+        (_compat.saving_lib, "_save_state", "saveable weights_store assets_store inner_path visited_saveables"),
+        (_compat.saving_lib, "is_memory_sufficient", "model"),
+        (_compat.legacy_h5_format, "save_model_to_hdf5", "model filepath overwrite include_optimizer"),
+        (keras.callbacks.ModelCheckpoint, "_save_model", "self epoch batch logs"),
+        (keras.callbacks.ModelCheckpoint, "_get_file_path", "self epoch batch logs"),
+        (keras.callbacks.BackupAndRestore, "_save_model", "self"),
+        (keras.callbacks.BackupAndRestore, "on_train_end", "self logs"),
+        (keras.callbacks.EarlyStopping, "on_epoch_end", "self epoch logs"),
+        (keras.callbacks.EarlyStopping, "on_train_end", "self logs"),
         (_compat.keras_loss, "reduce_weighted_values", "values sample_weight mask reduction dtype"),
         (_compat.keras_loss, "scale_loss_for_distribution", "value"),
         (_compat.keras_loss, "unscale_loss_for_distribution", "value"),
@@ -163,6 +178,44 @@ def test_the_loop_over_epochs(strategy):
     assert _compat.is_at_first_batch(loop) is True
     next(steps)
     assert _compat.is_at_first_batch(loop) is False
+
+
+def test_batches_that_are_passed_over(strategy):
+    """As Keras goes over an epoch; after one that it may not finish, the next draws another order."""
+
+    def epochs(iterator, count):
+        for _ in range(count):
+            steps = iterator._enumerate_iterator()
+            yield [next(batches).values[0].numpy().tolist() for _, _, batches in steps]
+
+    def make():
+        data = tf.data.Dataset.range(6).shuffle(6, seed=1).batch(2)
+        return _compat.keras_tensorflow_trainer.TFEpochIterator(strategy, x=data)
+
+    expected = list(epochs(make(), 3))
+    iterator = make()
+    steps = iterator._enumerate_iterator()
+    _compat.draw_batches(iterator, steps, 1)
+    steps.close()
+    _compat.end_epoch(iterator, 3)
+    assert next(epochs(iterator, 1)) == expected[1] != expected[0]
+    steps = iterator._enumerate_iterator()
+    _compat.draw_batches(iterator, steps, 2)
+    rest = [next(batches).values[0].numpy().tolist() for _, _, batches in steps]
+    assert rest == expected[2][2:]
+    steps = iterator._enumerate_iterator()
+    _compat.draw_batches(iterator, steps, None)
+    assert list(steps) == []
+
+
+def test_where_fit_begins():
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    _compat.set_initial_epoch(model, 2)
+    x = np.ones((4, 2))
+    assert model.fit(x, x[:, :1], epochs=3, verbose=0).epoch == [2]
+    _compat.set_initial_epoch(model, None)
+    assert model.fit(x, x[:, :1], epochs=2, verbose=0).epoch == [0, 1]
 
 
 def test_run_after():

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import tfzero
 from tfzero.launch import free_ports
 
 ROOT = Path(__file__).parents[1]
@@ -244,6 +245,27 @@ def test_sigterm_saves_after_the_same_step_and_ends_all(runs, uninterrupted, tmp
     assert code == 0, output
     assert re.findall(r"Going on from .*: step (\d+),", output) == [*saved]
     assert_same(result(tmp_path), uninterrupted(2))
+
+
+def _disagree(folder):
+    import keras
+
+    strategy = tfzero.ZeroStrategy()
+    index = strategy.cluster_resolver.task_id
+    with strategy.scope():
+        model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    callback = tfzero.CheckpointCallback(folder, save_every_steps=3 + index)
+    try:
+        model.fit(np.ones((4, 2)), np.ones((4, 1)), verbose=0, callbacks=[callback])
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def test_workers_that_would_save_at_different_steps_are_refused(tmp_path):
+    for text in tfzero.run_local(_disagree, workers=2, args=(str(tmp_path),), timeout_seconds=60):
+        assert "settings of CheckpointCallback differ: save_every_steps is '3' on worker 0 and '4' on worker 1" in text
 
 
 # Workers that are lost.

@@ -69,7 +69,11 @@ class CheckpointCallback(keras.callbacks.Callback):
     def prepare(self, model: keras.Model) -> None:
         """Finds the checkpoint to go on from, before the data pipeline is made, which must shuffle as it did."""
         self._team = Team.of(model)
+        names = ("directory", "save_every_steps", "save_every_epochs", "keep", "asynchronous")
+        settings = {name: str(getattr(self, name)) for name in names}
+        self._team.channel.agree("preparing checkpoints", settings, "settings of CheckpointCallback")
         self._found = find_newest(self.directory, self._team)
+        self.step = 0
         self._position = dict.fromkeys(("epoch", "batch", "epoch_batches"), 0)
         self._position |= dict.fromkeys(("first_epoch", "finished", "randomness"))
         self._data = DataPosition()
@@ -89,7 +93,8 @@ class CheckpointCallback(keras.callbacks.Callback):
                 epoch_batches=self._position["epoch_batches"],
                 randomness=self._position["randomness"],
             )
-            self._saved = self._mark(manifest["step"])
+            self.step = manifest["step"]
+            self._saved = self._mark()
         model.distribute_strategy.data_position = self._data
 
     def finish(self) -> None:
@@ -126,7 +131,6 @@ class CheckpointCallback(keras.callbacks.Callback):
             return
         folder, manifest = self._found
         restore(self.model, folder, manifest, self._team)
-        self.step = manifest["step"]
         is_over = (self._position["finished"] or 0) >= self.params["epochs"]
         epoch = self.params["epochs"] if is_over else self._position["epoch"]
         _compat.set_initial_epoch(self.model, epoch)
@@ -168,16 +172,16 @@ class CheckpointCallback(keras.callbacks.Callback):
 
     def _save_if_due(self) -> None:
         """Saves when all other callbacks are through with an epoch, as they may change what is saved."""
-        if self._due and self._mark(self.step) != self._saved:
+        if self._due and self._mark() != self._saved:
             self._position["randomness"] = self._data.randomness
             about = {"step": self.step, "position": dict(self._position)}
             self._save.start(commits.step_folder(self.directory, self.step), about, self.asynchronous)
-            self._saved = self._mark(self.step)
+            self._saved = self._mark()
         self._due = False
 
-    def _mark(self, step: int) -> tuple:
+    def _mark(self) -> tuple:
         """What tells a checkpoint from the one before."""
-        return step, *(self._position[key] for key in ("epoch", "batch", "finished"))
+        return self.step, *(self._position[key] for key in ("epoch", "batch", "finished"))
 
 
 class DriftCallback(keras.callbacks.Callback):
