@@ -517,6 +517,31 @@ def test_a_directory_is_for_one_run(tmp_path):
     arrays(compiled(make_strategy()), [tfzero.CheckpointCallback(tmp_path)])
 
 
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_disk_that_fills_up_ends_the_run_and_keeps_what_was_saved(asynchronous, tmp_path, monkeypatch):
+    original = tf.raw_ops.SaveV2
+    saves = itertools.count(1)
+
+    def save(**arguments):
+        if next(saves) == 3:
+            raise tf.errors.ResourceExhaustedError(None, None, "No space left on device")
+        return original(**arguments)
+
+    monkeypatch.setattr(tf.raw_ops, "SaveV2", save)
+    callback = tfzero.CheckpointCallback(tmp_path, save_every_steps=1, asynchronous=asynchronous)
+    trained = []
+    note = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: trained.append(batch))
+    what = "step-00000003 could not be written. worker 0: ResourceExhaustedError: No space left on device"
+    with pytest.raises(OSError, match=what):
+        arrays(compiled(make_strategy()), [note, callback], epochs=1)
+    assert len(trained) == (4 if asynchronous else 3)
+    model = compiled(make_strategy())
+    monkeypatch.undo()
+    arrays(model, [tfzero.CheckpointCallback(tmp_path)], epochs=1)
+    assert model.optimizer.iterations == 5
+    assert not list(tmp_path.glob(".*"))
+
+
 @pytest.mark.parametrize(
     "settings",
     [{"save_every_steps": 0}, {"save_every_epochs": -1}, {"keep": 0}, {"keep": 1.5}, {"save_every_steps": True}],

@@ -1,6 +1,7 @@
 """Bytes held, bytes at the peak, and bytes on the wire: measured in real workers."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 
@@ -236,3 +237,25 @@ def test_a_limit_under_which_replication_runs_out_of_memory(stage, outcome):
         assert any(sign in str(error) for sign in ("ResourceExhausted", "OOM", "signal 6", "signal 11")), error
         return
     assert set(outcomes) == {outcome}
+
+
+def _measure_saves(stage, benchmarks, directory) -> dict:
+    import sys
+
+    sys.path.insert(0, benchmarks)
+    import checkpoint
+
+    return checkpoint.run(stage, 768, 8, directory, saves=2)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_save_takes_little_memory(stage, tmp_path):
+    """The GPT of 57 million parameters: at once its largest variable, in the background a copy of the own shards."""
+    benchmarks = str(Path(__file__).parents[1] / "benchmarks")
+    arguments = (stage, benchmarks, str(tmp_path))
+    for worker in tfzero.run_local(_measure_saves, workers=FOUR, args=arguments, timeout_seconds=400):
+        for growth in worker["growths"]["synchronous"]:
+            assert max(growth.values()) <= worker["largest"]
+        for growth in worker["growths"]["asynchronous"]:
+            assert growth["rss"] <= worker["written"]

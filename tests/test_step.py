@@ -269,6 +269,23 @@ def test_gradient_accumulation(stage):
     assert float(ours.optimizer.learning_rate) == pytest.approx(0.02 * 0.9**12)  # Keras schedules by micro-steps
 
 
+@pytest.mark.parametrize("stage", [sweep(0), 1, 3])
+def test_gradients_accumulate_under_a_loss_scale(stage):
+    """The scale grows after every fourth micro-step, in the middle of what is accumulated."""
+    ours, reference = compare(
+        make_strategy(stage),
+        oracle.dense_model,
+        lambda: {
+            "optimizer": ko.LossScaleOptimizer(
+                ko.SGD(0.1, gradient_accumulation_steps=3), initial_scale=4.0, dynamic_growth_steps=4
+            ),
+            "loss": "categorical_crossentropy",
+        },
+    )
+    scales = [float(model.optimizer.dynamic_scale) for model in (ours, reference)]
+    assert scales[0] == scales[1] > 4.0
+
+
 @pytest.mark.parametrize(
     ("stage", "settings"),
     [
