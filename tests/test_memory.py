@@ -12,7 +12,7 @@ WORLD_SIZE = 2
 WIDTHS = (512, 1536, 512, 2048, 512, 768, 512)
 
 
-def _measure() -> dict:
+def _measure(folder) -> dict:
     """Trains at each stage; gives bytes per parameter of this process's allocator and of the loopback device."""
     import gc
 
@@ -38,9 +38,13 @@ def _measure() -> dict:
         model.train_function = None
         gc.collect()
         held = tf.config.experimental.get_memory_info("CPU:0")["current"] - before
+        tfzero.load_checkpoint(model, tfzero.save_checkpoint(model, Path(folder, str(strategy.settings.stage))))
+        gc.collect()
+        restored = tf.config.experimental.get_memory_info("CPU:0")["current"] - before
         parameters = model.count_params()
         figures[strategy.settings.stage] = {
             "held": held / parameters,
+            "held when restored": restored / parameters,
             "wire": wire.bytes_per_step / parameters,
             "operations": _collective_elements(model, strategy) if strategy.settings.stage in (1, 2) else None,
         }
@@ -89,8 +93,9 @@ def _collective_elements(model, strategy) -> dict:
 
 
 @pytest.fixture(scope="module")
-def figures():
-    return tfzero.run_local(_measure, workers=WORLD_SIZE, timeout_seconds=200)
+def figures(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("checkpoints"))
+    return tfzero.run_local(_measure, workers=WORLD_SIZE, args=(folder,), timeout_seconds=200)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -99,6 +104,7 @@ def test_bytes_held(figures, stage):
     formula = [12, 4 + 8 / WORLD_SIZE, 4 + 8 / WORLD_SIZE, 12 / WORLD_SIZE][stage]
     for worker in figures:
         assert formula <= worker[stage]["held"] <= formula * 1.02
+        assert formula <= worker[stage]["held when restored"] <= formula * 1.02
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from tfzero import commits
 from tfzero.cluster import Channel
+from tfzero.components import on_host, placed
 from tfzero.plan import shard_elements
 from tfzero.slices import Rectangle, rectangles
 from tfzero.variables import OnReadVariable, ShardedVariable
@@ -324,8 +326,9 @@ def read_state(folder: Path, items: Sequence[Item], entries: Mapping[str, dict],
     for item in items:
         for replica, rank in enumerate(world.ranks):
             component = item.component(replica)
+            value = on_host(_value_for(prefix, item, entries[item.name], rank, world.size, component))
             with tf.device(component.device):
-                component.assign(_value_for(prefix, item, entries[item.name], rank, world.size, component))
+                component.assign(placed(value, component.device) if isinstance(value, np.ndarray) else value)
 
 
 def _value_for(prefix: str, item: Item, entry: Mapping, rank: int, world_size: int, component) -> tf.Tensor:

@@ -38,20 +38,21 @@ def component(next_creator, device: str, value, made: Sequence[tf.Variable], kwa
     if made:
         kwargs["name"] = f"{made[0].name.split(':')[0]}/replica_{len(made)}/"
     with tf.device(device):
-        kwargs["initial_value"] = _copy(value, device) if isinstance(value, np.ndarray) else tf.identity(value)
+        kwargs["initial_value"] = placed(value, device) if isinstance(value, np.ndarray) else tf.identity(value)
         return next_creator(**kwargs)
 
 
-def _copy(value: np.ndarray, device: str) -> tf.Tensor:
-    """A tensor in memory of its own, of about its own size. [Note: close]"""
-    tensor = tf.convert_to_tensor(value)  # it may go on using the array's memory
-    held_meanwhile = []
-    for _ in range(_MOST_TRIES):
-        before = _bytes_in_use(device)
-        held_meanwhile.append(tf.raw_ops.DeepCopy(x=tensor))
-        if _bytes_in_use(device) - before <= max(_WORTH_BYTES, value.nbytes) * (1 + _MOST_WASTE):
-            break
-    return held_meanwhile.pop()
+def placed(value: np.ndarray, device: str) -> tf.Tensor:
+    """A value for a variable, in memory of its own and of about its own size. [Note: close]"""
+    with tf.device(device):
+        tensor = tf.convert_to_tensor(value)  # it may go on using the array's memory
+        held_meanwhile = []
+        for _ in range(_MOST_TRIES):
+            before = _bytes_in_use(device)
+            held_meanwhile.append(tf.raw_ops.DeepCopy(x=tensor))
+            if _bytes_in_use(device) - before <= max(_WORTH_BYTES, value.nbytes) * (1 + _MOST_WASTE):
+                break
+        return held_meanwhile.pop()
 
 
 def _bytes_in_use(device: str) -> int:
