@@ -10,3 +10,11 @@ import tensorflow as tf
 tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 4
 )
+
+# The files that take longest, so that no process is left with one of them at the end.
+LONGEST = ("test_workers", "test_step", "test_checkpoints", "test_survival", "test_bad_input", "test_optimizers")
+
+
+def pytest_collection_modifyitems(items):
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))

@@ -177,7 +177,7 @@ def committed(folder):
     return sorted(path.name for path in (folder / "checkpoints").glob("step-*"))
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.sweep)])
+@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.sweep)])
 @pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.sweep)])
 def test_a_run_killed_at_random_instants_ends_as_if_never_killed(runs, uninterrupted, tmp_path, stage, kills):
     chance = random.Random(7)
@@ -210,7 +210,7 @@ def test_a_killed_run_goes_on_with_another_number_of_workers(runs, uninterrupted
     code, output = runs(survivor(tmp_path, workers=workers, stage=stage)).end()
     assert code == 0, output
     assert_went_on_from_checkpoints(output, 1)
-    assert_same(result(tmp_path), uninterrupted(2), rtol=1e-5, atol=1e-6)
+    assert_same(result(tmp_path), uninterrupted(2), rtol=1e-6, atol=1e-6)
 
 
 # The chief's second save: SaveV2, its two files, the merge, pointer, index, manifest, folder, rename, parent.
@@ -219,7 +219,7 @@ POINTS = [*((0, k) for k in range(20)), *((1, k) for k in range(6))]
 
 @pytest.mark.parametrize(
     ("worker", "point"),
-    [pytest.param(*p, marks=[] if p == (0, 15) else pytest.mark.sweep) for p in POINTS],
+    [pytest.param(*p, marks=[] if p == (0, 18) else pytest.mark.sweep) for p in POINTS],
 )
 def test_a_run_killed_at_a_write_point_ends_as_if_never_killed(runs, uninterrupted, tmp_path, worker, point):
     run = runs(survivor(tmp_path, restarts=1, pause=0.05), DIES=f"0 {worker}", DIES_BEFORE=str(point))

@@ -606,8 +606,14 @@ class Fleet:
 
 MAIN = Fleet(2, 1, 2, level=3)
 SECOND = Fleet(2, 2, 2, level=2)
-FLEETS = [MAIN, SECOND, Fleet(2, 1, 3), Fleet(1, 1, 2), Fleet(2, 1, 0), Fleet(2, 1, 1), Fleet(3, 1, 3)]
-SWEPT = [Fleet(4, 1, 2, level=3), Fleet(2, 2, 1, level=3), Fleet(2, 2, 3, level=3), Fleet(4, 1, 3, level=3)]
+FLEETS = [MAIN, SECOND, Fleet(2, 1, 3), Fleet(1, 1, 2), Fleet(2, 1, 0), Fleet(3, 1, 3)]
+SWEPT = [
+    Fleet(2, 1, 1),
+    *(
+        Fleet(workers, devices, stage, level=3)
+        for workers, devices, stage in ((4, 1, 2), (2, 2, 1), (2, 2, 3), (4, 1, 3))
+    ),
+]
 
 
 def fleets(level: int):
