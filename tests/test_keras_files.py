@@ -188,7 +188,7 @@ def test_drift_is_checked_after_whole_batches(check_every):
 
 def test_files_of_other_strategies_are_untouched(tmp_path):
     """The patches of Keras ask for a ZeroStrategy first."""
-    with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+    with tf.distribute.OneDeviceStrategy("CPU:0").scope():
         model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
     model.compile("sgd", "mse")
     stop = keras.callbacks.EarlyStopping("loss", restore_best_weights=True)
