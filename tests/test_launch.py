@@ -211,7 +211,13 @@ def test_workers_may_save_after_sigterm(script, tmp_path):
     assert output.count("saved") == 2 and "received SIGTERM; all workers have saved and ended" in errors
 
 
-RESTARTS = "restarts = int(os.environ['TFZERO_RESTARTS']); print('fleet', restarts, len(cluster))\n"
+# Each worker prints a line, and none goes on before all have.
+RESTARTS = (
+    "restarts = int(os.environ['TFZERO_RESTARTS']); print('fleet', restarts, len(cluster), flush=True)\n"
+    "name = os.path.join(folder, f'fleet {restarts} ')\n"
+    "open(name + str(index), 'w').close()\n"
+    "while not all(os.path.exists(name + str(k)) for k in range(len(cluster))): time.sleep(0.02)\n"
+)
 
 
 def test_a_failed_fleet_is_restarted(script):
