@@ -25,6 +25,8 @@ from tfzero.variables import OnReadVariable, ShardedVariable
 # Rectangles are cut out in batches of as many bytes as the largest variable has, or this.
 _LEAST_BATCH_BYTES = 4 * 2**20
 _SLOWEST_BYTES_PER_SECOND = 5e6  # of a disk that is not taken for broken
+# What can go wrong with files on one worker.
+_FILE_ERRORS = (OSError, tf.errors.OpError, commits.DamagedCheckpointError)
 METRICS = "metrics"
 
 
@@ -42,7 +44,7 @@ class Item:
 
     @property
     def group(self) -> str:
-        """ "model", "metrics", or the attribute of the model that holds the optimizer."""
+        """Which part of the training it is of: "model", "metrics", or the model's attribute that is its optimizer."""
         return self.name.split("/")[0]
 
     @property
@@ -258,8 +260,7 @@ class Writer:
             OSError: on all workers, if one of them cannot write; the text names it.
         """
         manifest = {**manifest, "variables": [item.describe(self._world.size) for item in items]}
-        total = sum(item.bytes for item in items)
-        self._timeout_seconds += total / _SLOWEST_BYTES_PER_SECOND
+        self._timeout_seconds = patience(self._timeout_seconds, sum(item.bytes for item in items))
         batch_bytes = max(_LEAST_BATCH_BYTES, *(item.bytes for item in items))
         is_chief = self._world.worker == 0
         folder = Path(self._together("begin", lambda: str(commits.begin(self._final)) if is_chief else None)[0])
@@ -272,17 +273,33 @@ class Writer:
         self._together("commit", commit if is_chief else lambda: None)
 
     def _together(self, what: str, function) -> list:
-        """What `function` gives on each worker; fails on all if it fails on one."""
-        result, problem = None, None
         try:
-            result = function()
-        except (OSError, tf.errors.OpError, commits.DamagedCheckpointError) as error:
-            problem = f"{type(error).__name__}: {error}"
-        answers = self._channel.all_gather(f"checkpoint: {what}", [result, problem], self._timeout_seconds)
-        problems = [f"worker {worker}: {text}" for worker, (_, text) in enumerate(answers) if text]
-        if problems:
-            raise OSError(f"The checkpoint {self._final} could not be written. {'; '.join(problems)}")
-        return [answer for answer, _ in answers]
+            return together(self._channel, f"checkpoint: {what}", function, self._timeout_seconds)
+        except OSError as error:
+            raise OSError(f"The checkpoint {self._final} could not be written. {error}") from error
+
+
+def together(channel: Channel, topic: str, function, timeout_seconds: float | None = None) -> list:
+    """What `function` gives on each worker.
+
+    Raises:
+        OSError: on all workers, if it fails on one; the text names that one and its error.
+    """
+    answer, problem = None, None
+    try:
+        answer = function()
+    except _FILE_ERRORS as error:
+        problem = f"{type(error).__name__}: {error}"
+    answers = channel.all_gather(topic, [answer, problem], timeout_seconds)
+    problems = [f"worker {worker}: {text}" for worker, (_, text) in enumerate(answers) if text]
+    if problems:
+        raise OSError("; ".join(problems))
+    return [answer for answer, _ in answers]
+
+
+def patience(timeout_seconds: float, size_bytes: int) -> float:
+    """How long to wait for another worker that reads or writes so much."""
+    return timeout_seconds + size_bytes / _SLOWEST_BYTES_PER_SECOND
 
 
 # Reading.

@@ -18,10 +18,12 @@ from tfzero.checkpoint import (
     Writer,
     check_fits,
     optimizers_of,
+    patience,
     pieces_to_write,
     read_state,
     snapshot,
     state_of,
+    together,
 )
 from tfzero.cluster import Channel
 from tfzero.strategy import ZeroStrategy, channel_of_one
@@ -115,17 +117,7 @@ class Team:
 
     def together(self, what: str, function):
         """The first worker's answer of `function`, which fails on all if it fails on one. For short work."""
-        answer, problem = None, None
-        try:
-            answer = function()
-        except OSError as error:
-            problem = [error.errno, error.strerror or str(error)]
-        answers = self.channel.all_gather(what, [answer, problem])
-        problems = {worker: found for worker, (_, found) in enumerate(answers) if found}
-        if problems:
-            texts = [f"worker {worker}: {text}" for worker, (_, text) in problems.items()]
-            raise OSError(next(iter(problems.values()))[0], "; ".join(texts))
-        return answers[0][0]
+        return together(self.channel, what, function)[0]
 
 
 def open_checkpoint(folder: Path, team: Team) -> dict:
@@ -145,7 +137,8 @@ def open_checkpoint(folder: Path, team: Team) -> dict:
         damages = [str(error)]
     except ValueError as error:
         newer = str(error)
-    answers = team.channel.all_gather(f"opening {folder}", [damages, newer], _patience(manifest, team))
+    seconds = patience(team.timeout_seconds, sum(size for size, _ in manifest.get("files", {}).values()))
+    answers = team.channel.all_gather(f"opening {folder}", [damages, newer], seconds)
     newer = next((text for _, text in answers if text), "")
     if newer:
         raise ValueError(newer)
@@ -153,10 +146,6 @@ def open_checkpoint(folder: Path, team: Team) -> dict:
     if found:
         raise commits.DamagedCheckpointError(f"The checkpoint {folder} is damaged: {'; '.join(found)}.")
     return manifest
-
-
-def _patience(manifest: Mapping, team: Team) -> float:
-    return team.timeout_seconds + sum(size for size, _ in manifest.get("files", {}).values()) / 50e6
 
 
 def find_newest(directory: Path, team: Team) -> tuple[Path, dict] | None:
