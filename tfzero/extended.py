@@ -11,6 +11,7 @@ from tfzero import _compat
 from tfzero.cluster import Channel, Cluster
 from tfzero.collectives import Group
 from tfzero.components import component, initial_value, on_host
+from tfzero.compression import Codec
 from tfzero.gathering import Gatherer
 from tfzero.inputs import Seats, check_shardable, cut_dataset, describe_dataset, rows_of
 from tfzero.settings import Settings
@@ -109,7 +110,8 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
     def _gatherer(self, graph) -> Gatherer:
         known = _compat.replica_thread().__dict__.setdefault("_tfzero_gatherers", {})
         if graph not in known:
-            known[graph] = Gatherer(self.group, self.replica_collective, self._settings.reshard_after_forward)
+            codec = Codec.of(self._settings.compression)
+            known[graph] = Gatherer(self.group, self.replica_collective, self._settings.reshard_after_forward, codec)
         return known[graph]
 
     def share(self) -> tf.Tensor:
@@ -293,7 +295,9 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
         return _compat.create_mirrored_variable(self._container_strategy(), components, classes, {}, **kwargs)
 
     def _create_slot(self, next_creator, view: VariableView, value, kwargs: dict):
-        """An optimizer's slot: as the plan places its variable, or a replica's own when it accumulates whole."""
+        """An optimizer's slot: as the plan places its variable, or a replica's own."""
+        if kwargs.get("synchronization") is tf.VariableSynchronization.ON_READ:
+            return self._replicate(next_creator, value, kwargs)
         if self._settings.stage < 2 and _compat.is_accumulator_name(kwargs.get("name") or ""):
             kwargs |= {
                 "synchronization": tf.VariableSynchronization.ON_READ,

@@ -21,6 +21,7 @@ import tensorflow as tf
 
 from tfzero import _compat
 from tfzero.collectives import Group
+from tfzero.compression import Codec
 
 # Bytes of gathered values that may wait for their layer, beside that of the layer which is being computed; a larger
 # value waits alone. So large layers are prefetched one by one, and small ones need not wait for the network each time.
@@ -29,6 +30,8 @@ _PREFETCH_BYTES = 4 * 2**20
 _VIEWS = {"Identity", "IdentityN", "Reshape", "Transpose", "Cast", "ExpandDims", "Squeeze"}
 # Operations that look at the shape only, and run at once.
 _SHAPES = {"Shape", "ShapeN", "Size", "Rank"}
+# Attribute of a shard: its residual's component and the loss scale's, or None. [Note: error feedback]
+RESIDUAL = "_tfzero_residual"
 
 
 @dataclass(frozen=True)
@@ -57,10 +60,14 @@ class Gatherer:
         group: the replicas.
         collective: runs one of the group's methods within a replica (`ZeroExtended.replica_collective`).
         reshard_after_forward: whether the backward pass gathers again instead of keeping values.
+        codec: how matrices travel; None for as they are.
     """
 
-    def __init__(self, group: Group, collective: Callable, reshard_after_forward: bool) -> None:
+    def __init__(
+        self, group: Group, collective: Callable, reshard_after_forward: bool, codec: Codec | None = None
+    ) -> None:
         self._group = group
+        self._codec = codec if group.world_size > 1 else None
         self._collective = collective
         self._reshard = reshard_after_forward
         self._values: dict = {}
@@ -97,7 +104,7 @@ class Gatherer:
                             self._gather_again(whole, part, dtype, waits)
                 purpose = self._group.purpose(_compat.replica_index(), f"the gradient of {shard.name}")
                 with purpose, tf.control_dependencies(waits):
-                    scattered = self._reduce_scatter(tf.reshape(upstream, [shape.num_elements()]), part.dtype)
+                    scattered = self._scatter_gradient(upstream, shard)
                 self._scattered.append(scattered)
                 return scattered
 
@@ -106,23 +113,57 @@ class Gatherer:
         return gather(tf.convert_to_tensor(shard))
 
     def _all_gather(self, part, shape, dtype, waits, backward=False) -> tf.Tensor:
+        codec = self._codec_for(shape, dtype)
         with tf.control_dependencies(waits):
-            part = tf.identity(tf.cast(part, dtype))
-        flat = tf.reshape(self._collective(self._group.all_gather, part, backward), [-1])
+            part = tf.identity(part if codec else tf.cast(part, dtype))
+        sent = codec.encode(part[tf.newaxis])[0] if codec else part
+        rows = self._collective(self._group.all_gather, sent, backward)
+        flat = tf.reshape(codec.decode(rows, part.shape[0], dtype) if codec else rows, [-1])
         return tf.reshape(flat[: shape.num_elements()] if flat.shape[0] > shape.num_elements() else flat, shape)
 
-    def _reduce_scatter(self, whole: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
-        """Sum over replicas of this replica's shard, in `dtype`, of a flat whole value."""
+    def _codec_for(self, shape: tf.TensorShape, dtype: tf.DType) -> Codec | None:
+        return self._codec if self._codec is not None and self._codec.serves(shape, dtype) else None
+
+    def _scatter_gradient(self, upstream: tf.Tensor, shard: tf.Variable) -> tf.Tensor:
+        """Sum over replicas of this replica's shard of a gradient."""
+        codec = self._codec_for(upstream.shape, upstream.dtype)
 
         @tf.custom_gradient
         def scatter(whole):
-            padding = -whole.shape.num_elements() % self._group.world_size
-            padded = tf.pad(whole, [[0, padding]]) if padding else whole
-            rows = tf.reshape(padded, [self._group.world_size, -1])
-            summed = self._collective(self._group.reduce_scatter, rows, dtype)
+            rows = self._as_rows(whole)
+            if codec is None:
+                summed = self._collective(self._group.reduce_scatter, rows, shard.dtype)
+            else:
+                payload = self._encode_gradient(codec, rows, getattr(shard, RESIDUAL, None))
+                received = self._collective(self._group.all_to_all, payload)
+                summed = tf.cast(codec.decode_sum(received, rows.shape[1]), shard.dtype)
             return summed, lambda upstream: self._all_gather(upstream, whole.shape, whole.dtype, ())
 
-        return scatter(whole)
+        return scatter(tf.reshape(upstream, [upstream.shape.num_elements()]))
+
+    def _encode_gradient(self, codec: Codec, rows: tf.Tensor, kept: tuple | None) -> tf.Tensor:
+        """Encodes rows; with a residual, in units of the loss scale, keeps what is lost. [Note: error feedback]"""
+        if kept is None:
+            return codec.encode(rows)
+        residual, loss_scale = kept
+        elements = residual.shape.num_elements()
+
+        def encode(rows):
+            scale = tf.constant(1.0) if loss_scale is None else tf.convert_to_tensor(loss_scale)
+            rows = tf.cast(rows, tf.float32) + self._as_rows(tf.reshape(residual, [-1]) * scale)
+            payload = codec.encoded(rows)
+            lost = (rows - codec.decoded(payload, rows.shape[1])) / scale
+            lost = tf.reshape(tf.reshape(lost, [-1])[:elements], residual.shape)
+            residual.assign(tf.where(tf.math.is_finite(lost), lost, residual))
+            return payload
+
+        return tf.function(encode, jit_compile=True, autograph=False)(rows)
+
+    def _as_rows(self, whole: tf.Tensor) -> tf.Tensor:
+        """A flat whole value, padded, as one row for each rank."""
+        padding = -whole.shape.num_elements() % self._group.world_size
+        padded = tf.pad(whole, [[0, padding]]) if padding else whole
+        return tf.reshape(padded, [self._group.world_size, -1])
 
     def _previous_users(self) -> list[tf.Operation]:
         """What is computed from a gathered value before the last; see 1 in [Note: gather]."""

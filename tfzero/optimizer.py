@@ -12,7 +12,10 @@ import keras
 import tensorflow as tf
 
 from tfzero import _compat
-from tfzero.plan import VariableSpec, make_plan
+from tfzero.compression import Codec
+from tfzero.exchange import Wire
+from tfzero.gathering import RESIDUAL
+from tfzero.plan import Plan, VariableSpec, make_plan
 from tfzero.step import ReplicaStep, Trained
 from tfzero.variables import ShardedParameter, VariableView
 
@@ -127,6 +130,11 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
         """Who owns what (`tfzero.plan.Plan`); None until built."""
         return self._trained.plan if self._trained else None
 
+    @property
+    def wire(self) -> Wire:
+        """How the variables travel; nothing is encoded until built."""
+        return self._trained.wire if self._trained else Wire()
+
     # What Keras asks of an optimizer is answered by the one inside.
 
     def __getattr__(self, name):
@@ -204,8 +212,9 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
         choose = _chooser(self.inner_optimizer)
         chain = list(dict.fromkeys([*_chain(self._wrapped), *map(choose, variables)]))
         optimizers = [link for link in chain if not isinstance(link, _CONTAINERS)]
-        specs = [_spec(variable, optimizers, choose(variable)) for variable in variables]
         settings = strategy.settings
+        codec = Codec.of(settings.compression) if strategy.num_replicas_in_sync > 1 else None
+        specs = [_spec(variable, optimizers, choose(variable), codec) for variable in variables]
         plan = make_plan(
             specs,
             strategy.num_replicas_in_sync,
@@ -222,6 +231,8 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
         with tf.init_scope(), strategy.scope(), strategy.extended.creating_optimizer_state():
             views = [VariableView(variable, plan, index) for index, variable in enumerate(variables)]
             self._wrapped.build(_ViewsAtHand(views, strategy.extended))
+            wire = _make_wire(codec, views, plan, strategy)
+            self._hand_out_residuals(wire, variables)
         for optimizer in optimizers:
             _compat.adopt(optimizer, home, [v for v in variables if choose(v) is optimizer])
         self._trained = Trained(
@@ -235,12 +246,22 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
             compiled=tuple(type(optimizer).update_step in _COMPILED_STEPS for optimizer in optimizers),
             plan=plan,
             group=strategy.extended.group,
+            wire=wire,
             bucket_bytes=settings.bucket_bytes,
             sharded_gradients=settings.stage >= 2,
             loss_scale=self.loss_scale_optimizer,
         )
         strategy.extended.group.iterations = _compat.iteration_counter(chain[-1]).value.values[0]
         self.built = True
+
+    def _hand_out_residuals(self, wire: Wire, variables: list) -> None:
+        """Lets each shard of a parameter know what the encoding of its gradients has lost; the tape needs it there."""
+        scales = [None] * len(variables[0].value.values)
+        if self.loss_scale_optimizer is not None:
+            scales = self.loss_scale_optimizer.dynamic_scale.value.values
+        for index, residual in wire.residuals.items():
+            for shard, *kept in zip(variables[index].value.values, residual.value.values, scales, strict=True):
+                setattr(shard, RESIDUAL, tuple(kept))
 
     # Apply.
 
@@ -267,6 +288,11 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
         if not self.built:
             if trainable_variables is None:
                 raise ValueError("The optimizer is not built: pass `trainable_variables` or call `build` first.")
+            if replica.strategy.settings.stage == 3 and replica.strategy.settings.error_feedback:
+                raise RuntimeError(
+                    "With error_feedback=True at stage 3 call `optimizer.build(model.trainable_variables)` before the "
+                    "first step, as the gradient tape already needs the residuals."
+                )
             to_build = list(trainable_variables)
             replica.merge_call(lambda strategy: self.build(to_build))
         gradients = self._by_index(grads, trainable_variables)
@@ -365,7 +391,38 @@ def _chooser(optimizer):
     return lambda variable: optimizer
 
 
-def _spec(variable, optimizers: list, optimizer) -> VariableSpec:
+def _make_wire(codec: Codec | None, views: list[VariableView], plan: Plan, strategy) -> Wire:
+    """What compression makes replicas keep of each variable that travels encoded."""
+    encoded = [views[s.index] for bucket in plan.buckets if bucket.compressed for s in bucket.segments]
+    if codec is None:
+        return Wire()
+    if not encoded and not any(_is_gathered_encoded(codec, view) for view in views):
+        raise ValueError(
+            f"compression={strategy.settings.compression!r} has no effect: none of the optimizer's variables travels "
+            "encoded. Matrices without a constraint do, of min_shard_elements and more, if their optimizer is "
+            f"element-wise; min_shard_elements={strategy.settings.min_shard_elements}. Leave `compression` away."
+        )
+    lags, residuals = {}, {}
+    for view in encoded:
+        with strategy.extended.colocate_vars_with(view):
+            if view.sharded and not isinstance(view.variable.value, ShardedParameter):
+                lags[view.index] = _zeros_like(view, "lag")
+            if strategy.settings.error_feedback:
+                residuals[view.index] = _zeros_like(view, "residual", synchronization="on_read", aggregation="sum")
+    return Wire(codec, lags, residuals)
+
+
+def _is_gathered_encoded(codec: Codec, view: VariableView) -> bool:
+    return isinstance(view.variable.value, ShardedParameter) and codec.serves(view.shape, view.dtype)
+
+
+def _zeros_like(view: VariableView, name: str, **arguments) -> keras.Variable:
+    return keras.Variable(
+        "zeros", view.shape, "float32", trainable=False, name=f"{view.variable.name}_{name}", **arguments
+    )
+
+
+def _spec(variable, optimizers: list, optimizer, codec: Codec | None) -> VariableSpec:
     dtype = variable.value.dtype
     if not dtype.is_floating:
         raise ValueError(
@@ -380,6 +437,7 @@ def _spec(variable, optimizers: list, optimizer) -> VariableSpec:
         elementwise=type(optimizer).update_step in _ELEMENTWISE_STEPS,
         optimizer=optimizers.index(optimizer),
         sharded_parameter=isinstance(variable.value, ShardedParameter),
+        compressed=codec is not None and variable.constraint is None and codec.serves(variable.shape, dtype),
     )
 
 

@@ -41,6 +41,7 @@ class VariableSpec:
         elementwise: whether its optimizer treats every element by itself.
         optimizer: index of the optimizer that updates it; a bucket belongs to one optimizer.
         sharded_parameter: whether the variable itself lies in shards (stage 3), and its gradient with it.
+        compressed: whether it may travel encoded in fewer bits; an owned one never does.
     """
 
     name: str
@@ -50,6 +51,7 @@ class VariableSpec:
     elementwise: bool = True
     optimizer: int = 0
     sharded_parameter: bool = False
+    compressed: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Bucket:
-    """Variables that travel together: one dtype, one placement, one optimizer; all parameters in shards, or none."""
+    """Variables that travel together: one dtype, placement, optimizer; all parameters in shards or none, encoded or not."""
 
     placement: Placement
     dtype: str
@@ -81,6 +83,7 @@ class Bucket:
     segments: tuple[Segment, ...]
     row_elements: int
     sharded_parameters: bool = False
+    compressed: bool = False
 
     def segments_of(self, rank: int) -> tuple[Segment, ...]:
         """The segments of which `rank` updates at least a part."""
@@ -165,7 +168,10 @@ def make_plan(
     placements = tuple(placement for placement, _ in placed)
     owners = _balance_owners(specs, placements, world_size)
     buckets: list[Bucket] = []
-    keys = [(placements[i], s.dtype, s.optimizer, s.sharded_parameter) for i, s in enumerate(specs)]
+    keys = [
+        (placement, s.dtype, s.optimizer, s.sharded_parameter, _travels_encoded(s, placement, min_shard_elements))
+        for s, placement in zip(specs, placements, strict=True)
+    ]
     for key in dict.fromkeys(reversed(keys)):
         members = [i for i in range(len(specs)) if keys[i] == key][::-1]
         bucket_elements = max(1, bucket_bytes // specs[members[0]].item_bytes)
@@ -188,6 +194,10 @@ def _place(spec: VariableSpec, stage: int, min_shard_elements: int) -> tuple[Pla
     if not spec.elementwise:
         return Placement.OWNED, "its optimizer needs the whole tensor"
     return Placement.SHARDED, "its optimizer is element-wise"
+
+
+def _travels_encoded(spec: VariableSpec, placement: Placement, min_shard_elements: int) -> bool:
+    return spec.compressed and placement is not Placement.OWNED and spec.elements >= max(1, min_shard_elements)
 
 
 def _balance_owners(
@@ -237,13 +247,13 @@ def _owned_groups(
 
 
 def _make_bucket(
-    key: tuple[Placement, str, int, bool],
+    key: tuple[Placement, str, int, bool, bool],
     members: Sequence[int],
     specs: Sequence[VariableSpec],
     owners: Sequence[int | None],
     world_size: int,
 ) -> Bucket:
-    placement, dtype, optimizer, sharded_parameters = key
+    placement, dtype, optimizer, *flags = key
     filled: dict[int | None, int] = {}
     segments = []
     for i in members:
@@ -251,4 +261,4 @@ def _make_bucket(
         width = shard_elements(elements, world_size) if placement is Placement.SHARDED else elements
         segments.append(Segment(i, elements, row, filled.get(row, 0), width))
         filled[row] = filled.get(row, 0) + width
-    return Bucket(placement, dtype, optimizer, tuple(segments), max(filled.values()), sharded_parameters)
+    return Bucket(placement, dtype, optimizer, tuple(segments), max(filled.values()), *flags)

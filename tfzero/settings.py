@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from tfzero import _compat
 from tfzero.cluster import Cluster, cluster_from_spec, read_tf_config
+from tfzero.wire import FORMATS
 
 STAGES = (0, 1, 2, 3)
 
@@ -24,6 +25,8 @@ class Settings:
     devices_per_worker: int
     device_type: str
     reshard_after_forward: bool = True
+    compression: str | None = None
+    error_feedback: bool = False
 
 
 def check_stage(stage) -> None:
@@ -42,6 +45,17 @@ def check_reshard(reshard_after_forward, stage: int) -> None:
         raise ValueError(
             "`reshard_after_forward` must be True or False, and has an effect at stage 3 only. "
             f"Received: reshard_after_forward={reshard_after_forward!r}, stage={stage}"
+        )
+
+
+def check_compression(compression, error_feedback) -> None:
+    if compression is not None and compression not in FORMATS:
+        known = ", ".join(map(repr, FORMATS))
+        raise ValueError(f"`compression` must be None or one of {known}. Received: compression={compression!r}")
+    if error_feedback not in (True, False) or (error_feedback and compression != "int8"):
+        raise ValueError(
+            "`error_feedback` must be True or False, and has an effect with compression='int8' only. "
+            f"Received: error_feedback={error_feedback!r}, compression={compression!r}"
         )
 
 

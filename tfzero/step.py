@@ -19,10 +19,11 @@ import tensorflow as tf
 
 from tfzero import _compat
 from tfzero.collectives import Group
+from tfzero.exchange import Exchange, Wire
 from tfzero.pacing import Pacer
-from tfzero.packing import pack, pack_for_owners, pack_owned, pack_row, unpack, unpack_for_owners, unpack_owned
-from tfzero.plan import Bucket, Placement, Plan, Segment, shard_elements
-from tfzero.variables import VariableView, local_part
+from tfzero.packing import pack_row
+from tfzero.plan import Bucket, Placement, Plan
+from tfzero.variables import VariableView
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Trained:
         compiled: for each inner optimizer, whether XLA compiles its update.
         plan: who owns what.
         group: the replicas.
+        wire: how variables travel.
         bucket_bytes: bytes of a full bucket.
         sharded_gradients: whether gradients are kept in shards: reduced as the backward pass goes, and before they are
             accumulated (stage 2).
@@ -48,6 +50,7 @@ class Trained:
     compiled: tuple[bool, ...]
     plan: Plan
     group: Group
+    wire: Wire
     bucket_bytes: int
     sharded_gradients: bool
     loss_scale: keras.optimizers.LossScaleOptimizer | None
@@ -68,13 +71,14 @@ class ReplicaStep:
         self.group = trained.group
         self.replica = replica
         self.rank = trained.group.rank(replica)
+        self.exchange = Exchange(trained.variables, trained.plan, trained.group, trained.wire, replica)
         self.gradients = dict(gradients)
         self.buckets = [b for b in self.plan.buckets if any(s.index in gradients for s in b.segments)]
 
     def run(self) -> None:
         """The whole walk. [Note: the walk of one gradient]"""
         self._unscale()
-        rows = self._exchange() if self._exchanges_first else None
+        rows = self._reduce() if self._exchanges_first else None
         if self.trained.loss_scale is None:
             self._advance(rows)
             return
@@ -119,37 +123,16 @@ class ReplicaStep:
 
     # Reduce-scatter.
 
-    def _exchange(self) -> dict[Bucket, tf.Tensor]:
+    def _reduce(self) -> dict[Bucket, tf.Tensor]:
         """Sums gradients over replicas: each bucket's row that this replica updates, or all of a whole bucket."""
         rows = {}
         pacer = Pacer(2 * self.trained.bucket_bytes)
         for bucket in self.buckets:
-            rows[bucket] = self._exchange_bucket(bucket, self.gradients)
+            rows[bucket] = self.exchange.reduce(bucket, self.gradients)
             if self.trained.sharded_gradients and self.group.world_size > 1 and not bucket.sharded_parameters:
                 large = [self.gradients[s.index] for s in bucket.segments if len(bucket.segments) == 1]
                 pacer.add(rows[bucket], large, self.plan.bucket_bytes(bucket))
         return rows
-
-    def _exchange_bucket(self, bucket: Bucket, gradients: Mapping[int, tf.Tensor]) -> tf.Tensor:
-        if bucket.sharded_parameters:
-            return self._row_of_shards(bucket, gradients)
-        packed = pack(bucket, gradients, self.group.world_size)
-        with self.group.purpose(self.replica, f"the gradients of {self._describe(bucket)}"):
-            if bucket.placement is Placement.WHOLE:
-                return self.group.all_reduce(packed, self.replica)
-            return self.group.reduce_scatter(packed, self.replica)
-
-    def _row_of_shards(self, bucket: Bucket, shards: Mapping[int, tf.Tensor]) -> tf.Tensor:
-        """This replica's row from the shards that it has of a bucket's variables; a missing one leaves zeros."""
-        size = self.group.world_size
-        given = {}
-        for segment in bucket.segments:
-            empty = tf.zeros([shard_elements(segment.elements, size)], tf.as_dtype(bucket.dtype))
-            given[segment.index] = shards.get(segment.index, empty)
-        if bucket.placement is Placement.OWNED:
-            received = self.group.all_to_all(pack_for_owners(bucket, given, size), self.replica)
-            given = unpack_owned(bucket, received, self.rank)
-        return pack_row(bucket, self.rank, given)
 
     # Accumulate.
 
@@ -165,7 +148,7 @@ class ReplicaStep:
             counter.assign_add(tf.ones_like(counter))
 
     def _rows_of(self, buckets, rows) -> dict[Bucket, tf.Tensor]:
-        return {b: self._exchange_bucket(b, self.gradients) if rows is None else rows[b] for b in buckets}
+        return {b: self.exchange.reduce(b, self.gradients) if rows is None else rows[b] for b in buckets}
 
     def _accumulate_or_update(self, optimizer, buckets, rows) -> None:
         counter = self._local(_compat.iteration_counter(optimizer))
@@ -176,7 +159,7 @@ class ReplicaStep:
                 totals = {b: (rows[b] + self._accumulated_row(b)) / steps for b in buckets}
             else:
                 means = {i: (self.gradients[i] + self._accumulator(i)) / steps for i in self._indices(buckets)}
-                totals = {b: self._exchange_bucket(b, means) for b in buckets}
+                totals = {b: self.exchange.reduce(b, means) for b in buckets}
             for i in self._indices(buckets):
                 self._accumulator(i).assign(tf.zeros_like(self._accumulator(i)))
             self._update(optimizer, buckets, totals)
@@ -252,19 +235,19 @@ class ReplicaStep:
 
             given = {place: rows[bucket] for place, bucket in enumerate(batch) if bucket in rows}
             # Outside what XLA compiles, as it has no collectives.
-            parts = {place: self._collect_owned(bucket) for place, bucket in enumerate(batch)}
+            parts = {place: self.exchange.collect_owned(bucket) for place, bucket in enumerate(batch)}
             updated = tf.function(updated_rows, jit_compile=compiled, autograph=False)(given, parts)
             for place, bucket in enumerate(batch):
                 if (bucket in rows or optimizer.ema_overwrite_frequency) and not self._is_updated_in_place(bucket):
-                    self._assign(bucket, updated[place])
+                    self.exchange.share(bucket, updated[place], self.gradients)
 
     def _updated_row(self, optimizer, bucket, row, parts, learning_rate, clip) -> tf.Tensor | None:
         updated = {}
         for segment in self._mine(bucket):
-            part = parts[segment.index] if parts else self._part(bucket, segment)
+            part = parts[segment.index] if parts else self.exchange.part(bucket, segment)
             updated[segment.index] = self._updated_part(optimizer, segment, row, part, learning_rate, clip)
             if self._is_updated_in_place(bucket):
-                self._component(segment.index).assign(updated[segment.index])
+                self.exchange.component(segment.index).assign(updated[segment.index])
         return None if self._is_updated_in_place(bucket) else pack_row(bucket, self.rank, updated)
 
     def _is_updated_in_place(self, bucket: Bucket) -> bool:
@@ -300,75 +283,11 @@ class ReplicaStep:
             overwrite = tf.equal((iterations + 1) % optimizer.ema_overwrite_frequency, 0)
             view.assign(tf.where(overwrite, averaged, value))
 
-    def _collect_owned(self, bucket: Bucket) -> dict[int, tf.Tensor]:
-        """The whole values of this replica's own variables, by variable index, if they lie in shards."""
-        if not (bucket.sharded_parameters and bucket.placement is Placement.OWNED):
-            return {}
-        shards = {s.index: tf.convert_to_tensor(self._component(s.index)) for s in bucket.segments}
-        row = self._row_of_shards(bucket, shards)
-        return {
-            s.index: tf.reshape(row[s.offset : s.offset + s.width], self._shape_of(s.index)) for s in self._mine(bucket)
-        }
-
-    def _part(self, bucket: Bucket, segment: Segment) -> tf.Tensor:
-        """This replica's part of a variable: flat when sharded, else whole."""
-        value = self._component(segment.index)
-        if bucket.sharded_parameters or bucket.placement is not Placement.SHARDED:
-            return tf.convert_to_tensor(value)
-        begin = min(self.rank * segment.width, segment.elements)
-        end = min(begin + segment.width, segment.elements)
-        part = tf.reshape(value, [-1])[begin:end]
-        return tf.pad(part, [[0, segment.width - (end - begin)]])
-
-    def _assign(self, bucket: Bucket, row: tf.Tensor) -> None:
-        if bucket.sharded_parameters:
-            self._assign_shards(bucket, row)
-            return
-        with self.group.purpose(self.replica, f"the parameters of {self._describe(bucket)}"):
-            packed = row if bucket.placement is Placement.WHOLE else self.group.all_gather(row, self.replica)
-        shapes = [self._shape_of(segment.index) for segment in bucket.segments]
-        values = unpack(bucket, packed, shapes)
-        for index in values.keys() & self.gradients.keys():
-            constraint = self.trained.variables[index].constraint
-            values[index] = values[index] if constraint is None else constraint(values[index])
-        # XLA writes into the variables' memory; new memory every step would leave holes in between.
-        tf.function(self._assign_values, jit_compile=True, autograph=False)(values)
-
-    def _assign_values(self, values: Mapping[int, tf.Tensor]) -> None:
-        for index, value in values.items():
-            self._component(index).assign(value)
-
-    def _assign_shards(self, bucket: Bucket, row: tf.Tensor) -> None:
-        mine = {s.index: row[s.offset : s.offset + s.width] for s in self._mine(bucket)}
-        if bucket.placement is Placement.OWNED:
-            size = self.group.world_size
-            sent = pack_owned(bucket, mine, self.rank, size)
-            mine = unpack_for_owners(bucket, self.group.all_to_all(sent, self.replica))
-        for index, shard in mine.items():
-            variable = self.trained.variables[index]
-            if variable.constraint is not None and index in self.gradients:
-                rows = tf.reshape(self.group.all_gather(shard, self.replica), [-1])
-                shape = self._shape_of(index)
-                whole = variable.constraint(tf.reshape(rows[: shape.num_elements()], shape))
-                shard = local_part(whole, None, self.rank, self.group.world_size)
-            self._component(index).assign(shard)
-
     # Helpers.
 
     def _local(self, variable: keras.Variable) -> tf.Variable:
         """This replica's component of a distributed variable."""
         return variable.value.values[self.replica]
-
-    def _component(self, index: int) -> tf.Variable:
-        """What this replica holds of a model variable."""
-        return self._local(self.trained.variables[index])
-
-    def _describe(self, bucket: Bucket) -> str:
-        first = self.trained.variables[bucket.segments[0].index].path
-        return f"bucket {self.plan.buckets.index(bucket)} ({first} and so on)"
-
-    def _shape_of(self, index: int) -> tf.TensorShape:
-        return self.trained.variables[index].shape
 
     def _optimizer_of(self, index: int):
         return self.trained.optimizers[self.plan.specs[index].optimizer]

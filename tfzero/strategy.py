@@ -14,6 +14,7 @@ from tfzero.inputs import DataPosition, cut_batch
 from tfzero.pulse import Pulse
 from tfzero.settings import (
     Settings,
+    check_compression,
     check_number,
     check_reshard,
     check_stage,
@@ -53,6 +54,13 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
             in every exchange of a step.
         reshard_after_forward: at stage 3, whether gathered parameters are let go after the forward pass and gathered
             again in the backward pass (the default), or kept, with a third less to send and more memory.
+        compression: in what matrices travel: None for their own dtype, "bf16", "fp16" or "int8" (the latter two with
+            one scale for each 256 elements). Gradients are summed in float32. At stages 1 and 2 parameters travel as
+            differences, and owners keep float32 master values (4/N bytes a parameter more); at stage 3 replicas
+            compute with encoded weights, as in ZeRO++ (https://arxiv.org/abs/2306.10209). Vectors travel as they are, and
+            up to stage 2 also variables with a constraint and those that an owner updates whole.
+        error_feedback: with "int8", whether replicas keep what the encoding of gradients has lost and add it to the
+            next ones (4 bytes a parameter more).
 
     Raises:
         ValueError: for settings, devices or a `TF_CONFIG` that make no sense, or that differ between workers.
@@ -70,12 +78,15 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         min_shard_elements: int = 1024,
         timeout_seconds: float = 60.0,
         reshard_after_forward: bool | None = None,
+        compression: str | None = None,
+        error_feedback: bool = False,
     ) -> None:
         check_stage(stage)
         check_number("bucket_bytes", bucket_bytes, int, 1)
         check_number("min_shard_elements", min_shard_elements, int, 0)
         check_number("timeout_seconds", timeout_seconds, (int, float), 1)
         check_reshard(reshard_after_forward, stage)
+        check_compression(compression, error_feedback)
         cluster = find_cluster(cluster_resolver)
         configure_cpu_devices()
         local = choose_devices(devices)
@@ -87,6 +98,8 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
             len(local),
             local[0].split(":")[0],
             reshard_after_forward is not False,
+            compression,
+            error_feedback,
         )
         self.data_position: DataPosition | None = None  # for the next training data
         self.channel, self.saving_channel, pulse = _meet(cluster, timeout_seconds)

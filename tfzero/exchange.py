@@ -1,0 +1,231 @@
+"""What a replica sends and receives of each bucket: gradients, and the parameters that it has updated.
+
+[Note: differences] With compression at stages 1 and 2 an owner sends, in fewer bits, by how much its float32 shard is
+ahead of what every replica holds, and every replica adds what it decodes. What the encoding has lost, the owner keeps
+as its *lag* (4/N bytes a parameter): the next difference holds it. Parameter plus lag is the master shard, from which
+the optimizer goes on. If somebody assigns the parameter, so does the master, but for a difference's rounding.
+
+[Note: error feedback] What encoding a gradient has lost, the replica that sent it keeps as its *residual* (4 bytes a
+parameter), and adds it to the next gradient. A gradient that is not finite leaves the residual as it is.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import keras
+import tensorflow as tf
+
+from tfzero.collectives import Group
+from tfzero.compression import Codec
+from tfzero.packing import pack, pack_for_owners, pack_owned, pack_row, unpack, unpack_for_owners, unpack_owned
+from tfzero.plan import Bucket, Placement, Plan, Segment, shard_elements
+from tfzero.variables import local_part
+
+
+@dataclass(frozen=True)
+class Wire:
+    """How a model's variables travel, and what compression makes replicas keep.
+
+    Args:
+        codec: how matrices are encoded; None for not.
+        lags: of variables whose differences travel encoded, by variable index. [Note: differences]
+        residuals: what encoding gradients has lost, by variable index. [Note: error feedback]
+    """
+
+    codec: Codec | None = None
+    lags: Mapping[int, keras.Variable] = field(default_factory=dict)
+    residuals: Mapping[int, keras.Variable] = field(default_factory=dict)
+
+
+class Exchange:
+    """One replica's part in the exchanges of a step.
+
+    Args:
+        variables: the model's Keras variables, in the plan's order.
+        plan: who owns what.
+        group: the replicas.
+        wire: how they travel.
+        replica: the local replica.
+    """
+
+    def __init__(self, variables: Sequence[keras.Variable], plan: Plan, group: Group, wire: Wire, replica: int) -> None:
+        self.variables = variables
+        self.plan = plan
+        self.group = group
+        self.wire = wire
+        self.replica = replica
+        self.rank = group.rank(replica)
+
+    # Gradients.
+
+    def reduce(self, bucket: Bucket, gradients: Mapping[int, tf.Tensor]) -> tf.Tensor:
+        """The sum over replicas of what this replica updates of a bucket: its row, or all of a whole bucket."""
+        if bucket.sharded_parameters:
+            return self._row_of_shards(bucket, gradients)
+        with self.group.purpose(self.replica, f"the gradients of {self._describe(bucket)}"):
+            if bucket.compressed:
+                return self._reduce_encoded(bucket, gradients)
+            packed = pack(bucket, gradients, self.group.world_size)
+            if bucket.placement is Placement.WHOLE:
+                return self.group.all_reduce(packed, self.replica)
+            return self.group.reduce_scatter(packed, self.replica)
+
+    def _row_of_shards(self, bucket: Bucket, shards: Mapping[int, tf.Tensor]) -> tf.Tensor:
+        """This replica's row from the shards that it has of a bucket's variables; a missing one leaves zeros."""
+        size = self.group.world_size
+        given = {}
+        for segment in bucket.segments:
+            empty = tf.zeros([shard_elements(segment.elements, size)], tf.as_dtype(bucket.dtype))
+            given[segment.index] = shards.get(segment.index, empty)
+        if bucket.placement is Placement.OWNED:
+            received = self.group.all_to_all(pack_for_owners(bucket, given, size), self.replica)
+            given = unpack_owned(bucket, received, self.rank)
+        return pack_row(bucket, self.rank, given)
+
+    def _reduce_encoded(self, bucket: Bucket, gradients: Mapping[int, tf.Tensor]) -> tf.Tensor:
+        dtype, width = tf.as_dtype(bucket.dtype), shard_elements(bucket.row_elements, self._rows_of_row(bucket))
+        residuals = {s.index: self._local(self.wire.residuals[s.index]) for s in bucket.segments if self.wire.residuals}
+
+        def encode(gradients):
+            rows = tf.cast(self._as_rows(bucket, gradients), tf.float32)
+            if residuals:
+                rows += self._as_rows(bucket, residuals)
+            payload = self.wire.codec.encoded(rows)
+            if residuals:
+                self._keep_lost(bucket, rows - self.wire.codec.decoded(payload, width), residuals)
+            return payload
+
+        own = {s.index: gradients[s.index] for s in bucket.segments if s.index in gradients}
+        payload = tf.function(encode, jit_compile=True, autograph=False)(own)
+        received = self.group.all_to_all(payload, self.replica)
+        row = self.wire.codec.decode_sum(received, width)
+        if bucket.placement is Placement.WHOLE:
+            gathered = self.group.all_gather(self.wire.codec.encode(row[tf.newaxis])[0], self.replica)
+            row = tf.reshape(self.wire.codec.decode(gathered, width), [-1])[: bucket.row_elements]
+        return tf.cast(row, dtype)
+
+    def _rows_of_row(self, bucket: Bucket) -> int:
+        return self.group.world_size if bucket.placement is Placement.WHOLE else 1
+
+    def _as_rows(self, bucket: Bucket, tensors: Mapping[int, tf.Tensor]) -> tf.Tensor:
+        """`[world_size, width]`: for each rank what it is to sum up; a whole bucket is cut evenly."""
+        packed = pack(bucket, tensors, self.group.world_size)
+        if bucket.placement is not Placement.WHOLE:
+            return packed
+        padding = -bucket.row_elements % self.group.world_size
+        return tf.reshape(tf.pad(packed, [[0, padding]]), [self.group.world_size, -1])
+
+    def _keep_lost(self, bucket: Bucket, lost: tf.Tensor, residuals: Mapping[int, tf.Variable]) -> None:
+        if bucket.placement is Placement.WHOLE:
+            lost = tf.reshape(lost, [-1])[: bucket.row_elements]
+        for index, value in unpack(bucket, lost, self._shapes_of(bucket)).items():
+            residuals[index].assign(tf.where(tf.math.is_finite(value), value, residuals[index]))
+
+    # Parameters.
+
+    def part(self, bucket: Bucket, segment: Segment) -> tf.Tensor:
+        """What this replica updates of a variable: flat when sharded, else whole. [Note: differences]"""
+        value = self.component(segment.index)
+        if bucket.sharded_parameters or bucket.placement is not Placement.SHARDED:
+            return tf.convert_to_tensor(value)
+        part = self._shard_of(segment, value)
+        lag = self.wire.lags.get(segment.index)
+        return part if lag is None else part + self._local(lag)
+
+    def _shard_of(self, segment: Segment, value: tf.Tensor) -> tf.Tensor:
+        begin = min(self.rank * segment.width, segment.elements)
+        end = min(begin + segment.width, segment.elements)
+        return tf.pad(tf.reshape(value, [-1])[begin:end], [[0, segment.width - (end - begin)]])
+
+    def collect_owned(self, bucket: Bucket) -> dict[int, tf.Tensor]:
+        """The whole values of this replica's own variables, by variable index, if they lie in shards."""
+        if not (bucket.sharded_parameters and bucket.placement is Placement.OWNED):
+            return {}
+        shards = {s.index: tf.convert_to_tensor(self.component(s.index)) for s in bucket.segments}
+        row = self._row_of_shards(bucket, shards)
+        return {
+            s.index: tf.reshape(row[s.offset : s.offset + s.width], self._shape_of(s.index))
+            for s in bucket.segments_of(self.rank)
+        }
+
+    def share(self, bucket: Bucket, row: tf.Tensor, updated: Collection[int]) -> None:
+        """Gives all replicas what this one updated of a bucket, and takes what they did.
+
+        Args:
+            bucket: the bucket.
+            row: this replica's row, or all of a whole bucket.
+            updated: the variables that had a gradient, to whom constraints apply.
+        """
+        if bucket.sharded_parameters:
+            self._share_shards(bucket, row, updated)
+            return
+        with self.group.purpose(self.replica, f"the parameters of {self._describe(bucket)}"):
+            if bucket.compressed and bucket.placement is Placement.SHARDED:
+                self._share_differences(bucket, row)
+                return
+            packed = row if bucket.placement is Placement.WHOLE else self.group.all_gather(row, self.replica)
+
+        values = unpack(bucket, packed, self._shapes_of(bucket))
+        values = {index: self._constrained(index, value, updated) for index, value in values.items()}
+
+        def assign(values):
+            for index, value in values.items():
+                self.component(index).assign(value)
+
+        # XLA writes into the variables' memory; new memory every step would leave holes in between.
+        tf.function(assign, jit_compile=True, autograph=False)(values)
+
+    def _share_differences(self, bucket: Bucket, row: tf.Tensor) -> None:
+        def encode(row):
+            held = {s.index: self._shard_of(s, self.component(s.index)) for s in bucket.segments}
+            return self.wire.codec.encoded((row - pack_row(bucket, self.rank, held))[tf.newaxis])[0]
+
+        def assign(gathered, row):
+            differences = tf.cast(self.wire.codec.decoded(gathered, bucket.row_elements), row.dtype)
+            values = unpack(bucket, differences, self._shapes_of(bucket))
+            for segment in bucket.segments:
+                value = self.component(segment.index) + values[segment.index]
+                wanted = row[segment.offset : segment.offset + segment.width]
+                self._local(self.wire.lags[segment.index]).assign(wanted - self._shard_of(segment, value))
+                self.component(segment.index).assign(value)
+
+        payload = tf.function(encode, jit_compile=True, autograph=False)(row)
+        gathered = self.group.all_gather(payload, self.replica)
+        tf.function(assign, jit_compile=True, autograph=False)(gathered, row)
+
+    def _share_shards(self, bucket: Bucket, row: tf.Tensor, updated: Collection[int]) -> None:
+        mine = {s.index: row[s.offset : s.offset + s.width] for s in bucket.segments_of(self.rank)}
+        size = self.group.world_size
+        if bucket.placement is Placement.OWNED:
+            sent = pack_owned(bucket, mine, self.rank, size)
+            mine = unpack_for_owners(bucket, self.group.all_to_all(sent, self.replica))
+        for index, shard in mine.items():
+            if self.variables[index].constraint is not None and index in updated:
+                rows = tf.reshape(self.group.all_gather(shard, self.replica), [-1])
+                shape = self._shape_of(index)
+                whole = self._constrained(index, tf.reshape(rows[: shape.num_elements()], shape), updated)
+                shard = local_part(whole, None, self.rank, size)
+            self.component(index).assign(shard)
+
+    def _constrained(self, index: int, value: tf.Tensor, updated: Collection[int]) -> tf.Tensor:
+        constraint = self.variables[index].constraint if index in updated else None
+        return value if constraint is None else constraint(value)
+
+    # Helpers.
+
+    def component(self, index: int) -> tf.Variable:
+        """What this replica holds of a model variable."""
+        return self._local(self.variables[index])
+
+    def _local(self, variable: keras.Variable) -> tf.Variable:
+        return variable.value.values[self.replica]
+
+    def _shape_of(self, index: int) -> tf.TensorShape:
+        return self.variables[index].shape
+
+    def _shapes_of(self, bucket: Bucket) -> list[tf.TensorShape]:
+        return [self._shape_of(segment.index) for segment in bucket.segments]
+
+    def _describe(self, bucket: Bucket) -> str:
+        first = self.variables[bucket.segments[0].index].path
+        return f"bucket {self.plan.buckets.index(bucket)} ({first} and so on)"
