@@ -17,9 +17,10 @@ import tensorflow as tf
 
 from tfzero.collectives import Group
 from tfzero.compression import Codec
+from tfzero.gathering import RESIDUAL
 from tfzero.packing import pack, pack_for_owners, pack_owned, pack_row, unpack, unpack_for_owners, unpack_owned
 from tfzero.plan import Bucket, Placement, Plan, Segment, shard_elements
-from tfzero.variables import local_part
+from tfzero.variables import ShardedParameter, VariableView, local_part
 
 
 @dataclass(frozen=True)
@@ -229,3 +230,45 @@ class Exchange:
     def _describe(self, bucket: Bucket) -> str:
         first = self.variables[bucket.segments[0].index].path
         return f"bucket {self.plan.buckets.index(bucket)} ({first} and so on)"
+
+
+def make_wire(codec: Codec | None, views: Sequence[VariableView], plan: Plan, strategy, loss_scale=None) -> Wire:
+    """Makes what compression makes replicas keep of each variable that travels encoded.
+
+    Raises:
+        ValueError: if none does, so that compression would have no effect.
+    """
+    if codec is None:
+        return Wire()
+    encoded = [views[s.index] for bucket in plan.buckets if bucket.compressed for s in bucket.segments]
+    if not encoded and not any(_is_parameter(view) and codec.serves(view.shape, view.dtype) for view in views):
+        raise ValueError(
+            f"compression={strategy.settings.compression!r} has no effect: none of the optimizer's variables travels "
+            "encoded. Matrices without a constraint do, of min_shard_elements and more, if their optimizer is "
+            f"element-wise; min_shard_elements={strategy.settings.min_shard_elements}. Leave `compression` away."
+        )
+    lags, residuals = {}, {}
+    for view in encoded:
+        with strategy.extended.colocate_vars_with(view):
+            if view.sharded and not _is_parameter(view):
+                lags[view.index] = _zeros_like(view, "lag")
+            if strategy.settings.error_feedback:
+                residuals[view.index] = _zeros_like(view, "residual", synchronization="on_read", aggregation="sum")
+                _hand_out(residuals[view.index], view, loss_scale)
+    return Wire(codec, lags, residuals)
+
+
+def _is_parameter(view: VariableView) -> bool:
+    return isinstance(view.variable.value, ShardedParameter)
+
+
+def _zeros_like(view: VariableView, name: str, **arguments) -> keras.Variable:
+    name = f"{view.variable.name}_{name}"
+    return keras.Variable("zeros", view.shape, "float32", trainable=False, name=name, **arguments)
+
+
+def _hand_out(residual: keras.Variable, view: VariableView, loss_scale) -> None:
+    """Lets each shard of a parameter know its replica's residual: the gradient tape needs it there."""
+    for replica, shard in enumerate(view.variable.value.values):
+        scale = None if loss_scale is None else loss_scale.dynamic_scale.value.values[replica]
+        setattr(shard, RESIDUAL, (residual.value.values[replica], scale))

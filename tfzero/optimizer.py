@@ -13,23 +13,12 @@ import tensorflow as tf
 
 from tfzero import _compat
 from tfzero.compression import Codec
-from tfzero.exchange import Wire
-from tfzero.gathering import RESIDUAL
-from tfzero.plan import Plan, VariableSpec, make_plan
+from tfzero.exchange import Wire, make_wire
+from tfzero.inner import CONTAINERS, chain, check_wrappable, chooser, is_compiled, settings_of, spec
+from tfzero.plan import make_plan
 from tfzero.step import ReplicaStep, Trained
-from tfzero.variables import ShardedParameter, VariableView
+from tfzero.variables import VariableView
 
-_KERAS = keras.optimizers
-# Optimizers whose `update_step` treats every element by itself, checked by reading each; a subclass that keeps the
-# method keeps the property.
-_ELEMENTWISE = (
-    _KERAS.SGD, _KERAS.RMSprop, _KERAS.Adam, _KERAS.AdamW, _KERAS.Adadelta, _KERAS.Adagrad, _KERAS.Adamax,
-    _KERAS.Nadam, _KERAS.Ftrl, _KERAS.Lion, _KERAS.ScheduleFreeAdamW,
-)  # fmt: skip
-# Optimizers that need the whole tensor, and that XLA compiles.
-_WHOLE_TENSOR = (_KERAS.Adafactor, _KERAS.Lamb, _KERAS.Muon)
-_ELEMENTWISE_STEPS = {optimizer.update_step for optimizer in _ELEMENTWISE}
-_COMPILED_STEPS = _ELEMENTWISE_STEPS | {optimizer.update_step for optimizer in _WHOLE_TENSOR}
 # Settings of Keras's optimizer base class that would hide those of the inner optimizer.
 _INNER_SETTINGS = (
     "weight_decay", "clipnorm", "global_clipnorm", "clipvalue", "use_ema", "ema_momentum", "ema_overwrite_frequency",
@@ -105,9 +94,10 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
 
     def __init__(self, optimizer) -> None:
         optimizer = keras.optimizers.get(optimizer)
-        chain = _chain(optimizer)
-        for link in chain:
-            _check_wrappable(link)
+        if isinstance(optimizer, ZeroOptimizer):
+            raise ValueError("The optimizer is a ZeroOptimizer already. ZeroOptimizer is the outermost wrapper, once.")
+        for link in chain(optimizer):
+            check_wrappable(link)
         super().__init__(learning_rate=0.0, name=optimizer.name)
         for name in _INNER_SETTINGS:
             object.__delattr__(self, name)
@@ -209,12 +199,12 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
             return
         variables = list(variables)
         strategy = _strategy_of(variables)
-        choose = _chooser(self.inner_optimizer)
-        chain = list(dict.fromkeys([*_chain(self._wrapped), *map(choose, variables)]))
-        optimizers = [link for link in chain if not isinstance(link, _CONTAINERS)]
+        choose = chooser(self.inner_optimizer)
+        links = list(dict.fromkeys([*chain(self._wrapped), *map(choose, variables)]))
+        optimizers = [link for link in links if not isinstance(link, CONTAINERS)]
         settings = strategy.settings
         codec = Codec.of(settings.compression) if strategy.num_replicas_in_sync > 1 else None
-        specs = [_spec(variable, optimizers, choose(variable), codec) for variable in variables]
+        specs = [spec(variable, optimizers, choose(variable), codec) for variable in variables]
         plan = make_plan(
             specs,
             strategy.num_replicas_in_sync,
@@ -223,16 +213,15 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
             settings.min_shard_elements,
         )
         with tf.init_scope():
-            strategy.channel.agree("building an optimizer", _settings_of(chain), "optimizers")
+            strategy.channel.agree("building an optimizer", settings_of(links), "optimizers")
         home = Home(self, strategy)
-        for link in chain:
+        for link in links:
             _compat.adopt(link, home)
             strategy.extended.take_in(_compat.own_scalars(link))
         with tf.init_scope(), strategy.scope(), strategy.extended.creating_optimizer_state():
             views = [VariableView(variable, plan, index) for index, variable in enumerate(variables)]
             self._wrapped.build(_ViewsAtHand(views, strategy.extended))
-            wire = _make_wire(codec, views, plan, strategy)
-            self._hand_out_residuals(wire, variables)
+            wire = make_wire(codec, views, plan, strategy, self.loss_scale_optimizer)
         for optimizer in optimizers:
             _compat.adopt(optimizer, home, [v for v in variables if choose(v) is optimizer])
         self._trained = Trained(
@@ -240,10 +229,10 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
             optimizers=tuple(optimizers),
             counting=tuple(
                 link
-                for link in chain
+                for link in links
                 if isinstance(link, _compat.MultiOptimizer) or any(choose(variable) is link for variable in variables)
             ),
-            compiled=tuple(type(optimizer).update_step in _COMPILED_STEPS for optimizer in optimizers),
+            compiled=tuple(is_compiled(optimizer) for optimizer in optimizers),
             plan=plan,
             group=strategy.extended.group,
             wire=wire,
@@ -251,17 +240,8 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
             sharded_gradients=settings.stage >= 2,
             loss_scale=self.loss_scale_optimizer,
         )
-        strategy.extended.group.iterations = _compat.iteration_counter(chain[-1]).value.values[0]
+        strategy.extended.group.iterations = _compat.iteration_counter(links[-1]).value.values[0]
         self.built = True
-
-    def _hand_out_residuals(self, wire: Wire, variables: list) -> None:
-        """Lets each shard of a parameter know what the encoding of its gradients has lost; the tape needs it there."""
-        scales = [None] * len(variables[0].value.values)
-        if self.loss_scale_optimizer is not None:
-            scales = self.loss_scale_optimizer.dynamic_scale.value.values
-        for index, residual in wire.residuals.items():
-            for shard, *kept in zip(variables[index].value.values, residual.value.values, scales, strict=True):
-                setattr(shard, RESIDUAL, tuple(kept))
 
     # Apply.
 
@@ -340,36 +320,6 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
         replica.merge_call(together, args=tuple(gradients.values()))
 
 
-_CONTAINERS = (keras.optimizers.LossScaleOptimizer, _compat.MultiOptimizer)
-
-
-def _chain(optimizer) -> list:
-    """An optimizer and all inside it."""
-    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-        return [optimizer, *_chain(optimizer.inner_optimizer)]
-    if isinstance(optimizer, _compat.MultiOptimizer):
-        return [optimizer, *optimizer.optimizers]
-    return [optimizer]
-
-
-def _check_wrappable(optimizer) -> None:
-    if isinstance(optimizer, ZeroOptimizer):
-        raise ValueError("The optimizer is a ZeroOptimizer already. ZeroOptimizer is the outermost wrapper, once.")
-    if not isinstance(optimizer, keras.optimizers.Optimizer):
-        raise TypeError(f"ZeroOptimizer wraps a Keras optimizer, but received {optimizer!r}.")
-    name = type(optimizer).__name__
-    if not isinstance(optimizer, _CONTAINERS) and _compat.overridden_apply(optimizer):
-        raise TypeError(
-            f"{name} overrides the whole of `apply`, so its parts cannot run in shards. Override `update_step` "
-            "instead, and leave clipping, weight decay and accumulation to the base class."
-        )
-    if optimizer.built:
-        raise ValueError(
-            f"The optimizer {optimizer.name!r} ({name}) has been built already, with whole slots or for another "
-            "strategy. Pass a new one, for example `type(optimizer).from_config(optimizer.get_config())`."
-        )
-
-
 def _strategy_of(variables):
     """The one ZeroStrategy of all variables; without variables the current one."""
     found = [getattr(v.value, "distribute_strategy", None) for v in variables] or [tf.distribute.get_strategy()]
@@ -383,71 +333,3 @@ def _strategy_of(variables):
             "Create the whole model under `with strategy.scope():` of the same strategy."
         )
     return strategy
-
-
-def _chooser(optimizer):
-    if isinstance(optimizer, _compat.MultiOptimizer):
-        return lambda variable: _compat.optimizer_for(optimizer, variable)
-    return lambda variable: optimizer
-
-
-def _make_wire(codec: Codec | None, views: list[VariableView], plan: Plan, strategy) -> Wire:
-    """What compression makes replicas keep of each variable that travels encoded."""
-    encoded = [views[s.index] for bucket in plan.buckets if bucket.compressed for s in bucket.segments]
-    if codec is None:
-        return Wire()
-    if not encoded and not any(_is_gathered_encoded(codec, view) for view in views):
-        raise ValueError(
-            f"compression={strategy.settings.compression!r} has no effect: none of the optimizer's variables travels "
-            "encoded. Matrices without a constraint do, of min_shard_elements and more, if their optimizer is "
-            f"element-wise; min_shard_elements={strategy.settings.min_shard_elements}. Leave `compression` away."
-        )
-    lags, residuals = {}, {}
-    for view in encoded:
-        with strategy.extended.colocate_vars_with(view):
-            if view.sharded and not isinstance(view.variable.value, ShardedParameter):
-                lags[view.index] = _zeros_like(view, "lag")
-            if strategy.settings.error_feedback:
-                residuals[view.index] = _zeros_like(view, "residual", synchronization="on_read", aggregation="sum")
-    return Wire(codec, lags, residuals)
-
-
-def _is_gathered_encoded(codec: Codec, view: VariableView) -> bool:
-    return isinstance(view.variable.value, ShardedParameter) and codec.serves(view.shape, view.dtype)
-
-
-def _zeros_like(view: VariableView, name: str, **arguments) -> keras.Variable:
-    return keras.Variable(
-        "zeros", view.shape, "float32", trainable=False, name=f"{view.variable.name}_{name}", **arguments
-    )
-
-
-def _spec(variable, optimizers: list, optimizer, codec: Codec | None) -> VariableSpec:
-    dtype = variable.value.dtype
-    if not dtype.is_floating:
-        raise ValueError(
-            f"The trainable variable {variable.path!r} is of dtype {dtype.name}, which cannot be trained. "
-            "Create it with `trainable=False` or with a float dtype."
-        )
-    return VariableSpec(
-        name=variable.path,
-        elements=variable.shape.num_elements(),
-        dtype=dtype.name,
-        item_bytes=dtype.size,
-        elementwise=type(optimizer).update_step in _ELEMENTWISE_STEPS,
-        optimizer=optimizers.index(optimizer),
-        sharded_parameter=isinstance(variable.value, ShardedParameter),
-        compressed=codec is not None and variable.constraint is None and codec.serves(variable.shape, dtype),
-    )
-
-
-def _settings_of(chain: list) -> dict:
-    """What workers must agree on: the classes and their settings, but not names counted up per process."""
-    settings = {}
-    for place, optimizer in enumerate(chain):
-        where = f"{place}." if len(chain) > 1 else ""
-        settings[f"{where}class"] = type(optimizer).__name__
-        if not isinstance(optimizer, _CONTAINERS):
-            config = optimizer.get_config()
-            settings |= {f"{where}{key}": repr(value) for key, value in config.items() if key != "name"}
-    return settings

@@ -75,7 +75,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Bucket:
-    """Variables that travel together: one dtype, placement, optimizer; all parameters in shards or none, encoded or not."""
+    """Variables that travel together: of one dtype, placement and optimizer, and alike in the flags."""
 
     placement: Placement
     dtype: str
