@@ -112,7 +112,8 @@ def _sharded(model):
 
 def _written(model, strategy) -> int:
     """Bytes that this worker writes into a checkpoint."""
-    from tfzero.checkpoint import World, pieces_to_write, state_of
+    from tfzero.checkpoint import pieces_to_write
+    from tfzero.state import World, state_of
 
     pieces = pieces_to_write(state_of(model), World.of(strategy))
     return sum(piece.rectangle.elements * piece.value.dtype.size for piece in pieces)

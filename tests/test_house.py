@@ -12,8 +12,8 @@ ROOT = Path(__file__).parents[1]
 LINE = (
     "plan", "slices", "wire", "commits", "cluster", "stopping", "fleet", "launch", "_compat", "settings",
     "collectives", "compression", "pulse", "packing", "pacing", "gathering", "components", "variables", "inputs",
-    "extended", "losses", "exchange", "step", "inner", "optimizer", "strategy", "checkpoint", "checkpointing",
-    "callbacks", "keras_hooks", "keras_files",
+    "extended", "losses", "exchange", "step", "inner", "optimizer", "strategy", "state", "checkpoint",
+    "checkpointing", "callbacks", "keras_hooks", "keras_files",
 )  # fmt: skip
 MODULES = sorted(path.stem for path in (ROOT / "tfzero").glob("*.py"))
 MOST_LINES_OF_A_FILE = 400

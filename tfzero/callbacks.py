@@ -10,10 +10,10 @@ import numpy as np
 import tensorflow as tf
 
 from tfzero import _compat, commits
-from tfzero.checkpoint import METRICS, World, state_of
 from tfzero.checkpointing import Save, Team, find_newest, restore
 from tfzero.inputs import DataPosition
 from tfzero.settings import check_number
+from tfzero.state import METRICS, World, state_of
 from tfzero.stopping import EXIT_STOPPED
 from tfzero.strategy import ZeroStrategy
 

@@ -1,4 +1,4 @@
-"""What a model's training consists of, written and read by all workers at once, each its own part.
+"""The state of a model's training, written and read by all workers at once, each its own part.
 
 [Note: forms] A variable is stored in its own shape, whoever holds it: a shard as the rectangles that it covers
 (`slices.py`), an owned variable by its owner, one that is equal everywhere by one worker. So any number of workers, at
@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import keras
 import numpy as np
 import tensorflow as tf
 
@@ -20,113 +19,14 @@ from tfzero.cluster import Channel
 from tfzero.components import on_host, placed
 from tfzero.plan import shard_elements
 from tfzero.slices import Rectangle, rectangles
-from tfzero.variables import OnReadVariable, ShardedVariable
+from tfzero.state import LAG, RESIDUAL, Item, World
+from tfzero.variables import ShardedVariable
 
 # Rectangles are cut out in batches of as many bytes as the largest variable has, or this.
 _LEAST_BATCH_BYTES = 4 * 2**20
 _SLOWEST_BYTES_PER_SECOND = 5e6  # of a disk that is not taken for broken
 # What can go wrong with files on one worker.
 _FILE_ERRORS = (OSError, tf.errors.OpError, commits.DamagedCheckpointError)
-METRICS = "metrics"
-
-
-@dataclass(frozen=True)
-class Item:
-    """One variable of the training state.
-
-    Args:
-        name: as in the file: "model/dense/kernel", "optimizer/adam/dense_kernel_momentum".
-        variable: the Keras variable.
-    """
-
-    name: str
-    variable: keras.Variable
-
-    @property
-    def group(self) -> str:
-        """Which part of the training it is of: "model", "metrics", or the model's attribute that is its optimizer."""
-        return self.name.split("/")[0]
-
-    @property
-    def value(self):
-        return self.variable.value
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.value.shape)
-
-    @property
-    def dtype(self) -> tf.DType:
-        return tf.as_dtype(self.value.dtype)
-
-    @property
-    def bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.size
-
-    @property
-    def is_per_replica(self) -> bool:
-        return isinstance(self.value, OnReadVariable)
-
-    @property
-    def is_equal_everywhere(self) -> bool:
-        """Whether every replica holds all of it, and the same."""
-        return not isinstance(self.value, ShardedVariable | OnReadVariable)
-
-    def component(self, replica: int) -> tf.Variable:
-        return self.value.values[replica] if hasattr(self.value, "values") else self.value
-
-    def describe(self, world_size: int) -> dict:
-        """Its entry in the manifest."""
-        replicas = world_size if self.is_per_replica else None
-        return {"name": self.name, "shape": list(self.shape), "dtype": self.dtype.name, "replicas": replicas}
-
-
-@dataclass(frozen=True)
-class World:
-    """This process among the workers: `ranks` are those of its replicas, of `size` in all."""
-
-    worker: int
-    workers: int
-    ranks: tuple[int, ...]
-    size: int
-
-    @classmethod
-    def of(cls, strategy) -> "World":
-        if not hasattr(strategy, "settings"):
-            return cls(0, 1, (0,), 1)
-        group = strategy.extended.group
-        ranks = tuple(group.rank(replica) for replica in range(len(group.devices)))
-        seats = strategy.extended.seats
-        return cls(seats.worker, seats.workers, ranks, group.world_size)
-
-
-def state_of(model: keras.Model) -> list[Item]:
-    """All variables that training goes on from: the model's, those of its optimizers, and its metrics'."""
-    groups = {"model": model.variables}
-    groups |= {name: optimizer.variables for name, optimizer in _optimizers(model).items()}
-    groups[METRICS] = model.metrics_variables
-    items: list[Item] = []
-    seen: dict[str, int] = {}
-    for group, variables in groups.items():
-        for variable in variables:
-            name = f"{group}/{variable.path}"
-            seen[name] = seen.get(name, 0) + 1
-            items.append(Item(name if seen[name] == 1 else f"{name}#{seen[name]}", variable))
-    return items
-
-
-def optimizers_of(model: keras.Model) -> dict[str, str]:
-    """The classes of a model's optimizers, by the attribute that holds each."""
-    return {name: type(_innermost(optimizer)).__name__ for name, optimizer in _optimizers(model).items()}
-
-
-def _optimizers(model: keras.Model) -> dict[str, keras.optimizers.Optimizer]:
-    return {name: value for name, value in sorted(vars(model).items()) if isinstance(value, keras.optimizers.Optimizer)}
-
-
-def _innermost(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
-    inner = getattr(optimizer, "inner_optimizer", None)
-    return optimizer if inner is None else _innermost(inner)
 
 
 # Which parts of which variable a replica has.
@@ -316,7 +216,7 @@ def check_fits(items: Sequence[Item], manifest: Mapping, folder: Path, optimizer
         if stored != kind:
             raise ValueError(f"{folder} is a checkpoint of another optimizer: `{name}` is {kind} here, {stored} there.")
     entries: dict = {}
-    for group in dict.fromkeys(item.group for item in items):
+    for group in dict.fromkeys(item.group for item in items if not item.is_of_compression):
         here = [item for item in items if item.group == group]
         there = [entry for entry in manifest["variables"] if entry["name"].split("/")[0] == group]
         for item, entry in zip(here, there, strict=False):
@@ -334,7 +234,27 @@ def check_fits(items: Sequence[Item], manifest: Mapping, folder: Path, optimizer
                 f"{folder} is a checkpoint of another model: `{group}` has {len(here)} variables here and "
                 f"{len(there)} there; only {where} is {rest[0]!r}."
             )
-    return entries
+    return entries | _entries_of_compression(items, entries, manifest)
+
+
+def _entries_of_compression(items: Sequence[Item], entries: Mapping[str, dict], manifest: Mapping) -> dict:
+    """As `check_fits`, for what compression keeps; a run may go on with another compression, or without.
+
+    A variable that has no lag here takes what is stored of one, as the entry's "lag".
+    """
+    stored = {entry["name"]: entry for entry in manifest["variables"]}
+    kept_here = {item.name for item in items if item.is_of_compression}
+    found = {}
+    for item in items:
+        if item.group != "model":
+            continue
+        name, there = item.name.partition("/")[2], entries[item.name]["name"].partition("/")[2]
+        for group in (LAG, RESIDUAL):
+            if f"{group}/{name}" in kept_here and f"{group}/{there}" in stored:
+                found[f"{group}/{name}"] = stored[f"{group}/{there}"]
+        if f"{LAG}/{name}" not in kept_here and f"{LAG}/{there}" in stored:
+            found[item.name] = {**entries[item.name], "lag": stored[f"{LAG}/{there}"]}
+    return found
 
 
 def read_state(folder: Path, items: Sequence[Item], entries: Mapping[str, dict], world: World) -> None:
@@ -343,7 +263,11 @@ def read_state(folder: Path, items: Sequence[Item], entries: Mapping[str, dict],
     for item in items:
         for replica, rank in enumerate(world.ranks):
             component = item.component(replica)
-            value = on_host(_value_for(prefix, item, entries[item.name], rank, world.size, component))
+            if item.name in entries:
+                value = _value_for(prefix, item, entries[item.name], rank, world.size, component)
+            else:  # of compression, which the checkpoint was made without
+                value = tf.zeros(component.shape, item.dtype)
+            value = on_host(value)
             with tf.device(component.device):
                 component.assign(placed(value, component.device) if isinstance(value, np.ndarray) else value)
 
@@ -360,6 +284,8 @@ def _value_for(prefix: str, item: Item, entry: Mapping, rank: int, world_size: i
         flat = tf.reshape(whole, [-1])[begin:end]
     else:
         flat = _read(prefix, entry, rectangles(item.shape, begin, end), item)
+        if "lag" in entry:
+            flat += _read(prefix, entry["lag"], rectangles(item.shape, begin, end), item)
     elements = component.shape.num_elements()
     if begin < end and end - begin < elements:
         flat = tf.concat([flat, tf.repeat(flat[-1:], elements - (end - begin))], 0)  # as `local_part` pads

@@ -11,21 +11,9 @@ from threading import Thread
 import keras
 
 from tfzero import commits
-from tfzero.checkpoint import (
-    METRICS,
-    Item,
-    World,
-    Writer,
-    check_fits,
-    optimizers_of,
-    patience,
-    pieces_to_write,
-    read_state,
-    snapshot,
-    state_of,
-    together,
-)
+from tfzero.checkpoint import Writer, check_fits, patience, pieces_to_write, read_state, snapshot, together
 from tfzero.cluster import Channel
+from tfzero.state import METRICS, Item, World, optimizers_of, state_of
 from tfzero.strategy import ZeroStrategy, channel_of_one
 
 _SAVE_SECONDS = 60.0  # for workers without a strategy's timeout

@@ -133,10 +133,20 @@ class Exchange:
         lag = self.wire.lags.get(segment.index)
         return part if lag is None else part + self._local(lag)
 
-    def _shard_of(self, segment: Segment, value: tf.Tensor) -> tf.Tensor:
+    def _range_of(self, segment: Segment) -> tuple[int, int]:
+        """The flat elements of a sharded variable that are this replica's."""
         begin = min(self.rank * segment.width, segment.elements)
-        end = min(begin + segment.width, segment.elements)
+        return begin, min(begin + segment.width, segment.elements)
+
+    def _shard_of(self, segment: Segment, value: tf.Tensor) -> tf.Tensor:
+        begin, end = self._range_of(segment)
         return tf.pad(tf.reshape(value, [-1])[begin:end], [[0, segment.width - (end - begin)]])
+
+    def _ahead(self, segment: Segment, row: tf.Tensor, value: tf.Tensor) -> tf.Tensor:
+        """By how much this replica's shard in a row is ahead of a whole value; nothing in the padding."""
+        begin, end = self._range_of(segment)
+        own = row[segment.offset : segment.offset + end - begin]
+        return tf.pad(own - tf.reshape(value, [-1])[begin:end], [[0, segment.width - (end - begin)]])
 
     def collect_owned(self, bucket: Bucket) -> dict[int, tf.Tensor]:
         """The whole values of this replica's own variables, by variable index, if they lie in shards."""
@@ -178,16 +188,15 @@ class Exchange:
 
     def _share_differences(self, bucket: Bucket, row: tf.Tensor) -> None:
         def encode(row):
-            held = {s.index: self._shard_of(s, self.component(s.index)) for s in bucket.segments}
-            return self.wire.codec.encoded((row - pack_row(bucket, self.rank, held))[tf.newaxis])[0]
+            ahead = {s.index: self._ahead(s, row, self.component(s.index)) for s in bucket.segments}
+            return self.wire.codec.encoded(pack_row(bucket, self.rank, ahead)[tf.newaxis])[0]
 
         def assign(gathered, row):
             differences = tf.cast(self.wire.codec.decoded(gathered, bucket.row_elements), row.dtype)
             values = unpack(bucket, differences, self._shapes_of(bucket))
             for segment in bucket.segments:
                 value = self.component(segment.index) + values[segment.index]
-                wanted = row[segment.offset : segment.offset + segment.width]
-                self._local(self.wire.lags[segment.index]).assign(wanted - self._shard_of(segment, value))
+                self._local(self.wire.lags[segment.index]).assign(self._ahead(segment, row, value))
                 self.component(segment.index).assign(value)
 
         payload = tf.function(encode, jit_compile=True, autograph=False)(row)

@@ -75,6 +75,10 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
         # In a graph every replica's part of a collective is traced with it; eager replicas run one after the other.
         return tf.executing_eagerly()
 
+    def _call_for_each_replica(self, fn, args, kwargs):
+        self.group.align_keys()
+        return super()._call_for_each_replica(fn, args, kwargs)
+
     def replica_collective(self, method, value, *args):
         """One of the group's collectives from within a replica, in a graph or eagerly."""
         if not tf.executing_eagerly():

@@ -104,7 +104,7 @@ class Gatherer:
                             self._gather_again(whole, part, dtype, waits)
                 purpose = self._group.purpose(_compat.replica_index(), f"the gradient of {shard.name}")
                 with purpose, tf.control_dependencies(waits):
-                    scattered = self._scatter_gradient(upstream, shard)
+                    scattered = self._scatter_gradient(tf.reshape(upstream, shape), shard)
                 self._scattered.append(scattered)
                 return scattered
 

@@ -121,6 +121,11 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
         return self._trained.plan if self._trained else None
 
     @property
+    def trained_variables(self) -> tuple:
+        """The model's variables in the plan's order; none until built."""
+        return self._trained.variables if self._trained else ()
+
+    @property
     def wire(self) -> Wire:
         """How the variables travel; nothing is encoded until built."""
         return self._trained.wire if self._trained else Wire()
