@@ -7,6 +7,7 @@ import pytest
 
 import tfzero
 
+COMPRESSED = [(3, "int8"), (3, "bf16"), (2, "bf16"), (2, "int8")]
 WORLD_SIZE = 2
 # Layers of several sizes, as an allocator's holes come from those.
 WIDTHS = (512, 1536, 512, 2048, 512, 768, 512)
@@ -21,6 +22,7 @@ def _measure(folder) -> dict:
     import tensorflow as tf
 
     strategies = [tfzero.ZeroStrategy(stage=stage) for stage in range(4)]
+    strategies += [tfzero.ZeroStrategy(stage, compression=name) for stage, name in COMPRESSED]
     x = np.random.default_rng(0).normal(size=(24, WIDTHS[0])).astype("float32")
     figures = {}
     for strategy in strategies:
@@ -38,11 +40,12 @@ def _measure(folder) -> dict:
         model.train_function = None
         gc.collect()
         held = tf.config.experimental.get_memory_info("CPU:0")["current"] - before
-        tfzero.load_checkpoint(model, tfzero.save_checkpoint(model, Path(folder, str(strategy.settings.stage))))
+        tfzero.load_checkpoint(model, tfzero.save_checkpoint(model, Path(folder, str(len(figures)))))
         gc.collect()
         restored = tf.config.experimental.get_memory_info("CPU:0")["current"] - before
         parameters = model.count_params()
-        figures[strategy.settings.stage] = {
+        compression = strategy.settings.compression
+        figures[(strategy.settings.stage, compression) if compression else strategy.settings.stage] = {
             "held": held / parameters,
             "held when restored": restored / parameters,
             "wire": wire.bytes_per_step / parameters,
@@ -118,6 +121,19 @@ def test_bytes_on_the_wire(figures, stage):
     formula = 4 * WORLD_SIZE * passes * (WORLD_SIZE - 1) / WORLD_SIZE
     for worker in figures:
         assert formula * 0.98 <= worker[stage]["wire"] <= formula * 1.05
+
+
+@pytest.mark.parametrize(("stage", "name"), COMPRESSED)
+def test_compression_saves_on_the_wire_and_holds_a_lag(figures, stage, name):
+    """Both workers' sums together; the first layer's second gather is left out at stage 3, as above."""
+    first_layer = WIDTHS[0] * WIDTHS[1] / sum(a * b for a, b in itertools.pairwise(WIDTHS))
+    item_bytes = {"bf16": 2, "fp16": 2 + 4 / 256, "int8": 1 + 4 / 256}[name]
+    formula = item_bytes * WORLD_SIZE * (2 if stage < 3 else 3 - first_layer) * (WORLD_SIZE - 1) / WORLD_SIZE
+    held = 12 / WORLD_SIZE if stage == 3 else 4 + 12 / WORLD_SIZE
+    for worker in figures:
+        assert formula * 0.98 <= worker[stage, name]["wire"] <= formula * 1.07
+        assert held <= worker[stage, name]["held"] <= held * 1.02
+        assert held <= worker[stage, name]["held when restored"] <= held * 1.02
 
 
 @pytest.mark.parametrize("stage", [1, 2])

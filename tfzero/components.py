@@ -15,7 +15,7 @@ import tensorflow as tf
 # Of smaller values the waste does not matter.
 _WORTH_BYTES = 1 << 16
 _MOST_WASTE = 1 / 64
-_MOST_TRIES = 8
+_MOST_TRIES = 32
 
 
 def initial_value(kwargs: dict) -> tf.Tensor:
