@@ -10,10 +10,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Each module imports only modules before it: the list is the design.
 LINE = (
-    "plan", "slices", "wire", "commits", "cluster", "stopping", "fleet", "launch", "_compat", "settings",
+    "plan", "slices", "wire", "costs", "commits", "cluster", "stopping", "fleet", "launch", "_compat", "settings",
     "collectives", "compression", "pulse", "packing", "pacing", "gathering", "components", "variables", "inputs",
     "extended", "losses", "exchange", "step", "inner", "optimizer", "strategy", "state", "checkpoint",
-    "checkpointing", "callbacks", "keras_hooks", "keras_files",
+    "checkpointing", "callbacks", "keras_hooks", "keras_files", "measuring", "peers", "benchmark",
 )  # fmt: skip
 MODULES = sorted(path.stem for path in (ROOT / "tfzero").glob("*.py"))
 MOST_LINES_OF_A_FILE = 400
