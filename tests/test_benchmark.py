@@ -1,0 +1,65 @@
+"""The benchmark measures what it says, in real workers, and writes it down."""
+
+import json
+
+import pytest
+
+from tfzero import benchmark
+
+SMALL = ["--dim", "48", "--layers", "1", "--steps", "3", "--rounds", "1"]
+
+
+def test_a_small_model_is_measured(tmp_path, capsys):
+    path = tmp_path / "figures.json"
+    benchmark.main([*SMALL, "--stages", "2", "--compression", "int8", "--json", str(path)])
+    written = json.loads(path.read_text())
+    rows = {row["name"]: row for row in written["rows"]}
+    assert list(rows) == ["stock", "stage 2", "stage 2 int8"] and written["workers"] == 2
+    for row in rows.values():
+        assert row["parameters"] == 58_960
+        assert row["step_ms"] > row["compute_ms"] > 0 and row["update_ms"] > 0
+        assert row["samples_per_second"] == pytest.approx(2 / row["step_ms"] * 1e3)
+        # Small vectors stay whole, and the model is so small that messages' heads count.
+        assert row["wire_formula"] * 0.9 < row["wire_bytes"] < row["wire_formula"] * 2
+        assert row["held_formula"] * 0.9 < row["held_bytes"] < row["peak_bytes"]
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith("| | step ms | ratio |") and len(printed) == 2 + len(rows)
+    assert printed[2].startswith("| stock |") and "| 1.00 |" in printed[2]
+
+
+def test_the_table_leaves_out_what_is_not_known():
+    rows = [{"name": "stock", "step_ms": 200.0, "held_bytes": 12.0}, {"name": "torch ddp", "step_ms": 100.0}]
+    lines = benchmark.table(rows).splitlines()
+    assert lines[2].startswith("| stock | 200 | 1.00 |  |") and "| 12.00 |" in lines[2]
+    assert lines[3].startswith("| torch ddp | 100 | 0.50 |") and "12.00" not in lines[3]
+
+
+def test_stock_comes_first_and_options_add_contestants():
+    options = benchmark.read_options(["--stages", "2", "3", "--compression", "bf16", "--error-feedback"])
+    names = [contestant.name for contestant in benchmark.contestants(options)]
+    assert names == [
+        "stock", "stage 2", "stage 3", "stage 2 bf16", "stage 3 bf16", "stage 2 int8 with feedback",
+        "stage 3 int8 with feedback",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rounds", "0"], "must be at least 1. Received: 0"),
+        (["--stages", "4"], "invalid choice"),
+        (["--compression", "int4"], "invalid choice"),
+        (["--peers", "jax"], "invalid choice"),
+    ],
+)
+def test_bad_options_are_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        benchmark.read_options(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_a_peer_that_is_not_installed_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        benchmark.read_options(["--peers", "torch"])
+    assert "torch is not installed: `pip install torch`" in capsys.readouterr().err
