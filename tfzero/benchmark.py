@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tfzero.costs import held_bytes, sent_bytes
+from tfzero.costs import Setup
 from tfzero.launch import run_local
 from tfzero.measuring import Work, measure
 from tfzero.peers import PEERS, measure_peer
@@ -80,14 +80,14 @@ def summarize(contestant: Contestant, runs: Sequence[dict], work: Work, workers:
         "peak_bytes": None,
     }
     if contestant.peer is None:
-        stage = contestant.stage or 0
+        setup = Setup(workers, contestant.stage or 0, contestant.compression, contestant.error_feedback)
         compute = statistics.median(run["compute"] for run in runs)
         update = statistics.median(run["update"] for run in runs)
         row |= {
             "held_bytes": max(run["held"] for run in runs) / parameters,
             "peak_bytes": max(run["peak"] for run in runs) / parameters,
-            "held_formula": held_bytes(workers, stage, contestant.compression, contestant.error_feedback),
-            "wire_formula": workers * sent_bytes(workers, stage, contestant.compression),
+            "held_formula": setup.held_bytes(),
+            "wire_formula": workers * setup.sent_bytes(),
             "compute_ms": compute * 1e3,
             "update_ms": update * 1e3,
             "exposed_ms": max(0.0, step - compute - update) * 1e3,

@@ -1,10 +1,77 @@
-"""What a step costs by formula: bytes that travel and bytes that are held; pure arithmetic, no TensorFlow.
+"""What a step costs by formula, for any number of replicas and workers; pure arithmetic, no TensorFlow.
 
-A reduce-scatter and an all-gather send each of N rows to all replicas but its own: (N-1)/N of all elements from each
-replica. A ring's all-reduce is one of each (https://arxiv.org/abs/1910.02054, section 7).
+    python -m tfzero.costs --parameters 7e9 --gbit 100 --microseconds 20
+
+prints what 8, 64, 1024 and 16384 replicas hold and send, and how long that takes on such links.
+
+A reduce-scatter sends each of N rows to its owner, an all-gather each owner's row to all: both (N-1)/N of all elements
+from each replica, in N-1 messages. A ring's all-reduce is one of each
+(https://arxiv.org/abs/1910.02054, section 7). `tests/test_costs.py` compares with what collectives of real steps take.
 """
 
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 from tfzero.wire import BLOCK_ELEMENTS, FORMATS
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a model is trained.
+
+    Args:
+        world_size: number of replicas.
+        stage: of ZeRO, 0 to 3.
+        compression: as in `ZeroStrategy`; None, "bf16", "fp16" or "int8".
+        error_feedback: as in `ZeroStrategy`.
+        reshard_after_forward: as in `ZeroStrategy`.
+        replicas_per_worker: how many of the replicas share a worker, and reach each other without the network.
+    """
+
+    world_size: int
+    stage: int
+    compression: str | None = None
+    error_feedback: bool = False
+    reshard_after_forward: bool = True
+    replicas_per_worker: int = 1
+
+    @property
+    def passes(self) -> int:
+        """How often all elements travel in a step: gradients once, parameters once, at stage 3 twice."""
+        return 3 if self.stage == 3 and self.reshard_after_forward else 2
+
+    def sent_bytes(self) -> float:
+        """Bytes that a replica sends in a step for each parameter."""
+        return self.passes * (self.world_size - 1) / self.world_size * item_bytes(self.compression)
+
+    def network_bytes(self) -> float:
+        """Bytes that leave a worker in a step for each parameter.
+
+        All-to-all sends from each replica straight to all others. A ring passes a worker's boundary once.
+        """
+        inside = min(self.replicas_per_worker, self.world_size)
+        if inside == self.world_size:
+            return 0.0
+        size = item_bytes(self.compression)
+        ring = size * (self.world_size - 1) / self.world_size
+        straight = size * inside * (self.world_size - inside) / self.world_size
+        if self.stage == 0 and self.compression is None:
+            return 2 * ring
+        return straight + (self.passes - 1) * ring
+
+    def messages(self, exchanges: int) -> int:
+        """Messages that a replica sends in a step, if variables travel in so many exchanges (buckets, or layers)."""
+        return exchanges * self.passes * (self.world_size - 1)
+
+    def held_bytes(self, slots: int = 2) -> float:
+        """Bytes that a replica holds between steps for each float32 parameter: parameter, slots, and what is kept."""
+        share = 1 / self.world_size
+        parameter = 4 * share if self.stage == 3 else 4.0
+        slot = 4.0 if self.stage == 0 else 4 * share
+        is_encoded = self.compression is not None and self.world_size > 1
+        lag = 4 * share if is_encoded and self.stage in (1, 2) else 0.0
+        return parameter + slots * slot + lag + (4 if is_encoded and self.error_feedback else 0)
 
 
 def item_bytes(compression: str | None) -> float:
@@ -12,19 +79,37 @@ def item_bytes(compression: str | None) -> float:
     return 4.0 if compression is None else FORMATS[compression].size_bytes(BLOCK_ELEMENTS) / BLOCK_ELEMENTS
 
 
-def sent_bytes(
-    world_size: int, stage: int, compression: str | None = None, reshard_after_forward: bool = True
-) -> float:
-    """Bytes that a replica sends in a step for each parameter: gradients once, parameters once, at stage 3 twice."""
-    passes = 3 if stage == 3 and reshard_after_forward else 2
-    return passes * (world_size - 1) / world_size * item_bytes(compression)
+def projection(options: argparse.Namespace) -> str:
+    """A table of what replicas hold and send, and how long a step's traffic takes, if nothing hides it."""
+    lines = ["replicas  stage  wire  held GB  sent GB  messages  seconds on the wire"]
+    giga = options.parameters / 1e9
+    for world_size in (8, 64, 1024, 16384):
+        for stage in range(4):
+            for name in (None, "int8"):
+                setup = Setup(world_size, stage, name, replicas_per_worker=options.replicas_per_worker)
+                sent = max(setup.sent_bytes() / options.local_speedup, setup.network_bytes()) * options.parameters
+                messages = setup.messages(options.exchanges)
+                seconds = sent * 8 / (options.gbit * 1e9) + messages * options.microseconds * 1e-6
+                held, all_sent = setup.held_bytes() * giga, setup.sent_bytes() * giga
+                lines.append(
+                    f"{world_size:8}  {stage:5}  {name or 'f32':>4}  {held:7.2f}  {all_sent:7.2f}  {messages:8}  "
+                    f"{seconds:19.3f}"
+                )
+    return "\n".join(lines)
 
 
-def held_bytes(
-    world_size: int, stage: int, compression: str | None = None, error_feedback: bool = False, slots: int = 2
-) -> float:
-    """Bytes that a replica holds between steps for each float32 parameter: parameter, slots, and what is kept."""
-    parameter = 4 / world_size if stage == 3 else 4
-    slot = 4 if stage == 0 else 4 / world_size
-    lag = 4 / world_size if compression and stage in (1, 2) and world_size > 1 else 0
-    return parameter + slots * slot + lag + (4 if error_feedback and world_size > 1 else 0)
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tfzero.costs", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--parameters", type=float, required=True)
+    parser.add_argument("--gbit", type=float, required=True, help="bandwidth of each worker's link, in Gbit/s")
+    parser.add_argument("--microseconds", type=float, required=True, help="latency of a message")
+    parser.add_argument("--exchanges", type=int, default=32, help="buckets or layers that travel one after the other")
+    parser.add_argument("--replicas-per-worker", type=int, default=1)
+    parser.add_argument("--local-speedup", type=float, default=10.0, help="how much faster links within a worker are")
+    print(projection(parser.parse_args(arguments)))
+
+
+if __name__ == "__main__":
+    main()
