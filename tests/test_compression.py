@@ -343,6 +343,18 @@ def test_compression_of_nothing_is_refused(stage):
         model.optimizer.build(model.trainable_variables)
 
 
+@pytest.mark.parametrize("policy", ["float64", "bfloat16"])
+def test_variables_of_another_dtype_travel_as_they_are(policy):
+    strategy = make_strategy(compression="int8")
+    with strategy.scope():
+        hidden = layers.Dense(16, activation="tanh", dtype=policy)
+        model = keras.Sequential([keras.Input((8,)), hidden, layers.Dense(3, activation="softmax")])
+    model.compile("adam", "categorical_crossentropy")
+    train(model)
+    encoded = [s.index for bucket in model.optimizer.plan.buckets if bucket.compressed for s in bucket.segments]
+    assert encoded == [2]
+
+
 def test_at_stage_3_the_optimizer_must_know_of_residuals_first():
     strategy = make_strategy(3, compression="int8", error_feedback=True)
     with strategy.scope():

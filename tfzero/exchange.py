@@ -253,7 +253,7 @@ def make_wire(codec: Codec | None, views: Sequence[VariableView], plan: Plan, st
     if not encoded and not any(_is_parameter(view) and codec.serves(view.shape, view.dtype) for view in views):
         raise ValueError(
             f"compression={strategy.settings.compression!r} has no effect: none of the optimizer's variables travels "
-            "encoded. Matrices without a constraint do, of min_shard_elements and more, if their optimizer is "
+            "encoded. Float32 matrices without a constraint do, of min_shard_elements and more, if their optimizer is "
             f"element-wise; min_shard_elements={strategy.settings.min_shard_elements}. Leave `compression` away."
         )
     lags, residuals = {}, {}

@@ -78,7 +78,12 @@ def spec(variable, optimizers: list, optimizer, codec: Codec | None) -> Variable
         elementwise=type(optimizer).update_step in _ELEMENTWISE_STEPS,
         optimizer=optimizers.index(optimizer),
         sharded_parameter=isinstance(variable.value, ShardedParameter),
-        compressed=codec is not None and variable.constraint is None and codec.serves(variable.shape, dtype),
+        compressed=(
+            codec is not None
+            and dtype.name == "float32"
+            and variable.constraint is None
+            and codec.serves(variable.shape, dtype)
+        ),
     )
 
 

@@ -54,9 +54,9 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
             in every exchange of a step.
         reshard_after_forward: at stage 3, whether gathered parameters are let go after the forward pass and gathered
             again in the backward pass (the default), or kept, with a third less to send and more memory.
-        compression: in what matrices travel: None for their own dtype, "bf16", "fp16" or "int8" (the latter two with
-            one scale for each 256 elements). Gradients are summed in float32. At stages 1 and 2 parameters travel as
-            differences, and owners keep float32 master values (4/N bytes a parameter more); at stage 3 replicas
+        compression: in what float32 matrices travel: None for as they are, "bf16", "fp16" or "int8" (the latter two
+            with one scale for each 256 elements). Gradients are summed in float32. At stages 1 and 2 parameters travel
+            as differences, and owners keep float32 master values (4/N bytes a parameter more); at stage 3 replicas
             compute with encoded weights, as in ZeRO++ (https://arxiv.org/abs/2306.10209). Vectors travel as they are,
             and up to stage 2 also variables with a constraint and those that an owner updates whole.
         error_feedback: with "int8", whether replicas keep what the encoding of gradients has lost and add it to the
