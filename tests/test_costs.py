@@ -17,9 +17,11 @@ WIDTH, LAYERS = 330, 3
 
 @pytest.mark.parametrize(
     ("name", "elements", "size_bytes"),
-    [("bf16", 1, 4), ("bf16", 2, 4), ("bf16", 3, 8), ("fp16", 1, 516), ("int8", 1, 260), ("int8", 256, 260)]
-    + [("int8", 257, 520), ("fp16", 512, 1032)],
-)
+    [
+        ("bf16", 1, 4), ("bf16", 2, 4), ("bf16", 3, 8), ("fp16", 1, 516), ("fp16", 512, 1032),
+        ("int8", 1, 260), ("int8", 256, 260), ("int8", 257, 520),
+    ],
+)  # fmt: skip
 def test_bytes_of_a_run(name, elements, size_bytes):
     assert FORMATS[name].size_bytes(elements) == size_bytes == 4 * FORMATS[name].words(elements)
 
