@@ -11,12 +11,12 @@ SMALL = ["--dim", "48", "--layers", "1", "--steps", "3", "--rounds", "1"]
 
 def test_a_small_model_is_measured(tmp_path, capsys):
     path = tmp_path / "figures.json"
-    benchmark.main([*SMALL, "--stages", "2", "--compression", "int8", "--json", str(path)])
+    benchmark.main([*SMALL, "--stages", "2", "--json", str(path)])
     written = json.loads(path.read_text())
     rows = {row["name"]: row for row in written["rows"]}
-    assert list(rows) == ["stock", "stage 2", "stage 2 int8"] and written["workers"] == 2
+    assert list(rows) == ["stock", "stage 2"] and written["workers"] == 2
     for row in rows.values():
-        assert row["parameters"] == 58_960
+        assert row["parameters"] == 59_344
         assert row["step_ms"] > row["compute_ms"] > 0 and row["update_ms"] > 0
         assert row["samples_per_second"] == pytest.approx(2 / row["step_ms"] * 1e3)
         # Small vectors stay whole, and the model is so small that messages' heads count.

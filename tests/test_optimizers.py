@@ -130,7 +130,7 @@ def assert_same_training(ours, theirs, tolerance):
 def cells():
     """Every optimizer at every stage; a good part of them with `-m sweep` only."""
     always = {0: {"adam", "muon"}, 1: {"adam", "adafactor", "multi_map"}, 2: OPTIMIZERS}
-    always[3] = {"sgd_momentum", "adam", "nadam", "schedule_free", *WHOLE_TENSOR, "loss_scale_lamb", "multi_map"}
+    always[3] = {"adam", "schedule_free", *WHOLE_TENSOR, "multi_map"}
     for name in OPTIMIZERS:
         for stage in range(4):
             marks = [] if name in always[stage] else [pytest.mark.sweep]

@@ -94,9 +94,11 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
 
     def __init__(self, optimizer) -> None:
         optimizer = keras.optimizers.get(optimizer)
-        if isinstance(optimizer, ZeroOptimizer):
-            raise ValueError("The optimizer is a ZeroOptimizer already. ZeroOptimizer is the outermost wrapper, once.")
         for link in chain(optimizer):
+            if isinstance(link, ZeroOptimizer):
+                raise ValueError(
+                    "The optimizer is a ZeroOptimizer already. ZeroOptimizer is the outermost wrapper, once."
+                )
             check_wrappable(link)
         super().__init__(learning_rate=0.0, name=optimizer.name)
         for name in _INNER_SETTINGS:
