@@ -24,6 +24,7 @@ def make_strategy(stage=2, devices=2, **settings):
 
 
 def compiled(strategy, optimizer, make_model=oracle.dense_model):
+    keras.utils.set_random_seed(1)
     with strategy.scope():
         model = make_model()
     model.compile(optimizer, "categorical_crossentropy")
@@ -113,7 +114,7 @@ def local_gradients(x, y, weights):
 
 
 @pytest.mark.parametrize("error_feedback", [False, True])
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.sweep), 2])
 def test_a_step_does_what_numpy_does(stage, error_feedback):
     """Each replica's gradient is rounded by itself; the parameter's difference too, whose rest is not lost."""
     x, y, seen = two_steps(stage, error_feedback)
@@ -169,7 +170,7 @@ def test_error_feedback_keeps_what_is_too_small_to_travel(stage, scaled):
 # Training, against one device.
 
 
-SPREAD = [(0, "int8"), (1, "bf16"), (2, "fp16"), (2, "int8"), (3, "bf16"), (3, "int8")]
+SPREAD = [(0, "int8"), (2, "int8"), (3, "bf16")]
 
 
 @pytest.mark.parametrize(
@@ -205,14 +206,16 @@ def test_replicas_stay_equal_and_near_one_device(stage, name):
 CASES = {
     "global_clipnorm": lambda: ko.Adam(0.01, global_clipnorm=0.05),
     "clipnorm": lambda: ko.SGD(0.1, clipnorm=0.05),
-    "accumulation": lambda: ko.Adam(0.01, gradient_accumulation_steps=2),
+    "accumulation": lambda: ko.SGD(0.1, gradient_accumulation_steps=2),
     "average": lambda: ko.SGD(0.1, use_ema=True, ema_momentum=0.5, ema_overwrite_frequency=2),
     "scaled": lambda: ko.LossScaleOptimizer(ko.SGD(0.1)),
     "decay": lambda: ko.AdamW(0.01, weight_decay=0.1),
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.sweep] * (case not in ("accumulation", "scaled"))) for case in CASES]
+)
 @pytest.mark.parametrize(
     "stage", [pytest.param(1, marks=pytest.mark.sweep), 2, pytest.param(3, marks=pytest.mark.sweep)]
 )
@@ -236,7 +239,7 @@ def test_16_bit_compute_with_int8_on_the_wire():
         np.testing.assert_allclose(mine, theirs, atol=0.02)
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.sweep), 3])
 def test_an_overflow_leaves_weights_and_residuals_finite(stage):
     strategy = make_strategy(stage, compression="int8", error_feedback=True)
     model = compiled(strategy, ko.LossScaleOptimizer(ko.SGD(0.1), initial_scale=1024.0))

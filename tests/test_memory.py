@@ -7,7 +7,7 @@ import pytest
 
 import tfzero
 
-COMPRESSED = [(3, "int8"), (3, "bf16"), (2, "bf16"), (2, "int8")]
+COMPRESSED = [(3, "bf16"), (2, "int8")]
 WORLD_SIZE = 2
 # Layers of several sizes, as an allocator's holes come from those.
 WIDTHS = (512, 1536, 512, 2048, 512, 768, 512)

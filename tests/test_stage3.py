@@ -157,7 +157,8 @@ MODELS = {
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.sweep] * (name in ("unrolled", "bidirectional"))) for name in MODELS]
+    "name",
+    [pytest.param(name, marks=[pytest.mark.sweep] * (name in ("recurrent", "bidirectional"))) for name in MODELS],
 )
 @pytest.mark.parametrize("reshard", [True, pytest.param(False, marks=pytest.mark.sweep)])
 def test_a_model_does_as_on_one_device(name, reshard):
