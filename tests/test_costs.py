@@ -99,7 +99,7 @@ def _count(world_sizes, cases) -> dict:
             model.compile("adam", "mse")
             model.optimizer.build(model.trainable_variables)
             x = tf.ones([members * 2, WIDTH])
-            dataset = tf.data.Dataset.from_tensors((x, x)).batch(members * 2).unbatch()
+            dataset = tf.data.Dataset.from_tensors((x, x))
             batch = next(iter(strategy.experimental_distribute_dataset(dataset)))
             step = tf.function(lambda batch, s=strategy, m=model: s.run(m.train_step, args=(batch,)))
             graph = step.get_concrete_function(batch).graph

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import tfzero
+from tfzero.measuring import received_bytes
 
 COMPRESSED = [(3, "bf16"), (2, "int8")]
 WORLD_SIZE = 2
@@ -65,15 +66,10 @@ def _WireMeter(strategy):  # noqa: N802 - a callback made late, as Keras is impo
         def on_train_batch_end(self, batch, logs=None):
             strategy.channel.all_gather("measuring the wire", batch)
             if batch == 0:
-                self.start = _received_bytes()
-            self.bytes_per_step = (_received_bytes() - self.start) / max(1, batch)
+                self.start = received_bytes()
+            self.bytes_per_step = (received_bytes() - self.start) / max(1, batch)
 
     return WireMeter()
-
-
-def _received_bytes() -> int:
-    with open("/proc/net/dev", encoding="ascii") as lines:
-        return next(int(line.split()[1]) for line in lines if line.strip().startswith("lo:"))
 
 
 def _collective_elements(model, strategy) -> dict:

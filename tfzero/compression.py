@@ -76,6 +76,13 @@ class Codec:
         flaws = tf.reduce_sum(blocks * 0.0, 2)
         return tf.concat([_as_words(tf.reshape(items, [count, -1])), tf.bitcast(scales + flaws, tf.int32)], 1)
 
+    def encoded_with(self, rows: tf.Tensor, residual: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Encodes rows plus what was lost before; also gives what is lost now (the residual, where not finite)."""
+        wanted = tf.cast(rows, tf.float32) + residual
+        payload = self.encoded(wanted)
+        lost = wanted - self.decoded(payload, wanted.shape[1])
+        return payload, tf.where(tf.math.is_finite(lost), lost, residual)
+
     def decoded(self, payload: tf.Tensor, elements: int) -> tf.Tensor:
         if not self.format.has_scales:
             return tf.cast(_from_words(payload, tf.bfloat16), tf.float32)[:, :elements]

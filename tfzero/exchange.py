@@ -18,7 +18,16 @@ import tensorflow as tf
 from tfzero.collectives import Group
 from tfzero.compression import Codec
 from tfzero.gathering import RESIDUAL
-from tfzero.packing import pack, pack_for_owners, pack_owned, pack_row, unpack, unpack_for_owners, unpack_owned
+from tfzero.packing import (
+    as_rows,
+    pack,
+    pack_for_owners,
+    pack_owned,
+    pack_row,
+    unpack,
+    unpack_for_owners,
+    unpack_owned,
+)
 from tfzero.plan import Bucket, Placement, Plan, Segment, shard_elements
 from tfzero.variables import ShardedParameter, VariableView, local_part
 
@@ -84,43 +93,33 @@ class Exchange:
         return pack_row(bucket, self.rank, given)
 
     def _reduce_encoded(self, bucket: Bucket, gradients: Mapping[int, tf.Tensor]) -> tf.Tensor:
-        dtype, width = tf.as_dtype(bucket.dtype), shard_elements(bucket.row_elements, self._rows_of_row(bucket))
+        size, codec = self.group.world_size, self.wire.codec
+        is_whole = bucket.placement is Placement.WHOLE
+        width = shard_elements(bucket.row_elements, size) if is_whole else bucket.row_elements
         residuals = {s.index: self._local(self.wire.residuals[s.index]) for s in bucket.segments if self.wire.residuals}
 
+        def as_rows_of_ranks(tensors):
+            """For each rank what it is to sum up; a whole bucket is cut evenly."""
+            packed = pack(bucket, tensors, size)
+            return as_rows(packed, size) if is_whole else packed
+
         def encode(gradients):
-            rows = tf.cast(self._as_rows(bucket, gradients), tf.float32)
-            if residuals:
-                rows += self._as_rows(bucket, residuals)
-            payload = self.wire.codec.encoded(rows)
-            if residuals:
-                self._keep_lost(bucket, rows - self.wire.codec.decoded(payload, width), residuals)
+            rows = as_rows_of_ranks(gradients)
+            if not residuals:
+                return codec.encoded(rows)
+            payload, lost = codec.encoded_with(rows, as_rows_of_ranks(residuals))
+            lost = tf.reshape(lost, [-1])[: bucket.row_elements] if is_whole else lost
+            for index, value in unpack(bucket, lost, self._shapes_of(bucket)).items():
+                residuals[index].assign(value)
             return payload
 
         own = {s.index: gradients[s.index] for s in bucket.segments if s.index in gradients}
         payload = tf.function(encode, jit_compile=True, autograph=False)(own)
-        received = self.group.all_to_all(payload, self.replica)
-        row = self.wire.codec.decode_sum(received, width)
-        if bucket.placement is Placement.WHOLE:
-            gathered = self.group.all_gather(self.wire.codec.encode(row[tf.newaxis])[0], self.replica)
-            row = tf.reshape(self.wire.codec.decode(gathered, width), [-1])[: bucket.row_elements]
-        return tf.cast(row, dtype)
-
-    def _rows_of_row(self, bucket: Bucket) -> int:
-        return self.group.world_size if bucket.placement is Placement.WHOLE else 1
-
-    def _as_rows(self, bucket: Bucket, tensors: Mapping[int, tf.Tensor]) -> tf.Tensor:
-        """`[world_size, width]`: for each rank what it is to sum up; a whole bucket is cut evenly."""
-        packed = pack(bucket, tensors, self.group.world_size)
-        if bucket.placement is not Placement.WHOLE:
-            return packed
-        padding = -bucket.row_elements % self.group.world_size
-        return tf.reshape(tf.pad(packed, [[0, padding]]), [self.group.world_size, -1])
-
-    def _keep_lost(self, bucket: Bucket, lost: tf.Tensor, residuals: Mapping[int, tf.Variable]) -> None:
-        if bucket.placement is Placement.WHOLE:
-            lost = tf.reshape(lost, [-1])[: bucket.row_elements]
-        for index, value in unpack(bucket, lost, self._shapes_of(bucket)).items():
-            residuals[index].assign(tf.where(tf.math.is_finite(value), value, residuals[index]))
+        row = codec.decode_sum(self.group.all_to_all(payload, self.replica), width)
+        if is_whole:
+            gathered = self.group.all_gather(codec.encode(row[tf.newaxis])[0], self.replica)
+            row = tf.reshape(codec.decode(gathered, width), [-1])[: bucket.row_elements]
+        return tf.cast(row, tf.as_dtype(bucket.dtype))
 
     # Parameters.
 
@@ -263,7 +262,8 @@ def make_wire(codec: Codec | None, views: Sequence[VariableView], plan: Plan, st
                 lags[view.index] = _zeros_like(view, "lag")
             if strategy.settings.error_feedback:
                 residuals[view.index] = _zeros_like(view, "residual", synchronization="on_read", aggregation="sum")
-                _hand_out(residuals[view.index], view, loss_scale)
+                if _is_parameter(view):
+                    _hand_out(residuals[view.index], view, loss_scale)
     return Wire(codec, lags, residuals)
 
 

@@ -22,6 +22,7 @@ import tensorflow as tf
 from tfzero import _compat
 from tfzero.collectives import Group
 from tfzero.compression import Codec
+from tfzero.packing import as_rows
 
 # Bytes of gathered values that may wait for their layer, beside that of the layer which is being computed; a larger
 # value waits alone. So large layers are prefetched one by one, and small ones need not wait for the network each time.
@@ -130,7 +131,7 @@ class Gatherer:
 
         @tf.custom_gradient
         def scatter(whole):
-            rows = self._as_rows(whole)
+            rows = as_rows(whole, self._group.world_size)
             if codec is None:
                 summed = self._collective(self._group.reduce_scatter, rows, shard.dtype)
             else:
@@ -150,20 +151,11 @@ class Gatherer:
 
         def encode(rows):
             scale = tf.constant(1.0) if loss_scale is None else tf.convert_to_tensor(loss_scale)
-            rows = tf.cast(rows, tf.float32) + self._as_rows(tf.reshape(residual, [-1]) * scale)
-            payload = codec.encoded(rows)
-            lost = (rows - codec.decoded(payload, rows.shape[1])) / scale
-            lost = tf.reshape(tf.reshape(lost, [-1])[:elements], residual.shape)
-            residual.assign(tf.where(tf.math.is_finite(lost), lost, residual))
+            payload, lost = codec.encoded_with(rows, as_rows(tf.reshape(residual, [-1]) * scale, rows.shape[0]))
+            residual.assign(tf.reshape(tf.reshape(lost, [-1])[:elements] / scale, residual.shape))
             return payload
 
         return tf.function(encode, jit_compile=True, autograph=False)(rows)
-
-    def _as_rows(self, whole: tf.Tensor) -> tf.Tensor:
-        """A flat whole value, padded, as one row for each rank."""
-        padding = -whole.shape.num_elements() % self._group.world_size
-        padded = tf.pad(whole, [[0, padding]]) if padding else whole
-        return tf.reshape(padded, [self._group.world_size, -1])
 
     def _previous_users(self) -> list[tf.Operation]:
         """What is computed from a gathered value before the last; see 1 in [Note: gather]."""

@@ -23,13 +23,15 @@ def pack(bucket: Bucket, tensors: Mapping[int, tf.Tensor], world_size: int) -> t
     if bucket.placement is Placement.WHOLE:
         return _concat([flat(segment) for segment in bucket.segments], 0)
     if bucket.placement is Placement.SHARDED:
-        columns = []
-        for segment in bucket.segments:
-            padding = world_size * segment.width - segment.elements
-            padded = tf.pad(flat(segment), [[0, padding]]) if padding else flat(segment)
-            columns.append(tf.reshape(padded, [world_size, segment.width]))
-        return _concat(columns, 1)
+        return _concat([as_rows(flat(segment), world_size) for segment in bucket.segments], 1)
     return tf.stack([pack_row(bucket, rank, {s.index: flat(s) for s in bucket.segments}) for rank in range(world_size)])
+
+
+def as_rows(flat: tf.Tensor, world_size: int) -> tf.Tensor:
+    """A flat tensor, padded with zeros, as one shard for each rank: `[world_size, shard_elements]`."""
+    padding = -flat.shape.num_elements() % world_size
+    padded = tf.pad(flat, [[0, padding]]) if padding else flat
+    return tf.reshape(padded, [world_size, -1])
 
 
 def pack_row(bucket: Bucket, rank: int, parts: Mapping[int, tf.Tensor]) -> tf.Tensor:
@@ -67,11 +69,7 @@ def unpack_owned(bucket: Bucket, rows: tf.Tensor, rank: int) -> dict[int, tf.Ten
 
 def pack_owned(bucket: Bucket, wholes: Mapping[int, tf.Tensor], rank: int, world_size: int) -> tf.Tensor:
     """The owner's whole variables, flat, as every rank's shards: row `r` holds those of rank `r`."""
-    cut = []
-    for segment in bucket.segments_of(rank):
-        width = shard_elements(segment.elements, world_size)
-        padded = tf.pad(wholes[segment.index], [[0, world_size * width - segment.elements]])
-        cut.append(tf.reshape(padded, [world_size, width]))
+    cut = [as_rows(wholes[segment.index], world_size) for segment in bucket.segments_of(rank)]
     columns = max(_shard_columns(bucket, owner, world_size) for owner in range(world_size))
     mine = _shard_columns(bucket, rank, world_size)
     return tf.concat([*cut, tf.zeros([world_size, columns - mine], tf.as_dtype(bucket.dtype))], 1)
