@@ -322,9 +322,9 @@ def test_inputs_of_different_length(strategy):
 # Workers that differ or leave. Each runs `scenario` in processes of its own, which end on their own.
 
 
-def fit(model, samples=46):
+def fit(model, samples=46, optimizer="sgd"):
     x, y = Data(samples).arrays()
-    model.compile("sgd", "categorical_crossentropy")
+    model.compile(optimizer, "categorical_crossentropy")
     model.fit(x, y, batch_size=15, verbose=0, shuffle=False)
 
 
@@ -346,36 +346,41 @@ def different_settings(index):
     print("REPORT trained")
 
 
-def different_units(index):
-    with tfzero.ZeroStrategy(2, timeout_seconds=10).scope():
+def different_units(strategy, index):
+    with strategy.scope():
         keras.Sequential([keras.Input((8,)), keras.layers.Dense(17 + index), keras.layers.Dense(3)])
 
 
-def one_layer_more(index):
-    strategy = tfzero.ZeroStrategy(2, timeout_seconds=10)
+def one_layer_more(strategy, index):
     with strategy.scope():
         layers = [keras.layers.Dense(3) for _ in range(2 + index)]
         model = keras.Sequential([keras.Input((8,)), *layers])
     fit(model)
 
 
-def different_optimizers(index):
-    model = make(tfzero.ZeroStrategy(2, timeout_seconds=10))
-    model.compile(keras.optimizers.Adam(0.1 * (index + 1)), "categorical_crossentropy")
-    x, y = Data().arrays()
-    model.fit(x, y, verbose=0)
+def different_learning_rates(strategy, index):
+    fit(make(strategy), optimizer=keras.optimizers.Adam(0.1 * (index + 1)))
 
 
-def different_optimizer_classes(index):
-    model = make(tfzero.ZeroStrategy(2, timeout_seconds=10))
-    model.compile(["adam", "sgd"][index], "categorical_crossentropy")
-    x, y = Data().arrays()
-    model.fit(x, y, verbose=0)
+def different_optimizers(strategy, index):
+    fit(make(strategy), optimizer=["adam", "sgd"][index])
 
 
-def different_lengths(index):
-    model = make(tfzero.ZeroStrategy(2, timeout_seconds=6))
-    fit(model, samples=46 + 15 * index)
+def different_lengths(strategy, index):
+    fit(make(strategy), samples=46 + 15 * index)
+
+
+DIFFERENCES = (different_units, one_layer_more, different_learning_rates, different_optimizers, different_lengths)
+
+
+def all_differences(index):
+    """One after the other: each is refused, and the next is told apart from it."""
+    strategy = tfzero.ZeroStrategy(2, timeout_seconds=10)
+    for difference in DIFFERENCES:
+        try:
+            difference(strategy, index)
+        except ValueError as error:
+            print("REPORT", difference.__name__, str(error).replace("\n", " "))
 
 
 def death_before_training(index):
@@ -505,41 +510,32 @@ def test_workers_with_different_settings():
         assert reports[3] == "REPORT trained"
 
 
-def test_workers_with_different_layers():
-    outputs, _ = run_scenario(different_units)
+@pytest.fixture(scope="module")
+def differences():
+    """What each worker was told of each difference."""
+    outputs, _ = run_scenario(all_differences)
+    reports = []
     for output in outputs:
-        error = last_error(output)
-        assert "models" in error and "kernel" in error, error
-        assert "(8, 17)" in error and "(8, 18)" in error and "on worker 0" in error and "on worker 1" in error, error
+        lines = [line.split(" ", 2)[1:] for line in output.splitlines() if line.startswith("REPORT")]
+        assert [name for name, _ in lines] == [difference.__name__ for difference in DIFFERENCES], output
+        reports.append(dict(lines))
+    return reports
 
 
-def test_worker_with_a_layer_more():
-    outputs, _ = run_scenario(one_layer_more)
-    for output in outputs:
-        error = last_error(output)
-        assert "models" in error and "worker 0" in error and "(3, 3)' on worker 1" in error, error
-
-
-def test_workers_with_different_learning_rates():
-    outputs, _ = run_scenario(different_optimizers)
-    for output in outputs:
-        error = last_error(output)
-        assert "optimizers differ" in error and "0.1" in error and "0.2" in error, error
-        assert "on worker 0" in error and "on worker 1" in error, error
-
-
-def test_workers_with_different_optimizers():
-    outputs, _ = run_scenario(different_optimizer_classes)
-    for output in outputs:
-        error = last_error(output)
-        assert "optimizers differ" in error and "Adam" in error and "SGD" in error, error
-
-
-def test_workers_with_data_of_different_length():
-    outputs, _ = run_scenario(different_lengths)
-    for output in outputs:
-        error = last_error(output)
-        assert "data sets differ: number of batches is 4 on worker 0 and 5 on worker 1" in error, error
+@pytest.mark.parametrize(
+    ("difference", "told"),
+    [
+        (different_units, ["models", "kernel", "(8, 17)", "(8, 18)", "on worker 0", "on worker 1"]),
+        (one_layer_more, ["models", "worker 0", "(3, 3)' on worker 1"]),
+        (different_learning_rates, ["optimizers differ", "0.1", "0.2", "on worker 0", "on worker 1"]),
+        (different_optimizers, ["optimizers differ", "Adam", "SGD"]),
+        (different_lengths, ["data sets differ: number of batches is 4 on worker 0 and 5 on worker 1"]),
+    ],
+)
+def test_workers_that_differ(differences, difference, told):
+    for report in differences:
+        for text in told:
+            assert text in report[difference.__name__]
 
 
 def test_worker_that_dies_before_training():

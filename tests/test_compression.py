@@ -14,6 +14,7 @@ import tfzero
 from tfzero.compression import Codec
 from tfzero.variables import ShardedParameter
 
+SWEEP = pytest.mark.sweep
 FORMATS = ["bf16", "fp16", "int8"]
 X, Y = oracle.Data(features=8).arrays()
 
@@ -143,8 +144,14 @@ def test_stage_3_computes_with_encoded_weights():
     assert np.mean(np.abs(after - expected) > 1e-3 * np.abs(after - before).max()) < 2e-3
 
 
-@pytest.mark.parametrize("scaled", [False, True])
-@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.sweep), 2, 3])
+@pytest.mark.parametrize(
+    ("stage", "scaled"),
+    [
+        (2, False),
+        (3, True),
+        *(pytest.param(*values, marks=SWEEP) for values in [(0, False), (0, True), (2, True), (3, False)]),
+    ],
+)
 def test_error_feedback_keeps_what_is_too_small_to_travel(stage, scaled):
     """A gradient of 1 hides those of 1/300 beside it, unless what was lost is added up; in units of any loss scale."""
 
@@ -294,7 +301,9 @@ def test_a_run_goes_on_bit_for_bit(tmp_path, stage):
         np.testing.assert_array_equal(mine, theirs)
 
 
-@pytest.mark.parametrize(("devices", "stage", "compression"), [(3, 1, "int8"), (1, 2, None), (2, 3, None)])
+@pytest.mark.parametrize(
+    ("devices", "stage", "compression"), [(3, 1, "int8"), (2, 3, None), pytest.param(1, 2, None, marks=SWEEP)]
+)
 def test_another_run_goes_on_from_the_master_values(tmp_path, devices, stage, compression):
     original = saved(tmp_path)
     strategy = make_strategy(stage, devices, compression=compression, error_feedback=compression is not None)

@@ -51,6 +51,10 @@ def test_the_network_sees_what_leaves_a_worker():
     # All-to-all from four replicas to the other four; the ring's all-gather crosses once.
     assert Setup(8, 2, replicas_per_worker=4).network_bytes() == 4 * 4 * 4 / 8 + 4 * 7 / 8
     assert Setup(8, 0, replicas_per_worker=4).network_bytes() == 2 * 4 * 7 / 8
+    # With two levels one sum for the whole worker: 1/4 of that; inside it three more quarters.
+    assert Setup(8, 2, replicas_per_worker=4, two_level=True).network_bytes() == 4 * 4 / 8 + 4 * 7 / 8
+    assert Setup(8, 2, replicas_per_worker=4, two_level=True).sent_bytes() == 4 * 3 / 4 + 4 / 2 / 4 + 4 * 7 / 8
+    assert Setup(8, 2, replicas_per_worker=4, two_level=True).messages(10) == 10 * (3 + 1 + 7)
 
 
 @pytest.mark.parametrize(
@@ -75,12 +79,13 @@ def test_a_projection_is_printed(capsys):
 # Against the collectives of traced steps.
 
 
-def _count(world_sizes, cases) -> dict:
+def _count(world_sizes, cases, hierarchical="auto") -> dict:
     """Bytes and messages that the first replica sends in a traced step, by replicas here, stage and compression."""
     import keras
     import tensorflow as tf
 
-    def sent(operation, members):
+    def sent(operation):
+        members = int(tf.get_static_value(operation.inputs[1]))
         size = operation.inputs[0].shape.num_elements() * operation.inputs[0].dtype.size
         if operation.type == "CollectiveGatherV2":
             return size * (members - 1), members - 1
@@ -91,7 +96,7 @@ def _count(world_sizes, cases) -> dict:
     for here in world_sizes:
         for stage, name in cases:
             devices = [f"CPU:{k}" for k in range(here)]
-            strategy = tfzero.ZeroStrategy(stage, devices=devices, compression=name)
+            strategy = tfzero.ZeroStrategy(stage, devices=devices, compression=name, hierarchical=hierarchical)
             members = strategy.num_replicas_in_sync
             with strategy.scope():
                 dense = [keras.layers.Dense(WIDTH, use_bias=False, activation="relu") for _ in range(LAYERS)]
@@ -104,7 +109,7 @@ def _count(world_sizes, cases) -> dict:
             step = tf.function(lambda batch, s=strategy, m=model: s.run(m.train_step, args=(batch,)))
             graph = step.get_concrete_function(batch).graph
             found = [
-                sent(operation, members)
+                sent(operation)
                 for operation in graph.get_operations()
                 if operation.type.startswith("Collective")
                 and operation.device.endswith("CPU:0")
@@ -116,16 +121,19 @@ def _count(world_sizes, cases) -> dict:
     return counted
 
 
-def check(counted, workers):
+def check(counted, workers, two_levels=False):
     elements = WIDTH * WIDTH * LAYERS
     for (here, stage, name), (size_bytes, messages) in counted.items():
-        setup = Setup(here * workers, stage, name, replicas_per_worker=here)
-        # The first layer's gradient needs no input's, so stage 3 does not gather it again.
-        left_out = 1 / LAYERS if stage == 3 else 0
-        formula = setup.sent_bytes() * (setup.passes - left_out) / setup.passes
+        is_two_level = two_levels and (stage > 0 or name is not None)
+        setup = Setup(here * workers, stage, name, replicas_per_worker=here, two_level=is_two_level)
+        others = setup.world_size - 1
+        formula, expected = setup.sent_bytes(), setup.messages(LAYERS if stage == 3 else 1)  # of layers, or of buckets
+        if stage == 3:
+            # The first layer's gradient needs no input's, so it is not gathered again.
+            formula -= item_bytes(name) * others / setup.world_size / LAYERS
+            expected -= others
         assert formula <= size_bytes / elements <= formula * 1.08, (here, stage, name)  # padding: of shards and blocks
-        exchanges = 1 if stage < 3 else LAYERS - left_out * LAYERS / setup.passes  # one bucket, or layers
-        assert messages == pytest.approx(setup.messages(1) * exchanges)
+        assert messages == pytest.approx(expected)
 
 
 CASES = ((0, None), (2, None), (2, "int8"), (3, None), (3, "bf16"))
@@ -143,8 +151,17 @@ def test_counted_traffic_of_replicas_in_one_process(world_sizes, cases):
     check(counted, 1)
 
 
-@pytest.mark.parametrize("cases", [CASES[2:3], pytest.param(CASES, marks=SWEEP)])
-def test_counted_traffic_of_33_replicas_in_three_processes(cases):
-    counted = tfzero.run_local(_count, workers=3, args=((11,), cases), cpu_devices=11, timeout_seconds=280)
+@pytest.mark.parametrize(
+    ("cases", "hierarchical"),
+    [
+        (CASES[2:3], "auto"),
+        pytest.param(CASES, "auto", marks=SWEEP),
+        pytest.param(CASES, False, marks=SWEEP),
+    ],
+)
+def test_counted_traffic_of_33_replicas_in_three_processes(cases, hierarchical):
+    counted = tfzero.run_local(
+        _count, workers=3, args=((11,), cases, hierarchical), cpu_devices=11, timeout_seconds=280
+    )
     assert counted[0] == counted[1] == counted[2]
-    check(counted[0], 3)
+    check(counted[0], 3, two_levels=hierarchical == "auto")

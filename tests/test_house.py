@@ -11,8 +11,8 @@ ROOT = Path(__file__).parents[1]
 # Each module imports only modules before it: the list is the design.
 LINE = (
     "plan", "slices", "wire", "costs", "commits", "cluster", "stopping", "fleet", "launch", "_compat", "settings",
-    "collectives", "compression", "pulse", "packing", "pacing", "gathering", "components", "variables", "inputs",
-    "extended", "losses", "exchange", "step", "inner", "optimizer", "strategy", "state", "checkpoint",
+    "collectives", "network", "compression", "pulse", "packing", "pacing", "gathering", "components", "variables",
+    "inputs", "extended", "losses", "exchange", "step", "inner", "optimizer", "strategy", "state", "checkpoint",
     "checkpointing", "callbacks", "keras_hooks", "keras_files", "measuring", "peers", "benchmark",
 )  # fmt: skip
 MODULES = sorted(path.stem for path in (ROOT / "tfzero").glob("*.py"))

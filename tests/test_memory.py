@@ -147,7 +147,7 @@ def test_no_gradient_travels_twice(figures, stage):
 
 FOUR = 4
 DEEP_WIDTH = 512
-DEPTHS = (8, 16, 32)
+DEPTHS = (8, 32)
 DEEP_ROWS = 4  # of each worker's batch
 # What the limited training may use beyond what TensorFlow takes to start, in bytes a parameter. Of private memory,
 # which the allocator reserves generously, stage 3 takes 14.5 and replication 40.

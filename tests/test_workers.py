@@ -165,7 +165,7 @@ def overflow_on_last_replica(strategy):
     return {"same": {"weights": model.get_weights(), "losses": losses, "scale": scale}}
 
 
-@case(**ADAM, level=2)
+@case(**ADAM)
 def one_sample(strategy):
     return fit_all(strategy, crossentropy("adam"), data=Data(1), batch_size=1, epochs=2)
 
@@ -291,12 +291,12 @@ def three_steps_per_execution(strategy):
     return fit_all(strategy, crossentropy("adam", steps_per_execution=3))
 
 
-@case(**ADAM, level=2)
+@case(**ADAM)
 def eager(strategy):
     return fit_all(strategy, crossentropy(keras.optimizers.Adam(0.01, global_clipnorm=0.1), run_eagerly=True), epochs=1)
 
 
-@case(**ADAM, level=2)
+@case(**ADAM)
 def on_batch(strategy):
     model = build(strategy)
     x, y = Data(23).arrays()
@@ -369,7 +369,7 @@ def synchronized_normalization(strategy):
     return fit_all(strategy, crossentropy(keras.optimizers.SGD(0.1)), make)
 
 
-@case(level=2)
+@case()
 def normalization(strategy):
     make = functools.partial(normalized_model, False)
     outcome = fit_all(strategy, crossentropy(keras.optimizers.Adam(0.01)), make)["same"]
@@ -409,7 +409,7 @@ class DenseEmbedding(keras.layers.Embedding):
         return tf.matmul(tf.one_hot(tf.cast(inputs, tf.int32), self.input_dim), self.embeddings)
 
 
-@case(**ADAM, level=2)
+@case(**ADAM)
 def embedding(strategy):
     layer = DenseEmbedding if strategy is None else keras.layers.Embedding
 
@@ -708,7 +708,7 @@ def test_dropout_differs_between_replicas_and_is_reproducible(fleet):
     assert_close(alike["outcomes"][1], alike["outcomes"][0])
 
 
-@fleets(2)
+@fleets(3)
 def test_normalization_has_moved(fleet):
     alike = fleet.result("normalization")["alike"]
     moved = [not np.allclose(a, b) for a, b in zip(alike["weights"], alike["initial"], strict=True)]

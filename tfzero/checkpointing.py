@@ -13,7 +13,7 @@ import keras
 from tfzero import commits
 from tfzero.checkpoint import Writer, check_fits, patience, pieces_to_write, read_state, snapshot, together
 from tfzero.cluster import Channel
-from tfzero.state import METRICS, Item, World, optimizers_of, state_of
+from tfzero.state import METRICS, Item, World, bucket_bytes_of, optimizers_of, state_of
 from tfzero.strategy import ZeroStrategy, channel_of_one
 
 _SAVE_SECONDS = 60.0  # for workers without a strategy's timeout
@@ -157,6 +157,10 @@ def restore(model: keras.Model, folder: Path, manifest: Mapping, team: Team, onl
     if manifest["position"] is None or not manifest["position"]["batch"]:
         items = [item for item in items if item.group != METRICS]  # begins anew, and may be another
     read_state(folder, items, check_fits(items, manifest, folder, optimizers_of(model)), team.world)
+    if only is None and manifest["world_size"] == team.world.size:
+        for name in bucket_bytes_of(model):
+            if name in manifest.get("bucket_bytes", {}):
+                getattr(model, name).repeat_bucket_bytes(manifest["bucket_bytes"][name])
 
 
 class Save:
@@ -204,6 +208,7 @@ class Save:
             "stage": self._team.stage,
             "world_size": self._team.world.size,
             "optimizers": optimizers_of(self._model),
+            "bucket_bytes": bucket_bytes_of(self._model),
         }
         if not asynchronous:
             self._write(folder, pieces, items, manifest)

@@ -1,4 +1,4 @@
-"""All replicas as one group: all-reduce, reduce-scatter, all-gather and broadcast.
+"""All replicas as one group, or two levels of them: all-reduce, reduce-scatter, all-gather and broadcast.
 
 The raw operations are TensorFlow's (`tensorflow/core/ops/collective_ops.cc`). What this module knows about them:
 
@@ -20,9 +20,15 @@ that a collective that waits in vain is noticed (`pulse.py`). Before it begins, 
 and for those, it is an all-to-all and a local sum: the same bytes on the wire. TensorFlow's CPU all-to-all fails with
 12 or more members in one process (its rendezvous keys become ambiguous); such groups reduce or gather everything and
 keep their row.
+
+[Note: two levels] Of an all-to-all each of a worker's K replicas sends its rows to all other workers. With two levels
+the replicas of a worker first add up their rows: each those of the ranks that have its own place in their workers
+(`within`). Then the replicas of one place exchange these sums (`across`): the network carries one K-th, in W-1 messages
+instead of N-K. Sums in between are float32 at least. All-gather is a ring, which leaves a worker once in any case.
 """
 
 import contextlib
+import copy
 import itertools
 from collections.abc import Callable, Sequence
 
@@ -54,14 +60,18 @@ class Group:
         world_size: number of replicas in all processes.
         first_rank: rank of this process's first replica.
         hint: "RING" or "NCCL".
+        two_level: whether sums are taken within each worker first. [Note: two levels]
     """
 
-    def __init__(self, devices: Sequence[str], world_size: int, first_rank: int, hint: str) -> None:
+    def __init__(
+        self, devices: Sequence[str], world_size: int, first_rank: int, hint: str, two_level: bool = False
+    ) -> None:
         self.devices = tuple(devices)
         self.world_size = world_size
-        self.first_rank = first_rank
         self.hint = hint
-        self._group_key = next(_group_keys)
+        self._members_here = len(self.devices)
+        self._ranks = [first_rank + replica for replica in range(len(self.devices))]
+        self._group_keys = [next(_group_keys)] * len(self.devices)
         self._next_keys = [1] * len(self.devices)
         self._launchers: dict = {}
         lanes = 1 if hint == "NCCL" else _LANES + 1
@@ -74,14 +84,31 @@ class Group:
         self._current_purpose = [0] * len(self.devices)
         self.iterations: tf.Variable | None = None  # of the optimizer built last
         self._latest: list[list[tf.Operation | None]] = [[None] * lanes for _ in self.devices]
+        self.within: Group | None = None
+        self.across = self
+        if two_level:
+            self._make_levels(first_rank)
+
+    def _make_levels(self, first_rank: int) -> None:
+        """The groups of [Note: two levels]. They share this one's keys, lanes and counts."""
+        here = len(self.devices)
+        workers, worker = self.world_size // here, first_rank // here
+        keys = [next(_group_keys) for _ in range(workers + here)]
+        self.within, self.across = copy.copy(self), copy.copy(self)
+        self.within.world_size, self.within._ranks = here, list(range(here))
+        self.within._group_keys = [keys[worker]] * here
+        self.across.world_size, self.across._ranks = workers, [worker] * here
+        self.across._group_keys = keys[workers:]
+        self.across._members_here = 1
+        self.within.across, self.across.across = self.within, self.across
 
     def rank(self, replica: int) -> int:
         """Rank of a local replica."""
-        return self.first_rank + replica
+        return self._ranks[replica]
 
     def align_keys(self) -> None:
         """Brings the local replicas' key counters together, should a failed trace have left them apart."""
-        self._next_keys = [max(self._next_keys)] * len(self.devices)
+        self._next_keys[:] = [max(self._next_keys)] * len(self.devices)
 
     def counts(self) -> list[int]:
         """How many collectives each lane of each local replica has begun and ended, together. [Note: counts]"""
@@ -134,7 +161,9 @@ class Group:
         """
         dtype = rows.dtype if dtype is None else dtype
         if self.world_size == 1:
-            return tf.cast(tf.reshape(rows, [-1]), dtype)
+            return tf.cast(rows[0], dtype)
+        if self.within is not None:
+            return self.across.reduce_scatter(self.sum_within(rows, replica), replica, dtype)
         is_narrow = rows.dtype in (tf.bfloat16, tf.float16)
         if self.hint == "NCCL" and not is_narrow:
             flat = tf.reshape(rows, [-1])
@@ -144,6 +173,18 @@ class Group:
             return tf.cast(self.all_reduce(rows, replica)[self.rank(replica)], dtype)
         received = self.all_to_all(rows, replica)
         return tf.cast(tf.reduce_sum(tf.cast(received, tf.float32) if is_narrow else received, 0), dtype)
+
+    def sum_within(self, rows: tf.Tensor, replica: int) -> tf.Tensor:
+        """The first of two levels: `[world_size, n]` to the rows that are left to be exchanged by `across`.
+
+        Those are `[workers, n]`, sums over this worker's replicas. With one level `rows` themselves, and `across` is
+        this group. 16-bit floats become float32 when they are added.
+        """
+        if self.within is None:
+            return rows
+        by_place = tf.reshape(rows, [self.across.world_size, self.within.world_size, -1])
+        dtype = tf.float32 if rows.dtype in (tf.bfloat16, tf.float16) else rows.dtype
+        return self.within.reduce_scatter(tf.transpose(by_place, [1, 0, 2]), replica, dtype)
 
     def all_to_all(self, rows: tf.Tensor, replica: int) -> tf.Tensor:
         """Row `r` goes to rank `r`; the row that comes from rank `r` takes its place: `[world_size, n]` to the same."""
@@ -194,7 +235,7 @@ class Group:
 
     @property
     def _lacks_all_to_all(self) -> bool:
-        return self.hint != "NCCL" and len(self.devices) > _MAX_ALL_TO_ALL_MEMBERS_PER_PROCESS
+        return self.hint != "NCCL" and self._members_here > _MAX_ALL_TO_ALL_MEMBERS_PER_PROCESS
 
     def launch(self, method: Callable, values: Sequence, *args) -> list:
         """Runs one collective for all local replicas at once, from outside a replica.
@@ -218,7 +259,7 @@ class Group:
         if not tf.executing_eagerly():
             return parts(*values)
         tensors = [tf.convert_to_tensor(value) for value in values]
-        signature = (method.__name__, args, tuple((t.dtype, tuple(t.shape)) for t in tensors))
+        signature = (method, args, tuple((t.dtype, tuple(t.shape)) for t in tensors))
         if signature not in self._launchers:
             specs = [tf.TensorSpec(t.shape, t.dtype) for t in tensors]
             self._launchers[signature] = tf.function(parts, autograph=False).get_concrete_function(*specs)
@@ -246,7 +287,7 @@ class Group:
             result = operation(
                 input=value,
                 group_size=self.world_size,
-                group_key=self._group_key,
+                group_key=self._group_keys[replica],
                 instance_key=self._take_key(replica) if key is None else key,
                 ordering_token=[self._tokens[replica][lane].handle],
                 communication_hint=self.hint,
@@ -289,7 +330,7 @@ class Group:
     def _broadcast(self, value: tf.Tensor, replica: int) -> tf.Tensor:
         attributes = {
             "group_size": self.world_size,
-            "group_key": self._group_key,
+            "group_key": self._group_keys[replica],
             "instance_key": self._take_key(replica),
             "communication_hint": self.hint,
         }

@@ -27,6 +27,7 @@ class Setup:
         error_feedback: as in `ZeroStrategy`.
         reshard_after_forward: as in `ZeroStrategy`.
         replicas_per_worker: how many of the replicas share a worker, and reach each other without the network.
+        two_level: whether gradients are summed within each worker first, in float32 (`collectives.py`).
     """
 
     world_size: int
@@ -35,15 +36,25 @@ class Setup:
     error_feedback: bool = False
     reshard_after_forward: bool = True
     replicas_per_worker: int = 1
+    two_level: bool = False
 
     @property
     def passes(self) -> int:
         """How often all elements travel in a step: gradients once, parameters once, at stage 3 twice."""
         return 3 if self.stage == 3 and self.reshard_after_forward else 2
 
+    @property
+    def workers(self) -> int:
+        return self.world_size // self.replicas_per_worker
+
     def sent_bytes(self) -> float:
         """Bytes that a replica sends in a step for each parameter."""
-        return self.passes * (self.world_size - 1) / self.world_size * item_bytes(self.compression)
+        item = item_bytes(self.compression)
+        once = item * (self.world_size - 1) / self.world_size
+        if not self.two_level:
+            return self.passes * once
+        here, workers = self.replicas_per_worker, self.workers
+        return 4 * (here - 1) / here + item * (workers - 1) / workers / here + (self.passes - 1) * once
 
     def network_bytes(self) -> float:
         """Bytes that leave a worker in a step for each parameter.
@@ -55,14 +66,16 @@ class Setup:
             return 0.0
         size = item_bytes(self.compression)
         ring = size * (self.world_size - 1) / self.world_size
-        straight = size * inside * (self.world_size - inside) / self.world_size
+        straight = size * (1 if self.two_level else inside) * (self.world_size - inside) / self.world_size
         if self.stage == 0 and self.compression is None:
             return 2 * ring
         return straight + (self.passes - 1) * ring
 
     def messages(self, exchanges: int) -> int:
         """Messages that a replica sends in a step, if variables travel in so many exchanges (buckets, or layers)."""
-        return exchanges * self.passes * (self.world_size - 1)
+        once = self.world_size - 1
+        of_gradients = self.replicas_per_worker - 1 + self.workers - 1 if self.two_level else once
+        return exchanges * (of_gradients + (self.passes - 1) * once)
 
     def held_bytes(self, slots: int = 2) -> float:
         """Bytes that a replica holds between steps for each float32 parameter: parameter, slots, and what is kept."""
@@ -86,7 +99,9 @@ def projection(options: argparse.Namespace) -> str:
     for world_size in (8, 64, 1024, 16384):
         for stage in range(4):
             for name in (None, "int8"):
-                setup = Setup(world_size, stage, name, replicas_per_worker=options.replicas_per_worker)
+                here = min(options.replicas_per_worker, world_size)
+                is_two_level = 1 < here < world_size and (stage > 0 or name is not None)
+                setup = Setup(world_size, stage, name, replicas_per_worker=here, two_level=is_two_level)
                 sent = max(setup.sent_bytes() / options.local_speedup, setup.network_bytes()) * options.parameters
                 messages = setup.messages(options.exchanges)
                 seconds = sent * 8 / (options.gbit * 1e9) + messages * options.microseconds * 1e-6

@@ -114,8 +114,11 @@ class Exchange:
             return payload
 
         own = {s.index: gradients[s.index] for s in bucket.segments if s.index in gradients}
-        payload = tf.function(encode, jit_compile=True, autograph=False)(own)
-        row = codec.decode_sum(self.group.all_to_all(payload, self.replica), width)
+        if self.group.within is None:
+            payload = tf.function(encode, jit_compile=True, autograph=False)(own)
+        else:
+            payload = codec.encode(self.group.sum_within(as_rows_of_ranks(own), self.replica))
+        row = codec.decode_sum(self.group.across.all_to_all(payload, self.replica), width)
         if is_whole:
             gathered = self.group.all_gather(codec.encode(row[tf.newaxis])[0], self.replica)
             row = tf.reshape(codec.decode(gathered, width), [-1])[: bucket.row_elements]

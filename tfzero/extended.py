@@ -14,7 +14,8 @@ from tfzero.components import component, initial_value, on_host
 from tfzero.compression import Codec
 from tfzero.gathering import Gatherer
 from tfzero.inputs import Seats, check_shardable, cut_dataset, describe_dataset, rows_of
-from tfzero.settings import Settings
+from tfzero.network import DEFAULT_BUCKET_BYTES, Network, measure_network
+from tfzero.settings import Choice, Settings
 from tfzero.variables import (
     AveragedVariable,
     OnReadVariable,
@@ -60,7 +61,9 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
             self._num_replicas_in_sync,
             self._id_in_cluster * len(self.worker_devices),
             "NCCL" if strategy.settings.device_type == "GPU" else "RING",
+            strategy.levels.value,
         )
+        self._network: Network | None = None
 
     def meet(self) -> None:
         """Forms the collective group, and makes sure that TensorFlow numbers its members as tfzero does."""
@@ -68,6 +71,17 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
         seen = self.group.launch(self.group.all_gather, ranks)[0]
         if seen.numpy().ravel().tolist() != list(range(self.group.world_size)):
             raise RuntimeError(f"TensorFlow ordered the replicas {seen.numpy().ravel().tolist()}, not by rank.")
+
+    def choose_bucket_bytes(self, model_bytes: int) -> Choice:
+        """The bytes of a bucket, for a model of so many bytes of gradients. All workers call it together."""
+        asked = self._settings.bucket_bytes
+        if asked != "auto":
+            return Choice(asked, f"bucket_bytes={asked}")
+        if self.group.world_size == 1:
+            return Choice(DEFAULT_BUCKET_BYTES, "one replica sends nothing")
+        if self._network is None:
+            self._network = measure_network(self.group, self._channel)
+        return self._network.bucket_bytes(model_bytes)
 
     # Collectives.
 

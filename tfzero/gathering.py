@@ -135,8 +135,9 @@ class Gatherer:
             if codec is None:
                 summed = self._collective(self._group.reduce_scatter, rows, shard.dtype)
             else:
+                rows = self._collective(self._group.sum_within, rows)
                 payload = self._encode_gradient(codec, rows, getattr(shard, RESIDUAL, None))
-                received = self._collective(self._group.all_to_all, payload)
+                received = self._collective(self._group.across.all_to_all, payload)
                 summed = tf.cast(codec.decode_sum(received, rows.shape[1]), shard.dtype)
             return summed, lambda upstream: self._all_gather(upstream, whole.shape, whole.dtype, ())
 

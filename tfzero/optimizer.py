@@ -6,6 +6,7 @@ optimizer stays Keras's own `update_step`.
 """
 
 import contextlib
+import dataclasses
 import warnings
 
 import keras
@@ -16,6 +17,7 @@ from tfzero.compression import Codec
 from tfzero.exchange import Wire, make_wire
 from tfzero.inner import CONTAINERS, chain, check_wrappable, chooser, is_compiled, settings_of, spec
 from tfzero.plan import make_plan
+from tfzero.settings import Choice
 from tfzero.step import ReplicaStep, Trained
 from tfzero.variables import VariableView
 
@@ -123,6 +125,11 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
         return self._trained.plan if self._trained else None
 
     @property
+    def bucket_bytes(self) -> Choice | None:
+        """Bytes of a bucket, and why so many; None until built."""
+        return self._trained.bucket_bytes if self._trained else None
+
+    @property
     def trained_variables(self) -> tuple:
         """The model's variables in the plan's order; none until built."""
         return self._trained.variables if self._trained else ()
@@ -212,15 +219,12 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
         settings = strategy.settings
         codec = Codec.of(settings.compression) if strategy.num_replicas_in_sync > 1 else None
         specs = [spec(variable, optimizers, choose(variable), codec) for variable in variables]
-        plan = make_plan(
-            specs,
-            strategy.num_replicas_in_sync,
-            settings.stage,
-            settings.bucket_bytes,
-            settings.min_shard_elements,
-        )
         with tf.init_scope():
             strategy.channel.agree("building an optimizer", settings_of(links), "optimizers")
+            choice = strategy.extended.choose_bucket_bytes(sum(s.elements * s.item_bytes for s in specs))
+        plan = make_plan(
+            specs, strategy.num_replicas_in_sync, settings.stage, choice.value, settings.min_shard_elements
+        )
         home = Home(self, strategy)
         for link in links:
             _compat.adopt(link, home)
@@ -243,12 +247,27 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
             plan=plan,
             group=strategy.extended.group,
             wire=wire,
-            bucket_bytes=settings.bucket_bytes,
+            bucket_bytes=choice,
             sharded_gradients=settings.stage >= 2,
             loss_scale=self.loss_scale_optimizer,
         )
         strategy.extended.group.iterations = _compat.iteration_counter(links[-1]).value.values[0]
         self.built = True
+
+    def repeat_bucket_bytes(self, bucket_bytes: int) -> None:
+        """Takes the size of buckets that "auto" chose in a former run, so that sums round as they did there.
+
+        It has an effect on steps that are traced from now on, and none if the size was not left to "auto".
+        """
+        strategy = _strategy_of(self.trained_variables)
+        if strategy.settings.bucket_bytes == "auto" and strategy.num_replicas_in_sync > 1:
+            old, settings = self._trained, strategy.settings
+            plan = make_plan(
+                old.plan.specs, old.plan.world_size, settings.stage, bucket_bytes, settings.min_shard_elements
+            )
+            choice = Choice(bucket_bytes, "the checkpoint's run chose so")
+            self._trained = dataclasses.replace(old, plan=plan, bucket_bytes=choice)
+            self._eager_functions.clear()
 
     # Apply.
 

@@ -19,7 +19,7 @@ class Settings:
     """What all workers must agree on. See `ZeroStrategy`."""
 
     stage: int
-    bucket_bytes: int
+    bucket_bytes: int | str
     min_shard_elements: int
     timeout_seconds: float
     devices_per_worker: int
@@ -27,6 +27,15 @@ class Settings:
     reshard_after_forward: bool = True
     compression: str | None = None
     error_feedback: bool = False
+    hierarchical: bool | str = "auto"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen where the user left the choice, and why."""
+
+    value: int | bool
+    reason: str
 
 
 def check_stage(stage) -> None:
@@ -38,6 +47,43 @@ def check_number(name: str, value, kinds, least) -> None:
     if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value < math.inf:
         kind = "an integer" if kinds is int else "a number"
         raise ValueError(f"`{name}` must be {kind} of at least {least}. Received: {name}={value!r}")
+
+
+def check_bucket_bytes(bucket_bytes) -> None:
+    if isinstance(bucket_bytes, str) and bucket_bytes == "auto":
+        return
+    if isinstance(bucket_bytes, str):
+        raise ValueError(
+            f"`bucket_bytes` must be 'auto' or an integer of at least 1. Received: bucket_bytes={bucket_bytes!r}"
+        )
+    check_number("bucket_bytes", bucket_bytes, int, 1)
+
+
+def choose_levels(settings: Settings, workers: int) -> Choice:
+    """Whether sums are taken within each worker first. [Note: two levels] in `collectives.py`
+
+    Raises:
+        ValueError: if two levels are asked for and would have no effect, or cannot be.
+    """
+    asked, devices = settings.hierarchical, settings.devices_per_worker
+    if not isinstance(asked, bool) and asked != "auto":
+        raise ValueError(f"`hierarchical` must be 'auto', True or False. Received: hierarchical={asked!r}")
+    obstacle = None
+    if workers == 1 or devices == 1:
+        obstacle = f"{workers} workers of {devices} replicas are one level"
+    elif settings.stage == 0 and settings.compression is None:
+        obstacle = "stage 0 all-reduces in a ring, which crosses the network once"
+    elif settings.error_feedback:
+        obstacle = "error_feedback keeps what each replica's own encoding lost, before any sum"
+    if asked is True and obstacle is not None:
+        raise ValueError(f"hierarchical=True has no effect: {obstacle}. Leave `hierarchical` away.")
+    if isinstance(asked, bool):
+        return Choice(asked, f"hierarchical={asked}")
+    if obstacle is None and settings.device_type == "GPU":
+        obstacle = "NCCL's own reduce-scatter knows which GPUs are near"
+    if obstacle is not None:
+        return Choice(False, obstacle)
+    return Choice(True, f"gradients cross the network once for {devices} replicas")
 
 
 def check_reshard(reshard_after_forward, stage: int) -> None:

@@ -121,6 +121,12 @@ def optimizers_of(model: keras.Model) -> dict[str, str]:
     return {name: type(_innermost(optimizer)).__name__ for name, optimizer in _optimizers(model).items()}
 
 
+def bucket_bytes_of(model: keras.Model) -> dict[str, int]:
+    """The sizes of buckets that were chosen for a model's optimizers, by the attribute that holds each."""
+    choices = {name: getattr(optimizer, "bucket_bytes", None) for name, optimizer in _optimizers(model).items()}
+    return {name: choice.value for name, choice in choices.items() if choice is not None}
+
+
 def _optimizers(model: keras.Model) -> dict[str, keras.optimizers.Optimizer]:
     return {name: value for name, value in sorted(vars(model).items()) if isinstance(value, keras.optimizers.Optimizer)}
 

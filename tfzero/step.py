@@ -23,6 +23,7 @@ from tfzero.exchange import Exchange, Wire
 from tfzero.pacing import Pacer
 from tfzero.packing import pack_row
 from tfzero.plan import Bucket, Placement, Plan
+from tfzero.settings import Choice
 from tfzero.variables import VariableView
 
 
@@ -38,7 +39,7 @@ class Trained:
         plan: who owns what.
         group: the replicas.
         wire: how variables travel.
-        bucket_bytes: bytes of a full bucket.
+        bucket_bytes: bytes of a full bucket, and why so many.
         sharded_gradients: whether gradients are kept in shards: reduced as the backward pass goes, and before they are
             accumulated (stage 2).
         loss_scale: Keras's loss scale optimizer, if there is one.
@@ -51,7 +52,7 @@ class Trained:
     plan: Plan
     group: Group
     wire: Wire
-    bucket_bytes: int
+    bucket_bytes: Choice
     sharded_gradients: bool
     loss_scale: keras.optimizers.LossScaleOptimizer | None
 
@@ -126,7 +127,7 @@ class ReplicaStep:
     def _reduce(self) -> dict[Bucket, tf.Tensor]:
         """Sums gradients over replicas: each bucket's row that this replica updates, or all of a whole bucket."""
         rows = {}
-        pacer = Pacer(2 * self.trained.bucket_bytes)
+        pacer = Pacer(2 * self.trained.bucket_bytes.value)
         for bucket in self.buckets:
             rows[bucket] = self.exchange.reduce(bucket, self.gradients)
             if self.trained.sharded_gradients and self.group.world_size > 1 and not bucket.sharded_parameters:
@@ -225,7 +226,7 @@ class ReplicaStep:
             learning_rate = tf.convert_to_tensor(rate.value if isinstance(rate, keras.Variable) else rate)
             _compat.begin_update(optimizer, learning_rate)
         compiled = self.trained.compiled[self.trained.optimizers.index(optimizer)]
-        for batch in self.plan.group(self._buckets_to_visit(optimizer, buckets), self.trained.bucket_bytes):
+        for batch in self.plan.group(self._buckets_to_visit(optimizer, buckets), self.trained.bucket_bytes.value):
 
             def updated_rows(given, parts, batch=batch):
                 return {

@@ -11,14 +11,17 @@ from tfzero import _compat
 from tfzero.cluster import Channel, Cluster
 from tfzero.extended import ZeroExtended
 from tfzero.inputs import DataPosition, cut_batch
+from tfzero.network import DEFAULT_BUCKET_BYTES
 from tfzero.pulse import Pulse
 from tfzero.settings import (
     Settings,
+    check_bucket_bytes,
     check_compression,
     check_number,
     check_reshard,
     check_stage,
     choose_devices,
+    choose_levels,
     configure_cpu_devices,
     find_cluster,
 )
@@ -49,6 +52,7 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         cluster_resolver: a `tf.distribute.cluster_resolver.ClusterResolver` that names the workers; by default
             `TF_CONFIG` does, and without it this process is the only one.
         bucket_bytes: gradients travel together in buckets of at most this many bytes (a larger variable travels alone).
+            "auto" measures the network when the optimizer is built, and chooses for the model.
         min_shard_elements: variables with fewer elements stay whole on every replica.
         timeout_seconds: how long a worker waits for the others before it gives up with an error: when it starts, and
             in every exchange of a step.
@@ -61,6 +65,9 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
             and up to stage 2 also variables with a constraint and those that an owner updates whole.
         error_feedback: with "int8", whether replicas keep what the encoding of gradients has lost and add it to the
             next ones (4 bytes a parameter more).
+        hierarchical: with several devices in each of several workers, whether gradients are summed within each worker
+            first and then across workers, in float32 where compression is used. "auto" does on CPU devices, unless
+            stage, `error_feedback` or the number of devices leave nothing to gain.
 
     Raises:
         ValueError: for settings, devices or a `TF_CONFIG` that make no sense, or that differ between workers.
@@ -74,15 +81,16 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         *,
         devices: Sequence[str] | None = None,
         cluster_resolver: tf.distribute.cluster_resolver.ClusterResolver | None = None,
-        bucket_bytes: int = 25 * 2**20,
+        bucket_bytes: int | str = DEFAULT_BUCKET_BYTES,
         min_shard_elements: int = 1024,
         timeout_seconds: float = 60.0,
         reshard_after_forward: bool | None = None,
         compression: str | None = None,
         error_feedback: bool = False,
+        hierarchical: bool | str = "auto",
     ) -> None:
         check_stage(stage)
-        check_number("bucket_bytes", bucket_bytes, int, 1)
+        check_bucket_bytes(bucket_bytes)
         check_number("min_shard_elements", min_shard_elements, int, 0)
         check_number("timeout_seconds", timeout_seconds, (int, float), 1)
         check_reshard(reshard_after_forward, stage)
@@ -100,7 +108,9 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
             reshard_after_forward is not False,
             compression,
             error_feedback,
+            hierarchical,
         )
+        self.levels = choose_levels(self.settings, 1 if cluster is None else len(cluster.addresses))
         self.data_position: DataPosition | None = None  # for the next training data
         self.channel, self.saving_channel, pulse = _meet(cluster, timeout_seconds)
         self.stop = AgreedStop() if pulse is None else pulse.stop_together
