@@ -3,7 +3,7 @@
     python benchmarks/collectives.py --fleets 2x1 2x2 1x4      # workers x logical CPU devices in each
 
 `ring` is TensorFlow's all-reduce; `gather` all-gathers and adds; `scatter` reduce-scatters and all-gathers. The rule in
-`collectives.py` follows from it. The last columns are latency and bandwidth as `bucket_bytes="auto"` measures them.
+`tfzero/collectives.py` follows from it.
 """
 
 import argparse
@@ -32,7 +32,8 @@ def times(kibibytes, rounds: int) -> dict:
         return whole[: value.shape[0]]
 
     def ring(value, replica):
-        return group._reduce(value, group._take_key(replica), replica)
+        key = group._take_key(replica)
+        return group._emit(tf.raw_ops.CollectiveReduceV2, value, replica, key=key, merge_op="Add", final_op="Id")
 
     found = {}
     for kib in kibibytes:

@@ -153,6 +153,21 @@ def test_nccl_operations():
     assert first[0].inputs[-1].name != second[0].inputs[-1].name
 
 
+@pytest.mark.parametrize(
+    ("devices", "world_size", "elements", "kind"),
+    [
+        (1, 2, 1, "Reduce"), (1, 2, 2, "Gather"), (1, 2, 2**14, "Gather"), (1, 2, 2**14 + 1, "Reduce"),
+        (1, 9, 2**13, "Gather"), (1, 9, 2**13 + 1, "Reduce"), (2, 2, 2, "Reduce"),
+    ],
+)  # fmt: skip
+def test_how_a_sum_is_taken(devices, world_size, elements, kind):
+    """Small ones between processes by gathering: up to 64 KiB each, and 256 KiB from all others."""
+    group = Group([f"/CPU:{k}" for k in range(devices)], world_size, 0, "RING")
+    step = tf.function(lambda value: group.all_reduce(value, 0), autograph=False)
+    graph = step.get_concrete_function(tf.TensorSpec([elements])).graph
+    assert [op.type for op in graph.get_operations() if op.type.startswith("Coll")] == [f"Collective{kind}V2"]
+
+
 @pytest.mark.parametrize("elementwise", [True, False])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_unpack_is_the_inverse_of_pack(world_size, elementwise):

@@ -14,6 +14,7 @@ from tfzero import extended
 from tfzero.network import DEFAULT_BUCKET_BYTES, Network
 from tfzero.settings import Settings, choose_levels
 
+TRAINED = [(3, None), (2, "int8"), (3, "bf16")]
 SETTINGS = Settings(2, 2**20, 1024, 60.0, devices_per_worker=4, device_type="CPU")
 
 
@@ -88,22 +89,23 @@ def _step_in_int8(strategy) -> dict:
 
 def _two_by_two() -> dict:
     found: dict = {}
-    for name, settings in {
-        "two": {}, "one": {"hierarchical": False}, "stage 3": {"stage": 3}, "int8": {"compression": "int8"},
-        "stage 3 bf16": {"stage": 3, "compression": "bf16"}, "stage 0 int8": {"stage": 0, "compression": "int8"},
-    }.items():  # fmt: skip
-        strategy = tfzero.ZeroStrategy(**{"min_shard_elements": 8, **settings})
+    for hierarchical in ("auto", False):
+        strategy = tfzero.ZeroStrategy(hierarchical=hierarchical)
+        assert strategy.levels.value is (hierarchical == "auto")
+        found[hierarchical] = _sums(strategy.extended.group)
+    # Stage 2 without compression is trained so in `test_workers.py`.
+    for stage, compression in TRAINED:
+        strategy = tfzero.ZeroStrategy(stage, compression=compression, min_shard_elements=8)
+        assert strategy.levels.value
         keras.utils.set_random_seed(1)
         with strategy.scope():
             model = oracle.dense_model()
-        found[name] = {"levels": strategy.levels.value, "initial": model.get_weights()}
+        initial = model.get_weights()
         arguments = {"optimizer": keras.optimizers.Adam(0.01), "loss": "categorical_crossentropy"}
         outcome = oracle.train(model, *oracle.Data().arrays(), arguments)
-        found[name]["outcome"] = dataclasses.asdict(outcome)
-        if name in ("two", "one"):
-            found[name]["sums"] = _sums(strategy.extended.group)
-        if name == "int8":
-            found[name]["step"] = _step_in_int8(strategy)
+        found[stage, compression] = {"initial": initial, **dataclasses.asdict(outcome)}
+        if (stage, compression) == (2, "int8"):
+            found["step"] = _step_in_int8(strategy)
     return found
 
 
@@ -112,11 +114,10 @@ def two_by_two():
     return tfzero.run_local(_two_by_two, workers=2, cpu_devices=2, timeout_seconds=240)
 
 
-@pytest.mark.parametrize("levels", ["two", "one"])
-def test_sums_of_two_by_two_replicas(two_by_two, levels):
+@pytest.mark.parametrize("hierarchical", ["auto", False])
+def test_sums_of_two_by_two_replicas(two_by_two, hierarchical):
     for worker, found in enumerate(two_by_two):
-        assert found[levels]["levels"] is (levels == "two")
-        sums = found[levels]["sums"]
+        sums = found[hierarchical]
         for replica in range(2):
             rank = 2 * worker + replica
             for name in ("float32", "float64", "int32", "bfloat16"):
@@ -126,27 +127,26 @@ def test_sums_of_two_by_two_replicas(two_by_two, levels):
             assert sums["all to all"][replica].tolist() == [rank, 10 + rank, 20 + rank, 30 + rank]
 
 
-@pytest.mark.parametrize("name", ["two", "one", "stage 3", "int8", "stage 3 bf16", "stage 0 int8"])
-def test_two_by_two_replicas_train_as_one_device(two_by_two, name):
+@pytest.mark.parametrize(("stage", "compression"), TRAINED)
+def test_two_by_two_replicas_train_as_one_device(two_by_two, stage, compression):
     """Exactly, or nearly if encoded; and alike on both workers."""
-    first, second = (found[name] for found in two_by_two)
-    assert first["levels"] is (name != "one")
-    for mine, theirs in zip(first["outcome"]["weights"], second["outcome"]["weights"], strict=True):
+    first, second = (found[stage, compression] for found in two_by_two)
+    for mine, theirs in zip(first["weights"], second["weights"], strict=True):
         np.testing.assert_array_equal(mine, theirs)
     model = oracle.dense_model()
-    model.set_weights(first["initial"])
+    model.set_weights(first.pop("initial"))
     arguments = {"optimizer": keras.optimizers.Adam(0.01), "loss": "categorical_crossentropy"}
     expected = oracle.train(model, *oracle.Data().arrays(), arguments)
-    ours = oracle.Outcome(**first["outcome"])
-    if "8" in name or "bf16" in name:
+    ours = oracle.Outcome(**first)
+    if compression is None:
+        oracle.assert_same(ours, expected)
+    else:
         np.testing.assert_allclose(ours.batch_losses, expected.batch_losses, rtol=0.02)
         assert any((mine != theirs).any() for mine, theirs in zip(ours.weights, expected.weights, strict=True))
-    else:
-        oracle.assert_same(ours, expected)
 
 
 def test_a_workers_sum_is_encoded_and_not_its_parts(two_by_two):
-    step = two_by_two[0]["int8"]["step"]
+    step = two_by_two[0]["step"]
     errors = step["x"] @ step["before"] - step["y"]
     rows_of_workers = [0, 1, 4, 5], [2, 3, 6, 7]  # `Seats.part` deals them so
     of_workers = [step["x"][rows].T @ errors[rows] * 2 / errors.size for rows in rows_of_workers]
