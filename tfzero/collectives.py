@@ -328,15 +328,15 @@ class Group:
         with tf.control_dependencies(count_after(value, *note_after(value))):
             yield count_after
 
-    def _is_summed_by_gathering(self, value: tf.Tensor) -> bool:
-        """[Note: small sums]"""
-        if not self._counters or self.hint == "NCCL" or value.dtype not in _GATHERED_DTYPES:
-            return False
-        size_bytes = (value.shape.num_elements() or 1) * value.dtype.size
-        return value.dtype.size < size_bytes <= min(_MOST_GATHERED_BYTES, _MOST_RECEIVED_BYTES // (self.world_size - 1))
+    def sums_by_gathering(self, size_bytes: int) -> bool:
+        """Whether so many bytes are summed without a ring. [Note: small sums]"""
+        limit = min(_MOST_GATHERED_BYTES, _MOST_RECEIVED_BYTES // max(1, self.world_size - 1))
+        return bool(self._counters) and self.hint != "NCCL" and size_bytes <= limit
 
     def _reduce(self, value: tf.Tensor, key, replica: int) -> tf.Tensor:
-        if self._is_summed_by_gathering(value):
+        elements = value.shape.num_elements() or 1
+        gathers = value.dtype in _GATHERED_DTYPES and self.sums_by_gathering(elements * value.dtype.size)
+        if gathers and elements > 1:
             flat = tf.reshape(value, [-1])
             rows = self._emit(tf.raw_ops.CollectiveGatherV2, flat, replica, key=key)
             return tf.reduce_sum(tf.reshape(rows, [self.world_size, *value.shape]), 0)

@@ -314,18 +314,19 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
 
     def _create_slot(self, next_creator, view: VariableView, value, kwargs: dict):
         """An optimizer's slot: as the plan places its variable, or a replica's own."""
-        if kwargs.get("synchronization") is tf.VariableSynchronization.ON_READ:
-            return self._replicate(next_creator, value, kwargs)
         if self._settings.stage < 2 and _compat.is_accumulator_name(kwargs.get("name") or ""):
             kwargs |= {
                 "synchronization": tf.VariableSynchronization.ON_READ,
                 "aggregation": tf.VariableAggregation.SUM,
             }
-            return self._replicate(next_creator, value, kwargs)
-        if not view.sharded:
-            return self._replicate(next_creator, value, kwargs)
-        parts = self._make_parts(next_creator, value, view.owner, kwargs)
-        return ShardedVariable(self._container_strategy(), parts, tf.TensorShape(value.shape), view.owner)
+        is_own = kwargs.get("synchronization") is tf.VariableSynchronization.ON_READ
+        if is_own or not view.sharded:
+            slot = self._replicate(next_creator, value, kwargs)
+        else:
+            parts = self._make_parts(next_creator, value, view.owner, kwargs)
+            slot = ShardedVariable(self._container_strategy(), parts, tf.TensorShape(value.shape), view.owner)
+        view.slots.append(slot)
+        return slot
 
     # Input.
 

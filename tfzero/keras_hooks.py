@@ -6,6 +6,7 @@ whether a `ZeroStrategy` is concerned. Models of other strategies run Keras's ow
 
 import contextlib
 import functools
+import inspect
 
 import keras
 import tensorflow as tf
@@ -239,20 +240,36 @@ def _enumerate_iterator(original, self):
     yield from steps
 
 
+class _Announcement(keras.callbacks.Callback):
+    """Prints the report's summary, once for each optimizer, on the first worker."""
+
+    def on_train_begin(self, logs=None):
+        strategy, optimizer = strategy_of(self.model), self.model.optimizer
+        if optimizer is not None and optimizer not in strategy.announced:
+            strategy.announced.add(optimizer)
+            if strategy.extended.should_checkpoint:
+                print(strategy.report().summary(), flush=True)
+
+
 @patch(_compat.keras_tensorflow_trainer.TensorFlowTrainer, "fit")
 def _fit(original, self, *args, **kwargs):
-    """Tells callbacks of checkpoints before the data pipeline is made, and after all other callbacks have ended."""
+    """Adds the report, and tells a callback of checkpoints before data are prepared and after all others have ended."""
     strategy = strategy_of(self)
-    given = kwargs["callbacks"] if "callbacks" in kwargs else args[5] if len(args) > 5 else None
-    callbacks = [each for each in _flat_callbacks(given) if isinstance(each, CheckpointCallback)]
-    if strategy is None or not callbacks:
+    if strategy is None:
         return original(self, *args, **kwargs)
+    arguments = inspect.signature(original).bind(self, *args, **kwargs).arguments
+    given = arguments.get("callbacks")
+    if arguments.get("verbose", "auto") in ("auto", 1) and not isinstance(given, keras.callbacks.CallbackList):
+        arguments["callbacks"] = [*_flat_callbacks(given), _Announcement()]
+    callbacks = [each for each in _flat_callbacks(given) if isinstance(each, CheckpointCallback)]
+    if not callbacks:
+        return original(**arguments)
     if len(callbacks) > 1:
         raise ValueError(f"`fit` takes one CheckpointCallback. Received: {len(callbacks)} of them.")
     (callback,) = callbacks
     callback.prepare(self)
     try:
-        history = original(self, *args, **kwargs)
+        history = original(**arguments)
         callback.finish()
     finally:
         callback.leave()
@@ -263,7 +280,7 @@ def _fit(original, self, *args, **kwargs):
 def _flat_callbacks(callbacks) -> list:
     if isinstance(callbacks, keras.callbacks.CallbackList):
         callbacks = callbacks.callbacks
-    return tf.nest.flatten(callbacks)
+    return [] if callbacks is None else tf.nest.flatten(callbacks)
 
 
 @patch(_compat.keras_tensorflow_trainer.TFEpochIterator, "catch_stop_iteration")

@@ -125,6 +125,11 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
         return self._trained.plan if self._trained else None
 
     @property
+    def trained(self) -> Trained | None:
+        """What it trains, and with what; None until built."""
+        return self._trained
+
+    @property
     def bucket_bytes(self) -> Choice | None:
         """Bytes of a bucket, and why so many; None until built."""
         return self._trained.bucket_bytes if self._trained else None
@@ -232,6 +237,7 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
         with tf.init_scope(), strategy.scope(), strategy.extended.creating_optimizer_state():
             views = [VariableView(variable, plan, index) for index, variable in enumerate(variables)]
             self._wrapped.build(_ViewsAtHand(views, strategy.extended))
+            slots = tuple(tuple(view.slots) for view in views)
             wire = make_wire(codec, views, plan, strategy, self.loss_scale_optimizer)
         for optimizer in optimizers:
             _compat.adopt(optimizer, home, [v for v in variables if choose(v) is optimizer])
@@ -246,11 +252,13 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
             compiled=tuple(is_compiled(optimizer) for optimizer in optimizers),
             plan=plan,
             group=strategy.extended.group,
+            slots=slots,
             wire=wire,
             bucket_bytes=choice,
             sharded_gradients=settings.stage >= 2,
             loss_scale=self.loss_scale_optimizer,
         )
+        strategy.optimizers.add(self)
         strategy.extended.group.iterations = _compat.iteration_counter(links[-1]).value.values[0]
         self.built = True
 

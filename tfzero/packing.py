@@ -49,7 +49,7 @@ def pack_for_owners(bucket: Bucket, shards: Mapping[int, tf.Tensor], world_size:
 
     After an all-to-all row `r` holds rank `r`'s shards of this rank's own variables: see `unpack_owned`.
     """
-    columns = max(_shard_columns(bucket, owner, world_size) for owner in range(world_size))
+    columns = owned_columns(bucket, world_size)
     rows = []
     for owner in range(world_size):
         padding = tf.zeros([columns - _shard_columns(bucket, owner, world_size)], tf.as_dtype(bucket.dtype))
@@ -70,7 +70,7 @@ def unpack_owned(bucket: Bucket, rows: tf.Tensor, rank: int) -> dict[int, tf.Ten
 def pack_owned(bucket: Bucket, wholes: Mapping[int, tf.Tensor], rank: int, world_size: int) -> tf.Tensor:
     """The owner's whole variables, flat, as every rank's shards: row `r` holds those of rank `r`."""
     cut = [as_rows(wholes[segment.index], world_size) for segment in bucket.segments_of(rank)]
-    columns = max(_shard_columns(bucket, owner, world_size) for owner in range(world_size))
+    columns = owned_columns(bucket, world_size)
     mine = _shard_columns(bucket, rank, world_size)
     return tf.concat([*cut, tf.zeros([world_size, columns - mine], tf.as_dtype(bucket.dtype))], 1)
 
@@ -84,6 +84,11 @@ def unpack_for_owners(bucket: Bucket, rows: tf.Tensor) -> dict[int, tf.Tensor]:
         shards[segment.index] = rows[segment.row, begin : begin + width]
         begins[segment.row] += width
     return shards
+
+
+def owned_columns(bucket: Bucket, world_size: int) -> int:
+    """The most elements that one rank holds in shards of the variables of one owner."""
+    return max(_shard_columns(bucket, owner, world_size) for owner in range(world_size))
 
 
 def _shard_columns(bucket: Bucket, owner: int, world_size: int) -> int:

@@ -38,6 +38,7 @@ class Trained:
         compiled: for each inner optimizer, whether XLA compiles its update.
         plan: who owns what.
         group: the replicas.
+        slots: the optimizers' slots for each variable.
         wire: how variables travel.
         bucket_bytes: bytes of a full bucket, and why so many.
         sharded_gradients: whether gradients are kept in shards: reduced as the backward pass goes, and before they are
@@ -51,6 +52,7 @@ class Trained:
     compiled: tuple[bool, ...]
     plan: Plan
     group: Group
+    slots: tuple[tuple, ...]
     wire: Wire
     bucket_bytes: Choice
     sharded_gradients: bool

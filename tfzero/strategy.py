@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import weakref
 from collections.abc import Sequence
 from dataclasses import asdict
 
@@ -13,6 +14,7 @@ from tfzero.extended import ZeroExtended
 from tfzero.inputs import DataPosition, cut_batch
 from tfzero.network import DEFAULT_BUCKET_BYTES
 from tfzero.pulse import Pulse
+from tfzero.report import Report, make_report
 from tfzero.settings import (
     Settings,
     check_bucket_bytes,
@@ -111,6 +113,8 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
             hierarchical,
         )
         self.levels = choose_levels(self.settings, 1 if cluster is None else len(cluster.addresses))
+        self.optimizers: weakref.WeakSet = weakref.WeakSet()  # that were built for its variables
+        self.announced: weakref.WeakSet = weakref.WeakSet()  # those that `fit` has printed a report of
         self.data_position: DataPosition | None = None  # for the next training data
         self.channel, self.saving_channel, pulse = _meet(cluster, timeout_seconds)
         self.stop = AgreedStop() if pulse is None else pulse.stop_together
@@ -135,6 +139,17 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         if axis == 0 and getattr(getattr(first, "shape", None), "rank", None) == 0:
             axis = None
         return super().reduce(reduce_op, value, axis)
+
+    def report(self) -> Report:
+        """What this strategy does: settings, placements, bytes and messages. `print(strategy.report())` shows all.
+
+        `fit` prints `strategy.report().summary()` when it starts, on the first worker at `verbose=1`. Trained variables
+        and traffic are told once an optimizer has been built.
+        """
+        seats = self.extended.seats
+        trained = [optimizer.trained for optimizer in self.optimizers]
+        worker = f"worker {seats.worker} of {seats.workers}"
+        return make_report(self.settings, self.extended.group, self.levels, worker, trained)
 
     def cut_batch(self, batch):
         """One global batch as per-replica values, cut as `experimental_distribute_dataset` cuts it."""

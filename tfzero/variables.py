@@ -208,6 +208,7 @@ class VariableView:
         self.plan = plan
         self.index = index
         self.current = value
+        self.slots: list = []  # made for it
         self.path = variable.path
         # On one device Keras builds with its own variables, and updates TensorFlow's.
         self.name = variable.name if value is None else variable.value.name

@@ -1,0 +1,309 @@
+"""What a strategy does with a model, in words and numbers: `ZeroStrategy.report`."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import keras
+import tensorflow as tf
+
+from tfzero.collectives import Group
+from tfzero.packing import owned_columns
+from tfzero.plan import Bucket, Placement, shard_elements
+from tfzero.settings import Choice, Settings
+from tfzero.step import Trained
+from tfzero.variables import ShardedParameter
+
+_STAGES = (
+    "everything is whole on every replica",
+    "slots lie in shards",
+    "slots and gradients lie in shards",
+    "slots, gradients and parameters lie in shards",
+)
+MOST_LINES = 12  # of a summary
+
+
+@dataclass(frozen=True)
+class VariableReport:
+    """One trained variable.
+
+    Args:
+        name: its path.
+        shape: of the whole variable.
+        placement: "sharded", "whole", or "owned by rank 2".
+        reason: of the placement.
+        wire: in what its gradient travels: "float32", "int8", ...
+        parameter_bytes: that the first replica here holds of the variable itself.
+        slot_bytes: that it holds of the optimizer's slots, and of what compression keeps.
+        whole_bytes: of both, if nothing lay in shards.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    placement: str
+    reason: str
+    wire: str
+    parameter_bytes: int
+    slot_bytes: int
+    whole_bytes: int
+
+    @property
+    def saved_bytes(self) -> int:
+        """What sharding saves here."""
+        return self.whole_bytes - self.parameter_bytes - self.slot_bytes
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a strategy does. `str(report)` is all of it, `report.summary()` the most important in at most 12 lines.
+
+    Args:
+        options: the effect of each setting of the strategy, and why, where it was left to "auto".
+        variables: the trained ones; none before an optimizer is built.
+        sent_bytes: that each replica sends in a step, by formula. Of large parameters at stage 3 it takes for granted
+            that a layer of the global dtype policy reads them, and that the backward pass comes by.
+        messages: in how many messages.
+    """
+
+    options: Mapping[str, str]
+    variables: tuple[VariableReport, ...]
+    sent_bytes: int
+    messages: int
+
+    def summary(self) -> str:
+        lines = [f"tfzero: {self.options['stage']}; {self.options['devices']}"]
+        if self.variables:
+            held = sum(v.parameter_bytes + v.slot_bytes for v in self.variables)
+            whole = sum(v.whole_bytes for v in self.variables)
+            lines += [
+                f"  each replica holds {text_of(held)} of parameters and slots, which are {text_of(whole)} whole",
+                f"  {_count(self.variables)}",
+                f"  each sends {text_of(self.sent_bytes)} a step, in {self.messages} messages",
+            ]
+        shown = ("algorithm", "bucket_bytes", "hierarchical", "compression", "error_feedback", "accumulation")
+        effects = {name: self.options[name] for name in shown if self.options.get(name, "off") not in ("off", "none")}
+        lines += [f"  {name}: {effect}" for name, effect in effects.items()]
+        return "\n".join(lines[:MOST_LINES])
+
+    def __str__(self) -> str:
+        lines = [self.summary(), "", "Settings"]
+        lines += [f"  {name}: {effect}" for name, effect in self.options.items()]
+        if self.variables:
+            lines += ["", "Variables: shape, placement, wire, bytes here, bytes saved, reason"]
+            width = max(len(v.name) for v in self.variables)
+            lines += [
+                f"  {v.name:{width}}  {'x'.join(map(str, v.shape)) or 'scalar'}  {v.placement}  {v.wire}  "
+                f"{text_of(v.parameter_bytes + v.slot_bytes)}  {text_of(v.saved_bytes)}  {v.reason}"
+                for v in self.variables
+            ]
+        return "\n".join(lines)
+
+
+def text_of(size_bytes: float) -> str:
+    """12,345,678 as "12.3 MB"."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(size_bytes) < 1000:
+            return f"{size_bytes:.0f} B" if unit == "B" else f"{size_bytes:.3g} {unit}"
+        size_bytes /= 1000
+    return f"{size_bytes:.3g} TB"
+
+
+def make_report(settings: Settings, group: Group, levels: Choice, worker: str, trained: Sequence[Trained]) -> Report:
+    """The report of a strategy and of what the optimizers that were built under it train.
+
+    Args:
+        settings: of the strategy.
+        group: its replicas.
+        levels: whether sums are taken in two levels, and why.
+        worker: this process's name and how many there are, such as "worker 0 of 2".
+        trained: of each optimizer.
+    """
+    sent = [part for each in trained for part in _sent(settings, group, each)]
+    return Report(
+        options=_effects(settings, group, levels, worker, trained),
+        variables=tuple(_variables(settings, group, trained)),
+        sent_bytes=sum(size for size, _ in sent),
+        messages=sum(count for _, count in sent),
+    )
+
+
+# Settings.
+
+
+def _effects(settings: Settings, group: Group, levels: Choice, worker: str, trained: Sequence[Trained]) -> dict:
+    here, all_replicas = len(group.devices), group.world_size
+    workers = all_replicas // here
+    whole = [name for each in trained for name in _whole_names(each, settings)]
+    feedback = "what encoding loses of gradients is kept and added to the next: 4 bytes a parameter"
+    effects = {
+        "stage": f"stage {settings.stage}, {_STAGES[settings.stage]}",
+        "devices": f"{all_replicas} replicas, {here} {settings.device_type} devices in each of {workers}",
+        "cluster_resolver": f"this is {worker}",
+        "algorithm": _algorithm(group),
+        "bucket_bytes": _buckets(settings, trained),
+        "min_shard_elements": f"{settings.min_shard_elements}; {len(whole)} smaller variables stay whole",
+        "timeout_seconds": f"workers wait {settings.timeout_seconds:g} s for each other",
+        "reshard_after_forward": _resharding(settings),
+        "compression": _compression(settings),
+        "error_feedback": feedback if settings.error_feedback else "off",
+        "hierarchical": f"{'two levels' if levels.value else 'one level'}: {levels.reason}",
+    }
+    if workers == 1:
+        effects["timeout_seconds"] = "no effect in a single process"
+    steps = {s for each in trained for o in each.optimizers if (s := o.gradient_accumulation_steps)}
+    if steps and settings.stage < 2:
+        effects["accumulation"] = f"gradients are sent once in {max(steps)} steps; each replica keeps them whole"
+    elif steps:
+        effects["accumulation"] = f"gradients are sent in each of {max(steps)} steps, to be accumulated in shards"
+    return effects
+
+
+def _resharding(settings: Settings) -> str:
+    if settings.stage < 3:
+        return "no effect below stage 3"
+    if settings.reshard_after_forward:
+        return "parameters are gathered again in the backward pass"
+    return "parameters are kept from the forward to the backward pass"
+
+
+def _algorithm(group: Group) -> str:
+    if group.world_size == 1:
+        return "one replica exchanges nothing"
+    if group.hint == "NCCL":
+        return "NCCL; reduce-scatter is its own, of 16-bit floats an all-to-all and a sum in float32"
+    between = "" if group.world_size == len(group.devices) else "; sums of up to 64 KiB are gathered and added"
+    return f"rings; reduce-scatter is an all-to-all and a sum, as TensorFlow has none on CPU{between}"
+
+
+def _buckets(settings: Settings, trained: Sequence[Trained]) -> str:
+    if not trained:
+        return f"{settings.bucket_bytes}"
+    return "; ".join(
+        f"{len(each.plan.buckets)} buckets of up to {choice.value / 2**20:.4g} MiB ({choice.reason})"
+        for each in trained
+        for choice in [each.bucket_bytes]
+    )
+
+
+def _whole_names(trained: Trained, settings: Settings) -> list[str]:
+    pairs = zip(trained.plan.specs, trained.plan.placements, strict=True)
+    return [
+        s.name for s, placement in pairs if placement is Placement.WHOLE and s.elements < settings.min_shard_elements
+    ]
+
+
+def _compression(settings: Settings) -> str:
+    if settings.compression is None:
+        return "none"
+    parameters = {0: "", 3: "; replicas compute with encoded weights"}.get(
+        settings.stage, "; parameters travel as differences, and owners keep 4/N bytes a parameter more"
+    )
+    return f"float32 matrices travel as {settings.compression}, the rest as it is{parameters}"
+
+
+# Variables.
+
+
+def _bytes(value, replica: int | None = 0) -> int:
+    """Of what the first replica here holds of a variable, or with None of the whole."""
+    component = value if replica is None or not hasattr(value, "values") else value.values[replica]
+    return math.prod(component.shape) * tf.as_dtype(value.dtype).size
+
+
+def _variables(settings: Settings, group: Group, trained: Sequence[Trained]) -> Iterator[VariableReport]:
+    for each in trained:
+        encoded = {s.index for bucket in each.plan.buckets if bucket.compressed for s in bucket.segments}
+        for index, variable in enumerate(each.variables):
+            owner, placement = each.plan.owners[index], each.plan.placements[index]
+            kept = [k.value for part in (each.wire.lags, each.wire.residuals) for i, k in part.items() if i == index]
+            slots = [*each.slots[index], *kept]
+            is_encoded = index in encoded or (
+                isinstance(variable.value, ShardedParameter) and _is_served(each, variable.value)
+            )
+            yield VariableReport(
+                name=variable.path,
+                shape=tuple(variable.shape),
+                placement=placement.value if owner is None else f"owned by rank {owner}",
+                reason=each.plan.reasons[index],
+                wire=settings.compression if is_encoded and group.world_size > 1 else variable.dtype,
+                parameter_bytes=_bytes(variable.value),
+                slot_bytes=sum(map(_bytes, slots)),
+                whole_bytes=_bytes(variable.value, None) + sum(_bytes(slot, None) for slot in each.slots[index]),
+            )
+
+
+def _is_served(trained: Trained, value) -> bool:
+    return trained.wire.codec is not None and trained.wire.codec.serves(value.shape, tf.as_dtype(value.dtype))
+
+
+def _count(variables: Sequence[VariableReport]) -> str:
+    """Placements with their reasons: "4 sharded (its optimizer is element-wise), 3 whole (...)"."""
+    counts: dict[tuple[str, str], int] = {}
+    for variable in variables:
+        kind = variable.placement.split(" ")[0]
+        reason = (
+            variable.reason if kind != "whole" else variable.reason.partition(" elements are ")[2] or variable.reason
+        )
+        counts[kind, reason] = counts.get((kind, reason), 0) + 1
+    return ", ".join(f"{count} {kind} ({reason})" for (kind, reason), count in counts.items())
+
+
+# Traffic.
+
+
+def _sent(settings: Settings, group: Group, trained: Trained) -> Iterator[tuple[int, int]]:
+    """Bytes and messages that a replica sends in a step, exchange by exchange."""
+    if group.world_size == 1:
+        return
+    for bucket in trained.plan.buckets:
+        if bucket.sharded_parameters:
+            yield from _sent_of_shards(settings, group, trained, bucket)
+        elif bucket.placement is Placement.WHOLE and not bucket.compressed:
+            yield _all_reduce(group, bucket.row_elements * tf.as_dtype(bucket.dtype).size)
+        else:
+            width = bucket.row_elements
+            if bucket.placement is Placement.WHOLE:
+                width = shard_elements(width, group.world_size)
+            plain = width * tf.as_dtype(bucket.dtype).size
+            sent = trained.wire.codec.format.size_bytes(width) if bucket.compressed else plain
+            yield _reduce_scatter(group, plain, sent)
+            yield _to_all(group, sent)
+
+
+def _sent_of_shards(settings, group, trained, bucket: Bucket) -> Iterator[tuple[int, int]]:
+    """Stage 3: layers gather forward and backward and reduce their gradients; owners collect and hand out."""
+    computed_in = tf.as_dtype(keras.config.dtype_policy().compute_dtype)
+    for segment in bucket.segments:
+        value = trained.variables[segment.index].value
+        dtype = computed_in if computed_in.size < tf.as_dtype(value.dtype).size else tf.as_dtype(value.dtype)
+        width = shard_elements(segment.elements, group.world_size)
+        codec = trained.wire.codec
+        is_encoded = codec is not None and codec.serves(value.shape, dtype)
+        sent = codec.format.size_bytes(width) if is_encoded else width * dtype.size
+        for _ in range(2 if settings.reshard_after_forward else 1):
+            yield _to_all(group, sent)
+        yield _reduce_scatter(group, width * (4 if is_encoded else dtype.size), sent)
+    if bucket.placement is Placement.OWNED:
+        columns = owned_columns(bucket, group.world_size)
+        for _ in range(3):  # gradients and parameters to their owners, parameters back
+            yield _to_all(group, columns * tf.as_dtype(bucket.dtype).size)
+
+
+def _to_all(group: Group, row_bytes: int) -> tuple[int, int]:
+    others = group.world_size - 1
+    return others * row_bytes, others
+
+
+def _reduce_scatter(group: Group, plain_bytes: int, sent_bytes: int) -> tuple[int, int]:
+    """Of a row of so many bytes, as it is and as it travels."""
+    if group.within is None:
+        return _to_all(group, sent_bytes)
+    here, workers = group.within.world_size, group.across.world_size
+    return (here - 1) * workers * plain_bytes + (workers - 1) * sent_bytes, here - 1 + workers - 1
+
+
+def _all_reduce(group: Group, size_bytes: int) -> tuple[int, int]:
+    if group.sums_by_gathering(size_bytes):
+        return _to_all(group, size_bytes)
+    others = group.world_size - 1
+    return 2 * others * -(-size_bytes // group.world_size), 2 * others
