@@ -55,7 +55,7 @@ def write(model: keras.Model, alphabet: list, start: str, length: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=300)
     options = parser.parse_args()
 
     strategy = tfzero.ZeroStrategy(stage=3)  # before anything else of TensorFlow
@@ -74,7 +74,7 @@ def main() -> None:
     model.fit(chosen[:, :-1], chosen[:, 1:], batch_size=32, shuffle=False, verbose=1 if is_chief else 0)
 
     figures = model.evaluate(held_out[:, :-1], held_out[:, 1:], batch_size=64, verbose=0, return_dict=True)
-    text = write(model, list(alphabet), "This data set ".rjust(CONTEXT), 40)
+    text = write(model, list(alphabet), "This data set ".rjust(CONTEXT), 20)
     if is_chief:
         print(f"\nof held-out letters {figures['accuracy']:.1%} are foretold (loss {figures['loss']:.3f})")
         print(f"it writes: {text.strip()!r}")

@@ -30,7 +30,7 @@ def make_model() -> keras.Model:
     model = keras.Sequential([keras.Input((8, 8, 1)), layers.RandomTranslation(0.1, 0.1)])
     for filters in (32, 64):
         model.add(layers.Conv2D(filters, 3, padding="same", use_bias=False))
-        model.add(layers.BatchNormalization(synchronized=True))
+        model.add(layers.BatchNormalization(momentum=0.9, synchronized=True))
         model.add(layers.Activation("relu"))
         model.add(layers.MaxPooling2D())
     model.add(layers.Flatten())

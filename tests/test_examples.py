@@ -38,7 +38,7 @@ def test_gpt():
     # One letter in six is a space, and the likeliest.
     assert number_in(r"of held-out letters ([\d.]+)% are foretold", printed) > 25
     assert "tfzero: stage 3, slots, gradients and parameters lie in shards" in printed
-    assert "it writes: 'This data set " in printed
+    assert re.search("it writes: .This data set", printed)
 
 
 def test_images():
@@ -47,8 +47,8 @@ def test_images():
 
 @pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.sweep)])
 def test_recommender(stage):
-    printed = run("recommender.py", "--epochs", "4", "--stage", str(stage))
-    assert number_in(r"in ([\d.]+)% of the cases", printed) > 70
+    printed = run("recommender.py", "--stage", str(stage))
+    assert number_in(r"in ([\d.]+)% of the cases", printed) > 80
 
 
 def test_loans():
