@@ -12,8 +12,9 @@ ROOT = Path(__file__).parents[1]
 LINE = (
     "plan", "slices", "wire", "costs", "commits", "cluster", "stopping", "fleet", "launch", "_compat", "settings",
     "collectives", "network", "compression", "pulse", "packing", "pacing", "gathering", "components", "variables",
-    "inputs", "extended", "losses", "exchange", "step", "inner", "optimizer", "report", "strategy", "state",
-    "checkpoint", "checkpointing", "callbacks", "keras_hooks", "keras_files", "measuring", "peers", "benchmark",
+    "inputs", "extended", "losses", "exchange", "step", "inner", "optimizer", "report", "strategy", "auditing",
+    "state", "checkpoint", "checkpointing", "callbacks", "keras_hooks", "keras_files", "measuring", "peers",
+    "benchmark",
 )  # fmt: skip
 MODULES = sorted(path.stem for path in (ROOT / "tfzero").glob("*.py"))
 MOST_LINES_OF_A_FILE = 400

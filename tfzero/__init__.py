@@ -9,6 +9,7 @@ _HOMES = {
     "CheckpointCallback": "tfzero.callbacks",
     "DamagedCheckpointError": "tfzero.commits",
     "DriftCallback": "tfzero.callbacks",
+    "audit": "tfzero.auditing",
     "ZeroOptimizer": "tfzero.optimizer",
     "ZeroStrategy": "tfzero.strategy",
     "WorkerError": "tfzero.launch",
