@@ -47,8 +47,8 @@ class Audit:
             )
         lines = [f"  {d.name}: {d.largest:.3g}" for d in self.differences if not d.is_rounding]
         return (
-            f"After {self.steps} steps {len(lines)} of {len(self.differences)} variables differ from one device. Random "
-            "layers and BatchNormalization(synchronized=False) may; else it is an error. Largest differences:\n"
+            f"After {self.steps} steps {len(lines)} of {len(self.differences)} variables differ from one device. "
+            "Random layers and BatchNormalization(synchronized=False) may; else it is an error. Largest differences:\n"
             + "\n".join(lines)
         )
 
