@@ -1,4 +1,8 @@
-"""Four logical CPU devices for the whole suite; strategies take as many as they need."""
+"""Four logical CPU devices for the whole suite; strategies take as many as they need.
+
+Most of the time goes into making graphs, not into running them, so this process leaves Grappler's optimizations out.
+Workers, which are processes of their own, have them as every user does.
+"""
 
 import os
 
@@ -11,8 +15,13 @@ tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 4
 )
 
+tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
+
 # The files that take longest, so that no process is left with one of them at the end.
-LONGEST = ("test_workers", "test_step", "test_checkpoints", "test_survival", "test_bad_input", "test_optimizers")
+LONGEST = (
+    "test_workers", "test_step", "test_checkpoints", "test_survival", "test_examples", "test_bad_input",
+    "test_compression", "test_optimizers",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):

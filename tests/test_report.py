@@ -196,7 +196,7 @@ def test_a_model_that_is_built_by_its_first_batch_is_reported(capsys):
     )
 
 
-def _summaries() -> str:
+def _summaries() -> tuple:
     import contextlib
     import io
 
@@ -204,14 +204,18 @@ def _summaries() -> str:
     model = make_model(strategy)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        model.fit(*[np.ones((8, WIDTH), "float32")] * 2, verbose=1)
+        x = np.ones((8, WIDTH), "float32")
+        model.fit(x, x, verbose=1)
+        model.evaluate(x, x, verbose=2, batch_size=4)
+        model.predict(x)
     report = strategy.report()
     return printed.getvalue(), dict(report.options), report.messages
 
 
-def test_one_of_several_workers_prints_it():
+def test_one_of_several_workers_prints_it_and_shows_progress():
     first, second = tfzero.run_local(_summaries, workers=2, cpu_devices=2, timeout_seconds=120)
-    assert "4 replicas, 2 CPU devices in each of 2" in first[0] and "tfzero" not in second[0]
+    assert "4 replicas, 2 CPU devices in each of 2" in first[0]
+    assert first[0].count("loss:") >= 2 and second[0] == "", "one progress bar for all workers"
     assert second[1]["cluster_resolver"] == "this is worker 1 of 2"
     assert "workers wait 60 s for each other" in first[1]["timeout_seconds"]
     assert "two levels: gradients cross the network once for 2 replicas" in first[1]["hierarchical"]

@@ -240,15 +240,33 @@ def _enumerate_iterator(original, self):
     yield from steps
 
 
+def _bind(original, model, args, kwargs) -> inspect.BoundArguments:
+    """A call's arguments by name. Of several workers the first one shows progress: logs are the same on all."""
+    call = inspect.signature(original).bind(model, *args, **kwargs)
+    if not strategy_of(model).extended.should_checkpoint:
+        call.arguments["verbose"] = 0
+    return call
+
+
+def _evaluate_or_predict(original, self, *args, **kwargs):
+    if strategy_of(self) is None:
+        return original(self, *args, **kwargs)
+    call = _bind(original, self, args, kwargs)
+    return original(*call.args, **call.kwargs)
+
+
+patch(_compat.keras_tensorflow_trainer.TensorFlowTrainer, "evaluate")(_evaluate_or_predict)
+patch(_compat.keras_tensorflow_trainer.TensorFlowTrainer, "predict")(_evaluate_or_predict)
+
+
 class _Announcement(keras.callbacks.Callback):
-    """Prints the report's summary, once for each optimizer, on the first worker."""
+    """Prints the report's summary, once for each optimizer."""
 
     def on_train_begin(self, logs=None):
         strategy, optimizer = strategy_of(self.model), self.model.optimizer
         if optimizer is not None and optimizer not in strategy.announced:
             strategy.announced.add(optimizer)
-            if strategy.extended.should_checkpoint:
-                print(strategy.report().summary(), flush=True)
+            print(strategy.report().summary(), flush=True)
 
 
 @patch(_compat.keras_tensorflow_trainer.TensorFlowTrainer, "fit")
@@ -257,19 +275,19 @@ def _fit(original, self, *args, **kwargs):
     strategy = strategy_of(self)
     if strategy is None:
         return original(self, *args, **kwargs)
-    arguments = inspect.signature(original).bind(self, *args, **kwargs).arguments
-    given = arguments.get("callbacks")
-    if arguments.get("verbose", "auto") in ("auto", 1) and not isinstance(given, keras.callbacks.CallbackList):
-        arguments["callbacks"] = [*_flat_callbacks(given), _Announcement()]
+    call = _bind(original, self, args, kwargs)
+    given = call.arguments.get("callbacks")
+    if call.arguments.get("verbose", "auto") in ("auto", 1) and not isinstance(given, keras.callbacks.CallbackList):
+        call.arguments["callbacks"] = [*_flat_callbacks(given), _Announcement()]
     callbacks = [each for each in _flat_callbacks(given) if isinstance(each, CheckpointCallback)]
     if not callbacks:
-        return original(**arguments)
+        return original(*call.args, **call.kwargs)
     if len(callbacks) > 1:
         raise ValueError(f"`fit` takes one CheckpointCallback. Received: {len(callbacks)} of them.")
     (callback,) = callbacks
     callback.prepare(self)
     try:
-        history = original(**arguments)
+        history = original(*call.args, **call.kwargs)
         callback.finish()
     finally:
         callback.leave()
