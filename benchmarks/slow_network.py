@@ -67,13 +67,14 @@ def main() -> None:
     parser.add_argument("--mbit", type=int, nargs="+", default=[1000, 250])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS), help="stock first")
     parser.add_argument("--worker", choices=CONTESTANTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         print(json.dumps(measure(Work(steps=options.steps), *CONTESTANTS[options.worker])["seconds"]))
         return
     for mbit in options.mbit:
-        seconds: dict = {name: [] for name in CONTESTANTS}
+        seconds: dict = {name: [] for name in options.contestants}
         for _ in range(options.rounds):
             for name, found in seconds.items():
                 found += seconds_of_steps(name, mbit, options.steps)

@@ -348,3 +348,21 @@ def test_overridden_apply():
             pass
 
     assert _compat.overridden_apply(Own()) and not _compat.overridden_apply(keras.optimizers.SGD())
+
+
+def test_inputs_of_a_model():
+    tokens, mask = keras.Input((3,), name="tokens"), keras.Input((2,), name="mask")
+    functional = keras.Model({"tokens": tokens, "mask": mask}, keras.layers.Concatenate()([tokens, mask]))
+    assert set(_compat.input_structure(functional)) == {"tokens", "mask"}
+    sequential = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    assert tuple(_compat.input_structure(sequential).shape) == (None, 4)
+    assert _compat.input_structure(keras.Sequential([keras.layers.Dense(2)])) is None
+
+
+def test_a_frozen_variable_was_made_to_be_trained():
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2), keras.layers.BatchNormalization()])
+    model.layers[0].trainable = False
+    made = {variable.path.split("/")[-1]: _compat.was_made_trainable(model, variable) for variable in model.variables}
+    assert made == {
+        "kernel": True, "bias": True, "gamma": True, "beta": True, "moving_mean": False, "moving_variance": False,
+    }  # fmt: skip

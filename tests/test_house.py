@@ -10,11 +10,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Each module imports only modules before it: the list is the design.
 LINE = (
-    "plan", "slices", "wire", "costs", "commits", "cluster", "stopping", "fleet", "launch", "_compat", "settings",
-    "collectives", "network", "compression", "pulse", "packing", "pacing", "gathering", "components", "variables",
-    "inputs", "extended", "losses", "exchange", "step", "inner", "optimizer", "report", "strategy", "auditing",
-    "state", "checkpoint", "checkpointing", "callbacks", "keras_hooks", "keras_files", "measuring", "peers",
-    "benchmark",
+    "plan", "slices", "wire", "costs", "commits", "progress", "cluster", "stopping", "fleet", "launch", "_compat",
+    "settings", "collectives", "network", "compression", "pulse", "packing", "pacing", "gathering", "components",
+    "variables", "inputs", "extended", "losses", "exchange", "step", "inner", "optimizer", "report", "liveness",
+    "memory", "strategy", "auditing", "state", "checkpoint", "checkpointing", "callbacks", "gradient_time", "picture",
+    "tensorboard", "keras_hooks", "keras_files", "measuring", "peers", "benchmark",
 )  # fmt: skip
 MODULES = sorted(path.stem for path in (ROOT / "tfzero").glob("*.py"))
 MOST_LINES_OF_A_FILE = 400

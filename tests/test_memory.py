@@ -142,6 +142,26 @@ def test_no_gradient_travels_twice(figures, stage):
         assert sum(operations.values()) < 1e-3
 
 
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_model_that_is_let_go_is_freed(stage):
+    """Also while its strategy goes on, as in a notebook."""
+    import gc
+    import weakref
+
+    import keras
+    import numpy as np
+
+    strategy = tfzero.ZeroStrategy(stage, devices=["CPU:0", "CPU:1"])
+    with strategy.scope():
+        model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(64)])
+    model.compile("adam", "mse")
+    model.fit(np.ones((4, 64)), np.ones((4, 64)), verbose=0)
+    kernel = weakref.ref(model.trainable_variables[0].value)
+    del model
+    gc.collect()
+    assert kernel() is None
+
+
 # Stage 3 in four workers. In this file, so that nothing of any size travels while bytes on the wire are measured.
 
 

@@ -203,6 +203,27 @@ def end_epoch(epoch_iterator: keras_tensorflow_trainer.TFEpochIterator, batches:
     epoch_iterator.data_adapter.on_epoch_end()
 
 
+def input_structure(model):
+    """The Keras tensors that a model of `keras.Input`s takes, in their structure; None for any other model."""
+    functional = getattr(model, "_functional", None) or model
+    return getattr(functional, "_inputs_struct", None)
+
+
+def was_made_trainable(model, variable) -> bool:
+    """Whether a layer made a variable to be trained, though it may be frozen now."""
+    return any(mine is variable for layer in model._flatten_layers() for mine in layer._trainable_variables)
+
+
+def rows_counted(model) -> list[int]:
+    """How many samples each local replica has trained with since metrics were reset, as the loss's mean counts them."""
+    return [int(count.numpy()) for count in model._loss_tracker.count.value.values]
+
+
+def training_loss(model, x, y, y_pred, sample_weight):
+    """The loss as Keras's own `train_step` computes it, also with a `compute_loss` of an older signature."""
+    return model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
+
+
 def run_after(operation: tf.Operation, awaited: tf.Operation) -> None:
     """Makes one operation of a graph wait for another; `tf.control_dependencies` only serves new operations."""
     operation._add_control_input(awaited)

@@ -69,6 +69,14 @@ def audit(model: keras.Model, batch: Sequence, steps: int = 3) -> Audit:
 
     Raises:
         ValueError: for a model of another strategy, or one that is not built or not compiled.
+
+    Example:
+
+    ```python
+    found = tfzero.audit(model, (x[:16], y[:16]))
+    print(found)
+    assert found, found.differences[0].name
+    ```
     """
     strategy = model.distribute_strategy
     check_number("steps", steps, int, 1)

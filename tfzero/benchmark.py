@@ -10,6 +10,7 @@ becomes slower or faster does so for all. Ratios are those of medians over the s
 
 import argparse
 import importlib.util
+import itertools
 import json
 import os
 import platform
@@ -23,6 +24,7 @@ from tfzero.costs import Setup
 from tfzero.launch import run_local
 from tfzero.measuring import Work, measure
 from tfzero.peers import PEERS, measure_peer
+from tfzero.progress import progress
 from tfzero.settings import STAGES
 from tfzero.wire import FORMATS
 
@@ -182,10 +184,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     work = Work(*(getattr(options, name) for name in asdict(Work())))
     runs: dict[Contestant, list[dict]] = {contestant: [] for contestant in contestants(options)}
-    for turn in range(options.rounds):
-        for contestant, found in runs.items():
-            print(f"round {turn + 1} of {options.rounds}: {contestant.name}", file=sys.stderr, flush=True)
-            found.append(contestant.run(work, options.workers, options.timeout_seconds))
+    with progress("", options.rounds * len(runs), unit="runs") as bar:
+        for done, (turn, contestant) in enumerate(itertools.product(range(options.rounds), runs)):
+            title = f"round {turn + 1} of {options.rounds}: {contestant.name}"
+            if not bar.is_shown:
+                print(title, file=sys.stderr, flush=True)
+            bar.reach(done, title)
+            runs[contestant].append(contestant.run(work, options.workers, options.timeout_seconds))
     rows = [summarize(contestant, found, work, options.workers) for contestant, found in runs.items()]
     print(table(rows))
     if options.json:

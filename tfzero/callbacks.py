@@ -40,6 +40,13 @@ class CheckpointCallback(keras.callbacks.Callback):
     Raises:
         ValueError: for settings that make no sense.
         OSError: from `fit`, on all workers, if the directory cannot be written, lacks room, or is another run's.
+
+    Example:
+
+    ```python
+    callback = tfzero.CheckpointCallback("run", save_every_steps=100)
+    model.fit(x, y, batch_size=16, epochs=2, callbacks=[callback])  # started again, it trains no more
+    ```
     """
 
     def __init__(
@@ -191,7 +198,14 @@ class DriftCallback(keras.callbacks.Callback):
         check_every: compare after so many batches. A comparison reads all variables that every replica holds whole.
 
     Raises:
+        ValueError: if `check_every` is no integer of at least 1.
         RuntimeError: from `fit`, on all workers, naming the variable and who has which digest.
+
+    Example:
+
+    ```python
+    model.fit(x, y, batch_size=16, callbacks=[tfzero.DriftCallback(check_every=2)])
+    ```
     """
 
     def __init__(self, check_every: int) -> None:

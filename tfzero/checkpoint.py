@@ -7,7 +7,7 @@ as `[replicas, *shape]`: the same number of replicas gets its own values back, a
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,8 +63,11 @@ class Piece:
     value: tf.Tensor
 
 
-def pieces_to_write(items: Sequence[Item], world: World) -> Iterator[Piece]:
-    """What this worker contributes to a checkpoint; tensors are read one by one."""
+def pieces_to_write(items: Sequence[Item], world: World, advance: Callable[[int], None]) -> Iterator[Piece]:
+    """What this worker contributes to a checkpoint; tensors are read one by one.
+
+    `advance` is told of the bytes of each variable, of all workers' parts, when this worker's part has been taken.
+    """
     writers = _writers(items, world)
     for item in items:
         for replica, rank in enumerate(world.ranks):
@@ -75,6 +78,7 @@ def pieces_to_write(items: Sequence[Item], world: World) -> Iterator[Piece]:
                 yield from _cut(item, item.component(replica), *_range(item, rank, world.size))
             elif replica == 0 and writers[item.name] == world.worker:
                 yield from _cut(item, item.component(replica), 0, math.prod(item.shape))
+        advance(item.bytes)
 
 
 def _cut(item: Item, component: tf.Variable, begin: int, end: int) -> Iterator[Piece]:
@@ -257,8 +261,10 @@ def _entries_of_compression(items: Sequence[Item], entries: Mapping[str, dict], 
     return found
 
 
-def read_state(folder: Path, items: Sequence[Item], entries: Mapping[str, dict], world: World) -> None:
-    """Gives every variable of this worker its value, one after the other."""
+def read_state(
+    folder: Path, items: Sequence[Item], entries: Mapping[str, dict], world: World, advance: Callable[[int], None]
+) -> None:
+    """Gives every variable of this worker its value, one after the other; `advance` is told of the bytes of each."""
     prefix = str(folder / commits.STATE)
     for item in items:
         for replica, rank in enumerate(world.ranks):
@@ -270,6 +276,7 @@ def read_state(folder: Path, items: Sequence[Item], entries: Mapping[str, dict],
             value = on_host(value)
             with tf.device(component.device):
                 component.assign(placed(value, component.device) if isinstance(value, np.ndarray) else value)
+        advance(item.bytes)
 
 
 def _value_for(prefix: str, item: Item, entry: Mapping, rank: int, world_size: int, component) -> tf.Tensor:

@@ -13,6 +13,7 @@ import keras
 from tfzero import commits
 from tfzero.checkpoint import Writer, check_fits, patience, pieces_to_write, read_state, snapshot, together
 from tfzero.cluster import Channel
+from tfzero.progress import progress
 from tfzero.state import METRICS, Item, World, bucket_bytes_of, optimizers_of, state_of
 from tfzero.strategy import ZeroStrategy, channel_of_one
 
@@ -23,17 +24,26 @@ def save_checkpoint(model: keras.Model, directory) -> Path:
     """Saves all that the training of a model goes on from. All workers call it, between steps.
 
     Every worker writes its own shards. Any number of workers at any stage can load it, and so can plain Keras;
-    `tf.train.load_checkpoint` reads its variables, each whole and in its own shape.
+    `tf.train.load_checkpoint` reads its variables, each whole and in its own shape: the files are TensorFlow's tensor
+    bundles (`tensorflow/core/util/tensor_bundle`).
 
     Args:
         model: a compiled and built Keras model.
         directory: a directory of checkpoints, which all workers see.
 
     Returns:
-        The new checkpoint: `directory/step-...`, by the optimizer's number of steps.
+        The new checkpoint, a `Path`: `directory/step-...`, by the optimizer's number of steps.
 
     Raises:
         OSError: on all workers, if one of them cannot write, or if another run writes there.
+        ValueError: for a model of several replicas of another strategy.
+
+    Example:
+
+    ```python
+    folder = tfzero.save_checkpoint(model, "by_hand")
+    kernel = tf.train.load_checkpoint(folder).get_tensor(f"model/{model.layers[-1].kernel.path}")
+    ```
     """
     team = Team.of(model)
     folder = commits.step_folder(Path(directory), int(model.optimizer.iterations) if model.optimizer else 0)
@@ -57,6 +67,13 @@ def load_checkpoint(model: keras.Model, directory) -> int:
         FileNotFoundError: if there is no checkpoint.
         DamagedCheckpointError: if the checkpoint that was asked for is damaged; the message names the file.
         ValueError: if the checkpoint is one of another model or optimizer, or was written by a newer tfzero.
+
+    Example:
+
+    ```python
+    tfzero.save_checkpoint(model, "to_go_on")
+    steps = tfzero.load_checkpoint(model, "to_go_on")
+    ```
     """
     team = Team.of(model)
     directory = Path(directory)
@@ -156,7 +173,9 @@ def restore(model: keras.Model, folder: Path, manifest: Mapping, team: Team, onl
     items = [item for item in state_of(model) if only in (None, item.group)]
     if manifest["position"] is None or not manifest["position"]["batch"]:
         items = [item for item in items if item.group != METRICS]  # begins anew, and may be another
-    read_state(folder, items, check_fits(items, manifest, folder, optimizers_of(model)), team.world)
+    entries = check_fits(items, manifest, folder, optimizers_of(model))
+    with progress("restoring", sum(item.bytes for item in items), unit="bytes", shown=team.is_chief) as bar:
+        read_state(folder, items, entries, team.world, bar.advance)
     if only is None and manifest["world_size"] == team.world.size:
         for name in bucket_bytes_of(model):
             if name in manifest.get("bucket_bytes", {}):
@@ -202,7 +221,6 @@ class Save:
         """Begins to write one checkpoint, when the one before is written; asynchronous is when it is only copied."""
         self.wait()
         items = state_of(self._model)
-        pieces: Iterator = pieces_to_write(items, self._team.world)
         manifest = {
             **about,
             "stage": self._team.stage,
@@ -210,10 +228,13 @@ class Save:
             "optimizers": optimizers_of(self._model),
             "bucket_bytes": bucket_bytes_of(self._model),
         }
-        if not asynchronous:
-            self._write(folder, pieces, items, manifest)
-            return self.wait()
-        pieces = _drain(deque(snapshot(pieces)))
+        title, size_bytes = "copying" if asynchronous else "saving", sum(item.bytes for item in items)
+        with progress(title, size_bytes, unit="bytes", shown=self._team.is_chief) as bar:
+            pieces: Iterator = pieces_to_write(items, self._team.world, bar.advance)
+            if not asynchronous:
+                self._write(folder, pieces, items, manifest)
+                return self.wait()
+            pieces = _drain(deque(snapshot(pieces)))
         self._thread = Thread(target=self._write, args=(folder, pieces, items, manifest), name="tfzero save")
         self._thread.start()
 

@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass, replace
 from itertools import repeat
 from time import monotonic, sleep
 
+from tfzero.progress import progress
+
 MAGIC = b"tfzero channel 1\n"
 CALL_SECONDS = 3.0  # for each step of a call: the called worker may be busy with a stranger
 HELLO_SECONDS = 1.0  # for a caller to say who it is; strangers often say nothing
@@ -211,11 +213,12 @@ def _call_all(cluster, _listener, timeout_seconds):
     deadline = monotonic() + timeout_seconds
     calls, connections, conflict, missing = {}, {}, "", range(1, cluster.size)
     try:
-        with ThreadPoolExecutor(max_workers=cluster.size) as pool:
+        with ThreadPoolExecutor(cluster.size) as pool, progress("meeting", cluster.size, unit="workers") as bar:
             while missing and (not calls or monotonic() < deadline):
                 tries = pool.map(_call, repeat(cluster), missing, repeat(deadline))
                 calls = dict(zip(missing, tries, strict=True))
                 connections |= {index: connection for index, (connection, _) in calls.items() if connection}
+                bar.reach(1 + len(connections))
                 for index in calls.keys() & connections.keys():
                     conflict = conflict or _find_conflict(cluster, index, calls[index][1])
                 if conflict:  # a little time to reach the rest, so that they are told too
@@ -328,8 +331,7 @@ class Channel:
 
     def _gather_as_leader(self, topic, own, seconds):
         arrived = {0: json.loads(own)}
-        deadline = monotonic() + seconds
-        noticed = False
+        deadline, noticed = monotonic() + seconds, False
         with selectors.DefaultSelector() as selector:
             for index, connection in self._connections.items():
                 selector.register(connection, selectors.EVENT_READ, index)

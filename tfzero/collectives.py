@@ -37,6 +37,7 @@ workers 7.5 and 6.4, 9.1 and 7.4, 10.5 and 10.4. A ring passes a single number o
 import contextlib
 import copy
 import itertools
+import weakref
 from collections.abc import Callable, Sequence
 
 import tensorflow as tf
@@ -55,7 +56,7 @@ _SIZES = 64
 # [Note: small sums]
 _MOST_GATHERED_BYTES, _MOST_RECEIVED_BYTES = 2**16, 2**18
 # [Note: ordering] Collectives in flight at once, on CPU.
-_LANES = 4
+LANES = 4
 
 
 class Group:
@@ -83,7 +84,7 @@ class Group:
         self._group_keys = [next(_group_keys)] * len(self.devices)
         self._next_keys = [1] * len(self.devices)
         self._launchers: dict = {}
-        lanes = 1 if hint == "NCCL" else _LANES + 1
+        lanes = 1 if hint == "NCCL" else LANES + 1
         self._tokens = [_make_variables(device, lanes) for device in self.devices]
         self._counters = []
         if len(self.devices) < world_size:
@@ -92,7 +93,9 @@ class Group:
         self._known_purposes = {"a value that all replicas contribute to": 0}
         self._current_purpose = [0] * len(self.devices)
         self.iterations: tf.Variable | None = None  # of the optimizer built last
-        self._latest: list[list[tf.Operation | None]] = [[None] * lanes for _ in self.devices]
+        # Weakly: an operation keeps its graph alive, and the graph the variables that it reads.
+        self._latest: list[list[weakref.ref | None]] = [[None] * lanes for _ in self.devices]
+        self._is_silent = False
         self.within: Group | None = None
         self.across = self
         if two_level:
@@ -142,14 +145,33 @@ class Group:
 
     def latest(self, replica: int, graph) -> tf.Operation | None:
         """The collective that the next one of the backward lane will wait for, if it is in `graph`. [Note: ordering]"""
-        latest = self._latest[replica][-1]
+        latest = self._latest_in(replica, -1)
         return latest if latest is not None and latest.graph is graph else None
+
+    def _latest_in(self, replica: int, lane: int) -> tf.Operation | None:
+        latest = self._latest[replica][lane]
+        return None if latest is None else latest()
+
+    @contextlib.contextmanager
+    def silenced(self):
+        """Within it nothing is sent: what is traced gives this replica's own values, in the shapes of results.
+
+        No keys are taken, so that it may differ between replicas. For measuring what is not communication.
+        """
+        groups = [self, self.across, *([] if self.within is None else [self.within])]
+        for group in groups:
+            group._is_silent = True
+        try:
+            yield
+        finally:
+            for group in groups:
+                group._is_silent = False
 
     # Each is the sum, or the rows, of all replicas' values.
 
     def all_reduce(self, value: tf.Tensor, replica: int) -> tf.Tensor:
         """Sum over replicas of a tensor of any dtype, with the same shape on all of them."""
-        if self.world_size == 1 or value.shape.num_elements() == 0:
+        if self.world_size == 1 or self._is_silent or value.shape.num_elements() == 0:
             return tf.identity(value)
         if value.dtype not in _REDUCED_DTYPES:
             wide = tf.int64 if value.dtype.is_integer or value.dtype.is_bool else tf.float64
@@ -169,8 +191,8 @@ class Group:
             dtype: dtype of the sum; by default that of `rows`.
         """
         dtype = rows.dtype if dtype is None else dtype
-        if self.world_size == 1:
-            return tf.cast(rows[0], dtype)
+        if self.world_size == 1 or self._is_silent:
+            return tf.cast(rows[self.rank(replica)], dtype)
         if self.within is not None:
             return self.across.reduce_scatter(self.sum_within(rows, replica), replica, dtype)
         is_narrow = rows.dtype in (tf.bfloat16, tf.float16)
@@ -197,7 +219,7 @@ class Group:
 
     def all_to_all(self, rows: tf.Tensor, replica: int) -> tf.Tensor:
         """Row `r` goes to rank `r`; the row that comes from rank `r` takes its place: `[world_size, n]` to the same."""
-        if self.world_size == 1:
+        if self.world_size == 1 or self._is_silent:
             return rows
         if self._lacks_all_to_all:
             return self.all_gather(rows, replica)[:, self.rank(replica)]
@@ -208,8 +230,8 @@ class Group:
 
         `backward` puts it into the lane of gathers that are traced long after what needs them. [Note: ordering]
         """
-        if self.world_size == 1:
-            return row[tf.newaxis]
+        if self.world_size == 1 or self._is_silent:
+            return tf.stack([row] * self.world_size)
         if row.dtype not in _GATHERED_DTYPES:
             return self._gather_disguised(row, replica, backward)
         gathered = self._emit(tf.raw_ops.CollectiveGatherV2, row, replica, lane=-1 if backward else None)
@@ -217,8 +239,8 @@ class Group:
 
     def all_gather_parts(self, value: tf.Tensor, replica: int) -> list[tf.Tensor]:
         """Every rank's tensor, in rank order; their shapes may differ, also from step to step, but not the rank."""
-        if self.world_size == 1:
-            return [value]
+        if self.world_size == 1 or self._is_silent:
+            return [value] * self.world_size
         if value.dtype.size is not None and value.dtype.size == 1:
             wide = self.all_gather_parts(tf.cast(value, tf.int32), replica)
             return [tf.cast(part, value.dtype) for part in wide]
@@ -234,7 +256,7 @@ class Group:
 
     def broadcast(self, value: tf.Tensor, replica: int) -> tf.Tensor:
         """Rank 0's value on all, for a static shape and any dtype."""
-        if self.world_size == 1 or value.shape.num_elements() == 0:
+        if self.world_size == 1 or self._is_silent or value.shape.num_elements() == 0:
             return tf.identity(value)
         if value.dtype in (tf.float16, tf.float32, tf.float64, tf.int32, tf.int64):
             return self._broadcast(value, replica)
@@ -268,7 +290,7 @@ class Group:
         if not tf.executing_eagerly():
             return parts(*values)
         tensors = [tf.convert_to_tensor(value) for value in values]
-        signature = (method, args, tuple((t.dtype, tuple(t.shape)) for t in tensors))
+        signature = (method, args, self._is_silent, tuple((t.dtype, tuple(t.shape)) for t in tensors))
         if signature not in self._launchers:
             specs = [tf.TensorSpec(t.shape, t.dtype) for t in tensors]
             self._launchers[signature] = tf.function(parts, autograph=False).get_concrete_function(*specs)
@@ -303,8 +325,8 @@ class Group:
                 **attributes,
             )
             ended(result)
-        _compat.note_previous(result.op, self._latest[replica][lane])
-        self._latest[replica][lane] = result.op
+        _compat.note_previous(result.op, self._latest_in(replica, lane))
+        self._latest[replica][lane] = weakref.ref(result.op)
         return result
 
     @contextlib.contextmanager

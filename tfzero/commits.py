@@ -34,7 +34,19 @@ _REPLACED = ".replaced-"
 
 
 class DamagedCheckpointError(ValueError):
-    """A checkpoint is incomplete or has changed since it was written; the message names the file."""
+    """A checkpoint is incomplete or has changed since it was written; the message names the file.
+
+    Example:
+
+    ```python
+    folder = tfzero.save_checkpoint(model, "damaged")
+    (folder / "state.index").write_bytes(b"")
+    try:
+        tfzero.load_checkpoint(model, folder)
+    except tfzero.DamagedCheckpointError as error:
+        print(error)  # state.index has 0 bytes instead of ...
+    ```
+    """
 
 
 def step_folder(directory: Path, step: int) -> Path:

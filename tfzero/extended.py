@@ -3,7 +3,7 @@
 import contextlib
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
@@ -45,6 +45,7 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
         self._local_devices = tuple(devices)
         self._creating_optimizer_state = False
         self.view_at_hand: VariableView | None = None
+        self.after_gathering: Callable[[], object] = lambda: None  # called for each variable gathered outside replicas
         self._settings: Settings = strategy.settings
         self._channel: Channel = strategy.channel
         # TensorFlow's server runs once in a process.
@@ -171,6 +172,7 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
             flat = self.group.launch(self.group.all_gather_parts, values)[0][owner]
         else:
             flat = tf.reshape(self.group.launch(self.group.all_gather, values)[0], [-1])[: shape.num_elements()]
+        self.after_gathering()
         return tf.reshape(flat, shape)
 
     def _spread(self, value) -> list:

@@ -17,6 +17,7 @@ import sys
 import time
 from collections import deque
 
+from tfzero.progress import Bar, Task, cut_reports, make_room, progress, refresh, relay
 from tfzero.stopping import EXIT_WORKER_LOST
 
 _POLL_SECONDS = 0.02  # how late an exit may be noticed
@@ -36,10 +37,12 @@ class LineSplitter:
     r"""Cuts a stream of bytes into lines, ended by \n, \r\n or \r.
 
     So each update of a progress bar becomes a line: its \r would overwrite our prefix, and no text is
-    lost. Only what holds no text is dropped: the empty start of a bar, and backspaces around it.
+    lost. Only what holds no text is dropped: the empty start of a bar, and backspaces around it. Reports of
+    progress are no text either: they are put aside. [Note: one bar] in `progress.py`.
     """
 
     def __init__(self):
+        self.reports: list[Task | None] = []
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._pending = ""
         self._after_return = False
@@ -49,7 +52,9 @@ class LineSplitter:
         if self._after_return:  # the \n of an \r\n that came in two pieces
             text = text.removeprefix("\n")
         self._after_return = text.endswith("\r")
-        *parts, self._pending = re.split(r"(\r\n|\r|\n)", self._pending + text)
+        text, reports = cut_reports(self._pending + text)
+        self.reports += reports
+        *parts, self._pending = re.split(r"(\r\n|\r|\n)", text)
         if final and self._pending:
             parts += [self._pending, ""]
         pairs = [(line.strip("\b"), end) for line, end in zip(parts[::2], parts[1::2], strict=True)]
@@ -119,8 +124,13 @@ class Fleet:
 
     def wait(self, is_done, timeout_seconds: float | None) -> tuple[Worker | None, list[Worker]]:
         """Waits until `is_done(worker)` for all; else ends all, and returns the first failed, or the late."""
+        with progress("running", len(self.workers), unit="workers have finished") as bar:
+            return self._wait(is_done, timeout_seconds, bar)
+
+    def _wait(self, is_done, timeout_seconds: float | None, bar: Bar) -> tuple[Worker | None, list[Worker]]:
         deadline_seconds = time.monotonic() + (timeout_seconds or math.inf)
         while waiting := [worker for worker in self.workers if not is_done(worker)]:
+            bar.reach(len(self.workers) - len(waiting))
             if time.monotonic() > deadline_seconds:
                 self.close()
                 return None, waiting
@@ -165,6 +175,7 @@ class Fleet:
 
     def _poll(self) -> list[Worker]:
         """Passes on output for a moment; returns the workers that ended, in the order of their exits."""
+        refresh()
         for key, _ in self._selector.select(_POLL_SECONDS):  # in the order in which they became ready
             if key.fd == key.data.exit_notice:
                 key.data.exit_seconds = time.monotonic()
@@ -203,7 +214,10 @@ class Fleet:
 
     def _keep(self, worker: Worker, lines: list[str]) -> None:
         worker.lines.extend(lines)
+        while worker.splitter.reports:
+            relay(worker.splitter.reports.pop(0))
         if self._echo and lines:
+            make_room()
             try:
                 print(worker.show(lines), flush=True)
             except OSError:  # nobody reads us any more: end, without trying again

@@ -26,7 +26,7 @@ from tfzero.packing import as_rows
 
 # Bytes of gathered values that may wait for their layer, beside that of the layer which is being computed; a larger
 # value waits alone. So large layers are prefetched one by one, and small ones need not wait for the network each time.
-_PREFETCH_BYTES = 4 * 2**20
+PREFETCH_BYTES = 4 * 2**20
 # Operations that give the same elements in another form: what comes after them uses the gathered value too.
 _VIEWS = {"Identity", "IdentityN", "Reshape", "Transpose", "Cast", "ExpandDims", "Squeeze"}
 # Operations that look at the shape only, and run at once.
@@ -99,7 +99,7 @@ class Gatherer:
                 upstream = tf.convert_to_tensor(upstream)
                 waits: Sequence[tf.Tensor] = ()
                 if not tf.executing_eagerly() and upstream.graph is whole.graph:
-                    waits = _before_the_last(self._scattered, _PREFETCH_BYTES // self._group.world_size)
+                    waits = _before_the_last(self._scattered, PREFETCH_BYTES // self._group.world_size)
                     if self._reshard:
                         with self._group.purpose(_compat.replica_index(), f"the parameter {shard.name} once more"):
                             self._gather_again(whole, part, dtype, waits)
@@ -162,7 +162,7 @@ class Gatherer:
         """What is computed from a gathered value before the last; see 1 in [Note: gather]."""
         if tf.executing_eagerly():
             return []
-        before = _before_the_last(self._gathered, _PREFETCH_BYTES)
+        before = _before_the_last(self._gathered, PREFETCH_BYTES)
         return [use.operation for value in before for use in _uses(value)]
 
     def _gather_again(self, whole: tf.Tensor, part: tf.Tensor, dtype: tf.DType, waits: Sequence[tf.Tensor]) -> None:

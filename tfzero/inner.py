@@ -75,7 +75,7 @@ def spec(variable, optimizers: list, optimizer, codec: Codec | None) -> Variable
         elements=variable.shape.num_elements(),
         dtype=dtype.name,
         item_bytes=dtype.size,
-        elementwise=type(optimizer).update_step in _ELEMENTWISE_STEPS,
+        elementwise=is_elementwise(optimizer),
         optimizer=optimizers.index(optimizer),
         sharded_parameter=isinstance(variable.value, ShardedParameter),
         compressed=(
@@ -97,6 +97,11 @@ def settings_of(links: list) -> dict:
             config = optimizer.get_config()
             settings |= {f"{where}{key}": repr(value) for key, value in config.items() if key != "name"}
     return settings
+
+
+def is_elementwise(optimizer) -> bool:
+    """Whether it is known to treat every element by itself."""
+    return type(optimizer).update_step in _ELEMENTWISE_STEPS
 
 
 def is_compiled(optimizer) -> bool:

@@ -4,6 +4,7 @@ Reading a sharded variable gathers it, so every worker walks over the model as K
 variable, but only the first of those that name a path writes there. The files are ordinary ones, for plain Keras too.
 """
 
+import contextlib
 from pathlib import Path
 
 import keras
@@ -11,6 +12,8 @@ import numpy as np
 
 from tfzero import _compat
 from tfzero.keras_hooks import patch, strategy_of
+from tfzero.progress import progress
+from tfzero.variables import ShardedVariable
 
 _SAVING_SECONDS = 3600.0  # for the others to wait for the one that writes
 
@@ -40,13 +43,29 @@ def _save_together(original, model, filepath, *args, **kwargs):
         return original(model, filepath, *args, **kwargs)
     path = str(Path(filepath).absolute())
     index = strategy.extended.seats.worker
-    if strategy.channel.all_gather("saving a model", path).index(path) == index:
-        result = original(model, filepath, *args, **kwargs)
-    else:
-        _compat.saving_lib._save_state(model, _Discarded(), None, "", set())
-        result = None
+    writer = strategy.channel.all_gather("saving a model", path).index(path)
+    with _gathers_shown(strategy, model):
+        if writer == index:
+            result = original(model, filepath, *args, **kwargs)
+        else:
+            _compat.saving_lib._save_state(model, _Discarded(), None, "", set())
+            result = None
     strategy.channel.all_gather("a model is saved", None, _SAVING_SECONDS)
     return result
+
+
+@contextlib.contextmanager
+def _gathers_shown(strategy, model: keras.Model):
+    """Shows how many of the variables that lie in parts have been gathered."""
+    variables = [*model.variables, *(model.optimizer.variables if model.optimizer else [])]
+    count = sum(isinstance(variable.value, ShardedVariable) for variable in variables)
+    shown = count > 0 and strategy.extended.seats.worker == 0
+    with progress("gathering", count, unit="variables", shown=shown) as bar:
+        former, strategy.extended.after_gathering = strategy.extended.after_gathering, bar.advance
+        try:
+            yield
+        finally:
+            strategy.extended.after_gathering = former
 
 
 patch(_compat.saving_lib, "save_model")(_save_together)

@@ -105,7 +105,9 @@ def _make_function(original, self, step_function):
     function = original(self, step_function)
 
     def function_of_cut_batches(iterator):
-        if not isinstance(iterator, tf.data.Iterator | tf.distribute.DistributedIterator):
+        if isinstance(iterator, tf.data.Iterator | tf.distribute.DistributedIterator):
+            function_of_cut_batches.element_spec = iterator.element_spec  # for `gradient_time.py`
+        else:
             iterator = map(strategy.cut_batch, iterator)
         return function(iterator)
 
@@ -308,13 +310,10 @@ def _catch_stop_iteration(original, self):
         try:
             yield
         except tf.errors.OutOfRangeError:
-            if _is_ours(self) and self.steps_per_execution == 1 and _compat.is_at_first_batch(self):
+            is_ours = isinstance(self._distribute_strategy, ZeroStrategy)
+            if is_ours and self.steps_per_execution == 1 and _compat.is_at_first_batch(self):
                 raise ValueError(_EMPTY) from None
             raise
-
-
-def _is_ours(epoch_iterator) -> bool:
-    return isinstance(epoch_iterator._distribute_strategy, ZeroStrategy)
 
 
 @patch(_compat.keras_tensorflow_trainer.TensorFlowTrainer, "_maybe_symbolic_build")

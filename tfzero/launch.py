@@ -27,6 +27,7 @@ from pathlib import Path
 import cloudpickle
 
 from tfzero.fleet import Fleet, Worker
+from tfzero.progress import asking
 from tfzero.stopping import EXIT_STOPPED
 
 CPU_DEVICES_VARIABLE = "TFZERO_CPU_DEVICES"
@@ -42,7 +43,20 @@ _SERVE_CALL = (
 
 
 class WorkerError(RuntimeError):
-    """A worker of `run_local` failed. The message names it and shows the last lines of every worker."""
+    """A worker of `run_local` failed. The message names it and shows the last lines of every worker, its own last.
+
+    Example:
+
+    ```python
+    def fail():
+        raise LookupError("no data")
+
+    try:
+        tfzero.run_local(fail, workers=2)
+    except tfzero.WorkerError as error:
+        print(error)  # ends with the traceback of the worker that failed first
+    ```
+    """
 
 
 def free_ports(count: int) -> list[int]:
@@ -57,15 +71,38 @@ def free_ports(count: int) -> list[int]:
 def run_local(fn, workers=2, *, args=(), timeout_seconds=600, env=None, cpu_devices=None, echo=False) -> list:
     """Calls `fn(*args)` in `workers` fresh local processes; returns their results in worker order.
 
-    All travels by cloudpickle: closures and functions of notebooks work. `env` adds environment variables,
-    `cpu_devices` sets the logical CPU devices of each worker, `echo=True` prints their output as it comes.
+    All travels by cloudpickle: closures and functions of notebooks work. A delivered result is what counts, not how
+    the process ends afterwards. Finished workers wait for the last one: in TensorFlow a worker that leaves early may
+    bring down the others. On a terminal a bar shows how many have finished.
 
-    A delivered result is what counts, not how the process ends afterwards. Finished workers wait for the
-    last one: in TensorFlow a worker that leaves early may bring down the others.
+    Args:
+        fn: the function. It makes its own strategy and model.
+        workers: how many processes, each with its `TF_CONFIG`.
+        args: its arguments, the same for all.
+        timeout_seconds: for all results.
+        env: environment variables to add.
+        cpu_devices: logical CPU devices of each worker; by default one.
+        echo: whether to print the workers' output as it comes.
+
+    Returns:
+        What `fn` returned in each worker.
 
     Raises:
         WorkerError: a worker ended without a result; its traceback is in the message.
         TimeoutError: a result was missing after `timeout_seconds`.
+        TypeError: `fn` or `args` cannot be pickled.
+        ValueError: a number that is not above 0.
+
+    Example:
+
+    ```python
+    def task_of(base):
+        import json, os
+
+        return base + json.loads(os.environ["TF_CONFIG"])["task"]["index"]
+
+    assert tfzero.run_local(task_of, workers=2, args=(10,)) == [10, 11]
+    ```
     """
     _check_settings(workers, timeout_seconds, cpu_devices)
     environments = _environments(workers, env or {}, cpu_devices)
@@ -146,13 +183,15 @@ def _check_settings(workers: int, timeout_seconds: float | None, cpu_devices: in
 
 
 def _environments(workers: int, env: dict[str, str], cpu_devices: int | None) -> list[dict[str, str]]:
-    """The environment of each worker: ours, with unbuffered output, `env`, and its place in the cluster."""
+    """The environment of each worker: ours, unbuffered output, `env`, and its place. The first may show progress."""
     shared = {"TF_CPP_MIN_LOG_LEVEL": "2", **os.environ, "PYTHONUNBUFFERED": "1", **env}
     if cpu_devices is not None:
         shared[CPU_DEVICES_VARIABLE] = str(cpu_devices)
     cluster = {"worker": [f"127.0.0.1:{port}" for port in free_ports(workers)]}
     configs = [{"cluster": cluster, "task": {"type": "worker", "index": index}} for index in range(workers)]
-    return [{**shared, "TF_CONFIG": json.dumps(config)} for config in configs]
+    environments = [{**shared, "TF_CONFIG": json.dumps(config)} for config in configs]
+    environments[0] |= asking()
+    return environments
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ optimizer stays Keras's own `update_step`.
 
 import contextlib
 import dataclasses
+import math
 import warnings
 
 import keras
@@ -18,7 +19,7 @@ from tfzero.exchange import Wire, make_wire
 from tfzero.inner import CONTAINERS, chain, check_wrappable, chooser, is_compiled, settings_of, spec
 from tfzero.plan import make_plan
 from tfzero.settings import Choice
-from tfzero.step import ReplicaStep, Trained
+from tfzero.step import ReplicaStep, Trained, with_norms
 from tfzero.variables import VariableView
 
 # Settings of Keras's optimizer base class that would hide those of the inner optimizer.
@@ -83,14 +84,17 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
 
     ```python
     with strategy.scope():
-        model = ...
+        model = make_model()
         optimizer = tfzero.ZeroOptimizer(keras.optimizers.Adam(1e-3))
 
-    def train_step(x, y):  # runs in strategy.run
+    def replica_step(x, y):  # this replica's rows; gradients are summed over replicas
         with tf.GradientTape() as tape:
-            loss = loss_object(y, model(x, training=True))
+            loss = tf.reduce_sum((model(x, training=True) - y) ** 2) / 16  # samples in the global batch
         gradients = tape.gradient(loss, model.trainable_variables)
         optimizer.apply_gradients(zip(gradients, model.trainable_variables))
+        return loss
+
+    losses = strategy.run(tf.function(replica_step), args=strategy.cut_batch((x[:16], y[:16])))
     ```
     """
 
@@ -108,6 +112,7 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
         self._wrapped = optimizer
         self._trained = None
         self._eager_functions: dict = {}
+        self._watches_norm = False
 
     @property
     def inner_optimizer(self) -> keras.optimizers.Optimizer:
@@ -261,6 +266,27 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
         strategy.optimizers.add(self)
         strategy.extended.group.iterations = _compat.iteration_counter(links[-1]).value.values[0]
         self.built = True
+        if self._watches_norm:
+            self.watch_norm()
+
+    def watch_norm(self) -> bool:
+        """Lets steps that are traced from now on compute the gradient's norm. All workers call it together.
+
+        Returns:
+            Whether it is new, so that a step which has been traced must be traced again.
+        """
+        self._watches_norm = True
+        if not self.built or self._trained.squared_norms:
+            return not self.built
+        self._trained = with_norms(self._trained, _strategy_of(self.trained_variables))
+        self._eager_functions.clear()
+        return True
+
+    @property
+    def gradient_norm(self) -> float | None:
+        """Norm of the whole batch's gradient in the latest update, unscaled and unclipped; None if nobody watches."""
+        norms = self._trained.squared_norms if self._trained else ()
+        return math.sqrt(sum(float(norm.value.values[0].numpy()) for norm in norms)) if norms else None
 
     def repeat_bucket_bytes(self, bucket_bytes: int) -> None:
         """Takes the size of buckets that "auto" chose in a former run, so that sums round as they did there.

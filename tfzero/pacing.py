@@ -12,6 +12,8 @@ import tensorflow as tf
 
 from tfzero import _compat
 
+# Full buckets whose gradients may wait whole, beside those of the bucket that is being reduced.
+WINDOW_BUCKETS = 2
 # Operations that pass a gradient on in the same memory, or rescale it: what computes it stands before them.
 _PASSING_ON = {"Reshape", "Identity", "IdentityN", "Squeeze", "ExpandDims", "Cast", "RealDiv", "Mul", "StopGradient"}
 

@@ -12,6 +12,7 @@ from tfzero.cluster import Cluster, cluster_from_spec, read_tf_config
 from tfzero.wire import FORMATS
 
 STAGES = (0, 1, 2, 3)
+DEFAULT_MIN_SHARD_ELEMENTS = 1024
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ with a loss scale only, and once per micro-step, as in Keras.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import keras
 import tensorflow as tf
@@ -20,7 +20,7 @@ import tensorflow as tf
 from tfzero import _compat
 from tfzero.collectives import Group
 from tfzero.exchange import Exchange, Wire
-from tfzero.pacing import Pacer
+from tfzero.pacing import WINDOW_BUCKETS, Pacer
 from tfzero.packing import pack_row
 from tfzero.plan import Bucket, Placement, Plan
 from tfzero.settings import Choice
@@ -44,6 +44,8 @@ class Trained:
         sharded_gradients: whether gradients are kept in shards: reduced as the backward pass goes, and before they are
             accumulated (stage 2).
         loss_scale: Keras's loss scale optimizer, if there is one.
+        squared_norms: for each inner optimizer, the square of its gradient's norm in the latest update; empty unless
+            somebody asks for it.
     """
 
     variables: tuple[keras.Variable, ...]
@@ -57,6 +59,14 @@ class Trained:
     bucket_bytes: Choice
     sharded_gradients: bool
     loss_scale: keras.optimizers.LossScaleOptimizer | None
+    squared_norms: tuple[keras.Variable, ...] = ()
+
+
+def with_norms(trained: Trained, strategy) -> Trained:
+    """The same, but the step computes the gradient's norm too. All workers call it together."""
+    with tf.init_scope(), strategy.scope(), strategy.extended.creating_optimizer_state():
+        norms = [keras.Variable("zeros", (), "float32", False, name="squared_norm") for _ in trained.optimizers]
+    return replace(trained, squared_norms=tuple(norms))
 
 
 class ReplicaStep:
@@ -129,7 +139,7 @@ class ReplicaStep:
     def _reduce(self) -> dict[Bucket, tf.Tensor]:
         """Sums gradients over replicas: each bucket's row that this replica updates, or all of a whole bucket."""
         rows = {}
-        pacer = Pacer(2 * self.trained.bucket_bytes.value)
+        pacer = Pacer(WINDOW_BUCKETS * self.trained.bucket_bytes.value)
         for bucket in self.buckets:
             rows[bucket] = self.exchange.reduce(bucket, self.gradients)
             if self.trained.sharded_gradients and self.group.world_size > 1 and not bucket.sharded_parameters:
@@ -189,20 +199,29 @@ class ReplicaStep:
 
     def _clipper(self, optimizer, rows: Mapping[Bucket, tf.Tensor]) -> Callable:
         """A function of a gradient's part and its variable's index that clips as Keras does, by the true norm."""
+        by_norm = any(limit and limit > 0 for limit in (optimizer.clipnorm, optimizer.global_clipnorm))
+        if by_norm or self.trained.squared_norms:
+            squares = self._squared_norms(rows)
+            self._note_norm(optimizer, squares)
         if optimizer.clipnorm and optimizer.clipnorm > 0:
-            norms = tf.sqrt(self._squared_norms(rows))
+            norms = tf.sqrt(squares)
             places = {index: place for place, index in enumerate(self._indices(rows))}
             scales = optimizer.clipnorm / tf.maximum(norms, optimizer.clipnorm)
             return lambda part, index: part * tf.cast(scales[places[index]], part.dtype)
         if optimizer.global_clipnorm and optimizer.global_clipnorm > 0:
             limit = optimizer.global_clipnorm
-            norm = tf.sqrt(tf.reduce_sum(self._squared_norms(rows)))
+            norm = tf.sqrt(tf.reduce_sum(squares))
             # As keras/src/optimizers/base_optimizer.py: a norm that is not finite makes everything NaN.
             scale = limit * tf.minimum(1.0 / norm, 1.0 / limit) + (norm - norm)
             return lambda part, index: part * tf.cast(scale, part.dtype)
         if optimizer.clipvalue and optimizer.clipvalue > 0:
             return lambda part, index: tf.clip_by_value(part, -optimizer.clipvalue, optimizer.clipvalue)
         return lambda part, index: part
+
+    def _note_norm(self, optimizer, squares: tf.Tensor) -> None:
+        if self.trained.squared_norms:
+            noted = self.trained.squared_norms[self.trained.optimizers.index(optimizer)]
+            self._local(noted).assign(tf.reduce_sum(squares))
 
     def _squared_norms(self, rows: Mapping[Bucket, tf.Tensor]) -> tf.Tensor:
         """`[variables]`: for each variable the sum of squares over all ranks; whole variables count on rank 0 only."""
@@ -250,13 +269,16 @@ class ReplicaStep:
             part = parts[segment.index] if parts else self.exchange.part(bucket, segment)
             updated[segment.index] = self._updated_part(optimizer, segment, row, part, learning_rate, clip)
             if self._is_updated_in_place(bucket):
-                self.exchange.component(segment.index).assign(updated[segment.index])
+                component = self.exchange.component(segment.index)
+                component.assign(tf.reshape(updated[segment.index], component.shape))
         return None if self._is_updated_in_place(bucket) else pack_row(bucket, self.rank, updated)
 
     def _is_updated_in_place(self, bucket: Bucket) -> bool:
         """Whether what this replica updates is all that it holds."""
         constraints = [self.trained.variables[segment.index].constraint for segment in bucket.segments]
-        return bucket.sharded_parameters and bucket.placement is Placement.SHARDED and not any(constraints)
+        is_all = bucket.placement is Placement.WHOLE or self.group.world_size == 1
+        is_shard = bucket.sharded_parameters and bucket.placement is Placement.SHARDED
+        return (is_all or is_shard) and not any(constraints)
 
     def _buckets_to_visit(self, optimizer, buckets: Sequence[Bucket]) -> list[Bucket]:
         if not optimizer.use_ema:

@@ -16,6 +16,7 @@ from tfzero.network import DEFAULT_BUCKET_BYTES
 from tfzero.pulse import Pulse
 from tfzero.report import Report, make_report
 from tfzero.settings import (
+    DEFAULT_MIN_SHARD_ELEMENTS,
     Settings,
     check_bucket_bytes,
     check_compression,
@@ -34,7 +35,8 @@ from tfzero.variables import ShardedParameter
 class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
     """Synchronous data parallelism with sharded optimizer state, gradients and parameters.
 
-    ZeRO, https://arxiv.org/abs/1910.02054.
+    ZeRO, https://arxiv.org/abs/1910.02054. It stands on `CollectiveAllReduceStrategy` of
+    `tensorflow/python/distribute/collective_all_reduce_strategy.py`.
 
     Use it in place of `tf.distribute.MirroredStrategy` or `MultiWorkerMirroredStrategy`: create the model under
     `strategy.scope()`, then `compile` and `fit` as on one device, with the global batch size. The result does not
@@ -75,6 +77,16 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         ValueError: for settings, devices or a `TF_CONFIG` that make no sense, or that differ between workers.
         TimeoutError: if a worker does not come within `timeout_seconds`; the message names it.
         RuntimeError: if TensorFlow was used before the strategy was made in one of several workers.
+
+    Example:
+
+    ```python
+    strategy = tfzero.ZeroStrategy(stage=2)
+    with strategy.scope():
+        model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(512), keras.layers.Dense(3)])
+    model.compile(optimizer="adam", loss="mse")
+    model.fit(x, y, batch_size=16)  # x: [samples, 8], y: [samples, 3]; 16 samples a step over all replicas
+    ```
     """
 
     def __init__(
@@ -84,7 +96,7 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         devices: Sequence[str] | None = None,
         cluster_resolver: tf.distribute.cluster_resolver.ClusterResolver | None = None,
         bucket_bytes: int | str = DEFAULT_BUCKET_BYTES,
-        min_shard_elements: int = 1024,
+        min_shard_elements: int = DEFAULT_MIN_SHARD_ELEMENTS,
         timeout_seconds: float = 60.0,
         reshard_after_forward: bool | None = None,
         compression: str | None = None,
@@ -126,10 +138,26 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         self.extended.meet()
 
     def reduce(self, reduce_op, value, axis=None):
-        """As `tf.distribute.Strategy.reduce`. Of a structure of values it returns the first replica's, for its specs:
+        """One value from those of all replicas, as `tf.distribute.Strategy.reduce`. All workers call it.
 
-        Keras's trainer asks for that to learn shapes (`_maybe_symbolic_build`). It also asks to reduce scalars along
-        axis 0 (`reduce_per_replica`), which can only mean over replicas.
+        Keras's trainer (`keras/src/backend/tensorflow/trainer.py`) asks for two things more. Of a structure of values
+        it gets the first replica's, to learn shapes from (`_maybe_symbolic_build`). Scalars it reduces along axis 0
+        (`reduce_per_replica`), which can only mean over replicas.
+
+        Args:
+            reduce_op: "SUM" or "MEAN", or a `tf.distribute.ReduceOp`.
+            value: what `strategy.run` gave: a tensor `[*shape]` for each replica; or a structure of such.
+            axis: None to reduce over replicas only, or an axis of the tensors to reduce along as well.
+
+        Returns:
+            A tensor `[*shape]`, without the axis if one was given.
+
+        Example:
+
+        ```python
+        counts = strategy.run(tf.function(lambda: tf.constant([1.0, 2.0])))  # [2] on each replica
+        total = strategy.reduce("SUM", counts, axis=None)  # [2]: replicas times [1, 2]
+        ```
         """
         if tf.nest.is_nested(value) and not isinstance(value, tf.distribute.DistributedValues):
             return tf.nest.map_structure(lambda v: self.experimental_local_results(v)[0], value)
@@ -145,6 +173,18 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
 
         `fit` prints `strategy.report().summary()` when it starts, on the first worker at `verbose=1`. Trained variables
         and traffic are told once an optimizer has been built.
+
+        Returns:
+            A `Report`: `options`, `variables` (bytes of each on this worker's first replica), and for one step of each
+            replica `sent_bytes` and `messages`.
+
+        Example:
+
+        ```python
+        report = strategy.report()
+        print(report)
+        sharded = [variable.name for variable in report.variables if variable.placement == "sharded"]
+        ```
         """
         seats = self.extended.seats
         trained = [optimizer.trained for optimizer in self.optimizers]
@@ -152,7 +192,22 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         return make_report(self.settings, self.extended.group, self.levels, worker, trained)
 
     def cut_batch(self, batch):
-        """One global batch as per-replica values, cut as `experimental_distribute_dataset` cuts it."""
+        """One global batch as per-replica values, cut as `experimental_distribute_dataset` cuts it.
+
+        Args:
+            batch: a structure of tensors or arrays `[samples, ...]`, the same on all workers.
+
+        Returns:
+            The same structure, for `strategy.run`: each replica's tensors are its rows, and the last replicas may have
+            fewer than the others, or none.
+
+        Example:
+
+        ```python
+        features, targets = strategy.cut_batch((x[:10], y[:10]))
+        rows = strategy.run(lambda part: tf.shape(part)[0], args=(features,))  # on two replicas 5 and 5
+        ```
+        """
         parts = cut_batch(batch, self.extended.seats)
         return tf.nest.map_structure(lambda *leaves: _compat.per_replica(leaves), *parts)
 
@@ -170,6 +225,14 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         Raises:
             ValueError: for variables of another or of no strategy, or if workers name different ones.
             TimeoutError: if a worker does not come within `timeout_seconds`.
+
+        Example:
+
+        ```python
+        kernel = model.layers[-1].kernel
+        with strategy.gathered([kernel]):
+            kernel.assign(keras.ops.clip(kernel, -0.1, 0.1))  # whole, whatever each replica holds of it
+        ```
         """
         variables = list(variables) if isinstance(variables, list | tuple) else [variables]
         values = [getattr(variable, "value", variable) for variable in variables]

@@ -1,0 +1,348 @@
+"""What a model will take on each replica, before anything of it is allocated.
+
+    python -m tfzero.memory --model train:make_model --world-size 8 --batch-size 64 --budget-gb 16
+
+[Note: the peak] Between steps a replica holds parameters and slots; a step adds activations, gradients and buffers of
+the collectives. The trace of a step (`liveness.py`) tells how activations come and go while gradients appear one after
+the other. What becomes of these follows from the stage. With one replica, and up to stage 1, they stay whole until the
+backward pass is over; at stage 2 as many stay whole as `pacing.py` lets wait, and shards of the rest; at stage 3 the
+latest two, and buffers of the latest, while values of layers are gathered two at a time (`gathering.py`). As many
+exchanges as there are lanes (`collectives.py`) have a buffer each. Estimated is the greatest sum.
+"""
+
+import argparse
+import functools
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import keras
+import tensorflow as tf
+
+from tfzero import _compat
+from tfzero.collectives import LANES
+from tfzero.gathering import PREFETCH_BYTES
+from tfzero.inner import chain, chooser, is_elementwise
+from tfzero.liveness import Moment, trace_step
+from tfzero.network import DEFAULT_BUCKET_BYTES
+from tfzero.pacing import WINDOW_BUCKETS
+from tfzero.plan import Placement, Plan, VariableSpec, make_plan, shard_elements
+from tfzero.report import text_of
+from tfzero.settings import DEFAULT_MIN_SHARD_ELEMENTS, STAGES, check_number, check_stage
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of one replica at one stage; of the replica that holds most.
+
+    Args:
+        stage: of ZeRO.
+        world_size: number of replicas.
+        parameter_bytes: of the model's variables.
+        slot_bytes: of the optimizer's slots, accumulators and averages.
+        gradient_bytes: of gradients, when the step takes most.
+        buffer_bytes: of what is sent, received or gathered then, and of values that the update computes.
+        activation_bytes: of activations then; None if no batch size was given.
+    """
+
+    stage: int
+    world_size: int
+    parameter_bytes: int
+    slot_bytes: int
+    gradient_bytes: int
+    buffer_bytes: int
+    activation_bytes: int | None = None
+
+    @property
+    def held_bytes(self) -> int:
+        """Between steps."""
+        return self.parameter_bytes + self.slot_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        """Within a step; without activations if no batch size was given."""
+        return self.held_bytes + self.gradient_bytes + self.buffer_bytes + (self.activation_bytes or 0)
+
+    def record(self) -> dict:
+        """All figures by name."""
+        return {**asdict(self), "held_bytes": self.held_bytes, "peak_bytes": self.peak_bytes}
+
+
+class MemoryEstimates(tuple):
+    """One `MemoryEstimate` for each stage. `print` shows a table."""
+
+    def smallest_stage(self, budget_bytes: float) -> MemoryEstimate | None:
+        """The first stage whose peak is within a budget for each replica, or None."""
+        return next((each for each in self if each.peak_bytes <= budget_bytes), None)
+
+    def __str__(self) -> str:
+        titles = ("parameters", "slots", "held", "gradients", "buffers", "activations", "peak")
+        lines = ["stage  " + "  ".join(f"{title:>11}" for title in titles)]
+        for each in self:
+            found = [each.record()[f"{title.removesuffix('s')}_bytes"] for title in titles]
+            cells = ("?" if size is None else text_of(size) for size in found)
+            lines.append(f"{each.stage:5}  " + "  ".join(f"{cell:>11}" for cell in cells))
+        return "\n".join(lines)
+
+    def draw(self, path: str | os.PathLike) -> None:
+        """Writes a picture of stacked bars, one for each stage; needs matplotlib."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        figure, axes = pyplot.subplots(figsize=(8, 1.2 + 0.5 * len(self)))
+        names = [f"stage {each.stage}" for each in self]
+        begin = [0.0] * len(self)
+        for part in ("parameter", "slot", "gradient", "buffer", "activation"):
+            widths = [(each.record()[f"{part}_bytes"] or 0) / 1e9 for each in self]
+            axes.barh(names, widths, left=begin, label=f"{part}s")
+            begin = [left + width for left, width in zip(begin, widths, strict=True)]
+        axes.invert_yaxis()
+        axes.set_xlabel(f"GB on each of {self[0].world_size} replicas")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.3), ncols=5, frameon=False)
+        figure.savefig(path, bbox_inches="tight")
+        pyplot.close(figure)
+
+
+def estimate_memory(
+    model: keras.Model | Callable[[], keras.Model],
+    optimizer="adam",
+    world_size: int = 8,
+    stage: int | None = None,
+    batch_size: int | None = None,
+) -> MemoryEstimate | MemoryEstimates:
+    """What each replica of a `ZeroStrategy` will hold, and take at the peak of a step, in bytes.
+
+    Settings other than `stage` are the strategy's defaults. Nothing is trained, and of a model that a function makes
+    nothing is allocated. Activations are those of TensorFlow's CPU kernels; what loops keep for the backward pass
+    (LSTM, GRU) is not counted, nor what convolutions use for themselves.
+
+    Args:
+        model: a Keras model, or a function without arguments that makes one. A compiled one is traced with its loss.
+        optimizer: a name, config or Keras optimizer.
+        world_size: number of replicas.
+        stage: of ZeRO; None for all.
+        batch_size: the global one, as in `fit`; None for an estimate without activations.
+
+    Returns:
+        A `MemoryEstimate`, or `MemoryEstimates` with one for each stage.
+
+    Raises:
+        ValueError: for settings that make no sense; with a batch size for a model whose inputs are not known, or one
+            that was made under a strategy.
+
+    Example:
+
+    ```python
+    estimates = tfzero.estimate_memory(make_model, "adam", world_size=4, batch_size=32)
+    print(estimates)
+    fitting = estimates.smallest_stage(budget_bytes=16e9)
+    ```
+    """
+    check_number("world_size", world_size, int, 1)
+    if stage is not None:
+        check_stage(stage)
+    if batch_size is not None:
+        check_number("batch_size", batch_size, int, 1)
+    optimizer = keras.optimizers.get(optimizer)
+    # Again, each with no other variables than its steps and learning rate, whatever the given one has been built for.
+    makers = {id(link): functools.partial(type(link).from_config, link.get_config()) for link in chain(optimizer)}
+    with tf.Graph().as_default():  # variables made in a graph take no memory
+        made = model if isinstance(model, keras.Model) else model()
+        _check_model(made, batch_size)
+        estimate = _Estimate(made, optimizer, makers, world_size, batch_size)
+        estimates = MemoryEstimates(estimate.at(each) for each in (STAGES if stage is None else [stage]))
+    return estimates if stage is None else estimates[0]
+
+
+def _check_model(model, batch_size: int | None) -> None:
+    if not isinstance(model, keras.Model):
+        raise ValueError(f"`model` must be a Keras model or a function that makes one. Received: {model!r}")
+    if not model.built:
+        raise ValueError(
+            f"The model {model.name!r} has no variables yet. Make it of `keras.Input`s, or call its `build` first."
+        )
+    if batch_size is not None and any(getattr(v.value, "distribute_strategy", None) for v in model.variables):
+        raise ValueError(
+            f"The model {model.name!r} was made under a strategy. With a batch size pass the function that makes it. "
+            "What a ZeroStrategy holds of this one, `strategy.report()` tells."
+        )
+
+
+class _Estimate:
+    """Bytes of a model and its optimizer, by stage."""
+
+    def __init__(self, model: keras.Model, optimizer, makers, world_size: int, batch_size: int | None) -> None:
+        optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # of a loss scale, whose own variables are small
+        self._model = model
+        self._world_size = world_size
+        self._variables = model.trainable_variables
+        choose = chooser(optimizer)
+        self._optimizers = [choose(variable) for variable in self._variables]
+        pairs = zip(self._optimizers, self._variables, strict=True)
+        self._slots = [_slots_of(makers[id(mine)](), variable) for mine, variable in pairs]
+        self._has_activations = batch_size is not None
+        if batch_size is None:
+            order = reversed(range(len(self._variables)))
+            self._moments = tuple(Moment(0, (), index, is_backward=True) for index in order)
+        else:
+            self._moments = trace_step(model, -(-batch_size // world_size))
+
+    def at(self, stage: int) -> MemoryEstimate:
+        specs = [self._spec(v, o, stage) for v, o in zip(self._variables, self._optimizers, strict=True)]
+        plan = make_plan(specs, self._world_size, stage, DEFAULT_BUCKET_BYTES, DEFAULT_MIN_SHARD_ELEMENTS)
+        slot_bytes = max(self._slot_bytes(plan, rank, stage) for rank in range(self._world_size))
+        peak = max(_peaks(self._moments, plan, stage), key=lambda parts: sum(parts))
+        return MemoryEstimate(
+            stage,
+            self._world_size,
+            sum(self._parameter_bytes(variable, stage) for variable in self._model.variables),
+            slot_bytes,
+            *peak[1:],
+            peak[0] if self._has_activations else None,
+        )
+
+    def _spec(self, variable, optimizer, stage: int) -> VariableSpec:
+        return VariableSpec(
+            name=variable.path,
+            elements=variable.shape.num_elements(),
+            dtype=variable.dtype,
+            item_bytes=tf.as_dtype(variable.dtype).size,
+            elementwise=is_elementwise(optimizer),
+            optimizer=self._optimizers.index(optimizer),
+            sharded_parameter=self._is_sharded(variable, stage),
+        )
+
+    def _is_sharded(self, variable, stage: int) -> bool:
+        """Whether stage 3 shards it; as `ZeroExtended` decides when it is created."""
+        is_large = variable.shape.num_elements() >= max(1, DEFAULT_MIN_SHARD_ELEMENTS)
+        is_floating = tf.as_dtype(variable.dtype).is_floating
+        return stage == 3 and is_large and is_floating and _compat.was_made_trainable(self._model, variable)
+
+    def _parameter_bytes(self, variable, stage: int) -> int:
+        elements = variable.shape.num_elements()
+        if self._is_sharded(variable, stage):
+            elements = shard_elements(elements, self._world_size)
+        return elements * tf.as_dtype(variable.dtype).size
+
+    def _slot_bytes(self, plan: Plan, rank: int, stage: int) -> int:
+        total = 0
+        for index, slots in enumerate(self._slots):
+            placement, owner = plan.placements[index], plan.owners[index]
+            for slot in slots:
+                elements = slot.shape.num_elements()
+                if placement is Placement.SHARDED and not (stage < 2 and _compat.is_accumulator_name(slot.name)):
+                    elements = shard_elements(elements, self._world_size)
+                elif placement is Placement.OWNED and owner != rank:
+                    elements = 0
+                total += elements * tf.as_dtype(slot.dtype).size
+        return total
+
+
+def _slots_of(optimizer, variable) -> list:
+    """What an optimizer that has not been built makes for one variable."""
+    scalars = len(optimizer.variables)  # steps and learning rate
+    optimizer.build([keras.Variable("zeros", shape=variable.shape, dtype=variable.dtype, name=variable.name)])
+    # A scalar beside a matrix is one for all variables.
+    return [slot for slot in optimizer.variables[scalars:] if slot.shape.rank or not variable.shape.rank]
+
+
+def _peaks(moments: Sequence[Moment], plan: Plan, stage: int) -> Iterator[tuple[int, int, int]]:
+    """Bytes of activations, gradients and buffers at each moment of a step. [Note: the peak]"""
+    sizes = [spec.elements * spec.item_bytes for spec in plan.specs]
+    gathered = _gathered(moments, plan, sizes) if stage == 3 and plan.world_size > 1 else [0] * len(moments)
+    produced, latest = 0, [0]
+    for place, moment in enumerate(moments):
+        if moment.gradient is not None:
+            produced += sizes[moment.gradient]
+            latest.append(sizes[moment.gradient])
+        yield moment.activation_bytes, *_of_gradients(plan, stage, produced, latest, gathered[place])
+    yield 0, *_of_gradients(plan, stage, produced, latest, 0, is_over=True)
+
+
+def _of_gradients(
+    plan: Plan, stage: int, produced: int, latest: Sequence[int], gathered: int, is_over: bool = False
+) -> tuple[int, int]:
+    """Bytes of gradients, and of buffers, once so many bytes of gradients have been computed."""
+    size = plan.world_size
+    updated = min(produced, _group_bytes(plan)) // size if is_over and stage in (1, 2) else 0
+    if size == 1:
+        return produced, updated
+    if stage == 3:
+        whole = min(produced, sum(latest[-2:]))
+        return whole + (produced - whole) // size, gathered + whole + latest[-1]
+    in_flight = sum(sorted((plan.bucket_bytes(bucket) for bucket in plan.buckets), reverse=True)[:LANES])
+    in_flight = min(produced, in_flight)
+    if stage < 2:
+        return produced, in_flight
+    whole = min(produced, WINDOW_BUCKETS * DEFAULT_BUCKET_BYTES + max(latest))
+    return whole + (produced - whole) // size, max(in_flight, updated)
+
+
+def _group_bytes(plan: Plan) -> int:
+    """Of the two largest groups of buckets that are updated at once."""
+    groups = plan.group(plan.buckets, DEFAULT_BUCKET_BYTES)
+    return sum(sorted((sum(map(plan.bucket_bytes, group)) for group in groups), reverse=True)[:2])
+
+
+def _gathered(moments: Sequence[Moment], plan: Plan, sizes: Sequence[int]) -> list[int]:
+    """Bytes of gathered values at each moment: of the layer that is computed, and of the next ones."""
+    gathered = [0] * len(moments)
+    for is_backward in (False, True):
+        places = [k for k, moment in enumerate(moments) if moment.is_backward is is_backward]
+        reads: dict[int, list[int]] = {}
+        for place in places:
+            for index in moments[place].reads:
+                if plan.specs[index].sharded_parameter:
+                    reads.setdefault(index, []).append(place)
+        # The backward pass computes a variable's gradient beside what needs its value.
+        completed = {moment.gradient: place for place, moment in enumerate(moments)} if is_backward else {}
+        spans = sorted((f[0], max(f[-1], completed.get(index, 0)), sizes[index]) for index, f in reads.items())
+        for place in places:
+            gathered[place] = sum(size for begin, end, size in spans if begin <= place <= end)
+            ahead = 0
+            for begin, _, size in spans:
+                if begin > place and ahead < PREFETCH_BYTES:
+                    ahead += size
+            gathered[place] += ahead
+    return gathered
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tfzero.memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="MODULE:FUNCTION that makes the model")
+    parser.add_argument("--optimizer", default="adam")
+    parser.add_argument("--world-size", type=int, default=8)
+    parser.add_argument("--stage", type=int, choices=STAGES)
+    parser.add_argument("--batch-size", type=int, help="the global one; without it no activations are counted")
+    parser.add_argument("--budget-gb", type=float, help="of each replica; tells the smallest stage that fits")
+    parser.add_argument("--json", type=Path, help="where to write all figures")
+    parser.add_argument("--picture", type=Path, help="where to draw them; needs matplotlib")
+    options = parser.parse_args(arguments)
+    module, _, function = options.model.partition(":")
+    if not function:
+        parser.error(f"--model must be MODULE:FUNCTION. Received: {options.model}")
+    sys.path.insert(0, os.getcwd())
+    make_model = getattr(importlib.import_module(module), function)
+    found = estimate_memory(make_model, options.optimizer, options.world_size, options.stage, options.batch_size)
+    estimates = MemoryEstimates([found]) if options.stage is not None else found
+    print(estimates)
+    if options.budget_gb is not None:
+        fitting = estimates.smallest_stage(options.budget_gb * 1e9)
+        verdict = "no stage fits" if fitting is None else f"stage {fitting.stage} is the smallest that fits"
+        print(f"{verdict} into {options.budget_gb:g} GB on each of {options.world_size} replicas")
+    if options.json:
+        options.json.write_text(json.dumps([each.record() for each in estimates], indent=2))
+    if options.picture:
+        estimates.draw(options.picture)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""Progress on the terminal: one bar at a time, for all workers together.
+
+    with progress("saving", total_bytes, unit="bytes") as bar:
+        bar.advance(written_bytes)
+
+[Note: one bar] Rich draws a bar on stderr, only if that is a terminal, as one line below what has been printed, and it
+is erased when its work is done. A bar within another is not shown, nor is one of quick work. The output of a worker is
+a pipe to its launcher: a launcher with a terminal asks the first worker, by `TFZERO_PROGRESS`, to report instead of
+drawing. Reports go through that pipe as JSON text sequences (RFC 7464: a record separator, JSON, a line feed); the
+launcher cuts them out, and shows the worker's bar in place of its own for as long as there is one.
+"""
+
+import contextlib
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from time import monotonic
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+REPORTS_VARIABLE = "TFZERO_PROGRESS"  # the launcher's process id: a worker's children report nothing
+QUICK_SECONDS = 0.5  # work that takes less shows no bar
+REDRAW_SECONDS = 0.1  # between two drawings or reports
+_GONE = (OSError, ValueError)  # what a terminal that has been closed gives
+_ERASE = "\r\x1b[2K"  # the cursor's line
+_REPORT = re.compile(r"\x1e(\[.*\])\n")
+
+
+@dataclass(frozen=True)
+class Task:
+    """How far some work has come: `done` of `total`, of a unit such as "workers", or "bytes", which are shown as MB."""
+
+    title: str
+    total: int
+    done: int = 0
+    unit: str = ""
+
+    @property
+    def amount(self) -> str:
+        if self.unit == "bytes":
+            return f"{self.done / 1e6:.1f}/{self.total / 1e6:.1f} MB"
+        return f"{self.done}/{self.total} {self.unit}".rstrip()
+
+
+class _Terminal:
+    """Draws a bar below what has been printed."""
+
+    def __init__(self, console: "Console") -> None:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+        texts = [TextColumn(f"{{task.{place}}}", markup=False) for place in ("description", "fields[amount]")]
+        self._console = console
+        self._bars = Progress(texts[0], BarColumn(), texts[1], TimeElapsedColumn(), console=console, auto_refresh=False)
+        self._id = self._bars.add_task("", amount="")
+        self._title = ""
+        self._drawn = False
+
+    def show(self, task: Task) -> None:
+        if task.title != self._title:
+            self._title = task.title
+            self._bars.reset(self._id)  # its clock
+        self._bars.update(self._id, description=task.title, completed=task.done, total=task.total, amount=task.amount)
+        with self._console.capture() as drawing:
+            self._console.print(self._bars.get_renderable(), end="")
+        self._write(_ERASE + drawing.get().split("\n")[0])
+        self._drawn = True
+
+    def erase(self) -> None:
+        if self._drawn:
+            self._write(_ERASE)
+            self._drawn = False
+
+    def _write(self, text: str) -> None:
+        self._console.file.write(text)
+        self._console.file.flush()
+
+
+class _Reports:
+    """Reports a bar to the launcher."""
+
+    def __init__(self) -> None:
+        self._told = False
+
+    def show(self, task: Task) -> None:
+        self._tell([asdict(task)])
+        self._told = True
+
+    def erase(self) -> None:
+        if self._told:
+            self._tell([None])
+            self._told = False
+
+    def _tell(self, report: list[object]) -> None:
+        os.write(2, f"\x1e{json.dumps(report)}\n".encode())  # in one piece, as it is short
+
+
+class Bar:
+    """The bar of some work. Without a surface nothing is shown.
+
+    Args:
+        task: the work.
+        surface: where it is shown.
+    """
+
+    def __init__(self, task: Task, surface: _Terminal | _Reports | None = None) -> None:
+        self._task = task
+        self._of_worker: Task | None = None
+        self._surface = surface
+        self._due_seconds = monotonic() + QUICK_SECONDS
+
+    @property
+    def is_shown(self) -> bool:
+        return self._surface is not None
+
+    def advance(self, amount: int = 1) -> None:
+        """So much more is done."""
+        self.reach(self._task.done + amount)
+
+    def reach(self, done: int, title: str | None = None) -> None:
+        """So much is done in all; what comes next may have another title."""
+        if self._surface is not None:
+            self._task = replace(self._task, done=done, title=self._task.title if title is None else title)
+            self.refresh()
+
+    def relay(self, task: Task | None) -> None:
+        """Shows what a worker has reported in place of this bar, until it reports None."""
+        self._of_worker = task
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Draws the bar if it was not drawn just now."""
+        if self._surface is not None and monotonic() >= self._due_seconds:
+            with contextlib.suppress(*_GONE):
+                self._surface.show(self._of_worker or self._task)
+            self._due_seconds = monotonic() + REDRAW_SECONDS
+
+    def erase(self) -> None:
+        if self._surface is not None:
+            with contextlib.suppress(*_GONE):
+                self._surface.erase()
+
+
+_current = _none = Bar(Task("", 0))  # the bar that is shown
+
+
+@contextlib.contextmanager
+def progress(title: str, total: int, *, unit: str = "", shown: bool = True) -> Iterator[Bar]:
+    """A bar for the work in this context, of `total` units. [Note: one bar]
+
+    Args:
+        title: what is done, such as "saving".
+        total: how much there is to do.
+        unit: of what: "workers", or "bytes".
+        shown: whether this process may show it: only the first of several workers should.
+    """
+    global _current
+    surface = _find_surface() if shown and not _current.is_shown else None
+    bar = Bar(Task(title, total, 0, unit), surface)
+    if surface is None:
+        yield bar
+        return
+    _current = bar
+    try:
+        yield bar
+    finally:
+        _current = _none
+        bar.erase()
+
+
+def _find_surface() -> _Terminal | _Reports | None:
+    if os.environ.get(REPORTS_VARIABLE) == str(os.getppid()):
+        return _Reports()
+    if not getattr(sys.stderr, "isatty", bool)():
+        return None
+    from rich.console import Console
+
+    console = Console(file=sys.stderr)
+    return _Terminal(console) if console.is_interactive else None
+
+
+# For launchers.
+
+
+def asking() -> dict[str, str]:
+    """The environment that asks a worker for reports: empty where this process has no bar to show them in."""
+    shows = not _current.is_shown and _find_surface() is not None
+    return {REPORTS_VARIABLE: str(os.getpid())} if shows else {}
+
+
+def cut_reports(text: str) -> tuple[str, list[Task | None]]:
+    """The output of a worker without the reports in it, and these."""
+    found: list[Task | None] = []
+
+    def take(match: re.Match[str]) -> str:
+        try:
+            (fields,) = json.loads(match[1])
+            found.append(None if fields is None else Task(**fields))
+        except (ValueError, TypeError):  # another's record separator
+            return str(match[0])
+        return ""
+
+    return (_REPORT.sub(take, text) if "\x1e" in text else text), found
+
+
+def relay(task: Task | None) -> None:
+    """Shows what a worker has reported, in the bar that is shown."""
+    _current.relay(task)
+
+
+def refresh() -> None:
+    """Draws the bar that is shown, if it was not drawn just now."""
+    _current.refresh()
+
+
+def make_room() -> None:
+    """Erases the bar that is shown, so that a line can be printed; it is drawn again below."""
+    _current.erase()
