@@ -125,7 +125,6 @@ def test_weights_are_bit_for_bit_those_without_it(stage, tmp_path):
         (0, lambda: ko.Adam(0.02, global_clipnorm=0.1)),
         (1, lambda: ko.Adam(0.02, gradient_accumulation_steps=2)),
         (2, lambda: ko.SGD(0.1, clipnorm=0.1)),
-        (2, lambda: ko.Adam(0.02, gradient_accumulation_steps=2)),
         (2, lambda: ko.LossScaleOptimizer(ko.Adam(0.02), initial_scale=8.0)),
         (1, lambda: ko.Muon(0.02)),
         (3, lambda: ko.Adam(0.02, loss_scale_factor=4.0)),
@@ -345,7 +344,7 @@ def test_unknown_shapes_and_refused_zeros_are_no_error():
 
     model = compiled(make_strategy(2), lambda: keras.Sequential([keras.Input((8,)), Strict(), layers.Dense(3)]))
     fit(model)
-    with pytest.raises(UnmeasurableError, match="refuses a batch of zeros.*nothing but zeros"):
+    with pytest.raises(UnmeasurableError, match="(?s)refuses a batch of zeros.*nothing but zeros"):
         gradient_seconds(model, [8, 7])
     model.train_function.element_spec = (tf.TensorSpec([None, None]), tf.TensorSpec([None, 3]))
     with pytest.raises(UnmeasurableError, match="shapes that are not known before"):
@@ -452,8 +451,12 @@ def test_the_page_shows_it_beside_keras(tmp_path):
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
                "--disable-background-networking", "--disable-component-update", "--disable-sync",
                "--window-size=1600,5000", "--virtual-time-budget=30000", "--dump-dom"]  # fmt: skip
-    with tensorboard_server(logs, tmp_path) as address, tempfile.TemporaryDirectory() as profile:
-        command = ["chromium", *options, f"--user-data-dir={profile}", f"{address}?tagFilter=.%2B#timeseries"]
-        page = subprocess.run(command, capture_output=True, text=True, timeout=PAGE_SECONDS).stdout
-    missing = [tag for tag in [*SCALARS, "plan", "epoch_loss"] if f">{tag}<" not in page]
-    assert not missing, f"of a page with the titles {re.findall('title=[^>]*', page)}"
+    missing, deadline = ["everything"], time.monotonic() + PAGE_SECONDS
+    with tensorboard_server(logs, tmp_path) as address:
+        while missing and time.monotonic() < deadline:  # the server may still be reading, and cards come one by one
+            with tempfile.TemporaryDirectory() as profile:
+                command = ["chromium", *options, f"--user-data-dir={profile}", f"{address}?tagFilter=.%2B#timeseries"]
+                page = subprocess.run(command, capture_output=True, text=True, timeout=PAGE_SECONDS).stdout
+            missing = [tag for tag in [*SCALARS, "plan", "epoch_loss"] if f'title="{tag}"' not in page]
+    titles = re.findall('title="([^"]*)"', page)
+    assert not missing, f"{missing} are not among {titles}"

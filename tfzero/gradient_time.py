@@ -52,7 +52,7 @@ def gradient_seconds(model: keras.Model, rows: Sequence[int]) -> float:
     try:
         seconds = [_seconds_of(gradient, batch, strategy) for _ in range(1 + _RUNS)]
     except tf.errors.InvalidArgumentError as error:
-        raise UnmeasurableError(f"the model refuses a batch of zeros: {error.message}") from error
+        raise UnmeasurableError(f"the model refuses a batch of zeros: {error.message[:300]}") from error
     return statistics.median(seconds[1:])
 
 

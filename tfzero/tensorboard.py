@@ -47,6 +47,12 @@ class TensorBoardCallback(keras.callbacks.Callback):
         ValueError: for arguments that make no sense, and from `fit` for a model of another strategy or if the workers'
             `every_steps` differ.
         ImportError: without the package tensorboard, or with a picture without matplotlib.
+
+    Example:
+
+    ```python
+    model.fit(x, y, epochs=2, verbose=0, callbacks=[tfzero.TensorBoardCallback("logs", every_steps=2)])
+    ```
     """
 
     def __init__(self, log_dir: str | os.PathLike, every_steps: int = 10, picture: bool = True) -> None:
