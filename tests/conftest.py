@@ -20,8 +20,13 @@ tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
 # The files that take longest, so that no process is left with one of them at the end.
 LONGEST = (
     "test_workers", "test_step", "test_checkpoints", "test_survival", "test_examples", "test_bad_input",
-    "test_compression", "test_optimizers",
+    "test_stage3", "test_compression", "test_optimizers",
 )  # fmt: skip
+
+
+def pytest_xdist_auto_num_workers(config):
+    """One process more than there are cores, for the time in which tests wait for their workers."""
+    return (os.cpu_count() or 1) + 1
 
 
 def pytest_collection_modifyitems(items):

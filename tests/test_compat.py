@@ -350,6 +350,23 @@ def test_overridden_apply():
     assert _compat.overridden_apply(Own()) and not _compat.overridden_apply(keras.optimizers.SGD())
 
 
+def test_loss_and_rows_of_a_training_step(strategy):
+    """Keras's own step has the loss's mean count samples, and calls an older `compute_loss` as it is."""
+
+    class Older(keras.Sequential):
+        def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None):
+            return tf.reduce_mean(tf.square(y - y_pred)) * 3
+
+    with strategy.scope():
+        model = Older([keras.Input((2,)), keras.layers.Dense(1)])
+    model.compile("sgd")
+    x, y = np.ones((7, 2), "float32"), np.ones((7, 1), "float32")
+    assert _compat.rows_counted(model) == [0, 0]
+    model.fit(x, y, batch_size=7, verbose=0)
+    assert _compat.rows_counted(model) == [4, 3]
+    assert float(_compat.training_loss(model, x, y, y + 2.0, None)) == 12
+
+
 def test_inputs_of_a_model():
     tokens, mask = keras.Input((3,), name="tokens"), keras.Input((2,), name="mask")
     functional = keras.Model({"tokens": tokens, "mask": mask}, keras.layers.Concatenate()([tokens, mask]))

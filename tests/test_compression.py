@@ -177,7 +177,7 @@ def test_error_feedback_keeps_what_is_too_small_to_travel(stage, scaled):
 # Training, against one device.
 
 
-SPREAD = [(0, "int8"), (2, "int8"), (3, "bf16")]
+SPREAD = [(2, "int8"), (3, "bf16")]
 
 
 @pytest.mark.parametrize(

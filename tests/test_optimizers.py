@@ -129,8 +129,8 @@ def assert_same_training(ours, theirs, tolerance):
 
 def cells():
     """Every optimizer at every stage; a good part of them with `-m sweep` only."""
-    always = {0: {"adam", "muon"}, 1: {"adam", "adafactor", "multi_map"}, 2: OPTIMIZERS}
-    always[3] = {"adam", "schedule_free", *WHOLE_TENSOR, "multi_map"}
+    third = {"adam", "schedule_free", *WHOLE_TENSOR, "multi_map"}
+    always = {0: {"muon"}, 1: {"adafactor"}, 2: {"adam"} | OPTIMIZERS.keys() - third, 3: third}
     for name in OPTIMIZERS:
         for stage in range(4):
             marks = [] if name in always[stage] else [pytest.mark.sweep]

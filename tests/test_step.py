@@ -133,10 +133,10 @@ def adam(**settings):
 @pytest.mark.parametrize(
     ("stage", "devices", "batch_size"),
     [
-        (0, 2, 15),
-        (1, 2, 1),
         (2, 3, 15),
         (3, 3, 1),
+        sweep(0, 2, 15),
+        sweep(1, 2, 1),
         sweep(2, 3, 1),
         sweep(3, 3, 15),
         sweep(3, 2, 1),
@@ -193,9 +193,9 @@ def test_batches_on_their_own():
 @pytest.mark.parametrize(
     ("setting", "stage", "devices"),
     [
-        ("global_clipnorm", 0, 2),
         ("global_clipnorm", 3, 3),
         ("clipnorm", 2, 3),
+        sweep("global_clipnorm", 0, 2),
         ("clipvalue", 2, 2),
         sweep("clipnorm", 3, 2),
         sweep("global_clipnorm", 2, 3),
@@ -353,7 +353,7 @@ def test_constraints_shared_and_frozen_layers(stage):
     [
         {"steps_per_execution": 3},
         {"run_eagerly": True},
-        {"optimizer": "adam"},
+        sweep({"optimizer": "adam"}),
         {"optimizer": {"class_name": "Adam", "config": {"learning_rate": 0.02}}},
         sweep({"optimizer": None, "loss": "mse"}),
     ],
@@ -1068,7 +1068,7 @@ def test_variables_that_cannot_be_trained():
         sweep(0, lambda: ko.Adam(0.02)),
         sweep(2, lambda: ko.Adam(0.02)),
         (2, lambda: ko.LossScaleOptimizer(ko.Muon(0.02), initial_scale=4.0)),
-        (3, lambda: ko.Adam(0.02)),
+        sweep(3, lambda: ko.Adam(0.02)),
     ],
     ids=["adam-0", "adam-2", "scaled-muon-2", "adam-3"],
 )

@@ -123,12 +123,9 @@ def test_weights_are_bit_for_bit_those_without_it(stage, tmp_path):
     ("stage", "make_optimizer"),
     [
         (0, lambda: ko.Adam(0.02, global_clipnorm=0.1)),
-        (1, lambda: ko.Adam(0.02, gradient_accumulation_steps=2)),
-        (2, lambda: ko.SGD(0.1, clipnorm=0.1)),
-        (2, lambda: ko.LossScaleOptimizer(ko.Adam(0.02), initial_scale=8.0)),
-        (1, lambda: ko.Muon(0.02)),
-        (3, lambda: ko.Adam(0.02, loss_scale_factor=4.0)),
-        (3, lambda: ko.Adam(0.02, gradient_accumulation_steps=2, clipnorm=0.1)),
+        (1, lambda: ko.Muon(0.02, gradient_accumulation_steps=2)),
+        (2, lambda: ko.LossScaleOptimizer(ko.Adam(0.02, clipnorm=0.1), initial_scale=8.0)),
+        (3, lambda: ko.Adam(0.02, gradient_accumulation_steps=2, clipnorm=0.1, loss_scale_factor=4.0)),
     ],
 )
 def test_the_norm_is_that_of_one_device(stage, make_optimizer, tmp_path):
@@ -330,7 +327,8 @@ def test_what_would_change_something_is_not_measured(tmp_path):
 
 
 def test_residuals_of_error_feedback_are_left_alone():
-    model = compiled(make_strategy(3, compression="int8", error_feedback=True))
+    strategy = make_strategy(3, compression="int8", error_feedback=True)
+    model = compiled(strategy, lambda: keras.Sequential([keras.Input((8,)), layers.Dense(3)]), "sgd")
     fit(model)
     with pytest.raises(UnmeasurableError, match="would change something.*Assign"):
         gradient_seconds(model, [8, 7])
