@@ -223,9 +223,25 @@ def test_frozen_layers_have_no_slots_and_statistics_stay_whole():
 
 
 def test_a_greater_batch_takes_more_activations():
-    small, large = (tfzero.estimate_memory(autoencoder, world_size=2, stage=2, batch_size=size) for size in (16, 32))
+    small, large = (tfzero.estimate_memory(autoencoder, world_size=2, stage=2, batch_size=size) for size in (64, 128))
     assert large.activation_bytes == pytest.approx(2 * small.activation_bytes, rel=0.05)
     assert small.held_bytes == large.held_bytes
+
+
+def test_sixteen_bit_layers_keep_casts_but_not_at_stage_3():
+    """Up to stage 2 a layer's cast of a parameter waits for the backward pass; at stage 3 it is gathered again."""
+    wide = tfzero.estimate_memory(dense, world_size=8, batch_size=8)
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        narrow = tfzero.estimate_memory(dense, world_size=8, batch_size=8)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    layer = 1024**2
+    for stage in (0, 1, 2):
+        assert narrow[stage].held_bytes == wide[stage].held_bytes
+        assert narrow[stage].peak_bytes > wide[stage].peak_bytes
+    assert narrow[3].peak_bytes <= wide[3].peak_bytes
+    assert narrow[3].activation_bytes < 3 * layer  # the 16-bit gradient of one layer
 
 
 def test_a_model_that_exists_gives_the_same():

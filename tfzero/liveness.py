@@ -34,23 +34,25 @@ class Moment:
     Args:
         activation_bytes: what its inputs and outputs and everything that is needed later take; values and gradients
             of variables aside.
-        reads: the variables whose values it takes, by index.
+        reads: the variables whose values it takes: for each its index, and the bytes of the value as it is taken.
         gradient: the variable whose gradient it completes, by index, or None.
         is_backward: whether it belongs to the backward pass.
     """
 
     activation_bytes: int
-    reads: tuple[int, ...]
+    reads: tuple[tuple[int, int], ...]
     gradient: int | None
     is_backward: bool
 
 
-def trace_step(model: keras.Model, rows: int) -> tuple[Moment, ...]:
+def trace_step(model: keras.Model, rows: int, gathers: bool) -> tuple[Moment, ...]:
     """The moments of a forward and a backward pass of a batch of so many rows, on one replica.
 
     Args:
         model: a model whose inputs are known; its loss counts if it is compiled.
         rows: of the replica's part of a batch.
+        gathers: whether values of variables are gathered in the dtype of the layer that takes them. Else a layer's
+            cast of a variable is an activation, and kept for the backward pass.
 
     Raises:
         ValueError: if the model's inputs are not known.
@@ -67,7 +69,7 @@ def trace_step(model: keras.Model, rows: int) -> tuple[Moment, ...]:
         return loss
 
     graph = tf.function(step, autograph=False).get_concrete_function(_input_specs(model, rows)).graph
-    return tuple(_Walk(graph, variables, results["loss"], results["gradients"]).moments())
+    return tuple(_Walk(graph, variables, results["loss"], results["gradients"], gathers).moments())
 
 
 def _input_specs(model: keras.Model, rows: int):
@@ -118,7 +120,9 @@ class _Buffer:
 class _Walk:
     """Goes through a graph once. [Note: liveness]"""
 
-    def __init__(self, graph, variables: Sequence, loss: tf.Tensor, gradients: Sequence[tf.Tensor | None]) -> None:
+    def __init__(self, graph, variables: Sequence, loss, gradients: Sequence[tf.Tensor | None], gathers: bool) -> None:
+        self._sizes = [variable.shape.num_elements() * variable.dtype.size for variable in variables]
+        self._views = _VIEWS | {"Cast"} if gathers else _VIEWS
         outer = {id(variable.handle): index for index, variable in enumerate(variables)}
         self._handles = {inner.name: outer[id(taken)] for taken, inner in graph.captures if id(taken) in outer}
         targets = [loss, *(g for g in gradients if g is not None)]
@@ -141,10 +145,16 @@ class _Walk:
             for buffer in inputs:
                 buffer.uses -= 1
             self._let_go(buffer for buffer in (*results, *inputs) if not buffer.uses)
-            reads = {buffer.variable for buffer in inputs if buffer.variable is not None}
-            if operation.type in _HELD_ANYWAY | _VIEWS:
-                reads = set()
-            yield Moment(live_bytes, tuple(sorted(reads)), next(iter(completed), None), _compat.is_backward(operation))
+            reads = tuple(self._reads(operation, inputs))
+            yield Moment(live_bytes, reads, next(iter(completed), None), _compat.is_backward(operation))
+
+    def _reads(self, operation: tf.Operation, inputs: Sequence[_Buffer]) -> Iterator[tuple[int, int]]:
+        if operation.type in _HELD_ANYWAY | self._views:
+            return
+        for taken, buffer in zip(operation.inputs, inputs, strict=True):
+            if buffer.variable is not None:
+                is_value = taken.dtype != tf.resource
+                yield buffer.variable, _bytes(taken) if is_value else self._sizes[buffer.variable]
 
     def _let_go(self, buffers: Iterable[_Buffer]) -> None:
         for buffer in buffers:
@@ -166,7 +176,7 @@ class _Walk:
 
     def _passed_on(self, operation, place, tensor, inputs: Sequence[_Buffer]) -> _Buffer | None:
         """The buffer of an input, if the result lies there."""
-        if operation.type in _VIEWS:
+        if operation.type in _VIEWS or (operation.type in self._views and inputs[0].variable is not None):
             return inputs[place if operation.type == "IdentityN" else 0]
         if operation.type not in _IN_PLACE:
             return None

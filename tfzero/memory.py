@@ -186,26 +186,31 @@ class _Estimate:
         self._optimizers = [choose(variable) for variable in self._variables]
         pairs = zip(self._optimizers, self._variables, strict=True)
         self._slots = [_slots_of(makers[id(mine)](), variable) for mine, variable in pairs]
-        self._has_activations = batch_size is not None
-        if batch_size is None:
-            order = reversed(range(len(self._variables)))
-            self._moments = tuple(Moment(0, (), index, is_backward=True) for index in order)
-        else:
-            self._moments = trace_step(model, -(-batch_size // world_size))
+        self._rows = None if batch_size is None else -(-batch_size // world_size)
+        self._traces: dict[bool, tuple[Moment, ...]] = {}
 
     def at(self, stage: int) -> MemoryEstimate:
         specs = [self._spec(v, o, stage) for v, o in zip(self._variables, self._optimizers, strict=True)]
         plan = make_plan(specs, self._world_size, stage, DEFAULT_BUCKET_BYTES, DEFAULT_MIN_SHARD_ELEMENTS)
         slot_bytes = max(self._slot_bytes(plan, rank, stage) for rank in range(self._world_size))
-        peak = max(_peaks(self._moments, plan, stage), key=lambda parts: sum(parts))
+        peak = max(_peaks(self._moments(stage), plan, stage), key=sum)
         return MemoryEstimate(
             stage,
             self._world_size,
             sum(self._parameter_bytes(variable, stage) for variable in self._model.variables),
             slot_bytes,
             *peak[1:],
-            peak[0] if self._has_activations else None,
+            None if self._rows is None else peak[0],
         )
+
+    def _moments(self, stage: int) -> tuple[Moment, ...]:
+        if self._rows is None:  # one gradient after the other, and nothing else
+            order = reversed(range(len(self._variables)))
+            return tuple(Moment(0, (), index, is_backward=True) for index in order)
+        gathers = stage == 3 and self._world_size > 1
+        if gathers not in self._traces:
+            self._traces[gathers] = trace_step(self._model, self._rows, gathers)
+        return self._traces[gathers]
 
     def _spec(self, variable, optimizer, stage: int) -> VariableSpec:
         return VariableSpec(
@@ -255,7 +260,7 @@ def _slots_of(optimizer, variable) -> list:
 def _peaks(moments: Sequence[Moment], plan: Plan, stage: int) -> Iterator[tuple[int, int, int]]:
     """Bytes of activations, gradients and buffers at each moment of a step. [Note: the peak]"""
     sizes = [spec.elements * spec.item_bytes for spec in plan.specs]
-    gathered = _gathered(moments, plan, sizes) if stage == 3 and plan.world_size > 1 else [0] * len(moments)
+    gathered = _gathered(moments, plan) if stage == 3 and plan.world_size > 1 else [0] * len(moments)
     produced, latest = 0, [0]
     for place, moment in enumerate(moments):
         if moment.gradient is not None:
@@ -290,16 +295,18 @@ def _group_bytes(plan: Plan) -> int:
     return sum(sorted((sum(map(plan.bucket_bytes, group)) for group in groups), reverse=True)[:2])
 
 
-def _gathered(moments: Sequence[Moment], plan: Plan, sizes: Sequence[int]) -> list[int]:
+def _gathered(moments: Sequence[Moment], plan: Plan) -> list[int]:
     """Bytes of gathered values at each moment: of the layer that is computed, and of the next ones."""
     gathered = [0] * len(moments)
     for is_backward in (False, True):
         places = [k for k, moment in enumerate(moments) if moment.is_backward is is_backward]
         reads: dict[int, list[int]] = {}
+        sizes: dict[int, int] = {}
         for place in places:
-            for index in moments[place].reads:
+            for index, size in moments[place].reads:
                 if plan.specs[index].sharded_parameter:
                     reads.setdefault(index, []).append(place)
+                    sizes[index] = max(size, sizes.get(index, 0))
         # The backward pass computes a variable's gradient beside what needs its value.
         completed = {moment.gradient: place for place, moment in enumerate(moments)} if is_backward else {}
         spans = sorted((f[0], max(f[-1], completed.get(index, 0)), sizes[index]) for index, f in reads.items())
