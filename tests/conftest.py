@@ -24,11 +24,6 @@ LONGEST = (
 )  # fmt: skip
 
 
-def pytest_xdist_auto_num_workers(config):
-    """One process more than there are cores, for the time in which tests wait for their workers."""
-    return (os.cpu_count() or 1) + 1
-
-
 def pytest_collection_modifyitems(items):
     order = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))

@@ -65,8 +65,8 @@ def test_tumours_go_on_with_another_number_of_workers(tmp_path):
 
 
 def test_a_custom_loop():
-    printed = run("custom_loop.py", "--epochs", "2")
-    assert number_in(r"epoch 2: generator ([\d.]+)", printed) > 0
+    printed = run("custom_loop.py", "--epochs", "5")
+    assert number_in(r"epoch 5: generator ([\d.]+)", printed) > 0
     assert len(re.findall(r"^.*[ .:*#]{16}$", printed, re.MULTILINE)) >= 8
 
 

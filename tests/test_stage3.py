@@ -238,7 +238,7 @@ def test_a_tied_layer_is_gathered_once_forward_and_reduced_once():
 @pytest.mark.parametrize(("prefetched", "awaited"), [(1, {0, 1}), (2, {0})])
 def test_forward_gathers_wait_for_earlier_layers(prefetched, awaited, monkeypatch):
     """Else all parameters would be whole together."""
-    monkeypatch.setattr(gathering, "_PREFETCH_BYTES", prefetched * 6 * 6 * 4)
+    monkeypatch.setattr(gathering, "PREFETCH_BYTES", prefetched * 6 * 6 * 4)
     strategy = make_strategy()
     with strategy.scope():
         dense = [layers.Dense(6, use_bias=False) for _ in range(4)]
