@@ -65,7 +65,7 @@ def autoencoder():
         skips.append(x)
         x = layers.AveragePooling2D(2)(x)
     x = layers.Conv2D(512, 3, padding="same", activation="relu")(x)
-    for width, skip in zip((256, 128, 64), skips[::-1], strict=True):
+    for width, skip in zip((256, 128, 128), skips[::-1], strict=True):
         x = layers.Concatenate()([layers.UpSampling2D(2)(x), skip])
         x = layers.Conv2D(width, 3, padding="same", activation="relu")(x)
     return keras.Model(inputs, layers.Conv2D(8, 1)(x))
