@@ -259,34 +259,33 @@ def _slots_of(optimizer, variable) -> list:
 
 def _peaks(moments: Sequence[Moment], plan: Plan, stage: int) -> Iterator[tuple[int, int, int]]:
     """Bytes of activations, gradients and buffers at each moment of a step. [Note: the peak]"""
+    size = plan.world_size
     sizes = [spec.elements * spec.item_bytes for spec in plan.specs]
-    gathered = _gathered(moments, plan) if stage == 3 and plan.world_size > 1 else [0] * len(moments)
+    gathered = _gathered(moments, plan) if stage == 3 and size > 1 else [0] * len(moments)
+    in_flight = sum(sorted(map(plan.bucket_bytes, plan.buckets), reverse=True)[:LANES])
     produced, latest = 0, [0]
     for place, moment in enumerate(moments):
         if moment.gradient is not None:
             produced += sizes[moment.gradient]
             latest.append(sizes[moment.gradient])
-        yield moment.activation_bytes, *_of_gradients(plan, stage, produced, latest, gathered[place])
-    yield 0, *_of_gradients(plan, stage, produced, latest, 0, is_over=True)
+        yield moment.activation_bytes, *_of_gradients(size, stage, produced, latest, in_flight, gathered[place])
+    gradients, buffers = _of_gradients(size, stage, produced, latest, in_flight, 0)
+    # When the backward pass is over, updated values wait to be sent and assigned.
+    waits = stage == 2 or (stage == 1 and size == 1)
+    yield 0, gradients, max(buffers, min(produced, _group_bytes(plan)) // size if waits else 0)
 
 
 def _of_gradients(
-    plan: Plan, stage: int, produced: int, latest: Sequence[int], gathered: int, is_over: bool = False
+    size: int, stage: int, produced: int, latest: Sequence[int], in_flight: int, gathered: int
 ) -> tuple[int, int]:
-    """Bytes of gradients, and of buffers, once so many bytes of gradients have been computed."""
-    size = plan.world_size
-    updated = min(produced, _group_bytes(plan)) // size if is_over and stage in (1, 2) else 0
+    """Bytes of gradients, and of buffers, of one of `size` replicas when so many bytes of gradients are computed."""
     if size == 1:
-        return produced, updated
+        return produced, 0
     if stage == 3:
         whole = min(produced, sum(latest[-2:]))
         return whole + (produced - whole) // size, gathered + whole + latest[-1]
-    in_flight = sum(sorted((plan.bucket_bytes(bucket) for bucket in plan.buckets), reverse=True)[:LANES])
-    in_flight = min(produced, in_flight)
-    if stage < 2:
-        return produced, in_flight
-    whole = min(produced, WINDOW_BUCKETS * DEFAULT_BUCKET_BYTES + max(latest))
-    return whole + (produced - whole) // size, max(in_flight, updated)
+    whole = produced if stage < 2 else min(produced, WINDOW_BUCKETS * DEFAULT_BUCKET_BYTES + max(latest))
+    return whole + (produced - whole) // size, min(produced, in_flight)
 
 
 def _group_bytes(plan: Plan) -> int:
