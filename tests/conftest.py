@@ -1,10 +1,11 @@
 """Four logical CPU devices for the whole suite; strategies take as many as they need.
 
 Most of the time goes into making graphs, not into running them, so this process leaves Grappler's optimizations out.
-Workers, which are processes of their own, have them as every user does.
+Workers, which are processes of their own, have them as every user does, but in some tests that make many graphs.
 """
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
@@ -16,6 +17,10 @@ tf.config.set_logical_device_configuration(
 )
 
 tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
+
+# Of all processes that tests start. What `workers_path/sitecustomize.py` does, it does there.
+TESTS = Path(__file__).parent
+os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS / "workers_path"), str(TESTS.parent)])
 
 # The files that take longest, so that no process is left with one of them at the end.
 LONGEST = (

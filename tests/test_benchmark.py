@@ -1,10 +1,12 @@
 """The benchmark measures what it says, in real workers, and writes it down."""
 
 import json
+import socket
 
 import pytest
 
 from tfzero import benchmark
+from tfzero.measuring import received_bytes
 
 SMALL = ["--dim", "48", "--layers", "1", "--steps", "3", "--rounds", "1"]
 
@@ -25,6 +27,16 @@ def test_a_small_model_is_measured(tmp_path, capsys):
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith("| | step ms | ratio |") and len(printed) == 2 + len(rows)
     assert printed[2].startswith("| stock |") and "| 1.00 |" in printed[2]
+
+
+def test_received_bytes_are_those_of_the_connections_of_this_process():
+    before = received_bytes()
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as sender:
+        receiver, _ = server.accept()
+        with receiver, receiver.dup():
+            sender.sendall(b"x" * 1000)
+            assert receiver.recv(1000, socket.MSG_WAITALL) == b"x" * 1000
+            assert received_bytes() - before == 1000
 
 
 def test_the_table_leaves_out_what_is_not_known():

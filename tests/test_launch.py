@@ -15,13 +15,12 @@ import pytest
 from tfzero.fleet import LineSplitter
 from tfzero.launch import WorkerError, free_ports, run_local
 
-ROOT = Path(__file__).parents[1]
 LIMIT_SECONDS = 20  # of each launch here; most take half a second
 FACTOR = 10
 
 
 def start(*arguments, **options):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}
     command = [sys.executable, "-m", "tfzero.launch", *map(str, arguments)]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "encoding": "utf-8"}
     return subprocess.Popen(command, env=environment, **streams, **options)

@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -17,7 +16,6 @@ from tfzero import benchmark, progress
 from tfzero.fleet import LineSplitter
 from tfzero.launch import run_local
 
-ROOT = Path(__file__).parents[1]
 LIMIT_SECONDS = 100
 BAR = "━"
 
@@ -53,7 +51,7 @@ def bars(output):
 
 
 def environment(**settings):
-    return {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "PYTHONIOENCODING": "utf-8", **settings}
+    return {**os.environ, "TERM": "xterm", "PYTHONIOENCODING": "utf-8", **settings}
 
 
 def on_terminal(*arguments, stdout=None, **settings):

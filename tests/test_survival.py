@@ -14,7 +14,6 @@ import sys
 import threading
 import time
 import uuid
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +21,6 @@ import pytest
 import tfzero
 from tfzero.launch import free_ports
 
-ROOT = Path(__file__).parents[1]
 LIMIT_SECONDS = 150
 TIMEOUT_SECONDS = 12  # of the strategies
 STEPS = 24  # four epochs of six batches, the last one smaller
@@ -82,7 +80,7 @@ class Run:
     def __init__(self, command, **environment):
         self.lines: list[str] = []
         self._queue: queue.Queue = queue.Queue()
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "2", **environment}
+        environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2", **environment}
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         self.process = subprocess.Popen([str(part) for part in command], env=environment, **streams)
         self._reader = threading.Thread(target=self._read)

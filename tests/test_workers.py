@@ -69,12 +69,12 @@ def build(strategy, make_model=dense_model) -> keras.Model:
         return make_model()
 
 
-def fit_all(strategy, compile_arguments, make_model=dense_model, data=DATA, **fit_arguments) -> dict:
-    """Trains, evaluates and predicts; all of it must be what one device does."""
+def fit_all(strategy, compile_arguments, make_model=dense_model, data=DATA, **arguments) -> dict:
+    """Trains, evaluates and predicts unless told `only_fit`; all of it must be what one device does."""
     model = build(strategy, make_model)
     initial = model.get_weights()
     x, y = data.arrays()
-    outcome = train(model, x, y, compile_arguments, **fit_arguments)
+    outcome = train(model, x, y, compile_arguments, **arguments)
     return {"same": {"initial": initial, **dataclasses.asdict(outcome)}}
 
 
@@ -131,23 +131,24 @@ def adam(strategy):
 
 @case(**SGD, level=1)
 def sgd(strategy):
-    return fit_all(strategy, crossentropy(keras.optimizers.SGD(0.1, momentum=0.9, nesterov=True)))
+    return fit_all(strategy, crossentropy(keras.optimizers.SGD(0.1, momentum=0.9, nesterov=True)), only_fit=True)
 
 
 @case(**ADAM, level=1)
 def global_clipnorm(strategy):
-    return fit_all(strategy, crossentropy(keras.optimizers.Adam(0.01, global_clipnorm=0.05)), epochs=2)
+    return fit_all(strategy, crossentropy(keras.optimizers.Adam(0.01, global_clipnorm=0.05)), epochs=2, only_fit=True)
 
 
 @case(**ADAM, level=1)
 def accumulation(strategy):
-    return fit_all(strategy, crossentropy(keras.optimizers.Adam(0.01, gradient_accumulation_steps=3)))
+    optimizer = keras.optimizers.Adam(0.01, gradient_accumulation_steps=3)
+    return fit_all(strategy, crossentropy(optimizer), only_fit=True)
 
 
 @case(**ADAM, level=1)
 def moving_average(strategy):
     optimizer = keras.optimizers.Adam(0.01, use_ema=True, ema_momentum=0.8, ema_overwrite_frequency=3)
-    return fit_all(strategy, crossentropy(optimizer))
+    return fit_all(strategy, crossentropy(optimizer), only_fit=True)
 
 
 @case(**ADAM, level=1)
@@ -280,7 +281,7 @@ def callbacks(strategy):
         keras.callbacks.ReduceLROnPlateau("val_loss", patience=1, factor=0.3),
     ]
     arguments = crossentropy(keras.optimizers.Adam(0.3))
-    return fit_all(strategy, arguments, epochs=10, callbacks=chosen, validation_data=(x, y))
+    return fit_all(strategy, arguments, epochs=10, callbacks=chosen, validation_data=(x, y), only_fit=True)
 
 
 # How steps are run.
@@ -398,7 +399,7 @@ def dropout(strategy):
     for _ in range(2):
         keras.utils.set_random_seed(CASE_SEED)
         arguments = {"optimizer": "sgd", "loss": "mse"}
-        outcomes.append(fit_all(strategy, arguments, model)["same"])
+        outcomes.append(fit_all(strategy, arguments, model, only_fit=True)["same"])
     return {"alike": {"masks": [masks(), masks()], "outcomes": outcomes}}
 
 
@@ -433,7 +434,7 @@ def embedding(strategy):
 
 @case(**ADAM)
 def muon(strategy):
-    return fit_all(strategy, crossentropy(keras.optimizers.Muon(0.01)), epochs=2)
+    return fit_all(strategy, crossentropy(keras.optimizers.Muon(0.01)), epochs=2, only_fit=True)
 
 
 @case(rtol=2**-7, atol=2**-9)
@@ -480,7 +481,7 @@ def saved(strategy):
 def broken_reduction(strategy):
     """Each replica takes its own gradient for the sum of all."""
     if strategy is None:
-        return fit_all(strategy, crossentropy(keras.optimizers.SGD(0.1)))
+        return fit_all(strategy, crossentropy(keras.optimizers.SGD(0.1)), only_fit=True)
     group = type(strategy.extended.group)
     originals = group.reduce_scatter, group._reduce
 
@@ -519,6 +520,7 @@ def generator(strategy):
 
 def run_cases(cases: dict[str, Callable], stage: int) -> dict:
     """In a worker: what each case returned, or the text of its failure. Stops when the workers have parted."""
+    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})  # as in `conftest.py`
     strategy = tfzero.ZeroStrategy(stage, min_shard_elements=SMALL, timeout_seconds=30)
     worker = strategy.extended.seats.worker
     results: dict = {"seconds": {}}

@@ -55,12 +55,13 @@ class Contestant:
         return f"stage {self.stage}" + (f" {self.compression}{feedback}" if self.compression else "")
 
     def run(self, work: Work, workers: int, timeout_seconds: float) -> dict:
-        """The first worker's figures of one fleet."""
+        """The first worker's figures of one fleet, but all workers' bytes on the wire."""
         if self.peer is not None:
             function, arguments = measure_peer, (work, self.peer)
         else:
             function, arguments = measure, (work, self.stage, self.compression, self.error_feedback)
-        return run_local(function, workers=workers, args=arguments, timeout_seconds=timeout_seconds)[0]
+        runs = run_local(function, workers=workers, args=arguments, timeout_seconds=timeout_seconds)
+        return runs[0] | {"wire": sum(run["wire"] for run in runs)}
 
 
 def summarize(contestant: Contestant, runs: Sequence[dict], work: Work, workers: int) -> dict:
