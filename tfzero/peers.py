@@ -33,7 +33,7 @@ def make_torch_model(work: Work):
             query, key, value = projected.permute(2, 0, 3, 1, 4)
             attended = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
             x = x + self.output_projection(attended.transpose(1, 2).reshape(-1, LENGTH, dim))
-            return x + self.down(nn.functional.gelu(self.up(self.norms[1](x)), approximate="tanh"))
+            return x + self.down(nn.functional.gelu(self.up(self.norms[1](x))))
 
     class Gpt(nn.Module):
         def __init__(self):
