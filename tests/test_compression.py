@@ -292,7 +292,7 @@ def saved(tmp_path, stage=2):
     return model
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=SWEEP), 3])
 def test_a_run_goes_on_bit_for_bit(tmp_path, stage):
     original = saved(tmp_path, stage)
     copy = compiled(make_strategy(stage, compression="int8", error_feedback=True), "adam")
@@ -301,9 +301,10 @@ def test_a_run_goes_on_bit_for_bit(tmp_path, stage):
         np.testing.assert_array_equal(mine, theirs)
 
 
-@pytest.mark.parametrize(
-    ("devices", "stage", "compression"), [(3, 1, "int8"), (2, 3, None), pytest.param(1, 2, None, marks=SWEEP)]
-)
+OTHERS = [(3, 1, "int8"), pytest.param(2, 3, None, marks=SWEEP), pytest.param(1, 2, None, marks=SWEEP)]
+
+
+@pytest.mark.parametrize(("devices", "stage", "compression"), OTHERS)
 def test_another_run_goes_on_from_the_master_values(tmp_path, devices, stage, compression):
     original = saved(tmp_path)
     strategy = make_strategy(stage, devices, compression=compression, error_feedback=compression is not None)

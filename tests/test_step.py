@@ -134,7 +134,7 @@ def adam(**settings):
     ("stage", "devices", "batch_size"),
     [
         (2, 3, 15),
-        (3, 3, 1),
+        sweep(3, 3, 1),
         sweep(0, 2, 15),
         sweep(1, 2, 1),
         sweep(2, 3, 1),
@@ -196,7 +196,7 @@ def test_batches_on_their_own():
         ("global_clipnorm", 3, 3),
         ("clipnorm", 2, 3),
         sweep("global_clipnorm", 0, 2),
-        ("clipvalue", 2, 2),
+        sweep("clipvalue", 2, 2),
         sweep("clipnorm", 3, 2),
         sweep("global_clipnorm", 2, 3),
         sweep("global_clipnorm", 1, 3),
@@ -290,7 +290,7 @@ def test_gradients_accumulate_under_a_loss_scale(stage):
 @pytest.mark.parametrize(
     ("stage", "settings"),
     [
-        (0, {"ema_overwrite_frequency": 2}),
+        sweep(0, {"ema_overwrite_frequency": 2}),
         (3, {"ema_overwrite_frequency": 2}),
         sweep(2, {"ema_overwrite_frequency": 2}),
         sweep(1, {}),
@@ -546,7 +546,7 @@ def sequences():
 @pytest.mark.parametrize(
     ("reduction", "weighted"),
     [
-        ("sum_over_batch_size", True),
+        sweep("sum_over_batch_size", True),
         sweep("sum", False),
         ("mean_with_sample_weight", True),
         sweep("sum_over_batch_size", False),
@@ -923,7 +923,8 @@ def test_mixed_precision(policy, stage):
 
 @pytest.mark.filterwarnings("ignore:.*the memory of stage 2")
 @pytest.mark.parametrize(
-    ("stage", "compiled"), [(2, True), sweep(0, False), (3, True), sweep(3, False), sweep(2, False), sweep(1, True)]
+    ("stage", "compiled"),
+    [sweep(2, True), sweep(0, False), (3, True), sweep(3, False), sweep(2, False), sweep(1, True)],
 )
 def test_a_custom_loop(stage, compiled):
     """The mean over the global batch is the user's: sums over the parts, divided by the number of all samples."""

@@ -209,9 +209,9 @@ def input_structure(model):
     return getattr(functional, "_inputs_struct", None)
 
 
-def was_made_trainable(model, variable) -> bool:
-    """Whether a layer made a variable to be trained, though it may be frozen now."""
-    return any(mine is variable for layer in model._flatten_layers() for mine in layer._trainable_variables)
+def made_trainable(model) -> set[int]:
+    """Ids of the variables that layers made to be trained, though some may be frozen now."""
+    return {id(variable) for layer in model._flatten_layers() for variable in layer._trainable_variables}
 
 
 def rows_counted(model) -> list[int]:

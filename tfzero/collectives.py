@@ -167,11 +167,15 @@ class Group:
             for group in groups:
                 group._is_silent = False
 
+    @property
+    def _is_alone(self) -> bool:
+        return self.world_size == 1 or self._is_silent
+
     # Each is the sum, or the rows, of all replicas' values.
 
     def all_reduce(self, value: tf.Tensor, replica: int) -> tf.Tensor:
         """Sum over replicas of a tensor of any dtype, with the same shape on all of them."""
-        if self.world_size == 1 or self._is_silent or value.shape.num_elements() == 0:
+        if self._is_alone or value.shape.num_elements() == 0:
             return tf.identity(value)
         if value.dtype not in _REDUCED_DTYPES:
             wide = tf.int64 if value.dtype.is_integer or value.dtype.is_bool else tf.float64
@@ -191,7 +195,7 @@ class Group:
             dtype: dtype of the sum; by default that of `rows`.
         """
         dtype = rows.dtype if dtype is None else dtype
-        if self.world_size == 1 or self._is_silent:
+        if self._is_alone:
             return tf.cast(rows[self.rank(replica)], dtype)
         if self.within is not None:
             return self.across.reduce_scatter(self.sum_within(rows, replica), replica, dtype)
@@ -219,7 +223,7 @@ class Group:
 
     def all_to_all(self, rows: tf.Tensor, replica: int) -> tf.Tensor:
         """Row `r` goes to rank `r`; the row that comes from rank `r` takes its place: `[world_size, n]` to the same."""
-        if self.world_size == 1 or self._is_silent:
+        if self._is_alone:
             return rows
         if self._lacks_all_to_all:
             return self.all_gather(rows, replica)[:, self.rank(replica)]
@@ -230,7 +234,7 @@ class Group:
 
         `backward` puts it into the lane of gathers that are traced long after what needs them. [Note: ordering]
         """
-        if self.world_size == 1 or self._is_silent:
+        if self._is_alone:
             return tf.stack([row] * self.world_size)
         if row.dtype not in _GATHERED_DTYPES:
             return self._gather_disguised(row, replica, backward)
@@ -239,7 +243,7 @@ class Group:
 
     def all_gather_parts(self, value: tf.Tensor, replica: int) -> list[tf.Tensor]:
         """Every rank's tensor, in rank order; their shapes may differ, also from step to step, but not the rank."""
-        if self.world_size == 1 or self._is_silent:
+        if self._is_alone:
             return [value] * self.world_size
         if value.dtype.size is not None and value.dtype.size == 1:
             wide = self.all_gather_parts(tf.cast(value, tf.int32), replica)
@@ -256,7 +260,7 @@ class Group:
 
     def broadcast(self, value: tf.Tensor, replica: int) -> tf.Tensor:
         """Rank 0's value on all, for a static shape and any dtype."""
-        if self.world_size == 1 or self._is_silent or value.shape.num_elements() == 0:
+        if self._is_alone or value.shape.num_elements() == 0:
             return tf.identity(value)
         if value.dtype in (tf.float16, tf.float32, tf.float64, tf.int32, tf.int64):
             return self._broadcast(value, replica)
@@ -269,14 +273,11 @@ class Group:
         return self.hint != "NCCL" and self._members_here > _MAX_ALL_TO_ALL_MEMBERS_PER_PROCESS
 
     def launch(self, method: Callable, values: Sequence, *args) -> list:
-        """Runs one collective for all local replicas at once, from outside a replica.
+        """Runs one collective for all local replicas at once, from outside a replica; gives one result for each.
 
         Args:
             method: one of this group's methods, e.g. `group.all_reduce`.
             values: one tensor per local replica.
-
-        Returns:
-            One result per local replica.
         """
 
         def parts(*tensors):

@@ -143,8 +143,9 @@ def measure(work: Work, stage: int | None, compression: str | None = None, error
     figures["held"] = tf.config.experimental.get_memory_info("CPU:0")["current"]
     shards = 1 if stage in (None, 0) else strategy.num_replicas_in_sync
     del model
-    figures["compute"] = _seconds_of_gradient(work)
-    figures["update"] = _seconds_of_update(-(-figures["parameters"] // shards))
+    meet = _meeting(strategy)
+    figures["compute"] = _seconds_of_gradient(work, meet)
+    figures["update"] = _seconds_of_update(-(-figures["parameters"] // shards), meet)
     return figures
 
 
@@ -168,17 +169,29 @@ def _received_bytes(number: int) -> int:
     return struct.unpack_from("=Q", info, 128)[0]
 
 
-def median_seconds(function: Callable[[], object], steps: int = 7) -> float:
-    """Of single calls, after two to warm up."""
+def _meeting(strategy) -> Callable[[], object]:
+    """A function that waits for all workers, so that what is timed next shares the machine as in training."""
+    import tensorflow as tf
+
+    @tf.function
+    def count():
+        return strategy.reduce("SUM", strategy.run(lambda: tf.ones([])), axis=None)
+
+    return lambda: float(count())
+
+
+def _median_seconds(function: Callable[[], object], meet: Callable[[], object], steps: int = 7) -> float:
+    """Of single calls that all workers make at the same time, after two to warm up."""
     seconds = []
     for _ in range(steps + 2):
+        meet()
         start = time.perf_counter()
         function()
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[2:])
 
 
-def _seconds_of_gradient(work: Work) -> float:
+def _seconds_of_gradient(work: Work, meet: Callable[[], object]) -> float:
     import tensorflow as tf
 
     model = make_model(work)
@@ -191,10 +204,10 @@ def _seconds_of_gradient(work: Work) -> float:
         # As in training, nothing is kept that is not needed any more.
         return [tf.reshape(g, [-1])[0] for g in tape.gradient(loss, model.trainable_variables)]
 
-    return median_seconds(lambda: gradient()[0].numpy())
+    return _median_seconds(lambda: gradient()[0].numpy(), meet)
 
 
-def _seconds_of_update(elements: int) -> float:
+def _seconds_of_update(elements: int, meet: Callable[[], object]) -> float:
     import keras
     import tensorflow as tf
 
@@ -205,4 +218,4 @@ def _seconds_of_update(elements: int) -> float:
     update = tf.function(
         lambda gradient: optimizer.update_step(gradient, variable.value, tf.constant(1e-4)), jit_compile=True
     )
-    return median_seconds(lambda: (update(gradient), variable.value[0].numpy()))
+    return _median_seconds(lambda: (update(gradient), variable.value[0].numpy()), meet)

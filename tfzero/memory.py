@@ -182,6 +182,7 @@ class _Estimate:
         self._model = model
         self._world_size = world_size
         self._variables = model.trainable_variables
+        self._made_trainable = _compat.made_trainable(model)
         choose = chooser(optimizer)
         self._optimizers = [choose(variable) for variable in self._variables]
         pairs = zip(self._optimizers, self._variables, strict=True)
@@ -227,7 +228,7 @@ class _Estimate:
         """Whether stage 3 shards it; as `ZeroExtended` decides when it is created."""
         is_large = variable.shape.num_elements() >= max(1, DEFAULT_MIN_SHARD_ELEMENTS)
         is_floating = tf.as_dtype(variable.dtype).is_floating
-        return stage == 3 and is_large and is_floating and _compat.was_made_trainable(self._model, variable)
+        return stage == 3 and is_large and is_floating and id(variable) in self._made_trainable
 
     def _parameter_bytes(self, variable, stage: int) -> int:
         elements = variable.shape.num_elements()
