@@ -1,8 +1,4 @@
-"""Four logical CPU devices for the whole suite; strategies take as many as they need.
-
-Most of the time goes into making graphs, not into running them, so this process leaves Grappler's optimizations out.
-Workers, which are processes of their own, have them as every user does, but in some tests that make many graphs.
-"""
+"""Four logical CPU devices for the whole suite; strategies take as many as they need."""
 
 import os
 from pathlib import Path
@@ -10,13 +6,12 @@ from pathlib import Path
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
 
+import oracle  # noqa: F401 - sets how graphs are made
 import tensorflow as tf
 
 tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 4
 )
-
-tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
 
 # Of all processes that tests start. What `workers_path/sitecustomize.py` does, it does there.
 TESTS = Path(__file__).parent

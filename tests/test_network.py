@@ -88,7 +88,6 @@ def _step_in_int8(strategy) -> dict:
 
 
 def _two_by_two() -> dict:
-    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})  # as in `conftest.py`
     found: dict = {}
     for hierarchical in ("auto", False):
         strategy = tfzero.ZeroStrategy(hierarchical=hierarchical)

@@ -175,8 +175,9 @@ def committed(folder):
     return sorted(path.name for path in (folder / "checkpoints").glob("step-*"))
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.sweep)])
-@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.sweep)])
+@pytest.mark.sweep
+@pytest.mark.parametrize("kills", [1, 20])
+@pytest.mark.parametrize("stage", [2, 3])
 def test_a_run_killed_at_random_instants_ends_as_if_never_killed(runs, uninterrupted, tmp_path, stage, kills):
     chance = random.Random(7)
     run = runs(survivor(tmp_path, stage=stage, pause=0.15, restarts=kills + 1))

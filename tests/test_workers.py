@@ -520,7 +520,6 @@ def generator(strategy):
 
 def run_cases(cases: dict[str, Callable], stage: int) -> dict:
     """In a worker: what each case returned, or the text of its failure. Stops when the workers have parted."""
-    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})  # as in `conftest.py`
     strategy = tfzero.ZeroStrategy(stage, min_shard_elements=SMALL, timeout_seconds=30)
     worker = strategy.extended.seats.worker
     results: dict = {"seconds": {}}
