@@ -278,9 +278,9 @@ def several_steps_at_once(model, callbacks, **arguments):
 
 SWEPT = [
     pytest.param(fit, marks=pytest.mark.sweep)
-    for fit in (arrays, dataset_of_unknown_length, endless_dataset, generator, several_steps_at_once)
+    for fit in (arrays, dataset_of_unknown_length, endless_dataset, generator, py_dataset, several_steps_at_once)
 ]
-KINDS = [shuffled_dataset, py_dataset, *SWEPT]
+KINDS = [shuffled_dataset, *SWEPT]
 
 
 @pytest.mark.filterwarnings("ignore:Your input ran out of data")
@@ -324,7 +324,13 @@ def check_interrupted_run(fit, crash, tmp_path, strategy, asynchronous=True):
     assert 20 - crash <= len(seen) * getattr(actual, "steps_per_execution", 1) <= 20 - crash + 4, "began too early"
 
 
-@pytest.mark.parametrize(("before", "after"), [((3, 1), (2, 2)), ((2, 2), (3, 1)), ((2, 1), (2, 1))])
+GOING_ON = [
+    ((3, 1), (2, 2)),
+    *(pytest.param(*each, marks=pytest.mark.sweep) for each in [((2, 2), (3, 1)), ((2, 1), (2, 1))]),
+]
+
+
+@pytest.mark.parametrize(("before", "after"), GOING_ON)
 def test_another_number_of_replicas_goes_on_as_one_device(before, after, tmp_path):
     """In the middle of an epoch, with metrics and accumulated gradients in progress."""
 

@@ -158,7 +158,10 @@ MODELS = {
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[pytest.mark.sweep] * (name in ("recurrent", "bidirectional"))) for name in MODELS],
+    [
+        pytest.param(name, marks=[pytest.mark.sweep] * (name in ("recurrent", "bidirectional", "nested")))
+        for name in MODELS
+    ],
 )
 @pytest.mark.parametrize("reshard", [True, pytest.param(False, marks=pytest.mark.sweep)])
 def test_a_model_does_as_on_one_device(name, reshard):

@@ -294,7 +294,7 @@ def test_gradients_accumulate_under_a_loss_scale(stage):
         (3, {"ema_overwrite_frequency": 2}),
         sweep(2, {"ema_overwrite_frequency": 2}),
         sweep(1, {}),
-        (2, {"gradient_accumulation_steps": 3, "ema_overwrite_frequency": 2}),
+        sweep(2, {"gradient_accumulation_steps": 3, "ema_overwrite_frequency": 2}),
         sweep(1, {"gradient_accumulation_steps": 3, "ema_overwrite_frequency": 2}),
         sweep(2, {"gradient_accumulation_steps": 3}),
     ],

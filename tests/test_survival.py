@@ -290,7 +290,9 @@ def assert_ended_by_name(run, lost, where, began):
     assert seconds < TIMEOUT_SECONDS + 5, seconds
 
 
-@pytest.mark.parametrize(("number", "stage"), [(signal.SIGKILL, 3), (signal.SIGSTOP, 2)])
+@pytest.mark.parametrize(
+    ("number", "stage"), [(signal.SIGKILL, 3), pytest.param(signal.SIGSTOP, 2, marks=pytest.mark.sweep)]
+)
 def test_the_others_name_a_lost_worker_and_end_in_time(runs, tmp_path, number, stage):
     addresses = [f"127.0.0.1:{port}" for port in free_ports(3)]
     workers = [runs(command, **environment) for command, environment in fleet(tmp_path, addresses, stage)]
