@@ -14,6 +14,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from marks import sweep
 from oracle import Data, dense_model
 
 import tfzero
@@ -548,12 +549,10 @@ def test_worker_that_dies_before_training():
 @pytest.mark.parametrize(
     ("scenario", "told"),
     [
-        pytest.param(stall_before_training, "worker 1 at .* did not arrive", marks=pytest.mark.sweep),
+        sweep(stall_before_training, "worker 1 at .* did not arrive"),
         (gather_alone, "worker 1 at .* did not arrive at 'gathering variables' within 6 s"),
         # The next two are also in test_survival.py. TensorFlow's own watch may notice first; it says "task:1".
-        pytest.param(
-            death_in_training, "worker 1 at .* was lost|/job:worker/replica:0/task:1", marks=pytest.mark.sweep
-        ),
+        sweep(death_in_training, "worker 1 at .* was lost|/job:worker/replica:0/task:1"),
         (stop_in_training, "worker 1 at .* did not arrive at 'the pulse' within 4.8 s|/job:worker/replica:0/task:1"),
         (sleep_in_training, "waited in a collective for 6 s. worker 1 at .* did not arrive there"),
     ],

@@ -17,6 +17,7 @@ import pytest
 import tensorflow as tf
 from keras import layers
 from keras import optimizers as ko
+from marks import sweep
 
 import tfzero
 
@@ -154,7 +155,7 @@ def _read(folder, stages):
 
 @pytest.mark.parametrize(
     ("writers", "readers", "stages"),
-    [([2], [3], [1, 3]), pytest.param([1, 2, 3, 4], [1, 2, 3, 4], [0, 1, 2, 3], marks=pytest.mark.sweep)],
+    [([2], [3], [1, 3]), sweep([1, 2, 3, 4], [1, 2, 3, 4], [0, 1, 2, 3])],
 )
 def test_any_number_of_workers_at_any_stage_reads_what_any_other_wrote(writers, readers, stages, tmp_path):
     for workers in writers:
@@ -164,7 +165,7 @@ def test_any_number_of_workers_at_any_stage_reads_what_any_other_wrote(writers, 
         assert read == [len(stages) ** 2 * len(writers)] * workers
 
 
-@pytest.mark.parametrize("optimizer", [pytest.param("average", marks=pytest.mark.sweep), "scaled"])
+@pytest.mark.parametrize("optimizer", [sweep("average"), "scaled"])
 def test_averages_and_loss_scales_are_saved(optimizer):
     directory, values = source(3, 3, optimizer)
     model = target(2, 2, optimizer)
@@ -277,7 +278,7 @@ def several_steps_at_once(model, callbacks, **arguments):
 
 
 SWEPT = [
-    pytest.param(fit, marks=pytest.mark.sweep)
+    sweep(fit)
     for fit in (arrays, dataset_of_unknown_length, endless_dataset, generator, py_dataset, several_steps_at_once)
 ]
 KINDS = [shuffled_dataset, *SWEPT]
@@ -289,7 +290,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(fit, tmp_path):
     check_interrupted_run(fit, 9, tmp_path, make_strategy(2, 2))
 
 
-@pytest.mark.parametrize(("crash", "stage"), [(3, 3), pytest.param(5, 1, marks=pytest.mark.sweep)])
+@pytest.mark.parametrize(("crash", "stage"), [(3, 3), sweep(5, 1)])
 def test_a_run_goes_on_from_any_place_in_an_epoch(crash, stage, tmp_path):
     check_interrupted_run(arrays, crash, tmp_path, make_strategy(2, stage), asynchronous=False)
 
@@ -324,13 +325,7 @@ def check_interrupted_run(fit, crash, tmp_path, strategy, asynchronous=True):
     assert 20 - crash <= len(seen) * getattr(actual, "steps_per_execution", 1) <= 20 - crash + 4, "began too early"
 
 
-GOING_ON = [
-    ((3, 1), (2, 2)),
-    *(pytest.param(*each, marks=pytest.mark.sweep) for each in [((2, 2), (3, 1)), ((2, 1), (2, 1))]),
-]
-
-
-@pytest.mark.parametrize(("before", "after"), GOING_ON)
+@pytest.mark.parametrize(("before", "after"), [((3, 1), (2, 2)), sweep((2, 2), (3, 1)), sweep((2, 1), (2, 1))])
 def test_another_number_of_replicas_goes_on_as_one_device(before, after, tmp_path):
     """In the middle of an epoch, with metrics and accumulated gradients in progress."""
 

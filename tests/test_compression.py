@@ -9,12 +9,12 @@ import pytest
 import tensorflow as tf
 from keras import layers
 from keras import optimizers as ko
+from marks import sweep
 
 import tfzero
 from tfzero.compression import Codec
 from tfzero.variables import ShardedParameter
 
-SWEEP = pytest.mark.sweep
 FORMATS = ["bf16", "fp16", "int8"]
 X, Y = oracle.Data(features=8).arrays()
 
@@ -115,7 +115,7 @@ def local_gradients(x, y, weights):
 
 
 @pytest.mark.parametrize("error_feedback", [False, True])
-@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.sweep), 2])
+@pytest.mark.parametrize("stage", [sweep(1), 2])
 def test_a_step_does_what_numpy_does(stage, error_feedback):
     """Each replica's gradient is rounded by itself; the parameter's difference too, whose rest is not lost."""
     x, y, seen = two_steps(stage, error_feedback)
@@ -149,7 +149,7 @@ def test_stage_3_computes_with_encoded_weights():
     [
         (2, False),
         (3, True),
-        *(pytest.param(*values, marks=SWEEP) for values in [(0, False), (0, True), (2, True), (3, False)]),
+        *(sweep(*values) for values in [(0, False), (0, True), (2, True), (3, False)]),
     ],
 )
 def test_error_feedback_keeps_what_is_too_small_to_travel(stage, scaled):
@@ -223,9 +223,7 @@ CASES = {
 @pytest.mark.parametrize(
     "case", [pytest.param(case, marks=[pytest.mark.sweep] * (case not in ("accumulation", "scaled"))) for case in CASES]
 )
-@pytest.mark.parametrize(
-    "stage", [pytest.param(1, marks=pytest.mark.sweep), 2, pytest.param(3, marks=pytest.mark.sweep)]
-)
+@pytest.mark.parametrize("stage", [sweep(1), 2, sweep(3)])
 def test_compression_composes(case, stage):
     """float16, whose rounding is small, against the same without compression."""
     with_it, without = (compiled(make_strategy(stage, compression=name), CASES[case]()) for name in ("fp16", None))
@@ -246,7 +244,7 @@ def test_16_bit_compute_with_int8_on_the_wire():
         np.testing.assert_allclose(mine, theirs, atol=0.02)
 
 
-@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.sweep), 3])
+@pytest.mark.parametrize("stage", [sweep(2), 3])
 def test_an_overflow_leaves_weights_and_residuals_finite(stage):
     strategy = make_strategy(stage, compression="int8", error_feedback=True)
     model = compiled(strategy, ko.LossScaleOptimizer(ko.SGD(0.1), initial_scale=1024.0))
@@ -292,7 +290,7 @@ def saved(tmp_path, stage=2):
     return model
 
 
-@pytest.mark.parametrize("stage", [pytest.param(2, marks=SWEEP), 3])
+@pytest.mark.parametrize("stage", [sweep(2), 3])
 def test_a_run_goes_on_bit_for_bit(tmp_path, stage):
     original = saved(tmp_path, stage)
     copy = compiled(make_strategy(stage, compression="int8", error_feedback=True), "adam")
@@ -301,10 +299,7 @@ def test_a_run_goes_on_bit_for_bit(tmp_path, stage):
         np.testing.assert_array_equal(mine, theirs)
 
 
-OTHERS = [(3, 1, "int8"), pytest.param(2, 3, None, marks=SWEEP), pytest.param(1, 2, None, marks=SWEEP)]
-
-
-@pytest.mark.parametrize(("devices", "stage", "compression"), OTHERS)
+@pytest.mark.parametrize(("devices", "stage", "compression"), [(3, 1, "int8"), sweep(2, 3, None), sweep(1, 2, None)])
 def test_another_run_goes_on_from_the_master_values(tmp_path, devices, stage, compression):
     original = saved(tmp_path)
     strategy = make_strategy(stage, devices, compression=compression, error_feedback=compression is not None)

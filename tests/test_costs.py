@@ -4,6 +4,7 @@
 """
 
 import pytest
+from marks import sweep
 
 import tfzero
 from tfzero import costs
@@ -137,12 +138,9 @@ def check(counted, workers, two_levels=False):
 
 
 CASES = ((0, None), (2, None), (2, "int8"), (3, None), (3, "bf16"))
-SWEEP = pytest.mark.sweep
 
 
-@pytest.mark.parametrize(
-    ("world_sizes", "cases"), [((11,), CASES[3:4]), pytest.param(tuple(range(2, 12)), CASES, marks=SWEEP)]
-)
+@pytest.mark.parametrize(("world_sizes", "cases"), [((11,), CASES[3:4]), sweep(tuple(range(2, 12)), CASES)])
 def test_counted_traffic_of_replicas_in_one_process(world_sizes, cases):
     (counted,) = tfzero.run_local(
         _count, workers=1, args=(world_sizes, cases), cpu_devices=11, timeout_seconds=280, env={"TF_CONFIG": ""}
@@ -155,8 +153,8 @@ def test_counted_traffic_of_replicas_in_one_process(world_sizes, cases):
     ("cases", "hierarchical"),
     [
         (CASES[2:3], "auto"),
-        pytest.param(CASES, "auto", marks=SWEEP),
-        pytest.param(CASES, False, marks=SWEEP),
+        sweep(CASES, "auto"),
+        sweep(CASES, False),
     ],
 )
 def test_counted_traffic_of_33_replicas_in_three_processes(cases, hierarchical):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from marks import sweep
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SECONDS = 60
@@ -45,7 +46,7 @@ def test_images():
     assert number_in(r"([\d.]+)% of the held-out digits", run("images.py", "--epochs", "4")) > 90
 
 
-@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.sweep)])
+@pytest.mark.parametrize("stage", [2, sweep(3)])
 def test_recommender(stage):
     printed = run("recommender.py", "--stage", str(stage))
     assert number_in(r"in ([\d.]+)% of the cases", printed) > 80

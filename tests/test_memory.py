@@ -162,7 +162,7 @@ def test_a_model_that_is_let_go_is_freed(stage):
     assert kernel() is None
 
 
-# Stage 3 in four workers. In this file, so that nothing of any size travels while bytes on the wire are measured.
+# Stage 3 in four workers.
 
 
 FOUR = 4

@@ -12,6 +12,7 @@ import oracle
 import pytest
 import tensorflow as tf
 from keras import optimizers as ko
+from marks import sweep
 
 import tfzero
 from tfzero.collectives import Group
@@ -209,16 +210,13 @@ def awkward_model(narrow=None):
     return keras.Sequential([keras.Input((8,)), Awkward(narrow)])
 
 
-SWEPT_AWKWARD = [("adam", 1), ("adamw", 3), ("muon", 0), ("muon", 2)]
-
-
 @pytest.mark.filterwarnings("ignore:Gradients do not exist")
 @pytest.mark.filterwarnings("ignore:The model does not have")
 @pytest.mark.parametrize(
     ("name", "stage"),
     [
         *[("adam", 0), ("adamw", 2), ("multi_map", 1), ("muon", 3)],
-        *(pytest.param(name, stage, marks=pytest.mark.sweep) for name, stage in SWEPT_AWKWARD),
+        *[sweep("adam", 1), sweep("adamw", 3), sweep("muon", 0), sweep("muon", 2)],
     ],
 )
 def test_awkward_variables_do_as_on_one_device(name, stage):

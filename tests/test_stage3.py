@@ -10,6 +10,7 @@ import pytest
 import tensorflow as tf
 from keras import layers, ops
 from keras import optimizers as ko
+from marks import sweep
 
 import tfzero
 from tfzero import gathering
@@ -163,7 +164,7 @@ MODELS = {
         for name in MODELS
     ],
 )
-@pytest.mark.parametrize("reshard", [True, pytest.param(False, marks=pytest.mark.sweep)])
+@pytest.mark.parametrize("reshard", [True, sweep(False)])
 def test_a_model_does_as_on_one_device(name, reshard):
     strategy = make_strategy(reshard_after_forward=reshard)
     ours, reference = make_pair(strategy, MODELS[name])

@@ -15,6 +15,7 @@ import pytest
 import tensorflow as tf
 from keras import layers, losses, ops
 from keras import optimizers as ko
+from marks import sweep
 
 import tfzero
 from tfzero.optimizer import ZeroOptimizer
@@ -25,11 +26,6 @@ CLOSE = {"rtol": 2e-4, "atol": 2e-5}  # Adam after three epochs
 DATA = oracle.Data()
 # `TFZERO_TEST_STAGE=3 pytest tests/test_step.py` runs everything but stage 0 at another stage.
 OTHER_STAGE = int(os.environ["TFZERO_TEST_STAGE"]) if "TFZERO_TEST_STAGE" in os.environ else None
-
-
-def sweep(*values):
-    """A case that only `-m sweep` runs."""
-    return pytest.param(*values, marks=pytest.mark.sweep)
 
 
 GRID = [(0, 2), (2, 3), (3, 2), sweep(1, 3), sweep(2, 2)]  # stage, devices
@@ -70,7 +66,7 @@ def fit(model, x, y=None, **arguments):
         arguments = {"batch_size": 15} | arguments
     arguments = {"epochs": 3, "verbose": 0, "shuffle": False} | arguments
     history = model.fit(x, y, callbacks=callbacks, **arguments).history
-    return oracle.Outcome(model.get_weights(), history, batch_losses, predictions=np.zeros(0))
+    return oracle.Outcome(model.get_weights(), history, batch_losses)
 
 
 def slots(model):

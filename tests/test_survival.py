@@ -17,6 +17,7 @@ import uuid
 
 import numpy as np
 import pytest
+from marks import sweep
 
 import tfzero
 from tfzero.launch import free_ports
@@ -199,7 +200,7 @@ def test_a_run_killed_at_random_instants_ends_as_if_never_killed(runs, uninterru
     assert_same(result(tmp_path), uninterrupted(stage))
 
 
-@pytest.mark.parametrize(("workers", "stage"), [(3, 3), pytest.param(1, 0, marks=pytest.mark.sweep)])
+@pytest.mark.parametrize(("workers", "stage"), [(3, 3), sweep(1, 0)])
 def test_a_killed_run_goes_on_with_another_number_of_workers(runs, uninterrupted, tmp_path, workers, stage):
     run = runs(survivor(tmp_path, pause=0.1))
     pid = run.wait_for(r"worker 1\] step 8 of process (\d+)")[1]
@@ -231,7 +232,7 @@ def test_a_run_killed_at_a_write_point_ends_as_if_never_killed(runs, uninterrupt
     assert_same(result(tmp_path), uninterrupted(2))
 
 
-@pytest.mark.parametrize("told", ["one worker", pytest.param("the launcher", marks=pytest.mark.sweep)])
+@pytest.mark.parametrize("told", ["one worker", sweep("the launcher")])
 def test_sigterm_saves_after_the_same_step_and_ends_all(runs, uninterrupted, tmp_path, told):
     run = runs(survivor(tmp_path, pause=0.3))
     pids = [int(run.wait_for(rf"worker {k}\] step \d+ of process (\d+)")[1]) for k in range(2)]
@@ -290,9 +291,7 @@ def assert_ended_by_name(run, lost, where, began):
     assert seconds < TIMEOUT_SECONDS + 5, seconds
 
 
-@pytest.mark.parametrize(
-    ("number", "stage"), [(signal.SIGKILL, 3), pytest.param(signal.SIGSTOP, 2, marks=pytest.mark.sweep)]
-)
+@pytest.mark.parametrize(("number", "stage"), [(signal.SIGKILL, 3), sweep(signal.SIGSTOP, 2)])
 def test_the_others_name_a_lost_worker_and_end_in_time(runs, tmp_path, number, stage):
     addresses = [f"127.0.0.1:{port}" for port in free_ports(3)]
     workers = [runs(command, **environment) for command, environment in fleet(tmp_path, addresses, stage)]

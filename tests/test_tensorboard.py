@@ -16,6 +16,7 @@ import pytest
 import tensorflow as tf
 from keras import layers
 from keras import optimizers as ko
+from marks import sweep
 from oracle import Data, dense_model
 
 import tfzero
@@ -100,7 +101,7 @@ def norms_on_one_device(optimizer, initial, epochs=1) -> list[float]:
 # It shows what is there, and changes nothing.
 
 
-@pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.sweep) for stage in (0, 2)), 3])
+@pytest.mark.parametrize("stage", [sweep(0), sweep(2), 3])
 def test_weights_are_bit_for_bit_those_without_it(stage, tmp_path):
     left = []
     for callbacks in ([], [tfzero.TensorBoardCallback(tmp_path, every_steps=1)]):

@@ -19,6 +19,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from marks import sweep
 from oracle import Data, dense_model, train
 
 import tfzero
@@ -616,7 +617,7 @@ SWEPT = [
 
 def fleets(level: int):
     """The argument `fleet` of a test: all that run the cases of a level."""
-    swept = [pytest.param(fleet, marks=pytest.mark.sweep) for fleet in SWEPT]
+    swept = [sweep(fleet) for fleet in SWEPT]
     return pytest.mark.parametrize("fleet", [fleet for fleet in FLEETS if fleet.level >= level] + swept, ids=str)
 
 

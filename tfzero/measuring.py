@@ -12,7 +12,6 @@ import struct
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import tfzero
 
@@ -104,8 +103,8 @@ def measure(work: Work, stage: int | None, compression: str | None = None, error
 
     Returns:
         `seconds` of each step, `held` and `peak` bytes of TensorFlow's allocator between and within steps, `wire`
-        bytes that this worker receives in a step, number of `parameters`, and median seconds of
-        the gradient alone (`compute`) and of Adam on the elements that a replica updates (`update`).
+        bytes that this worker receives in a step, number of `parameters`, and median seconds of the gradient alone
+        (`compute`) and of Adam on the elements that a replica updates (`update`).
     """
     import keras
     import numpy as np
@@ -151,18 +150,17 @@ def measure(work: Work, stage: int | None, compression: str | None = None, error
 
 def received_bytes() -> int:
     """What the TCP connections that this process holds open have received so far, without headers. Linux."""
-    links = [Path("/proc/self/fd", name) for name in os.listdir("/proc/self/fd")]
     sockets = {}
-    for link in links:
+    for number in map(int, os.listdir("/proc/self/fd")):
         with contextlib.suppress(FileNotFoundError):  # closed since
-            sockets[os.readlink(link)] = int(link.name)
+            sockets[os.readlink(f"/proc/self/fd/{number}")] = number
     return sum(_received_bytes(number) for name, number in sockets.items() if name.startswith("socket:"))
 
 
 def _received_bytes(number: int) -> int:
     """`tcpi_bytes_received` of the socket with this file descriptor (linux/tcp.h); 0 if it is not a TCP connection."""
     try:
-        with contextlib.closing(socket.socket(fileno=os.dup(number))) as duplicate:
+        with socket.socket(fileno=os.dup(number)) as duplicate:
             info = duplicate.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
     except OSError:
         return 0

@@ -1,7 +1,7 @@
 """What Python runs first in every process that a test starts, as `conftest.py` puts this folder on its path.
 
-Keras imports scikit-learn, pandas and matplotlib where it finds them, for wrappers that no worker uses: two of the
-four seconds that a worker takes to start. So they are not found, but by Keras only.
+Keras imports scikit-learn, pandas and matplotlib where it finds them, for wrappers that no worker uses: more than
+one of the four seconds that a worker takes to start. So they are not found, but by Keras only.
 """
 
 import sys
