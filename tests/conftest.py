@@ -1,6 +1,8 @@
 """Four logical CPU devices for the whole suite; strategies take as many as they need."""
 
+import gc
 import os
+import signal
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -22,6 +24,18 @@ LONGEST = (
     "test_workers", "test_step", "test_checkpoints", "test_survival", "test_examples", "test_bad_input",
     "test_stage3", "test_compression", "test_optimizers",
 )  # fmt: skip
+
+# A shell that starts the tests in the background has them, and all that they start, ignore it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Full collections walk through all that TensorFlow and earlier tests have left, and find little.
+gc.freeze()
+gc.set_threshold(700, 10, 100)
+
+
+def pytest_xdist_auto_num_workers():
+    """One more than there are cores, as tests of processes spend a part of their time waiting."""
+    return os.cpu_count() + 1
 
 
 def pytest_collection_modifyitems(items):

@@ -1,11 +1,11 @@
-"""Every example runs on two CPU workers in less than a minute, and comes to a result."""
+"""Every example runs on two workers within what two cores give in a minute, and comes to a result."""
 
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -13,19 +13,25 @@ import yaml
 from marks import sweep
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-SECONDS = 60
+CPU_SECONDS = 2 * 60
+LIMIT_SECONDS = 200  # with other tests beside it
 MOST_LINES = 100
 
 
 def run(name: str, *arguments: str, workers: int = 2) -> str:
     """What an example prints."""
     command = [sys.executable, "-m", "tfzero.launch", "--workers", str(workers), str(EXAMPLES / name), *arguments]
-    began = time.monotonic()
-    done = subprocess.run(command, capture_output=True, text=True, timeout=2 * SECONDS, cwd=EXAMPLES.parent)
-    seconds = time.monotonic() - began
+    before = _cpu_seconds()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_SECONDS, cwd=EXAMPLES.parent)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert seconds < SECONDS, f"{name} took {seconds:.0f} s"
+    assert _cpu_seconds() - before < CPU_SECONDS
     return done.stdout
+
+
+def _cpu_seconds() -> float:
+    """Of the processes that have ended under this one."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def number_in(pattern: str, text: str) -> float:
