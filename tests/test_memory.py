@@ -167,7 +167,7 @@ def test_a_model_that_is_let_go_is_freed(stage):
 
 FOUR = 4
 DEEP_WIDTH = 512
-DEPTHS = (3, 9)
+DEPTHS = (4, 16)
 DEEP_ROWS = 4  # of each worker's batch
 # What the limited training may use beyond what TensorFlow takes to start, in bytes a parameter. Of private memory,
 # which the allocator reserves generously, stage 3 takes 14.5 and replication 40.
