@@ -7,7 +7,6 @@ import functools
 import itertools
 import json
 import os
-import tempfile
 import warnings
 from pathlib import Path
 
@@ -88,16 +87,21 @@ def assert_equal(ours, theirs):
         np.testing.assert_array_equal(mine, other)
 
 
-@functools.cache
-def source(devices, stage, optimizer):
-    """A checkpoint of a trained model, and the values that it holds."""
-    model = compiled(make_strategy(devices, stage), optimizer, menagerie)
-    for begin in (0, 15):
-        model.train_on_batch(TOKENS[begin : begin + 15], TARGETS[begin : begin + 15])
-    directory = tempfile.mkdtemp(prefix="tfzero_checkpoint_")
-    folder = tfzero.save_checkpoint(model, directory)
-    assert folder.name == "step-00000002"
-    return directory, values_of(model)
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A function that gives a checkpoint of a trained model, and the values that it holds."""
+
+    @functools.cache
+    def of(devices, stage, optimizer):
+        model = compiled(make_strategy(devices, stage), optimizer, menagerie)
+        for begin in (0, 15):
+            model.train_on_batch(TOKENS[begin : begin + 15], TARGETS[begin : begin + 15])
+        directory = tmp_path_factory.mktemp("source")
+        folder = tfzero.save_checkpoint(model, directory)
+        assert folder.name == "step-00000002"
+        return directory, values_of(model)
+
+    return of
 
 
 @functools.cache
@@ -113,7 +117,7 @@ def pairs():
 
 
 @pytest.mark.parametrize(("optimizer", "written_by", "read_by"), list(pairs()))
-def test_any_number_of_replicas_at_any_stage_reads_what_any_other_wrote(optimizer, written_by, read_by):
+def test_any_number_of_replicas_at_any_stage_reads_what_any_other_wrote(source, optimizer, written_by, read_by):
     directory, values = source(*written_by, optimizer)
     model = target(*read_by, optimizer)
     # Not what is loaded must be seen: something else.
@@ -166,7 +170,7 @@ def test_any_number_of_workers_at_any_stage_reads_what_any_other_wrote(writers, 
 
 
 @pytest.mark.parametrize("optimizer", [sweep("average"), "scaled"])
-def test_averages_and_loss_scales_are_saved(optimizer):
+def test_averages_and_loss_scales_are_saved(source, optimizer):
     directory, values = source(3, 3, optimizer)
     model = target(2, 2, optimizer)
     tfzero.load_checkpoint(model, directory)
@@ -174,14 +178,14 @@ def test_averages_and_loss_scales_are_saved(optimizer):
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "scaled"])
-def test_plain_keras_loads_a_checkpoint(optimizer):
+def test_plain_keras_loads_a_checkpoint(source, optimizer):
     directory, values = source(3, 3, optimizer)
     model = compiled(None, optimizer, menagerie)
     assert tfzero.load_checkpoint(model, directory) == 2
     assert_equal(values_of(model), values)
 
 
-def test_tensorflow_reads_a_checkpoint_as_whole_variables():
+def test_tensorflow_reads_a_checkpoint_as_whole_variables(source):
     directory, values = source(3, 3, "adam")
     folder = Path(directory, "step-00000002")
     reader = tf.train.load_checkpoint(str(folder))
@@ -191,7 +195,7 @@ def test_tensorflow_reads_a_checkpoint_as_whole_variables():
     assert any(name.endswith("/embeddings") for name in names)
 
 
-def test_the_position_of_the_model_does_not_matter():
+def test_the_position_of_the_model_does_not_matter(source):
     """Automatic names are counted up in a process; variables are told apart by their order."""
     directory, _ = source(3, 3, "adam")
     names = {
