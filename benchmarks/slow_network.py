@@ -1,6 +1,7 @@
 """Step time of the benchmark's GPT between two network namespaces with a slow cable: stock beside stage 2 with int8.
 
     sudo python benchmarks/slow_network.py --mbit 1000 250 --rounds 3
+    sudo python benchmarks/slow_network.py --contestants "stage 2" "stage 2 overlap" --steps-per-execution 6 --steps 2
 
 Needs root, `ip` and `tc` (Linux). Each worker runs in a namespace of its own; a token bucket bounds the bandwidth.
 """
@@ -17,7 +18,13 @@ import uuid
 from tfzero.measuring import Work, measure
 
 PORT = 23457
-CONTESTANTS = {"stock": (None, None), "stage 2": (2, None), "stage 2 int8": (2, "int8")}
+CONTESTANTS: dict[str, dict] = {
+    "stock": {"stage": None},
+    "stage 2": {"stage": 2},
+    "stage 2 overlap": {"stage": 2, "overlap_param_gather": True},
+    "stage 2 int8": {"stage": 2, "compression": "int8"},
+    "stage 2 int8 overlap": {"stage": 2, "compression": "int8", "overlap_param_gather": True},
+}
 
 
 def run(*command: str) -> None:
@@ -44,7 +51,7 @@ def two_networks(mbit: int):
         yield names, [f"10.213.8.{k + 1}:{PORT}" for k in range(2)]
 
 
-def seconds_of_steps(contestant: str, mbit: int, steps: int) -> list[float]:
+def seconds_of_steps(contestant: str, mbit: int, steps: int, at_once: int) -> list[float]:
     """Of the first worker."""
     with two_networks(mbit) as (names, addresses):
         workers = []
@@ -52,7 +59,7 @@ def seconds_of_steps(contestant: str, mbit: int, steps: int) -> list[float]:
             cluster = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": k}}
             environment = {**os.environ, "TF_CONFIG": json.dumps(cluster), "TF_CPP_MIN_LOG_LEVEL": "3"}
             command = ["ip", "netns", "exec", name, sys.executable, __file__, "--worker", contestant]
-            command += ["--steps", str(steps)]
+            command += ["--steps", str(steps), "--steps-per-execution", str(at_once)]
             workers.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
         try:
             outputs = [worker.communicate(timeout=600)[0] for worker in workers]
@@ -67,22 +74,25 @@ def main() -> None:
     parser.add_argument("--mbit", type=int, nargs="+", default=[1000, 250])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS), help="stock first")
+    parser.add_argument("--steps-per-execution", type=int, default=1)
+    usual = ["stock", "stage 2", "stage 2 int8"]
+    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=usual, help="ratios are to the first")
     parser.add_argument("--worker", choices=CONTESTANTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        print(json.dumps(measure(Work(steps=options.steps), *CONTESTANTS[options.worker])["seconds"]))
+        work = Work(steps=options.steps, steps_per_execution=options.steps_per_execution)
+        print(json.dumps(measure(work, **CONTESTANTS[options.worker])["seconds"]))
         return
     for mbit in options.mbit:
         seconds: dict = {name: [] for name in options.contestants}
         for _ in range(options.rounds):
             for name, found in seconds.items():
-                found += seconds_of_steps(name, mbit, options.steps)
+                found += seconds_of_steps(name, mbit, options.steps, options.steps_per_execution)
         medians = {name: statistics.median(found) for name, found in seconds.items()}
+        first = options.contestants[0]
         for name, median in medians.items():
-            print(
-                f"{mbit} Mbit/s, {name}: {median * 1e3:.0f} ms, {medians['stock'] / median:.2f} times stock", flush=True
-            )
+            ratio = medians[first] / median
+            print(f"{mbit} Mbit/s, {name}: {median * 1e3:.0f} ms, {ratio:.2f} times as fast as {first}", flush=True)
 
 
 if __name__ == "__main__":

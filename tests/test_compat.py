@@ -249,6 +249,21 @@ def test_what_a_second_gather_is_made_of():
     np.testing.assert_array_equal(doubled, [[2, 4], [6, 8]])
 
 
+def test_uses_of_a_variable():
+    """Of the current graph only, in calls of functions too."""
+    variable, other, types = tf.Variable(1.0), tf.Variable(1.0), []
+
+    @tf.function(autograph=False)
+    def function():
+        tf.cond(other > 0, lambda: variable.assign(2.0), lambda: variable.assign(3.0))
+        value = variable.read_value()
+        types.extend(use.type for use in _compat.uses_of_variable(variable))
+        return value
+
+    function.get_concrete_function()
+    assert sorted(types) == ["If", "ReadVariableOp"]
+
+
 def test_is_recorded():
     x = tf.constant(1.0)
     assert _compat.is_recorded(x)  # no tape asks

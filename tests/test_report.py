@@ -157,6 +157,8 @@ def test_every_option_of_the_strategy_is_in_the_report():
         ({}, "error_feedback", "off"),
         ({"compression": "int8", "error_feedback": True}, "error_feedback", "4 bytes a parameter"),
         ({}, "hierarchical", "one level: 1 workers of 2 replicas are one level"),
+        ({}, "overlap_param_gather", "off"),
+        ({"overlap_param_gather": True}, "overlap_param_gather", "gathered while the next step's forward pass goes on"),
         ({"stage": 1, "accumulate": 4}, "accumulation", "sent once in 4 steps"),
         ({"stage": 2, "accumulate": 4}, "accumulation", "sent in each of 4 steps, to be accumulated in shards"),
     ],

@@ -294,6 +294,24 @@ def three_steps_per_execution(strategy):
 
 
 @case(**ADAM)
+def late_gathers(strategy):
+    """With and without, each as one device; at stages that have no late gathers, twice without."""
+    stage = None if strategy is None else strategy.settings.stage
+    results: dict = {"same": {}, "own": {"counts": []}}
+    for late in (True, False):
+        if strategy is not None:
+            overlaps = late and stage in (1, 2)
+            strategy = tfzero.ZeroStrategy(
+                stage, min_shard_elements=SMALL, timeout_seconds=30, bucket_bytes=64, overlap_param_gather=overlaps
+            )
+        keras.utils.set_random_seed(CASE_SEED)
+        arguments = crossentropy(keras.optimizers.Adam(0.01, global_clipnorm=0.1), steps_per_execution=3)
+        results["same"][f"late={late}"] = fit_all(strategy, arguments, only_fit=True)["same"]
+        results["own"]["counts"].append(0 if strategy is None else sum(strategy.extended.group.counts()))
+    return results
+
+
+@case(**ADAM)
 def eager(strategy):
     return fit_all(strategy, crossentropy(keras.optimizers.Adam(0.01, global_clipnorm=0.1), run_eagerly=True), epochs=1)
 
@@ -686,6 +704,15 @@ def test_overflow_halves_the_scale(fleet):
     result = fleet.result("overflow_on_last_replica")["same"]
     assert result["scale"] == 1024 / 2**6
     assert all(np.isfinite(weights).all() for weights in result["weights"])
+
+
+@fleets(3)
+def test_gathers_are_no_more_when_they_are_late(fleet):
+    """And the result is the same to the bit."""
+    for result in fleet.results("late_gathers"):
+        late, at_once = result["own"]["counts"]
+        assert late == at_once > 0
+        assert_close(*result["same"].values())
 
 
 @fleets(3)

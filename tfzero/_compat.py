@@ -239,6 +239,11 @@ def creation_order(operation: tf.Operation) -> int:
     return operation._id
 
 
+def uses_of_variable(variable: tf.Variable) -> list[tf.Operation]:
+    """The operations of the current graph that read or change a variable, or call functions that may."""
+    return tf.compat.v1.get_default_graph().capture(variable.handle).consumers()
+
+
 def replace_input(operation: tf.Operation, place: int, value: tf.Tensor) -> None:
     """Makes an operation take another tensor, of the same dtype and shape, as one of its inputs."""
     operation._update_input(place, value)

@@ -9,6 +9,7 @@ becomes slower or faster does so for all. Ratios are those of medians over the s
 """
 
 import argparse
+import functools
 import importlib.util
 import itertools
 import json
@@ -57,10 +58,11 @@ class Contestant:
     def run(self, work: Work, workers: int, timeout_seconds: float) -> dict:
         """The first worker's figures of one fleet, but all workers' bytes on the wire."""
         if self.peer is not None:
-            function, arguments = measure_peer, (work, self.peer)
+            function = functools.partial(measure_peer, work, self.peer)
         else:
-            function, arguments = measure, (work, self.stage, self.compression, self.error_feedback)
-        runs = run_local(function, workers=workers, args=arguments, timeout_seconds=timeout_seconds)
+            settings = {"compression": self.compression, "error_feedback": self.error_feedback}
+            function = functools.partial(measure, work, self.stage, **settings)
+        runs = run_local(function, workers=workers, timeout_seconds=timeout_seconds)
         return runs[0] | {"wire": sum(run["wire"] for run in runs)}
 
 

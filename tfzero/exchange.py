@@ -7,6 +7,10 @@ the optimizer goes on. If somebody assigns the parameter, so does the master, bu
 
 [Note: error feedback] What encoding a gradient has lost, the replica that sent it keeps as its *residual* (4 bytes a
 parameter), and adds it to the next gradient. A gradient that is not finite leaves the residual as it is.
+
+[Note: late gathers] At stages 1 and 2 what an owner has updated may wait in the owner's variable, in its own place
+(with differences: as the lag), until the next step begins. There it is gathered in the order of the forward pass, and a
+layer waits for its own parameters only. Between the two a variable is nobody's to read (`late_gathers.py`).
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -187,6 +191,37 @@ class Exchange:
 
         # XLA writes into the variables' memory; new memory every step would leave holes in between.
         tf.function(assign, jit_compile=True, autograph=False)(values)
+
+    # [Note: late gathers]
+
+    def can_wait(self, bucket: Bucket) -> bool:
+        """Whether a bucket's parameters may be gathered later. A constraint would need the whole ones at once."""
+        is_gathered = self.group.world_size > 1 and bucket.placement is not Placement.WHOLE
+        constraints = [self.variables[segment.index].constraint for segment in bucket.segments]
+        return is_gathered and not bucket.sharded_parameters and not any(constraints)
+
+    def keep(self, bucket: Bucket, row: tf.Tensor) -> None:
+        """Keeps what this replica updated of a bucket, for `share_kept`."""
+
+        def assign(row):
+            for segment in bucket.segments_of(self.rank):
+                value = self.component(segment.index)
+                if segment.index in self.wire.lags:
+                    self._local(self.wire.lags[segment.index]).assign(self._ahead(segment, row, value))
+                    continue
+                begin, end = self._range_of(segment) if segment.row is None else (0, segment.elements)
+                own = row[segment.offset : segment.offset + end - begin]
+                flat = tf.raw_ops.TensorStridedSliceUpdate(
+                    input=tf.reshape(value, [-1]), begin=[begin], end=[end], strides=[1], value=own
+                )
+                value.assign(tf.reshape(flat, value.shape))
+
+        tf.function(assign, jit_compile=True, autograph=False)(row)  # in the variable's memory, as in `share`
+
+    def share_kept(self, bucket: Bucket) -> None:
+        """Gives all replicas what this one kept of a bucket, and takes what they did."""
+        parts = {s.index: tf.reshape(self.part(bucket, s), [-1]) for s in bucket.segments_of(self.rank)}
+        self.share(bucket, pack_row(bucket, self.rank, parts), ())
 
     def _share_differences(self, bucket: Bucket, row: tf.Tensor) -> None:
         def encode(row):

@@ -1,4 +1,4 @@
-"""The places where Keras must be told about replicas.
+"""The places where Keras's training must be told about replicas. Those in layers are in `keras_layers.py`.
 
 Keras offers a strategy no hook for these, so they are patched: once, when tfzero is imported, and each asks first
 whether a `ZeroStrategy` is concerned. Models of other strategies run Keras's own code.
@@ -14,11 +14,10 @@ import tensorflow as tf
 from tfzero import _compat, losses
 from tfzero.callbacks import CheckpointCallback
 from tfzero.inputs import DataPosition
+from tfzero.late_gathers import LateGathers
 from tfzero.optimizer import Home, ZeroOptimizer
 from tfzero.strategy import ZeroStrategy, mark_global
-from tfzero.variables import ShardedParameter
 
-_FOLD = 0x9E3779B9  # the golden ratio in 32 bits: far apart and odd
 _EMPTY = "The data set is empty: it has no batch. Pass at least one sample."
 _NO_JIT = (
     "jit_compile=True cannot work under a ZeroStrategy: XLA would make one cluster of all replicas, and has no "
@@ -102,14 +101,15 @@ def _make_function(original, self, step_function):
     for metric in _flat_metrics(self.metrics):
         strategy.extended.take_in(metric.variables)
         _make_result_global(metric, strategy)
-    function = original(self, step_function)
+    late = LateGathers.of(self, step_function, strategy)
+    function = original(self, step_function if late is None else late.step)
 
     def function_of_cut_batches(iterator):
         if isinstance(iterator, tf.data.Iterator | tf.distribute.DistributedIterator):
             function_of_cut_batches.element_spec = iterator.element_spec  # for `gradient_time.py`
         else:
             iterator = map(strategy.cut_batch, iterator)
-        return function(iterator)
+        return function(iterator) if late is None else late.run(function, iterator)
 
     return function_of_cut_batches
 
@@ -199,16 +199,7 @@ def _unscale_loss(original, value):
     return original(value) if extended is None else losses.unscale(value, extended)
 
 
-# Mixed precision: what is cast for a layer travels in the layer's dtype.
-
-
-@patch(_compat.AutocastScope, "maybe_cast")
-def _maybe_cast(original, self, value):
-    is_parameter = isinstance(value, ShardedParameter) and losses.current_extended() is not None
-    return value.whole(tf.as_dtype(self.dtype)) if is_parameter and self.dtype is not None else original(self, value)
-
-
-# Input and randomness.
+# Input.
 
 
 @patch(_compat.keras_tensorflow_trainer.TFEpochIterator, "__init__")
@@ -329,17 +320,6 @@ def _maybe_symbolic_build(original, self, iterator=None, data_batch=None):
     return original(self, iterator=iterator, data_batch=data_batch)
 
 
-@patch(keras.random.SeedGenerator, "next")
-def _next_seed(original, self, *args, **kwargs):
-    """Every replica draws from a stream of its own; rank 0's is the stream of one device."""
-    seed = original(self, *args, **kwargs)
-    extended = losses.current_extended()
-    if extended is None:
-        return seed
-    rank = extended.group.rank(_compat.replica_index())
-    return seed + tf.constant([rank * _FOLD % 2**31, 0], seed.dtype)
-
-
 # An optimizer without its wrapper would update each replica by itself.
 
 
@@ -351,47 +331,3 @@ def _apply(original, self, *args, **kwargs):
             "Make it `tfzero.ZeroOptimizer(optimizer)`; `model.compile` does so by itself."
         )
     return original(self, *args, **kwargs)
-
-
-# Recomputing activations: TensorFlow's `recompute_grad` takes no keyword arguments in a graph, and layers pass some.
-
-
-@patch(_compat.keras_core, "remat")
-def _remat(original, function):
-    if not isinstance(tf.distribute.get_strategy(), ZeroStrategy):
-        return original(function)
-
-    @functools.wraps(function)
-    def recomputed(*args, **kwargs):
-        return original(functools.partial(function, **kwargs))(*args)
-
-    return recomputed
-
-
-# A replica without samples: oneDNN's convolutions and poolings give a wrong shape for an empty batch.
-
-
-def _on_samples(original, inputs, *args, **kwargs):
-    """Lets an empty batch on a CPU pass as one sample that is dropped again."""
-    extended = losses.current_extended()
-    if extended is None or extended.group.hint == "NCCL" or tf.executing_eagerly() or inputs.shape[0] is not None:
-        return original(inputs, *args, **kwargs)
-    args = [tf.convert_to_tensor(each) if isinstance(each, keras.Variable) else each for each in args]
-
-    def on_one_sample():
-        return original(tf.zeros([1, *tf.unstack(tf.shape(inputs))[1:]], inputs.dtype), *args, **kwargs)[:0]
-
-    return tf.cond(tf.shape(inputs)[0] > 0, lambda: original(inputs, *args, **kwargs), on_one_sample)
-
-
-for _name in ("conv", "depthwise_conv", "separable_conv", "conv_transpose", "max_pool", "average_pool"):
-    patch(_compat.keras_nn, _name)(_on_samples)
-
-
-@patch(_compat.keras_nn, "moments")
-def _moments(original, x, axes, keepdims=False, synchronized=False):
-    """The moments of no samples are 0, not NaN, which would spread in the sum of gradients."""
-    result = original(x, axes, keepdims=keepdims, synchronized=synchronized)
-    if losses.current_extended() is None or synchronized or x.shape[0] is not None:
-        return result
-    return tuple(tf.where(tf.size(x) > 0, moment, tf.zeros_like(moment)) for moment in result)

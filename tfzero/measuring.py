@@ -29,6 +29,7 @@ class Work:
         batch: samples of each worker in a step.
         steps: how many are measured.
         threads: of each worker's computations.
+        steps_per_execution: as in `compile`; `steps`, and those to warm up, are then so many times as many.
     """
 
     dim: int = 768
@@ -36,6 +37,7 @@ class Work:
     batch: int = 1
     steps: int = 9
     threads: int = 1
+    steps_per_execution: int = 1
 
 
 def make_model(work: Work):
@@ -73,7 +75,8 @@ def make_model(work: Work):
     for _ in range(work.layers):
         x = Block()(x)
     model = keras.Model(tokens, keras.layers.Dense(VOCABULARY)(keras.layers.LayerNormalization()(x)))
-    model.compile(keras.optimizers.Adam(1e-4), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.Adam(1e-4), loss, steps_per_execution=work.steps_per_execution)
     return model
 
 
@@ -92,14 +95,13 @@ def make_stock_strategy():
     return Stock()
 
 
-def measure(work: Work, stage: int | None, compression: str | None = None, error_feedback: bool = False) -> dict:
+def measure(work: Work, stage: int | None, **settings) -> dict:
     """One worker's run.
 
     Args:
         work: the model and its training.
         stage: of tfzero; None for stock all-reduce.
-        compression: as in `ZeroStrategy`.
-        error_feedback: as in `ZeroStrategy`.
+        **settings: of `ZeroStrategy`.
 
     Returns:
         `seconds` of each step, `held` and `peak` bytes of TensorFlow's allocator between and within steps, `wire`
@@ -112,29 +114,27 @@ def measure(work: Work, stage: int | None, compression: str | None = None, error
 
     tf.config.threading.set_inter_op_parallelism_threads(2 * work.threads)
     tf.config.threading.set_intra_op_parallelism_threads(work.threads)
-    if stage is None:
-        strategy = make_stock_strategy()
-    else:
-        strategy = tfzero.ZeroStrategy(stage=stage, compression=compression, error_feedback=error_feedback)
+    strategy = make_stock_strategy() if stage is None else tfzero.ZeroStrategy(stage, **settings)
     with strategy.scope():
         model = make_model(work)
     count = work.batch * strategy.num_replicas_in_sync
-    shape = (count * (work.steps + WARM_UP_STEPS), LENGTH + 1)
+    at_once = work.steps_per_execution
+    shape = (count * at_once * (work.steps + WARM_UP_STEPS), LENGTH + 1)
     tokens = np.random.default_rng(0).integers(0, VOCABULARY, shape).astype("int32")
     figures: dict = {"seconds": [], "parameters": model.count_params()}
 
     class Clock(keras.callbacks.Callback):
         def on_train_batch_begin(self, batch, logs=None):
-            if batch == WARM_UP_STEPS:
+            if batch == WARM_UP_STEPS * at_once:
                 tf.config.experimental.reset_memory_stats("CPU:0")
                 self.received = received_bytes()
             self.start = time.perf_counter()
 
         def on_train_batch_end(self, batch, logs=None):
             float(logs["loss"])
-            if batch >= WARM_UP_STEPS:
-                figures["seconds"].append(time.perf_counter() - self.start)
-                figures["wire"] = (received_bytes() - self.received) / len(figures["seconds"])
+            if batch >= WARM_UP_STEPS * at_once:
+                figures["seconds"].append((time.perf_counter() - self.start) / at_once)
+                figures["wire"] = (received_bytes() - self.received) / len(figures["seconds"]) / at_once
 
     model.fit(tokens[:, :-1], tokens[:, 1:], batch_size=count, shuffle=False, verbose=0, callbacks=[Clock()])
     figures["peak"] = tf.config.experimental.get_memory_info("CPU:0")["peak"]

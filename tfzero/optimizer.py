@@ -17,6 +17,7 @@ from tfzero import _compat
 from tfzero.compression import Codec
 from tfzero.exchange import Wire, make_wire
 from tfzero.inner import CONTAINERS, chain, check_wrappable, chooser, is_compiled, settings_of, spec
+from tfzero.late_gathers import is_late, make_pending
 from tfzero.plan import make_plan
 from tfzero.settings import Choice
 from tfzero.step import ReplicaStep, Trained, with_norms
@@ -262,6 +263,7 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
             bucket_bytes=choice,
             sharded_gradients=settings.stage >= 2,
             loss_scale=self.loss_scale_optimizer,
+            pending=make_pending(len(variables), strategy),
         )
         strategy.optimizers.add(self)
         strategy.extended.group.iterations = _compat.iteration_counter(links[-1]).value.values[0]
@@ -337,10 +339,11 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
             replica.merge_call(lambda strategy: self.build(to_build))
         gradients = self._by_index(grads, trainable_variables)
         replica.strategy.extended.forget_gathered()
+        gathers_late = self._trained.pending is not None and is_late()
         if tf.executing_eagerly():
             self._apply_eagerly(replica, gradients)
         else:
-            ReplicaStep(self._trained, _compat.replica_index(), gradients).run()
+            ReplicaStep(self._trained, _compat.replica_index(), gradients, gathers_late).run()
 
     def _by_index(self, grads, variables) -> dict[int, tf.Tensor]:
         """Dense gradients by variable index, without the missing ones."""

@@ -20,6 +20,7 @@ _STAGES = (
     "slots and gradients lie in shards",
     "slots, gradients and parameters lie in shards",
 )
+_LATE = "updated parameters are gathered while the next step's forward pass goes on, in executions of several steps"
 MOST_LINES = 12  # of a summary
 
 
@@ -80,7 +81,8 @@ class Report:
                 f"  {_count(self.variables)}",
                 f"  each sends {text_of(self.sent_bytes)} a step, in {self.messages} messages",
             ]
-        shown = ("algorithm", "bucket_bytes", "hierarchical", "compression", "error_feedback", "accumulation")
+        shown = ("algorithm", "bucket_bytes", "hierarchical", "compression", "error_feedback", "overlap_param_gather",
+                 "accumulation")  # fmt: skip
         effects = {name: self.options[name] for name in shown if self.options.get(name, "off") not in ("off", "none")}
         lines += [f"  {name}: {effect}" for name, effect in effects.items()]
         return "\n".join(lines[:MOST_LINES])
@@ -147,6 +149,7 @@ def _effects(settings: Settings, group: Group, levels: Choice, worker: str, trai
         "compression": _compression(settings),
         "error_feedback": feedback if settings.error_feedback else "off",
         "hierarchical": f"{'two levels' if levels.value else 'one level'}: {levels.reason}",
+        "overlap_param_gather": _LATE if settings.overlap_param_gather else "off",
     }
     if workers == 1:
         effects["timeout_seconds"] = "no effect in a single process"

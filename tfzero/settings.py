@@ -29,6 +29,7 @@ class Settings:
     compression: str | None = None
     error_feedback: bool = False
     hierarchical: bool | str = "auto"
+    overlap_param_gather: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,14 @@ def check_reshard(reshard_after_forward, stage: int) -> None:
         raise ValueError(
             "`reshard_after_forward` must be True or False, and has an effect at stage 3 only. "
             f"Received: reshard_after_forward={reshard_after_forward!r}, stage={stage}"
+        )
+
+
+def check_overlap(overlap_param_gather, stage: int) -> None:
+    if overlap_param_gather not in (True, False) or (overlap_param_gather and stage not in (1, 2)):
+        raise ValueError(
+            "`overlap_param_gather` must be True or False, and has an effect at stages 1 and 2 only. "
+            f"Received: overlap_param_gather={overlap_param_gather!r}, stage={stage}"
         )
 
 

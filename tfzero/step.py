@@ -46,6 +46,8 @@ class Trained:
         loss_scale: Keras's loss scale optimizer, if there is one.
         squared_norms: for each inner optimizer, the square of its gradient's norm in the latest update; empty unless
             somebody asks for it.
+        pending: bool, `[variables]`: whose latest values have not been gathered; None if they always are at once.
+            [Note: late gathers]
     """
 
     variables: tuple[keras.Variable, ...]
@@ -60,6 +62,7 @@ class Trained:
     sharded_gradients: bool
     loss_scale: keras.optimizers.LossScaleOptimizer | None
     squared_norms: tuple[keras.Variable, ...] = ()
+    pending: keras.Variable | None = None
 
 
 def with_norms(trained: Trained, strategy) -> Trained:
@@ -76,9 +79,12 @@ class ReplicaStep:
         trained: what is trained.
         replica: the local replica.
         gradients: by variable index; a variable without gradient is missing and stays as it is.
+        gathers_late: whether parameters are kept until the next step gathers them. [Note: late gathers]
     """
 
-    def __init__(self, trained: Trained, replica: int, gradients: Mapping[int, tf.Tensor]) -> None:
+    def __init__(
+        self, trained: Trained, replica: int, gradients: Mapping[int, tf.Tensor], gathers_late: bool = False
+    ) -> None:
         self.trained = trained
         self.plan = trained.plan
         self.group = trained.group
@@ -86,6 +92,7 @@ class ReplicaStep:
         self.rank = trained.group.rank(replica)
         self.exchange = Exchange(trained.variables, trained.plan, trained.group, trained.wire, replica)
         self.gradients = dict(gradients)
+        self.gathers_late = gathers_late
         self.buckets = [b for b in self.plan.buckets if any(s.index in gradients for s in b.segments)]
 
     def run(self) -> None:
@@ -261,7 +268,15 @@ class ReplicaStep:
             updated = tf.function(updated_rows, jit_compile=compiled, autograph=False)(given, parts)
             for place, bucket in enumerate(batch):
                 if (bucket in rows or optimizer.ema_overwrite_frequency) and not self._is_updated_in_place(bucket):
-                    self.exchange.share(bucket, updated[place], self.gradients)
+                    self._share_or_keep(bucket, updated[place])
+
+    def _share_or_keep(self, bucket: Bucket, row: tf.Tensor) -> None:
+        if not (self.gathers_late and self.exchange.can_wait(bucket)):
+            self.exchange.share(bucket, row, self.gradients)
+            return
+        self.exchange.keep(bucket, row)
+        pending, kept = self._local(self.trained.pending), [segment.index for segment in bucket.segments]
+        pending.assign(pending | tf.reduce_any(tf.one_hot(kept, len(self.trained.variables), True, False), 0))
 
     def _updated_row(self, optimizer, bucket, row, parts, learning_rate, clip) -> tf.Tensor | None:
         updated = {}

@@ -21,6 +21,7 @@ from tfzero.settings import (
     check_bucket_bytes,
     check_compression,
     check_number,
+    check_overlap,
     check_reshard,
     check_stage,
     choose_devices,
@@ -72,6 +73,9 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         hierarchical: with several devices in each of several workers, whether gradients are summed within each worker
             first and then across workers, in float32 where compression is used. "auto" does on CPU devices, unless
             stage, `error_feedback` or the number of devices leave nothing to gain.
+        overlap_param_gather: at stages 1 and 2, in `fit` with `steps_per_execution` of 2 or more, whether updated
+            parameters are gathered while the next step's forward pass goes on, as Megatron-LM's option of this name
+            does, and not while gradients are still on their way. It pays where the network is slow.
 
     Raises:
         ValueError: for settings, devices or a `TF_CONFIG` that make no sense, or that differ between workers.
@@ -102,6 +106,7 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         compression: str | None = None,
         error_feedback: bool = False,
         hierarchical: bool | str = "auto",
+        overlap_param_gather: bool = False,
     ) -> None:
         check_stage(stage)
         check_bucket_bytes(bucket_bytes)
@@ -109,6 +114,7 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         check_number("timeout_seconds", timeout_seconds, (int, float), 1)
         check_reshard(reshard_after_forward, stage)
         check_compression(compression, error_feedback)
+        check_overlap(overlap_param_gather, stage)
         cluster = find_cluster(cluster_resolver)
         configure_cpu_devices()
         local = choose_devices(devices)
@@ -123,6 +129,7 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
             compression,
             error_feedback,
             hierarchical,
+            overlap_param_gather,
         )
         self.levels = choose_levels(self.settings, 1 if cluster is None else len(cluster.addresses))
         self.optimizers: weakref.WeakSet = weakref.WeakSet()  # that were built for its variables

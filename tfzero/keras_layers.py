@@ -1,0 +1,83 @@
+"""The places where Keras's layers must be told about replicas: randomness, dtypes, and batches without samples.
+
+They are patched as the training's are (`keras_hooks.py`).
+"""
+
+import functools
+
+import keras
+import tensorflow as tf
+
+from tfzero import _compat, losses
+from tfzero.keras_hooks import patch
+from tfzero.strategy import ZeroStrategy
+from tfzero.variables import ShardedParameter
+
+_FOLD = 0x9E3779B9  # the golden ratio in 32 bits: far apart and odd
+
+
+# Mixed precision: what is cast for a layer travels in the layer's dtype.
+
+
+@patch(_compat.AutocastScope, "maybe_cast")
+def _maybe_cast(original, self, value):
+    is_parameter = isinstance(value, ShardedParameter) and losses.current_extended() is not None
+    return value.whole(tf.as_dtype(self.dtype)) if is_parameter and self.dtype is not None else original(self, value)
+
+
+# Randomness.
+
+
+@patch(keras.random.SeedGenerator, "next")
+def _next_seed(original, self, *args, **kwargs):
+    """Every replica draws from a stream of its own; rank 0's is the stream of one device."""
+    seed = original(self, *args, **kwargs)
+    extended = losses.current_extended()
+    if extended is None:
+        return seed
+    rank = extended.group.rank(_compat.replica_index())
+    return seed + tf.constant([rank * _FOLD % 2**31, 0], seed.dtype)
+
+
+# Recomputing activations: TensorFlow's `recompute_grad` takes no keyword arguments in a graph, and layers pass some.
+
+
+@patch(_compat.keras_core, "remat")
+def _remat(original, function):
+    if not isinstance(tf.distribute.get_strategy(), ZeroStrategy):
+        return original(function)
+
+    @functools.wraps(function)
+    def recomputed(*args, **kwargs):
+        return original(functools.partial(function, **kwargs))(*args)
+
+    return recomputed
+
+
+# A replica without samples: oneDNN's convolutions and poolings give a wrong shape for an empty batch.
+
+
+def _on_samples(original, inputs, *args, **kwargs):
+    """Lets an empty batch on a CPU pass as one sample that is dropped again."""
+    extended = losses.current_extended()
+    if extended is None or extended.group.hint == "NCCL" or tf.executing_eagerly() or inputs.shape[0] is not None:
+        return original(inputs, *args, **kwargs)
+    args = [tf.convert_to_tensor(each) if isinstance(each, keras.Variable) else each for each in args]
+
+    def on_one_sample():
+        return original(tf.zeros([1, *tf.unstack(tf.shape(inputs))[1:]], inputs.dtype), *args, **kwargs)[:0]
+
+    return tf.cond(tf.shape(inputs)[0] > 0, lambda: original(inputs, *args, **kwargs), on_one_sample)
+
+
+for _name in ("conv", "depthwise_conv", "separable_conv", "conv_transpose", "max_pool", "average_pool"):
+    patch(_compat.keras_nn, _name)(_on_samples)
+
+
+@patch(_compat.keras_nn, "moments")
+def _moments(original, x, axes, keepdims=False, synchronized=False):
+    """The moments of no samples are 0, not NaN, which would spread in the sum of gradients."""
+    result = original(x, axes, keepdims=keepdims, synchronized=synchronized)
+    if losses.current_extended() is None or synchronized or x.shape[0] is not None:
+        return result
+    return tuple(tf.where(tf.size(x) > 0, moment, tf.zeros_like(moment)) for moment in result)
