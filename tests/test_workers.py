@@ -299,15 +299,22 @@ def late_gathers(strategy):
     stage = None if strategy is None else strategy.settings.stage
     results: dict = {"same": {}, "own": {"counts": []}}
     for late in (True, False):
+        counts: list[int] = []
         if strategy is not None:
             overlaps = late and stage in (1, 2)
             strategy = tfzero.ZeroStrategy(
                 stage, min_shard_elements=SMALL, timeout_seconds=30, bucket_bytes=64, overlap_param_gather=overlaps
             )
+
+        def count(logs=None, strategy=strategy, counts=counts):
+            counts.append(0 if strategy is None else sum(strategy.extended.group.counts()))
+
         keras.utils.set_random_seed(CASE_SEED)
         arguments = crossentropy(keras.optimizers.Adam(0.01, global_clipnorm=0.1), steps_per_execution=3)
-        results["same"][f"late={late}"] = fit_all(strategy, arguments, only_fit=True)["same"]
-        results["own"]["counts"].append(0 if strategy is None else sum(strategy.extended.group.counts()))
+        counting = keras.callbacks.LambdaCallback(on_train_begin=count, on_train_end=count)
+        outcome = fit_all(strategy, arguments, only_fit=True, callbacks=[counting])
+        results["same"][f"late={late}"] = outcome["same"]
+        results["own"]["counts"].append(counts[1] - counts[0])
     return results
 
 
