@@ -129,6 +129,16 @@ def test_an_interrupt_leaves_nothing_ungathered(monkeypatch):
     assert replicas_are_equal(model)
 
 
+def test_an_error_tells_what_it_leaves():
+    x, y = DATA.arrays()
+    x[40] = np.nan  # in the third batch
+    batches = tf.data.Dataset.from_tensor_slices((x, y)).batch(15)
+    checked = batches.map(lambda x, y: (tf.debugging.check_numerics(x, "a bad batch"), y))
+    with pytest.raises(tf.errors.InvalidArgumentError, match="a bad batch") as caught:
+        compiled(make_strategy()).fit(checked, verbose=0)
+    assert "parts are of different steps" in caught.value.__notes__[0]
+
+
 def test_training_by_single_batches():
     x, y = DATA.arrays()
     model, other = compiled(make_strategy()), compiled(make_strategy(late=False))

@@ -20,6 +20,10 @@ _NEEDS = (
     "overlap_param_gather=True needs compiled `fit` with Keras's own `train_step` and with steps_per_execution of 2 or "
     "more, as elsewhere parameters may be read between two steps. Leave `overlap_param_gather` away."
 )
+_APART = (
+    "With overlap_param_gather=True an error within an execution leaves parameters whose parts are of different steps: "
+    "go on from a checkpoint or a saved model."
+)
 
 
 class LateGathers:
@@ -59,6 +63,9 @@ class LateGathers:
         """Runs an execution of several steps, and gathers what its last one has updated."""
         try:
             logs = execution(iterator)
+        except tf.errors.OpError as error:
+            error.add_note(_APART)
+            raise
         except KeyboardInterrupt:  # Python noticed it when the execution had ended, perhaps of this worker only
             self._finish()
             raise

@@ -275,8 +275,8 @@ class ReplicaStep:
             self.exchange.share(bucket, row, self.gradients)
             return
         self.exchange.keep(bucket, row)
-        pending, kept = self._local(self.trained.pending), [segment.index for segment in bucket.segments]
-        pending.assign(pending | tf.reduce_any(tf.one_hot(kept, len(self.trained.variables), True, False), 0))
+        kept = [segment.index for segment in bucket.segments]
+        self._local(self.trained.pending).scatter_update(tf.IndexedSlices(tf.fill([len(kept)], True), kept))
 
     def _updated_row(self, optimizer, bucket, row, parts, learning_rate, clip) -> tf.Tensor | None:
         updated = {}
