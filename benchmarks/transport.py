@@ -6,14 +6,13 @@
 """
 
 import argparse
-import json
-import os
 import resource
 import statistics
 import time
 from collections.abc import Callable
 
 import tfzero
+from tfzero.peers import join_gloo
 
 ELEMENTS, CALLS, WARM_UP_CALLS = 11_000_000, 15, 3
 
@@ -47,10 +46,7 @@ def with_gloo() -> tuple[float, float]:
     """In a worker."""
     import torch
 
-    torch.set_num_threads(1)
-    cluster = json.loads(os.environ["TF_CONFIG"])
-    address, rank = cluster["cluster"]["worker"][0], cluster["task"]["index"]
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://{address}", rank=rank, world_size=2)
+    join_gloo(threads=1)
     gradients = torch.ones(ELEMENTS)
     found = costs(lambda: torch.distributed.all_reduce(gradients))
     torch.distributed.destroy_process_group()

@@ -380,6 +380,7 @@ def test_loss_and_rows_of_a_training_step(strategy):
     model.fit(x, y, batch_size=7, verbose=0)
     assert _compat.rows_counted(model) == [4, 3]
     assert float(_compat.training_loss(model, x, y, y + 2.0, None)) == 12
+    assert _compat.is_train_step_of_keras(model.train_step) and not _compat.is_train_step_of_keras(model.test_step)
 
 
 def test_inputs_of_a_model():

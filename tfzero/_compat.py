@@ -219,6 +219,11 @@ def rows_counted(model) -> list[int]:
     return [int(count.numpy()) for count in model._loss_tracker.count.value.values]
 
 
+def is_train_step_of_keras(step) -> bool:
+    """Whether a model's step is Keras's own `train_step`, overridden by nobody."""
+    return getattr(step, "__func__", None) is keras.Model.train_step
+
+
 def training_loss(model, x, y, y_pred, sample_weight):
     """The loss as Keras's own `train_step` computes it, also with a `compute_loss` of an older signature."""
     return model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)

@@ -140,7 +140,9 @@ class Exchange:
         return part if lag is None else part + self._local(lag)
 
     def _range_of(self, segment: Segment) -> tuple[int, int]:
-        """The flat elements of a sharded variable that are this replica's."""
+        """The flat elements of a variable that this replica updates: its shard, or all of one that it owns."""
+        if segment.row is not None:
+            return 0, segment.elements
         begin = min(self.rank * segment.width, segment.elements)
         return begin, min(begin + segment.width, segment.elements)
 
@@ -197,8 +199,7 @@ class Exchange:
     def can_wait(self, bucket: Bucket) -> bool:
         """Whether a bucket's parameters may be gathered later. A constraint would need the whole ones at once."""
         is_gathered = self.group.world_size > 1 and bucket.placement is not Placement.WHOLE
-        constraints = [self.variables[segment.index].constraint for segment in bucket.segments]
-        return is_gathered and not bucket.sharded_parameters and not any(constraints)
+        return is_gathered and not bucket.sharded_parameters and not self.is_constrained(bucket)
 
     def keep(self, bucket: Bucket, row: tf.Tensor) -> None:
         """Keeps what this replica updated of a bucket, for `share_kept`."""
@@ -209,7 +210,7 @@ class Exchange:
                 if segment.index in self.wire.lags:
                     self._local(self.wire.lags[segment.index]).assign(self._ahead(segment, row, value))
                     continue
-                begin, end = self._range_of(segment) if segment.row is None else (0, segment.elements)
+                begin, end = self._range_of(segment)
                 own = row[segment.offset : segment.offset + end - begin]
                 flat = tf.raw_ops.TensorStridedSliceUpdate(
                     input=tf.reshape(value, [-1]), begin=[begin], end=[end], strides=[1], value=own
@@ -259,6 +260,10 @@ class Exchange:
         return value if constraint is None else constraint(value)
 
     # Helpers.
+
+    def is_constrained(self, bucket: Bucket) -> bool:
+        """Whether a variable of a bucket has a constraint."""
+        return any(self.variables[segment.index].constraint for segment in bucket.segments)
 
     def component(self, index: int) -> tf.Variable:
         """What this replica holds of a model variable."""

@@ -225,10 +225,11 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
 
     @contextlib.contextmanager
     def creating_optimizer_state(self):
-        """Within it new variables are an optimizer's, which all replicas update alike or one owner updates."""
+        """Within it new variables are the strategy's, and an optimizer's: all replicas or one owner update them."""
         self._creating_optimizer_state = True
         try:
-            yield
+            with tf.init_scope(), self._container_strategy().scope():
+                yield
         finally:
             self._creating_optimizer_state = False
             self.view_at_hand = None

@@ -37,7 +37,7 @@ def gradient_seconds(model: keras.Model, rows: Sequence[int]) -> float:
         UnmeasurableError: if the model has a `train_step` of its own or trains eagerly, if the shapes of its batches
             are not known but for their rows, or if its gradient changes more than Keras variables or refuses zeros.
     """
-    if getattr(model.train_step, "__func__", None) is not keras.Model.train_step:
+    if not _compat.is_train_step_of_keras(model.train_step):
         raise UnmeasurableError("the model has a `train_step` of its own")
     if model.run_eagerly:
         raise UnmeasurableError("the model trains with run_eagerly=True")

@@ -43,9 +43,9 @@ class LateGathers:
     @classmethod
     def of(cls, model: keras.Model, step_function: Callable, strategy) -> "LateGathers | None":
         """Of a model's step function, if it trains and its parameters can be gathered late."""
-        is_keras_own = getattr(step_function, "__func__", None) is keras.Model.train_step
+        is_own = _compat.is_train_step_of_keras(step_function)
         several = model.steps_per_execution > 1 and not model.run_eagerly
-        serves = strategy.settings.overlap_param_gather and is_keras_own and several and model.optimizer is not None
+        serves = strategy.settings.overlap_param_gather and is_own and several and model.optimizer is not None
         return cls(model, step_function, strategy) if serves else None
 
     def step(self, data):
@@ -75,7 +75,7 @@ class LateGathers:
     def _share_kept(self) -> None:
         """Within a replica: the gathers, in the order of the forward pass."""
         trained, replica = self._model.optimizer.trained, _compat.replica_index()
-        exchange = _exchange(trained, replica)
+        exchange = trained.exchange(replica)
         pending = trained.pending.value.values[replica]
         is_pending = tf.unstack(pending)
         for bucket in reversed(_waiting(exchange)):
@@ -92,7 +92,7 @@ def make_pending(variables: int, strategy) -> keras.Variable | None:
     """Makes `Trained.pending` for so many variables, if the strategy's parameters are to be gathered late."""
     if not strategy.settings.overlap_param_gather:
         return None
-    with tf.init_scope(), strategy.scope(), strategy.extended.creating_optimizer_state():
+    with strategy.extended.creating_optimizer_state():
         return keras.Variable("zeros", (variables,), "bool", trainable=False, name="pending")
 
 
@@ -107,10 +107,6 @@ def is_late() -> bool:
     return True
 
 
-def _exchange(trained: Trained, replica: int) -> Exchange:
-    return Exchange(trained.variables, trained.plan, trained.group, trained.wire, replica)
-
-
 def _waiting(exchange: Exchange) -> list[Bucket]:
     return [bucket for bucket in exchange.plan.buckets if exchange.can_wait(bucket)]
 
@@ -123,7 +119,7 @@ def _last_mark(trained: Trained, replica: int) -> int:
 
 def _refuse_reads_of_kept(trained: Trained, replica: int) -> None:
     """Raises if a parameter is read between its update and its gather: by a metric, for one."""
-    exchange, kept = _exchange(trained, replica), _last_mark(trained, replica)
+    exchange, kept = trained.exchange(replica), _last_mark(trained, replica)
     for index in (segment.index for bucket in _waiting(exchange) for segment in bucket.segments):
         uses = _compat.uses_of_variable(exchange.component(index))
         if any(_compat.creation_order(use) > kept for use in uses):

@@ -240,7 +240,7 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
         for link in links:
             _compat.adopt(link, home)
             strategy.extended.take_in(_compat.own_scalars(link))
-        with tf.init_scope(), strategy.scope(), strategy.extended.creating_optimizer_state():
+        with strategy.extended.creating_optimizer_state():
             views = [VariableView(variable, plan, index) for index, variable in enumerate(variables)]
             self._wrapped.build(_ViewsAtHand(views, strategy.extended))
             slots = tuple(tuple(view.slots) for view in views)

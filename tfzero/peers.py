@@ -53,15 +53,24 @@ def make_torch_model(work: Work):
     return Gpt()
 
 
+def join_gloo(threads: int) -> int:
+    """Makes the worker that `TF_CONFIG` describes one of a group over gloo, with so many threads; its rank."""
+    import torch
+
+    torch.set_num_threads(threads)
+    cluster = json.loads(os.environ["TF_CONFIG"])
+    addresses, rank = cluster["cluster"]["worker"], cluster["task"]["index"]
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"tcp://{addresses[0]}", rank=rank, world_size=len(addresses)
+    )
+    return rank
+
+
 def measure_peer(work: Work, kind: str) -> dict:
     """One worker's run, as `measuring.measure`; PyTorch does not tell the bytes of its CPU tensors."""
     import torch
-    import torch.distributed as dist
 
-    torch.set_num_threads(work.threads)
-    cluster = json.loads(os.environ["TF_CONFIG"])
-    addresses, rank = cluster["cluster"]["worker"], cluster["task"]["index"]
-    dist.init_process_group("gloo", init_method=f"tcp://{addresses[0]}", rank=rank, world_size=len(addresses))
+    rank = join_gloo(work.threads)
     torch.manual_seed(0)
     model = make_torch_model(work)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -82,7 +91,7 @@ def measure_peer(work: Work, kind: str) -> dict:
         if step >= WARM_UP_STEPS:
             figures["seconds"].append(time.perf_counter() - start)
             figures["wire"] = (received_bytes() - received) / len(figures["seconds"])
-    dist.destroy_process_group()
+    torch.distributed.destroy_process_group()
     return figures
 
 

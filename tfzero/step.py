@@ -64,10 +64,14 @@ class Trained:
     squared_norms: tuple[keras.Variable, ...] = ()
     pending: keras.Variable | None = None
 
+    def exchange(self, replica: int) -> Exchange:
+        """A local replica's part in the exchanges."""
+        return Exchange(self.variables, self.plan, self.group, self.wire, replica)
+
 
 def with_norms(trained: Trained, strategy) -> Trained:
     """The same, but the step computes the gradient's norm too. All workers call it together."""
-    with tf.init_scope(), strategy.scope(), strategy.extended.creating_optimizer_state():
+    with strategy.extended.creating_optimizer_state():
         norms = [keras.Variable("zeros", (), "float32", False, name="squared_norm") for _ in trained.optimizers]
     return replace(trained, squared_norms=tuple(norms))
 
@@ -90,7 +94,7 @@ class ReplicaStep:
         self.group = trained.group
         self.replica = replica
         self.rank = trained.group.rank(replica)
-        self.exchange = Exchange(trained.variables, trained.plan, trained.group, trained.wire, replica)
+        self.exchange = trained.exchange(replica)
         self.gradients = dict(gradients)
         self.gathers_late = gathers_late
         self.buckets = [b for b in self.plan.buckets if any(s.index in gradients for s in b.segments)]
@@ -290,10 +294,9 @@ class ReplicaStep:
 
     def _is_updated_in_place(self, bucket: Bucket) -> bool:
         """Whether what this replica updates is all that it holds."""
-        constraints = [self.trained.variables[segment.index].constraint for segment in bucket.segments]
         is_all = bucket.placement is Placement.WHOLE or self.group.world_size == 1
         is_shard = bucket.sharded_parameters and bucket.placement is Placement.SHARDED
-        return (is_all or is_shard) and not any(constraints)
+        return (is_all or is_shard) and not self.exchange.is_constrained(bucket)
 
     def _buckets_to_visit(self, optimizer, buckets: Sequence[Bucket]) -> list[Bucket]:
         if not optimizer.use_ema:
