@@ -175,7 +175,7 @@ def _part(connections, error):
                 _send(connection, told, monotonic() + HELLO_SECONDS)
 
 
-def _listen(cluster):
+def listen(cluster):
     """A socket that listens on the port of this worker's address, on all interfaces, with SO_REUSEADDR."""
     port = int(cluster.addresses[cluster.index].rpartition(":")[2])
     both = socket.has_dualstack_ipv6()
@@ -277,7 +277,7 @@ class Channel:
         Raises TimeoutError if one does not come, ValueError if they disagree, OSError if the port is taken.
         """
         # The leader listens too, but only to keep its port from a second leader.
-        with _listen(cluster) if cluster.size > 1 else contextlib.nullcontext() as listener:
+        with listen(cluster) if cluster.size > 1 else contextlib.nullcontext() as listener:
             meet = _call_all if cluster.index == 0 else _await_call
             channel = cls(cluster, meet(cluster, listener, timeout_seconds), timeout_seconds)
         channel.all_gather("join", None)  # afterwards all are here, and nobody listens any more

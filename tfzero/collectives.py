@@ -36,6 +36,7 @@ workers 7.5 and 6.4, 9.1 and 7.4, 10.5 and 10.4. A ring passes a single number o
 
 import contextlib
 import copy
+import functools
 import itertools
 import weakref
 from collections.abc import Callable, Sequence
@@ -43,6 +44,7 @@ from collections.abc import Callable, Sequence
 import tensorflow as tf
 
 from tfzero import _compat
+from tfzero.links import Links
 
 # Far from the keys that TensorFlow's own collectives count up from 1.
 _group_keys = itertools.count(1_000_000)
@@ -57,6 +59,13 @@ _SIZES = 64
 _MOST_GATHERED_BYTES, _MOST_RECEIVED_BYTES = 2**16, 2**18
 # [Note: ordering] Collectives in flight at once, on CPU.
 LANES = 4
+# Lanes that links carry: the usual one, and the backward one.
+LINKED_LANES = 2
+_OVER_LINKS = {
+    tf.raw_ops.CollectiveReduceV2: Links.all_reduce,
+    tf.raw_ops.CollectiveGatherV2: Links.all_gather,
+    tf.raw_ops.CollectiveAllToAllV2: Links.all_to_all,
+}
 
 
 class Group:
@@ -71,14 +80,22 @@ class Group:
         first_rank: rank of this process's first replica.
         hint: "RING" or "NCCL".
         two_level: whether sums are taken within each worker first. [Note: two levels]
+        links: two `Links` that carry the collectives instead of TensorFlow's own, or none.
     """
 
     def __init__(
-        self, devices: Sequence[str], world_size: int, first_rank: int, hint: str, two_level: bool = False
+        self,
+        devices: Sequence[str],
+        world_size: int,
+        first_rank: int,
+        hint: str,
+        two_level: bool = False,
+        links: Sequence[Links] = (),
     ) -> None:
         self.devices = tuple(devices)
         self.world_size = world_size
         self.hint = hint
+        self.links = tuple(links)
         self._members_here = len(self.devices)
         self._ranks = [first_rank + replica for replica in range(len(self.devices))]
         self._group_keys = [next(_group_keys)] * len(self.devices)
@@ -313,6 +330,8 @@ class Group:
     def _emit(
         self, operation: Callable, value: tf.Tensor, replica: int, key=None, lane: int | None = None, **attributes
     ) -> tf.Tensor:
+        if self.links:
+            return self._emit_over_links(operation, value, replica, 0 if lane is None else lane)
         if lane is None:
             lane = self._next_keys[replica] % max(1, len(self._tokens[replica]) - 1)
         with tf.device(self.devices[replica]), self._counted(replica, lane, value) as ended:
@@ -326,6 +345,31 @@ class Group:
                 **attributes,
             )
             ended(result)
+        return self._noted(result, replica, lane)
+
+    def _emit_over_links(self, operation: Callable, value: tf.Tensor, replica: int, lane: int) -> tf.Tensor:
+        """The same collective over links. Those of one lane are in order, as their counts are. [Note: links]"""
+        method = _OVER_LINKS[operation]
+        with tf.device(self.devices[replica]):
+            shape = tf.shape(value)
+            if operation is tf.raw_ops.CollectiveGatherV2:
+                shape = tf.concat([[self.world_size], shape], 0)
+        with tf.device(self.devices[replica]), self._counted(replica, lane, value) as ended:
+            # Memory of TensorFlow's allocator, into which NumPy writes.
+            out = tf.raw_ops.Empty(shape=shape, dtype=value.dtype)
+            done = tf.numpy_function(
+                functools.partial(method, self.links[lane]), [value, out], [], name=method.__name__
+            )
+            with tf.control_dependencies([done]):
+                result = tf.identity(out)
+            ended(result)
+        if operation is tf.raw_ops.CollectiveGatherV2:
+            result.set_shape([self.world_size, *value.shape])
+        else:
+            result.set_shape(value.shape)
+        return self._noted(result, replica, lane)
+
+    def _noted(self, result: tf.Tensor, replica: int, lane: int) -> tf.Tensor:
         _compat.note_previous(result.op, self._latest_in(replica, lane))
         self._latest[replica][lane] = weakref.ref(result.op)
         return result

@@ -63,6 +63,7 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
             self._id_in_cluster * len(self.worker_devices),
             "NCCL" if strategy.settings.device_type == "GPU" else "RING",
             strategy.levels.value,
+            strategy.links if len(self.worker_devices) == 1 and strategy.settings.device_type == "CPU" else (),
         )
         self._network: Network | None = None
 

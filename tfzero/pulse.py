@@ -109,7 +109,7 @@ class Pulse:
 
         def show_and_exit(kind, error, trace):
             former(kind, error, trace)
-            if not isinstance(error, _LOSSES):
+            if not isinstance(error, _LOSSES) and not self._has_lost_links():
                 return
             lost = self._reason if self._has_reason.wait(self._timeout_seconds) else self._named_in(str(error))
             if lost:
@@ -120,6 +120,9 @@ class Pulse:
                 os._exit(EXIT_WORKER_LOST)
 
         return show_and_exit
+
+    def _has_lost_links(self) -> bool:
+        return any(links.is_lost for group in self._groups for links in group.links)
 
     def _named_in(self, text: str) -> str:
         """What TensorFlow says of another worker, by our name for it."""
@@ -153,6 +156,9 @@ class Pulse:
         )
 
     def _abort(self, reason: str) -> None:
+        for group in self._groups:
+            for links in group.links:
+                links.close(reason)
         with self._lock:
             if not self._stopped.is_set():
                 _compat.abort_collectives(reason)

@@ -10,8 +10,10 @@ import tensorflow as tf
 
 from tfzero import _compat
 from tfzero.cluster import Channel, Cluster
+from tfzero.collectives import LINKED_LANES
 from tfzero.extended import ZeroExtended
 from tfzero.inputs import DataPosition, cut_batch
+from tfzero.links import Links, link
 from tfzero.network import DEFAULT_BUCKET_BYTES
 from tfzero.pulse import Pulse
 from tfzero.report import Report, make_report
@@ -135,7 +137,7 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         self.optimizers: weakref.WeakSet = weakref.WeakSet()  # that were built for its variables
         self.announced: weakref.WeakSet = weakref.WeakSet()  # those that `fit` has printed a report of
         self.data_position: DataPosition | None = None  # for the next training data
-        self.channel, self.saving_channel, pulse = _meet(cluster, timeout_seconds)
+        self.channel, self.saving_channel, pulse, self.links = _meet(cluster, timeout_seconds)
         self.stop = AgreedStop() if pulse is None else pulse.stop_together
         self.channel.agree("making a ZeroStrategy", asdict(self.settings), "settings")
         # The stock constructor would make its own extended.
@@ -285,13 +287,13 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
 
 
 # Of the cluster that this process has joined; later strategies of the process use them too.
-_joined: dict[Cluster, tuple[Channel, Channel, Pulse]] = {}
+_joined: dict[Cluster, tuple[Channel, Channel, Pulse, tuple[Links, ...]]] = {}
 
 
-def _meet(cluster: Cluster | None, timeout_seconds: float) -> tuple[Channel, Channel, Pulse | None]:
-    """Control channels for the program and for saving in the background, and the pulse."""
+def _meet(cluster: Cluster | None, timeout_seconds: float) -> tuple[Channel, Channel, Pulse | None, tuple[Links, ...]]:
+    """Control channels for the program and for saving in the background, the pulse, and links for collectives."""
     if cluster is None:
-        return channel_of_one(), channel_of_one(), None
+        return channel_of_one(), channel_of_one(), None, ()
     if cluster not in _joined:
         if _compat.runtime_is_initialized():
             raise RuntimeError(
@@ -299,8 +301,17 @@ def _meet(cluster: Cluster | None, timeout_seconds: float) -> tuple[Channel, Cha
                 "Make the strategy at the start of the program, before any tensor, variable or model."
             )
         channel, of_saving, of_pulse = (Channel.join(cluster, timeout_seconds) for _ in range(3))
-        _joined[cluster] = channel, of_saving, Pulse(cluster, of_pulse, timeout_seconds)
+        links = _make_links(cluster, channel, timeout_seconds)
+        _joined[cluster] = channel, of_saving, Pulse(cluster, of_pulse, timeout_seconds), links
     return _joined[cluster]
+
+
+def _make_links(cluster: Cluster, channel: Channel, timeout_seconds: float) -> tuple[Links, ...]:
+    """Links for the collectives' lanes, if every worker has threads enough. [Note: links]"""
+    threads = tf.config.threading.get_inter_op_parallelism_threads() or os.cpu_count() or 1
+    if cluster.size == 1 or min(channel.all_gather("counting threads", threads)) < LINKED_LANES:
+        return ()
+    return link(cluster, channel, LINKED_LANES, timeout_seconds)
 
 
 def channel_of_one() -> Channel:

@@ -1,0 +1,233 @@
+"""A connection between every two workers, over which collectives on CPU exchange their arrays.
+
+TensorFlow's own collectives copy each tensor several times on its way through gRPC, which takes three times the
+processor time (`benchmarks/transport.py`). Here the kernel copies from the sender's tensor and into the receiver's.
+
+[Note: links] The connections are made while the workers meet, at their ports of TF_CONFIG; no other port is needed.
+A `Links` carries one collective at a time, and all workers must begin the same ones in the same order. While it waits
+it keeps one of TensorFlow's inter-op threads: with as many threads as `Links`, a worker always has one left to go on
+to what another waits for.
+"""
+
+import contextlib
+import itertools
+import os
+import select
+import socket
+import struct
+import threading
+from collections.abc import Mapping, Sequence
+from time import monotonic
+
+import numpy as np
+
+from tfzero.cluster import HELLO_SECONDS, Channel, Cluster, listen
+
+_HELLO = struct.Struct("!16sII")  # what only this meeting knows, the caller's rank, number of the `Links`
+_HEADER = struct.Struct("!QQ")  # number of the exchange, bytes
+_CHUNK_BYTES = 2**21  # as many are received before they are added
+_PART_BYTES = 2**19  # handed to the kernel at once
+
+
+class Links:
+    """This worker's connections to all others.
+
+    Args:
+        cluster: the workers.
+        connections: to each other worker, by rank.
+        timeout_seconds: how long to wait for `close` to tell why a connection has ended.
+    """
+
+    def __init__(self, cluster: Cluster, connections: Mapping[int, socket.socket], timeout_seconds: float) -> None:
+        self._cluster = cluster
+        self._connections = dict(connections)
+        self._timeout_seconds = timeout_seconds
+        self._exchanges = 0
+        self._scratch = np.empty(0, np.uint8)
+        self._reason = ""
+        self._closed = threading.Event()
+        self.is_lost = False
+        for connection in self._connections.values():
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection.setblocking(False)
+
+    def close(self, reason: str) -> None:
+        """Ends the connections. A collective that waits, and each later one, raises ConnectionError for this reason."""
+        self._reason = self._reason or reason
+        self._closed.set()
+        for connection in self._connections.values():
+            with contextlib.suppress(OSError):  # has ended already
+                connection.shutdown(socket.SHUT_RDWR)
+
+    # Arrays are contiguous, of the same shape and dtype on all workers.
+
+    def all_reduce(self, value: np.ndarray, out: np.ndarray) -> None:
+        """Sum over workers, always added in rank order, into `out` of the same shape."""
+        parts, sums = (np.array_split(array.reshape(-1), self._cluster.size) for array in (value, out))
+        self._sum(parts, sums[self._cluster.index])
+        self._gather(sums)
+
+    def all_gather(self, value: np.ndarray, out: np.ndarray) -> None:
+        """Every worker's value, into `out` of shape `[workers, *value.shape]`."""
+        out[self._cluster.index] = value
+        self._gather(list(out.reshape(self._cluster.size, -1)))
+
+    def all_to_all(self, value: np.ndarray, out: np.ndarray) -> None:
+        """Row `r` goes to worker `r`, into its `out`, of the same shape, at this worker's place."""
+        rank = self._cluster.index
+        out[rank] = value[rank]
+        self._exchange(value.reshape(self._cluster.size, -1), out.reshape(self._cluster.size, -1))
+
+    def _gather(self, parts: Sequence[np.ndarray]) -> None:
+        """Each worker's part goes to all others, to the same place."""
+        self._exchange([parts[self._cluster.index]] * len(parts), parts)
+
+    def _sum(self, parts: Sequence[np.ndarray], out: np.ndarray) -> None:
+        """Each worker's sum of the parts that are its own; part `r` is that of worker `r`."""
+        rank, size = self._cluster.index, self._cluster.size
+        step = max(1, _CHUNK_BYTES // out.itemsize // (size - 1))
+        if self._scratch.nbytes < size * step * out.itemsize:
+            self._scratch = np.empty(size * step * out.itemsize, np.uint8)
+        scratch = self._scratch[: size * step * out.itemsize].view(out.dtype).reshape(size, step)
+        for begin in range(0, max(part.size for part in parts), step):
+            total = out[begin : begin + step]
+            received = [row[: total.size] for row in scratch]
+            self._exchange([part[begin : begin + step] for part in parts], received)
+            received[rank] = parts[rank][begin : begin + step]
+            np.add(received[0], received[1], out=total)
+            for term in received[2:]:
+                np.add(total, term, out=total)
+
+    def _exchange(self, sent: Sequence[np.ndarray], received: Sequence[np.ndarray]) -> None:
+        """Sends each other worker its array of `sent`, and fills that worker's of `received`; places are ranks."""
+        self._exchanges += 1
+        flows = [
+            _Flow(connection, self._exchanges, sent[rank], received[rank])
+            for rank, connection in self._connections.items()
+        ]
+        try:
+            while flows:
+                if not any([flow.move() for flow in flows]):
+                    self._wait(flows)
+                flows = [flow for flow in flows if flow.events]
+        except OSError as error:
+            self.is_lost = True
+            self._closed.wait(self._timeout_seconds)
+            raise ConnectionError(self._reason or f"{self._cluster.name} lost another worker: {error}") from None
+
+    def _wait(self, flows: Sequence["_Flow"]) -> None:
+        """Until one of the connections can go on."""
+        poll = select.poll()
+        for flow in flows:
+            poll.register(flow.connection, flow.events)
+        poll.poll()
+
+
+class _Flow:
+    """What one exchange sends to another worker and receives from it."""
+
+    def __init__(self, connection: socket.socket, number: int, sent: np.ndarray, received: np.ndarray) -> None:
+        self.connection = connection
+        self._out = [_HEADER.pack(number, sent.nbytes), _bytes(sent)] if sent.size else []
+        self._in = [memoryview(bytearray(_HEADER.size)), _bytes(received)] if received.size else []
+        self._expected = _HEADER.pack(number, received.nbytes)
+        self._header = self._in[0] if self._in else None
+
+    @property
+    def events(self) -> int:
+        """For `poll`: what is left to do."""
+        return (select.POLLIN if self._in else 0) | (select.POLLOUT if self._out else 0)
+
+    def move(self) -> bool:
+        """Sends and receives what is possible at once; whether that was anything."""
+        return any([self._receive(), self._send()])
+
+    def _receive(self) -> bool:
+        if not self._in:
+            return False
+        try:
+            count = self.connection.recv_into(self._in[0][:_PART_BYTES])
+        except BlockingIOError:
+            return False
+        if not count:
+            raise ConnectionError("the connection has ended")
+        _pass(self._in, count)
+        if len(self._in) == 1 and self._header is not None:
+            found, self._header = bytes(self._header), None
+            if found != self._expected:
+                raise ConnectionError(
+                    f"the workers are at different collectives: number and bytes are {_HEADER.unpack(found)} there, "
+                    f"{_HEADER.unpack(self._expected)} here. Run the same program on every worker"
+                )
+        return True
+
+    def _send(self) -> bool:
+        if not self._out:
+            return False
+        try:
+            _pass(self._out, self.connection.send(self._out[0][:_PART_BYTES]))
+        except BlockingIOError:
+            return False
+        return True
+
+
+def _pass(views: list, count: int) -> None:
+    """Drops so many bytes of the first view, and the view when it is used up."""
+    views[0] = views[0][count:]
+    if not views[0]:
+        del views[0]
+
+
+def _bytes(array: np.ndarray) -> memoryview:
+    return memoryview(array.reshape(-1).view(np.uint8))
+
+
+def link(cluster: Cluster, channel: Channel, count: int, timeout_seconds: float) -> tuple[Links, ...]:
+    """Connects every two workers, so many times; all call it together, before TensorFlow listens at their ports.
+
+    Raises:
+        TimeoutError: if a worker does not call in time.
+        ConnectionError: if one cannot be reached.
+    """
+    secret = bytes.fromhex(channel.broadcast("a secret to know each other by", os.urandom(16).hex()))
+    made: dict[tuple[int, int], socket.socket] = {}
+    with contextlib.ExitStack() as stack:
+        with listen(cluster) as listener:
+            channel.all_gather("listening", None)
+            for rank, number in itertools.product(range(cluster.index + 1, cluster.size), range(count)):
+                made[rank, number] = stack.enter_context(_dial(cluster, rank, secret, number, timeout_seconds))
+            deadline = monotonic() + timeout_seconds
+            while len(made) < count * (cluster.size - 1):
+                caller, connection = _accept(listener, secret, max(deadline - monotonic(), 0.001))
+                stack.enter_context(connection)
+                if caller is not None:
+                    made[caller] = connection
+        channel.all_gather("linking", None)  # afterwards nobody listens any more
+        stack.pop_all()
+    by_number = [{rank: made[rank, n] for rank, n in made if n == number} for number in range(count)]
+    return tuple(Links(cluster, connections, timeout_seconds) for connections in by_number)
+
+
+def _dial(cluster: Cluster, rank: int, secret: bytes, number: int, timeout_seconds: float) -> socket.socket:
+    host, port = cluster.addresses[rank].rsplit(":", 1)
+    try:
+        connection = socket.create_connection((host.strip("[]"), port), timeout_seconds)
+    except OSError as error:
+        raise ConnectionError(
+            f"{cluster.describe(cluster.index)} cannot reach {cluster.describe(rank)}: {error}. Every two workers "
+            "connect: let each reach the addresses of all in TF_CONFIG."
+        ) from None
+    connection.sendall(_HELLO.pack(secret, cluster.index, number))
+    return connection
+
+
+def _accept(listener: socket.socket, secret: bytes, timeout_seconds: float) -> tuple[tuple | None, socket.socket]:
+    """A connection, and the rank and number that its caller gives; None for a stranger."""
+    listener.settimeout(timeout_seconds)
+    connection, _ = listener.accept()
+    connection.settimeout(HELLO_SECONDS)
+    with contextlib.suppress(OSError):
+        hello = connection.recv(_HELLO.size, socket.MSG_WAITALL)
+        if len(hello) == _HELLO.size and hello.startswith(secret):
+            return _HELLO.unpack(hello)[1:], connection
+    return None, connection
