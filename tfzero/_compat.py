@@ -7,6 +7,7 @@ changed in substance from 2.16 to 2.21; Keras's have.
 import contextlib
 import random
 import threading
+from collections.abc import Callable
 
 import keras
 import tensorflow as tf
@@ -278,6 +279,17 @@ def waited_for(operation: tf.Operation) -> list[tf.Operation]:
     previous = getattr(operation, "_tfzero_previous", None)
     own = [tensor.op for tensor in operation.inputs] + list(operation.control_inputs)
     return own if previous is None else [*own, previous]
+
+
+def fill(function: Callable, value: tf.Tensor, out: tf.Tensor) -> tf.Tensor:
+    """`out` after `function(value, out)` has written into it, both as NumPy arrays.
+
+    That a CPU tensor and the array that stands for it share memory is not promised (`TensorToNdarray` in
+    tensorflow/python/lib/core/py_func.cc); a result of `tf.numpy_function` would not lie in the allocator's memory.
+    """
+    filled = tf.numpy_function(function, [value, out], [])
+    with tf.control_dependencies([filled]):
+        return tf.identity(out)
 
 
 def is_recorded(value: tf.Tensor) -> bool:

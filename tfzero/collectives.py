@@ -32,6 +32,9 @@ and add: N-1 messages one after the other instead of 2(N-1). Milliseconds, ring 
 workers 7.5 and 6.4, 9.1 and 7.4, 10.5 and 10.4. A ring passes a single number on whole, which is faster with four:
 4.0 and 5.2. So tensors of up to 64 KiB are gathered, single numbers aside, as long as no replica receives more than
 256 KiB. Within a process there is no difference. Reduce-scatter and all-gather instead of a large ring gain nothing.
+
+Between processes with one replica each, on CPU, not TensorFlow's collectives but `links.py` carries all but broadcasts.
+Their lanes are one for each `Links`, and the counts of a lane order what it carries.
 """
 
 import contextlib
@@ -59,7 +62,7 @@ _SIZES = 64
 _MOST_GATHERED_BYTES, _MOST_RECEIVED_BYTES = 2**16, 2**18
 # [Note: ordering] Collectives in flight at once, on CPU.
 LANES = 4
-# Lanes that links carry: the usual one, and the backward one.
+# As many `Links`: for the usual lane and the backward one.
 LINKED_LANES = 2
 _OVER_LINKS = {
     tf.raw_ops.CollectiveReduceV2: Links.all_reduce,
@@ -349,25 +352,13 @@ class Group:
 
     def _emit_over_links(self, operation: Callable, value: tf.Tensor, replica: int, lane: int) -> tf.Tensor:
         """The same collective over links. Those of one lane are in order, as their counts are. [Note: links]"""
-        method = _OVER_LINKS[operation]
-        with tf.device(self.devices[replica]):
-            shape = tf.shape(value)
-            if operation is tf.raw_ops.CollectiveGatherV2:
-                shape = tf.concat([[self.world_size], shape], 0)
+        run = functools.partial(_OVER_LINKS[operation], self.links[lane])
+        rows = [self.world_size] if operation is tf.raw_ops.CollectiveGatherV2 else []
         with tf.device(self.devices[replica]), self._counted(replica, lane, value) as ended:
-            # Memory of TensorFlow's allocator, into which NumPy writes.
-            out = tf.raw_ops.Empty(shape=shape, dtype=value.dtype)
-            done = tf.numpy_function(
-                functools.partial(method, self.links[lane]), [value, out], [], name=method.__name__
-            )
-            with tf.control_dependencies([done]):
-                result = tf.identity(out)
+            out = tf.raw_ops.Empty(shape=tf.concat([rows, tf.shape(value)], 0), dtype=value.dtype)
+            result = _compat.fill(run, value, out)
             ended(result)
-        if operation is tf.raw_ops.CollectiveGatherV2:
-            result.set_shape([self.world_size, *value.shape])
-        else:
-            result.set_shape(value.shape)
-        return self._noted(result, replica, lane)
+        return self._noted(tf.ensure_shape(result, [*rows, *value.shape]), replica, lane)
 
     def _noted(self, result: tf.Tensor, replica: int, lane: int) -> tf.Tensor:
         _compat.note_previous(result.op, self._latest_in(replica, lane))

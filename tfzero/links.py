@@ -46,6 +46,7 @@ class Links:
         self._scratch = np.empty(0, np.uint8)
         self._reason = ""
         self._closed = threading.Event()
+        self._in_use = threading.Lock()
         self.is_lost = False
         for connection in self._connections.values():
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -57,9 +58,13 @@ class Links:
         self._closed.set()
         for connection in self._connections.values():
             with contextlib.suppress(OSError):  # has ended already
-                connection.shutdown(socket.SHUT_RDWR)
+                connection.shutdown(socket.SHUT_RDWR)  # wakes who waits for it
+        with self._in_use:
+            for connection in self._connections.values():
+                connection.close()
 
-    # Arrays are contiguous, of the same shape and dtype on all workers.
+    # Arrays are contiguous, of the same shape and dtype on all workers. Each method raises ConnectionError if a worker
+    # is lost, and RuntimeError if another is at a different collective.
 
     def all_reduce(self, value: np.ndarray, out: np.ndarray) -> None:
         """Sum over workers, always added in rank order, into `out` of the same shape."""
@@ -70,13 +75,14 @@ class Links:
     def all_gather(self, value: np.ndarray, out: np.ndarray) -> None:
         """Every worker's value, into `out` of shape `[workers, *value.shape]`."""
         out[self._cluster.index] = value
-        self._gather(list(out.reshape(self._cluster.size, -1)))
+        self._gather(list(out.reshape(self._cluster.size, value.size)))
 
     def all_to_all(self, value: np.ndarray, out: np.ndarray) -> None:
         """Row `r` goes to worker `r`, into its `out`, of the same shape, at this worker's place."""
         rank = self._cluster.index
         out[rank] = value[rank]
-        self._exchange(value.reshape(self._cluster.size, -1), out.reshape(self._cluster.size, -1))
+        shape = self._cluster.size, value.size // self._cluster.size
+        self._exchange(value.reshape(shape), out.reshape(shape))
 
     def _gather(self, parts: Sequence[np.ndarray]) -> None:
         """Each worker's part goes to all others, to the same place."""
@@ -100,20 +106,21 @@ class Links:
 
     def _exchange(self, sent: Sequence[np.ndarray], received: Sequence[np.ndarray]) -> None:
         """Sends each other worker its array of `sent`, and fills that worker's of `received`; places are ranks."""
-        self._exchanges += 1
-        flows = [
-            _Flow(connection, self._exchanges, sent[rank], received[rank])
-            for rank, connection in self._connections.items()
-        ]
         try:
-            while flows:
-                if not any([flow.move() for flow in flows]):
-                    self._wait(flows)
-                flows = [flow for flow in flows if flow.events]
+            with self._in_use:
+                self._move(sent, received)
         except OSError as error:
             self.is_lost = True
             self._closed.wait(self._timeout_seconds)
             raise ConnectionError(self._reason or f"{self._cluster.name} lost another worker: {error}") from None
+
+    def _move(self, sent: Sequence[np.ndarray], received: Sequence[np.ndarray]) -> None:
+        self._exchanges += 1
+        connections = self._connections.items()
+        flows = [_Flow(each, self._exchanges, sent[rank], received[rank]) for rank, each in connections]
+        while flows := [flow for flow in flows if flow.events]:
+            if not any([flow.move() for flow in flows]):
+                self._wait(flows)
 
     def _wait(self, flows: Sequence["_Flow"]) -> None:
         """Until one of the connections can go on."""
@@ -139,8 +146,8 @@ class _Flow:
         return (select.POLLIN if self._in else 0) | (select.POLLOUT if self._out else 0)
 
     def move(self) -> bool:
-        """Sends and receives what is possible at once; whether that was anything."""
-        return any([self._receive(), self._send()])
+        """Sends and receives what is possible at once; whether that was anything. Whoever is elsewhere is told first."""
+        return any([self._send(), self._receive()])
 
     def _receive(self) -> bool:
         if not self._in:
@@ -155,9 +162,9 @@ class _Flow:
         if len(self._in) == 1 and self._header is not None:
             found, self._header = bytes(self._header), None
             if found != self._expected:
-                raise ConnectionError(
-                    f"the workers are at different collectives: number and bytes are {_HEADER.unpack(found)} there, "
-                    f"{_HEADER.unpack(self._expected)} here. Run the same program on every worker"
+                raise RuntimeError(
+                    f"The workers are at different collectives: number and bytes are {_HEADER.unpack(found)} there, "
+                    f"{_HEADER.unpack(self._expected)} here. Run the same program on every worker."
                 )
         return True
 

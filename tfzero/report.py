@@ -174,6 +174,8 @@ def _algorithm(group: Group) -> str:
         return "one replica exchanges nothing"
     if group.hint == "NCCL":
         return "NCCL; reduce-scatter is its own, of 16-bit floats an all-to-all and a sum in float32"
+    if group.links:
+        return "all-to-all and all-gather over connections between every two workers, sums in rank order"
     between = "" if group.world_size == len(group.devices) else "; sums of up to 64 KiB are gathered and added"
     return f"rings; reduce-scatter is an all-to-all and a sum, as TensorFlow has none on CPU{between}"
 
