@@ -355,9 +355,12 @@ class Group:
         run = functools.partial(_OVER_LINKS[operation], self.links[lane])
         rows = [self.world_size] if operation is tf.raw_ops.CollectiveGatherV2 else []
         with tf.device(self.devices[replica]), self._counted(replica, lane, value) as ended:
-            out = tf.raw_ops.Empty(shape=tf.concat([rows, tf.shape(value)], 0), dtype=value.dtype)
-            result = _compat.fill(run, value, out)
+            flat = tf.reshape(value, [-1]) if value.shape.rank == 0 else value
+            out = tf.raw_ops.Empty(shape=tf.concat([rows, tf.shape(flat)], 0), dtype=value.dtype)
+            result = _compat.fill(run, flat, out)
             ended(result)
+        if value.shape.rank == 0:
+            result = tf.reshape(result, rows)
         return self._noted(tf.ensure_shape(result, [*rows, *value.shape]), replica, lane)
 
     def _noted(self, result: tf.Tensor, replica: int, lane: int) -> tf.Tensor:

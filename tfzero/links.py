@@ -146,8 +146,8 @@ class _Flow:
         return (select.POLLIN if self._in else 0) | (select.POLLOUT if self._out else 0)
 
     def move(self) -> bool:
-        """Sends and receives what is possible at once; whether that was anything. Whoever is elsewhere is told first."""
-        return any([self._send(), self._receive()])
+        """Sends and receives what is possible at once; whether that was anything."""
+        return any([self._send(), self._receive()])  # sends first, so that who is elsewhere is told
 
     def _receive(self) -> bool:
         if not self._in:
@@ -206,9 +206,8 @@ def link(cluster: Cluster, channel: Channel, count: int, timeout_seconds: float)
             deadline = monotonic() + timeout_seconds
             while len(made) < count * (cluster.size - 1):
                 caller, connection = _accept(listener, secret, max(deadline - monotonic(), 0.001))
-                stack.enter_context(connection)
                 if caller is not None:
-                    made[caller] = connection
+                    made[caller] = stack.enter_context(connection)
         channel.all_gather("linking", None)  # afterwards nobody listens any more
         stack.pop_all()
     by_number = [{rank: made[rank, n] for rank, n in made if n == number} for number in range(count)]
@@ -237,4 +236,5 @@ def _accept(listener: socket.socket, secret: bytes, timeout_seconds: float) -> t
         hello = connection.recv(_HELLO.size, socket.MSG_WAITALL)
         if len(hello) == _HELLO.size and hello.startswith(secret):
             return _HELLO.unpack(hello)[1:], connection
+    connection.close()
     return None, connection
