@@ -307,7 +307,7 @@ def late_gathers(strategy):
             )
 
         def count(logs=None, strategy=strategy, counts=counts):
-            counts.append(0 if strategy is None else sum(strategy.extended.group.counts()))
+            counts.append(0 if strategy is None else sum(strategy.extended.group.lanes.counts()))
 
         keras.utils.set_random_seed(CASE_SEED)
         arguments = crossentropy(keras.optimizers.Adam(0.01, global_clipnorm=0.1), steps_per_execution=3)

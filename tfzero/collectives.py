@@ -8,14 +8,6 @@ is traced; replicas trace the same program, so the counters agree. Keys are cons
 work inside `tf.while_loop` and `tf.cond`. Where the shape is only known when the graph runs, the value travels flat,
 padded to the next of a fixed list of sizes, and each size has a key of its own.
 
-[Note: ordering] Several devices of one process deadlock unless each orders its own collectives; an ordering token,
-one resource per device, does that and nothing else: what shares a token runs in the order of the program. NCCL needs
-one order for all. On CPU a few tokens per device let some collectives overlap, which hides their latency; one more
-"lane" is for stage 3's second gathers, which are traced after what needs them.
-
-[Note: counts] Between processes a replica adds one to its lane's count when a collective begins and when it ends, so
-that a collective that waits in vain is noticed (`pulse.py`). Before it begins, its purpose is noted beside the count.
-
 [Note: reduce-scatter] `CollectiveReduceScatterV2` exists for NCCL only, and adds 16-bit floats in 16 bits. Elsewhere,
 and for those, it is an all-to-all and a local sum: the same bytes on the wire. TensorFlow's CPU all-to-all fails with
 12 or more members in one process (its rendezvous keys become ambiguous); such groups reduce or gather everything and
@@ -41,12 +33,12 @@ import contextlib
 import copy
 import functools
 import itertools
-import weakref
 from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
 from tfzero import _compat
+from tfzero.lanes import LANES, Lanes
 from tfzero.links import Links
 
 # Far from the keys that TensorFlow's own collectives count up from 1.
@@ -60,8 +52,6 @@ _DISGUISES = {1: tf.uint8, 2: tf.float16, 4: tf.int32, 8: tf.int64}
 _SIZES = 64
 # [Note: small sums]
 _MOST_GATHERED_BYTES, _MOST_RECEIVED_BYTES = 2**16, 2**18
-# [Note: ordering] Collectives in flight at once, on CPU.
-LANES = 4
 # As many `Links`: for the usual lane and the backward one.
 LINKED_LANES = 2
 _OVER_LINKS = {
@@ -105,16 +95,7 @@ class Group:
         self._next_keys = [1] * len(self.devices)
         self._launchers: dict = {}
         lanes = 1 if hint == "NCCL" else LANES + 1
-        self._tokens = [_make_variables(device, lanes) for device in self.devices]
-        self._counters = []
-        if len(self.devices) < world_size:
-            self._counters = [_make_variables(_host_of(device), lanes) for device in self.devices]
-            self._purposes = [_make_variables(_host_of(device), lanes) for device in self.devices]
-        self._known_purposes = {"a value that all replicas contribute to": 0}
-        self._current_purpose = [0] * len(self.devices)
-        self.iterations: tf.Variable | None = None  # of the optimizer built last
-        # Weakly: an operation keeps its graph alive, and the graph the variables that it reads.
-        self._latest: list[list[weakref.ref | None]] = [[None] * lanes for _ in self.devices]
+        self.lanes = Lanes(self.devices, lanes, is_counted=len(self.devices) < world_size)
         self._is_silent = False
         self.within: Group | None = None
         self.across = self
@@ -141,36 +122,6 @@ class Group:
     def align_keys(self) -> None:
         """Brings the local replicas' key counters together, should a failed trace have left them apart."""
         self._next_keys[:] = [max(self._next_keys)] * len(self.devices)
-
-    def counts(self) -> list[int]:
-        """How many collectives each lane of each local replica has begun and ended, together. [Note: counts]"""
-        return [int(counter.numpy()) for counters in self._counters for counter in counters]
-
-    @contextlib.contextmanager
-    def purpose(self, replica: int, text: str):
-        """Within it a local replica's collectives are for this, should one of them have to be named."""
-        former = self._current_purpose[replica]
-        self._current_purpose[replica] = self._known_purposes.setdefault(text, len(self._known_purposes))
-        try:
-            yield
-        finally:
-            self._current_purpose[replica] = former
-
-    def describe(self, place: int) -> str:
-        """In which step, and at what, the collective is that stands at a place of `counts`."""
-        replica, lane = divmod(place, len(self._counters[0]))
-        purpose = list(self._known_purposes)[int(self._purposes[replica][lane].numpy())]
-        step = "" if self.iterations is None else f"in step {int(self.iterations.numpy()) + 1}, "
-        return f"{step}at {purpose}"
-
-    def latest(self, replica: int, graph) -> tf.Operation | None:
-        """The collective that the next one of the backward lane will wait for, if it is in `graph`. [Note: ordering]"""
-        latest = self._latest_in(replica, -1)
-        return latest if latest is not None and latest.graph is graph else None
-
-    def _latest_in(self, replica: int, lane: int) -> tf.Operation | None:
-        latest = self._latest[replica][lane]
-        return None if latest is None else latest()
 
     @contextlib.contextmanager
     def silenced(self):
@@ -336,63 +287,37 @@ class Group:
         if self.links:
             return self._emit_over_links(operation, value, replica, 0 if lane is None else lane)
         if lane is None:
-            lane = self._next_keys[replica] % max(1, len(self._tokens[replica]) - 1)
-        with tf.device(self.devices[replica]), self._counted(replica, lane, value) as ended:
+            lane = self._next_keys[replica] % max(1, len(self.lanes.tokens[replica]) - 1)
+        with tf.device(self.devices[replica]), self.lanes.counted(replica, lane, value) as ended:
             result = operation(
                 input=value,
                 group_size=self.world_size,
                 group_key=self._group_keys[replica],
                 instance_key=self._take_key(replica) if key is None else key,
-                ordering_token=[self._tokens[replica][lane].handle],
+                ordering_token=[self.lanes.tokens[replica][lane].handle],
                 communication_hint=self.hint,
                 **attributes,
             )
             ended(result)
-        return self._noted(result, replica, lane)
+        return self.lanes.noted(result, replica, lane)
 
     def _emit_over_links(self, operation: Callable, value: tf.Tensor, replica: int, lane: int) -> tf.Tensor:
         """The same collective over links. Those of one lane are in order, as their counts are. [Note: links]"""
         run = functools.partial(_OVER_LINKS[operation], self.links[lane])
         rows = [self.world_size] if operation is tf.raw_ops.CollectiveGatherV2 else []
-        with tf.device(self.devices[replica]), self._counted(replica, lane, value) as ended:
+        with tf.device(self.devices[replica]), self.lanes.counted(replica, lane, value) as ended:
             flat = tf.reshape(value, [-1]) if value.shape.rank == 0 else value
             out = tf.raw_ops.Empty(shape=tf.concat([rows, tf.shape(flat)], 0), dtype=value.dtype)
             result = _compat.fill(run, flat, out)
             ended(result)
         if value.shape.rank == 0:
             result = tf.reshape(result, rows)
-        return self._noted(tf.ensure_shape(result, [*rows, *value.shape]), replica, lane)
-
-    def _noted(self, result: tf.Tensor, replica: int, lane: int) -> tf.Tensor:
-        _compat.note_previous(result.op, self._latest_in(replica, lane))
-        self._latest[replica][lane] = weakref.ref(result.op)
-        return result
-
-    @contextlib.contextmanager
-    def _counted(self, replica: int, lane: int, value: tf.Tensor):
-        """Counts a collective that waits for `value`; the function it gives is to be told the result. [Note: counts]"""
-
-        def count_after(*tensors):
-            if self._counters:
-                counter = self._counters[replica][lane]
-                with tf.control_dependencies(tensors), tf.device(counter.device):
-                    return [counter.assign_add(1, read_value=False)]
-            return []
-
-        def note_after(tensor):
-            if self._counters:
-                noted = self._purposes[replica][lane]
-                with tf.control_dependencies([tensor]), tf.device(noted.device):
-                    return [noted.assign(self._current_purpose[replica], read_value=False)]
-            return []
-
-        with tf.control_dependencies(count_after(value, *note_after(value))):
-            yield count_after
+        return self.lanes.noted(tf.ensure_shape(result, [*rows, *value.shape]), replica, lane)
 
     def sums_by_gathering(self, size_bytes: int) -> bool:
         """Whether so many bytes are summed without a ring. [Note: small sums]"""
         limit = min(_MOST_GATHERED_BYTES, _MOST_RECEIVED_BYTES // max(1, self.world_size - 1))
-        return bool(self._counters) and self.hint != "NCCL" and size_bytes <= limit
+        return self.lanes.is_counted and self.hint != "NCCL" and size_bytes <= limit
 
     def _reduce(self, value: tf.Tensor, key, replica: int) -> tf.Tensor:
         elements = value.shape.num_elements() or 1
@@ -415,21 +340,10 @@ class Group:
             "instance_key": self._take_key(replica),
             "communication_hint": self.hint,
         }
-        with tf.device(self.devices[replica]), self._counted(replica, 0, value) as ended:
+        with tf.device(self.devices[replica]), self.lanes.counted(replica, 0, value) as ended:
             if self.rank(replica) == 0:
                 result = tf.raw_ops.CollectiveBcastSendV2(input=value, **attributes)
             else:
                 result = tf.raw_ops.CollectiveBcastRecvV2(T=value.dtype, shape=value.shape, **attributes)
             ended(result)
         return result
-
-
-def _make_variables(device: str, count: int) -> list[tf.Variable]:
-    with tf.init_scope(), tf.device(device):
-        return [tf.Variable(0, trainable=False, dtype=tf.int64) for _ in range(count)]
-
-
-def _host_of(device: str) -> str:
-    """The CPU device that can be read while its GPU is busy."""
-    spec = tf.DeviceSpec.from_string(device)
-    return device if spec.device_type == "CPU" else spec.replace(device_type="CPU", device_index=0).to_string()

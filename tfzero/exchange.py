@@ -76,7 +76,7 @@ class Exchange:
         """The sum over replicas of what this replica updates of a bucket: its row, or all of a whole bucket."""
         if bucket.sharded_parameters:
             return self._row_of_shards(bucket, gradients)
-        with self.group.purpose(self.replica, f"the gradients of {self._describe(bucket)}"):
+        with self.group.lanes.purpose(self.replica, f"the gradients of {self._describe(bucket)}"):
             if bucket.compressed:
                 return self._reduce_encoded(bucket, gradients)
             packed = pack(bucket, gradients, self.group.world_size)
@@ -178,7 +178,7 @@ class Exchange:
         if bucket.sharded_parameters:
             self._share_shards(bucket, row, updated)
             return
-        with self.group.purpose(self.replica, f"the parameters of {self._describe(bucket)}"):
+        with self.group.lanes.purpose(self.replica, f"the parameters of {self._describe(bucket)}"):
             if bucket.compressed and bucket.placement is Placement.SHARDED:
                 self._share_differences(bucket, row)
                 return

@@ -91,7 +91,7 @@ class Gatherer:
     def _gather(self, shard: tf.Variable, shape: tf.TensorShape, dtype: tf.DType) -> tf.Tensor:
         @tf.custom_gradient
         def gather(part):  # [shard_elements]
-            with self._group.purpose(_compat.replica_index(), f"the parameter {shard.name}"):
+            with self._group.lanes.purpose(_compat.replica_index(), f"the parameter {shard.name}"):
                 whole = self._all_gather(part, shape, dtype, self._previous_users())
             self._gathered.append(whole)
 
@@ -101,9 +101,11 @@ class Gatherer:
                 if not tf.executing_eagerly() and upstream.graph is whole.graph:
                     waits = _before_the_last(self._scattered, PREFETCH_BYTES // self._group.world_size)
                     if self._reshard:
-                        with self._group.purpose(_compat.replica_index(), f"the parameter {shard.name} once more"):
+                        with self._group.lanes.purpose(
+                            _compat.replica_index(), f"the parameter {shard.name} once more"
+                        ):
                             self._gather_again(whole, part, dtype, waits)
-                purpose = self._group.purpose(_compat.replica_index(), f"the gradient of {shard.name}")
+                purpose = self._group.lanes.purpose(_compat.replica_index(), f"the gradient of {shard.name}")
                 with purpose, tf.control_dependencies(waits):
                     scattered = self._scatter_gradient(tf.reshape(upstream, shape), shard)
                 self._scattered.append(scattered)
@@ -172,7 +174,7 @@ class Gatherer:
         """
         if _compat.is_backward(whole.op):
             return
-        previous = self._group.latest(_compat.replica_index(), whole.graph)
+        previous = self._group.lanes.latest(_compat.replica_index(), whole.graph)
         uses = [
             use
             for use in sorted(_uses(whole), key=lambda use: use.order)

@@ -266,7 +266,7 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
             pending=make_pending(len(variables), strategy),
         )
         strategy.optimizers.add(self)
-        strategy.extended.group.iterations = _compat.iteration_counter(links[-1]).value.values[0]
+        strategy.extended.group.lanes.iterations = _compat.iteration_counter(links[-1]).value.values[0]
         self.built = True
         if self._watches_norm:
             self.watch_norm()

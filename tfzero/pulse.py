@@ -77,7 +77,7 @@ class Pulse:
             with self._lock:
                 if self._stopped.is_set():
                     return
-                counts = [count for group in self._groups for count in group.counts()]
+                counts = [count for group in self._groups for count in group.lanes.counts()]
             if not reason:
                 try:
                     beat = [counts, self.stop_together.tell()]
@@ -100,7 +100,10 @@ class Pulse:
     def _where(self) -> str:
         """What this worker waits for; a collective that was aborted stays in flight."""
         places = [
-            group.describe(place) for group in self._groups for place, count in enumerate(group.counts()) if count % 2
+            group.lanes.describe(place)
+            for group in self._groups
+            for place, count in enumerate(group.lanes.counts())
+            if count % 2
         ]
         return f"{self._cluster.name} was {' and '.join(dict.fromkeys(places))}." if places else ""
 
