@@ -1,4 +1,4 @@
-"""What an all-reduce of 44 MB between two workers takes of each one's processor: TensorFlow's collectives, and gloo.
+"""What an all-reduce of 44 MB between two workers takes of each one's processor: links, TensorFlow's, and gloo.
 
     python benchmarks/transport.py --rounds 3      # needs PyTorch
 
@@ -31,13 +31,24 @@ def costs(all_reduce: Callable[[], object]) -> tuple[float, float]:
     return 1e3 * statistics.median(seconds[WARM_UP_CALLS:]), 1e3 * processor / CALLS
 
 
+def with_links() -> tuple[float, float]:
+    """In a worker."""
+    return _with_group(uses_links=True)
+
+
 def with_tensorflow() -> tuple[float, float]:
     """In a worker."""
+    return _with_group(uses_links=False)
+
+
+def _with_group(uses_links: bool) -> tuple[float, float]:
     import tensorflow as tf
 
     tf.config.threading.set_inter_op_parallelism_threads(2)
     tf.config.threading.set_intra_op_parallelism_threads(1)
     group = tfzero.ZeroStrategy(stage=0).extended.group
+    if not uses_links:
+        group.links = ()
     gradients = tf.ones([ELEMENTS])
     return costs(lambda: group.launch(group.all_reduce, [gradients])[0][0].numpy())
 
@@ -57,7 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    found: dict = {with_tensorflow: [], with_gloo: []}
+    found: dict = {with_links: [], with_tensorflow: [], with_gloo: []}
     for _ in range(options.rounds):
         for function, costs_of_rounds in found.items():
             costs_of_rounds.append(tfzero.run_local(function, workers=2, timeout_seconds=120)[0])
