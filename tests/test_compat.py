@@ -400,3 +400,15 @@ def test_a_frozen_variable_was_made_to_be_trained():
     assert made == {
         "kernel": True, "bias": True, "gamma": True, "beta": True, "moving_mean": False, "moving_variance": False,
     }  # fmt: skip
+
+
+def test_an_array_shares_the_memory_of_its_tensor():
+    def double(value, out):
+        out[...] = 2 * value
+
+    @tf.function
+    def doubled(value):
+        return _compat.fill(double, value, tf.raw_ops.Empty(shape=tf.shape(value), dtype=value.dtype), "double")
+
+    for value in (np.arange(1.0, 4.0), np.ones([1], "float32"), np.ones([300, 300], "int64")):
+        np.testing.assert_array_equal(doubled(tf.constant(value)), 2 * value)

@@ -281,13 +281,13 @@ def waited_for(operation: tf.Operation) -> list[tf.Operation]:
     return own if previous is None else [*own, previous]
 
 
-def fill(function: Callable, value: tf.Tensor, out: tf.Tensor) -> tf.Tensor:
+def fill(function: Callable, value: tf.Tensor, out: tf.Tensor, name: str) -> tf.Tensor:
     """`out` after `function(value, out)` has written into it, both as NumPy arrays. They have an axis at least.
 
     That a CPU tensor and the array that stands for it share memory is not promised (`TensorToNdarray` in
     tensorflow/python/lib/core/py_func.cc); a result of `tf.numpy_function` would not lie in the allocator's memory.
     """
-    filled = tf.numpy_function(function, [value, out], [])
+    filled = tf.numpy_function(function, [value, out], [], name=name)
     with tf.control_dependencies([filled]):
         return tf.identity(out)
 

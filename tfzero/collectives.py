@@ -303,12 +303,13 @@ class Group:
 
     def _emit_over_links(self, operation: Callable, value: tf.Tensor, replica: int, lane: int) -> tf.Tensor:
         """The same collective over links. Those of one lane are in order, as their counts are. [Note: links]"""
-        run = functools.partial(_OVER_LINKS[operation], self.links[lane])
+        method = _OVER_LINKS[operation]
+        run = functools.partial(method, self.links[lane])
         rows = [self.world_size] if operation is tf.raw_ops.CollectiveGatherV2 else []
         with tf.device(self.devices[replica]), self.lanes.counted(replica, lane, value) as ended:
             flat = tf.reshape(value, [-1]) if value.shape.rank == 0 else value
             out = tf.raw_ops.Empty(shape=tf.concat([rows, tf.shape(flat)], 0), dtype=value.dtype)
-            result = _compat.fill(run, flat, out)
+            result = _compat.fill(run, flat, out, method.__name__)
             ended(result)
         if value.shape.rank == 0:
             result = tf.reshape(result, rows)
