@@ -136,21 +136,21 @@ def _read_index(value):
     return int(value)
 
 
-def _left(deadline):
+def seconds_left(deadline):
     """Seconds until the deadline; never 0, which sockets take for "do not wait"."""
     return max(deadline - monotonic(), 0.001)
 
 
 def _send(connection, message, deadline):
     text = message if isinstance(message, bytes) else json.dumps(message).encode()
-    connection.settimeout(_left(deadline))
+    connection.settimeout(seconds_left(deadline))
     connection.sendall(_HEADER.pack(MAGIC, len(text)) + text)
 
 
 def _read_bytes(connection, count, deadline):
     view = memoryview(data := bytearray(count))
     while view:
-        connection.settimeout(_left(deadline))
+        connection.settimeout(seconds_left(deadline))
         received = connection.recv_into(view)
         if not received:
             raise ConnectionError("the connection was closed")
@@ -193,7 +193,7 @@ def _call(cluster, index, deadline):
     host, port = cluster.addresses[index].rsplit(":", 1)
     try:
         with contextlib.ExitStack() as stack:
-            seconds = min(CALL_SECONDS, _left(deadline))
+            seconds = min(CALL_SECONDS, seconds_left(deadline))
             connection = stack.enter_context(socket.create_connection((host.strip("[]"), port), seconds))
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if connection.getsockname() == connection.getpeername():  # the system gave it the port it dials
@@ -201,7 +201,7 @@ def _call(cluster, index, deadline):
                 raise ConnectionError("nobody listens there")
             _send(connection, asdict(cluster), monotonic() + CALL_SECONDS)
             answer = _receive(connection, monotonic() + CALL_SECONDS, CALL_SECONDS)
-            _send(connection, {"seconds_left": _left(deadline)}, monotonic() + CALL_SECONDS)  # welcome
+            _send(connection, {"seconds_left": seconds_left(deadline)}, monotonic() + CALL_SECONDS)  # welcome
             stack.pop_all()
             return connection, answer
     except (OSError, ValueError) as error:  # ValueError: an impossible host name, an answer that is no JSON
@@ -247,7 +247,7 @@ def _await_call(cluster, listener, timeout_seconds):
     """The others' part: wait for the leader's call, dropping strangers and calls that it has given up."""
     deadline = monotonic() + timeout_seconds
     while monotonic() < deadline:
-        listener.settimeout(_left(deadline))
+        listener.settimeout(seconds_left(deadline))
         with contextlib.suppress(OSError, ValueError), contextlib.ExitStack() as stack:
             connection = stack.enter_context(listener.accept()[0])
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -337,14 +337,14 @@ class Channel:
                 selector.register(connection, selectors.EVENT_READ, index)
             while monotonic() < deadline:
                 complete = len(arrived) == self._cluster.size
-                ready = selector.select(0 if complete else min(NOTICE_SECONDS, _left(deadline)))
+                ready = selector.select(0 if complete else min(NOTICE_SECONDS, seconds_left(deadline)))
                 for key, _ in ready:  # one that has arrived speaks again only to tell an error
                     arrived[key.data] = self._read(key.data, topic, deadline, seconds)
                 if complete and not ready:
                     break
                 if not ready and not noticed:
                     noticed = True
-                    self._send_all({"seconds_left": _left(deadline)}, topic, seconds)
+                    self._send_all({"seconds_left": seconds_left(deadline)}, topic, seconds)
         if any(message["topic"] != topic for message in arrived.values()):
             places = (f'{self._cluster.names[i]}: "{arrived[i]["topic"]}"' for i in sorted(arrived))
             what = f"The workers are at different places of the program: {', '.join(places)}."

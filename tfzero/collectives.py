@@ -307,12 +307,10 @@ class Group:
         run = functools.partial(method, self.links[lane])
         rows = [self.world_size] if operation is tf.raw_ops.CollectiveGatherV2 else []
         with tf.device(self.devices[replica]), self.lanes.counted(replica, lane, value) as ended:
-            flat = tf.reshape(value, [-1]) if value.shape.rank == 0 else value
+            flat = tf.reshape(value, [-1])
             out = tf.raw_ops.Empty(shape=tf.concat([rows, tf.shape(flat)], 0), dtype=value.dtype)
-            result = _compat.fill(run, flat, out, method.__name__)
+            result = tf.reshape(_compat.fill(run, flat, out, method.__name__), tf.concat([rows, tf.shape(value)], 0))
             ended(result)
-        if value.shape.rank == 0:
-            result = tf.reshape(result, rows)
         return self.lanes.noted(tf.ensure_shape(result, [*rows, *value.shape]), replica, lane)
 
     def sums_by_gathering(self, size_bytes: int) -> bool:

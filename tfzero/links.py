@@ -21,7 +21,7 @@ from time import monotonic
 
 import numpy as np
 
-from tfzero.cluster import HELLO_SECONDS, Channel, Cluster, listen
+from tfzero.cluster import HELLO_SECONDS, Channel, Cluster, listen, seconds_left
 
 _HELLO = struct.Struct("!16sII")  # what only this meeting knows, the caller's rank, number of the `Links`
 _HEADER = struct.Struct("!QQ")  # number of the exchange, bytes
@@ -63,8 +63,8 @@ class Links:
             for connection in self._connections.values():
                 connection.close()
 
-    # Arrays are contiguous, of the same shape and dtype on all workers. Each method raises ConnectionError if a worker
-    # is lost, and RuntimeError if another is at a different collective.
+    # Arrays are contiguous, of the same shape and dtype on all workers, and may be flattened. Each method raises
+    # ConnectionError if a worker is lost, and RuntimeError if another is at a different collective.
 
     def all_reduce(self, value: np.ndarray, out: np.ndarray) -> None:
         """Sum over workers, always added in rank order, into `out` of the same shape."""
@@ -74,15 +74,16 @@ class Links:
 
     def all_gather(self, value: np.ndarray, out: np.ndarray) -> None:
         """Every worker's value, into `out` of shape `[workers, *value.shape]`."""
-        out[self._cluster.index] = value
-        self._gather(list(out.reshape(self._cluster.size, value.size)))
+        parts = out.reshape(self._cluster.size, value.size)
+        parts[self._cluster.index] = value.reshape(-1)
+        self._gather(list(parts))
 
     def all_to_all(self, value: np.ndarray, out: np.ndarray) -> None:
         """Row `r` goes to worker `r`, into its `out`, of the same shape, at this worker's place."""
-        rank = self._cluster.index
-        out[rank] = value[rank]
-        shape = self._cluster.size, value.size // self._cluster.size
-        self._exchange(value.reshape(shape), out.reshape(shape))
+        rank, size = self._cluster.index, self._cluster.size
+        sent, received = (array.reshape(size, value.size // size) for array in (value, out))
+        received[rank] = sent[rank]
+        self._exchange(sent, received)
 
     def _gather(self, parts: Sequence[np.ndarray]) -> None:
         """Each worker's part goes to all others, to the same place."""
@@ -196,22 +197,22 @@ def link(cluster: Cluster, channel: Channel, count: int, timeout_seconds: float)
         TimeoutError: if a worker does not call in time.
         ConnectionError: if one cannot be reached.
     """
-    secret = bytes.fromhex(channel.broadcast("a secret to know each other by", os.urandom(16).hex()))
-    made: dict[tuple[int, int], socket.socket] = {}
+    made: list[dict[int, socket.socket]] = [{} for _ in range(count)]
     with contextlib.ExitStack() as stack:
         with listen(cluster) as listener:
-            channel.all_gather("listening", None)
+            # A secret to know each other by; afterwards all listen.
+            secret = bytes.fromhex(channel.broadcast("listening", os.urandom(16).hex()))
             for rank, number in itertools.product(range(cluster.index + 1, cluster.size), range(count)):
-                made[rank, number] = stack.enter_context(_dial(cluster, rank, secret, number, timeout_seconds))
+                made[number][rank] = stack.enter_context(_dial(cluster, rank, secret, number, timeout_seconds))
             deadline = monotonic() + timeout_seconds
-            while len(made) < count * (cluster.size - 1):
-                caller, connection = _accept(listener, secret, max(deadline - monotonic(), 0.001))
+            while any(len(connections) < cluster.size - 1 for connections in made):
+                caller = _accept(listener, secret, seconds_left(deadline))
                 if caller is not None:
-                    made[caller] = stack.enter_context(connection)
+                    rank, number, connection = caller
+                    made[number][rank] = stack.enter_context(connection)
         channel.all_gather("linking", None)  # afterwards nobody listens any more
         stack.pop_all()
-    by_number = [{rank: made[rank, n] for rank, n in made if n == number} for number in range(count)]
-    return tuple(Links(cluster, connections, timeout_seconds) for connections in by_number)
+    return tuple(Links(cluster, connections, timeout_seconds) for connections in made)
 
 
 def _dial(cluster: Cluster, rank: int, secret: bytes, number: int, timeout_seconds: float) -> socket.socket:
@@ -227,14 +228,15 @@ def _dial(cluster: Cluster, rank: int, secret: bytes, number: int, timeout_secon
     return connection
 
 
-def _accept(listener: socket.socket, secret: bytes, timeout_seconds: float) -> tuple[tuple | None, socket.socket]:
-    """A connection, and the rank and number that its caller gives; None for a stranger."""
+def _accept(listener: socket.socket, secret: bytes, timeout_seconds: float) -> tuple[int, int, socket.socket] | None:
+    """The rank and number that a caller gives, and its connection; None for a stranger."""
     listener.settimeout(timeout_seconds)
     connection, _ = listener.accept()
     connection.settimeout(HELLO_SECONDS)
     with contextlib.suppress(OSError):
         hello = connection.recv(_HELLO.size, socket.MSG_WAITALL)
         if len(hello) == _HELLO.size and hello.startswith(secret):
-            return _HELLO.unpack(hello)[1:], connection
+            _, rank, number = _HELLO.unpack(hello)
+            return rank, number, connection
     connection.close()
-    return None, connection
+    return None

@@ -14,6 +14,7 @@ import os
 import re
 import sys
 import threading
+from collections.abc import Sequence
 from time import monotonic
 
 import tensorflow as tf
@@ -21,6 +22,7 @@ import tensorflow as tf
 from tfzero import _compat
 from tfzero.cluster import Channel, Cluster
 from tfzero.collectives import Group
+from tfzero.links import Links
 from tfzero.stopping import EXIT_WORKER_LOST, AgreedStop
 
 _INTERVAL_SECONDS = 1.0
@@ -43,12 +45,14 @@ class Pulse:
         cluster: the workers.
         channel: a control channel that nothing else uses.
         timeout_seconds: how long a collective may take, and a worker may not answer.
+        links: what collectives may wait for beside TensorFlow's own.
     """
 
-    def __init__(self, cluster: Cluster, channel: Channel, timeout_seconds: float) -> None:
+    def __init__(self, cluster: Cluster, channel: Channel, timeout_seconds: float, links: Sequence[Links]) -> None:
         self._cluster = cluster
         self._channel = channel
         self._timeout_seconds = timeout_seconds
+        self._links = links
         self._groups: list[Group] = []
         self._since: list[tuple[int, float]] = []  # each count and when it came to it
         self._lock = threading.Lock()  # held while the thread is in TensorFlow
@@ -112,7 +116,7 @@ class Pulse:
 
         def show_and_exit(kind, error, trace):
             former(kind, error, trace)
-            if not isinstance(error, _LOSSES) and not self._has_lost_links():
+            if not isinstance(error, _LOSSES) and not any(links.is_lost for links in self._links):
                 return
             lost = self._reason if self._has_reason.wait(self._timeout_seconds) else self._named_in(str(error))
             if lost:
@@ -123,9 +127,6 @@ class Pulse:
                 os._exit(EXIT_WORKER_LOST)
 
         return show_and_exit
-
-    def _has_lost_links(self) -> bool:
-        return any(links.is_lost for group in self._groups for links in group.links)
 
     def _named_in(self, text: str) -> str:
         """What TensorFlow says of another worker, by our name for it."""
@@ -159,9 +160,8 @@ class Pulse:
         )
 
     def _abort(self, reason: str) -> None:
-        for group in self._groups:
-            for links in group.links:
-                links.close(reason)
+        for links in self._links:
+            links.close(reason)
         with self._lock:
             if not self._stopped.is_set():
                 _compat.abort_collectives(reason)

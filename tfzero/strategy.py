@@ -302,7 +302,7 @@ def _meet(cluster: Cluster | None, timeout_seconds: float) -> tuple[Channel, Cha
             )
         channel, of_saving, of_pulse = (Channel.join(cluster, timeout_seconds) for _ in range(3))
         links = _make_links(cluster, channel, timeout_seconds)
-        _joined[cluster] = channel, of_saving, Pulse(cluster, of_pulse, timeout_seconds), links
+        _joined[cluster] = channel, of_saving, Pulse(cluster, of_pulse, timeout_seconds, links), links
     return _joined[cluster]
 
 
