@@ -18,7 +18,7 @@ from marks import sweep
 from oracle import Data, dense_model
 
 import tfzero
-from tfzero.launch import free_ports
+from tfzero.launch import held_ports
 
 LIMIT_SECONDS = 60  # of each fleet, start of TensorFlow included
 pytestmark = pytest.mark.timeout(2 * LIMIT_SECONDS)
@@ -125,7 +125,7 @@ def test_task_index_out_of_range(monkeypatch):
 def test_tensorflow_used_before_the_strategy(monkeypatch):
     """This process has used it; the error comes before any waiting."""
     tf.constant(1)
-    addresses = [f"127.0.0.1:{port}" for port in free_ports(2)]
+    addresses = ["127.0.0.1:20001", "127.0.0.1:20002"]
     config = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": 0}}
     monkeypatch.setenv("TF_CONFIG", json.dumps(config))
     started = time.monotonic()
@@ -445,7 +445,6 @@ def run_scenario(scenario, started=(0, 1), survivors=None) -> tuple[list[str], f
 
     Only those in `started` are. Unlike `run_local` it lets the others go on when one has ended.
     """
-    addresses = [f"127.0.0.1:{port}" for port in free_ports(2)]
     program = (
         f"import sys; sys.path[:] = {sys.path!r}\n"
         "import traceback, os, test_bad_input\n"
@@ -454,30 +453,21 @@ def run_scenario(scenario, started=(0, 1), survivors=None) -> tuple[list[str], f
         "else: print('NO ERROR')\n"
         "sys.stdout.flush(); sys.stderr.flush(); os._exit(0)\n"
     )
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     processes = []
     began = time.monotonic()
-    for index in started:
-        config = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
-        environment = {**os.environ, "TF_CONFIG": json.dumps(config), "TF_CPP_MIN_LOG_LEVEL": "3"}
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, "-c", program, str(index)],
-                env=environment,
-                cwd=Path(__file__).parents[1],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
-    try:
+    with contextlib.ExitStack() as stack:
+        addresses = [f"127.0.0.1:{port}" for port in stack.enter_context(held_ports(2))]
+        for index in started:
+            config = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
+            environment = {**os.environ, "TF_CONFIG": json.dumps(config), "TF_CPP_MIN_LOG_LEVEL": "3"}
+            command = [sys.executable, "-c", program, str(index)]
+            process = subprocess.Popen(command, env=environment, cwd=Path(__file__).parents[1], **streams)
+            processes.append(stack.enter_context(process))
+            stack.callback(process.kill)
         outputs = [processes[0].communicate(timeout=LIMIT_SECONDS)[0]]
         seconds = time.monotonic() - began
         outputs += [process.communicate(timeout=LIMIT_SECONDS)[0] for process in processes[1:survivors]]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-            process.stdout.close()
     return outputs, seconds
 
 

@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tfzero.fleet import LineSplitter
-from tfzero.launch import WorkerError, free_ports, run_local
+from tfzero.launch import WorkerError, held_ports, run_local
 
 LIMIT_SECONDS = 20  # of each launch here; most take half a second
 FACTOR = 10
@@ -80,10 +81,15 @@ def assert_gone(pids, within_seconds=3.0):
     assert not left
 
 
-def test_free_ports_differ():
-    ports = free_ports(50)
-    assert len(set(ports)) == 50
-    assert all(0 < port < 65536 for port in ports)
+def test_held_ports_are_for_servers_that_ask_for_them():
+    with held_ports(50) as ports:
+        assert len(set(ports)) == 50
+        with socket.socket() as other, pytest.raises(OSError, match="Address already in use"):
+            other.bind(("127.0.0.1", ports[0]))
+        for port in ports:
+            socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True).close()
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", ports[0]))
 
 
 @pytest.mark.parametrize("piece_bytes", [1, 3, 1000])

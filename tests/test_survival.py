@@ -20,7 +20,7 @@ import pytest
 from marks import sweep
 
 import tfzero
-from tfzero.launch import free_ports
+from tfzero.launch import held_ports
 
 LIMIT_SECONDS = 150
 TIMEOUT_SECONDS = 12  # of the strategies
@@ -94,18 +94,25 @@ class Run:
             self._queue.put(line)
         self._queue.put(None)
 
+    def _next_lines(self):
+        try:
+            while (line := self._queue.get(timeout=max(0.1, self.deadline - time.monotonic()))) is not None:
+                self.lines.append(line)
+                yield line
+        except queue.Empty:
+            pytest.fail(f"The output went on too long:\n{''.join(self.lines)}")
+
     def wait_for(self, pattern):
-        """The next match in the output, or None if it ends before."""
-        while (line := self._queue.get(timeout=max(0.1, self.deadline - time.monotonic()))) is not None:
-            self.lines.append(line)
+        """The next match in the output."""
+        for line in self._next_lines():
             if match := re.search(pattern, line):
                 return match
-        return None
+        pytest.fail(f"The output ended without {pattern!r}:\n{''.join(self.lines)}")
 
     def end(self):
         """Waits for the end; gives the exit code and the output."""
-        self.wait_for(r"^\b$")
-        return self.process.wait(LIMIT_SECONDS), "".join(self.lines)
+        output = "".join([*self.lines, *self._next_lines()])
+        return self.process.wait(LIMIT_SECONDS), output
 
     def close(self):
         self.process.kill()
@@ -192,8 +199,7 @@ def test_a_run_killed_at_random_instants_ends_as_if_never_killed(runs, uninterru
         time.sleep(chance.uniform(0, 1.2 / (1 + kills / 8)))
         before = committed(tmp_path)
         os.kill(int(chance.choice(sorted(pids))), signal.SIGKILL)
-        restarted = run.wait_for(rf"restart {kill + 1} of")
-        assert restarted, "".join(run.lines)
+        run.wait_for(rf"restart {kill + 1} of")
         assert before[-1] <= committed(tmp_path)[-1], "a checkpoint was lost"
     code, output = run.end()
     assert code == 0, output
@@ -294,14 +300,15 @@ def assert_ended_by_name(run, lost, where, began):
 
 @pytest.mark.parametrize(("number", "stage"), [(signal.SIGKILL, 3), sweep(signal.SIGSTOP, 2)])
 def test_the_others_name_a_lost_worker_and_end_in_time(runs, tmp_path, number, stage):
-    addresses = [f"127.0.0.1:{port}" for port in free_ports(3)]
-    workers = [runs(command, **environment) for command, environment in fleet(tmp_path, addresses, stage)]
-    for worker in workers:
-        worker.wait_for(r"step 4 of process")
-    began = time.monotonic()
-    workers[1].process.send_signal(number)
-    for worker in (workers[0], workers[2]):
-        assert_ended_by_name(worker, 1, r"(bucket \d+|parameter|gradient|replicas)", began)
+    with held_ports(3) as ports:
+        commands = fleet(tmp_path, [f"127.0.0.1:{port}" for port in ports], stage)
+        workers = [runs(command, **environment) for command, environment in commands]
+        for worker in workers:
+            worker.wait_for(r"step 4 of process")
+        began = time.monotonic()
+        workers[1].process.send_signal(number)
+        for worker in (workers[0], workers[2]):
+            assert_ended_by_name(worker, 1, r"(bucket \d+|parameter|gradient|replicas)", began)
 
 
 @contextlib.contextmanager

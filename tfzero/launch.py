@@ -21,6 +21,7 @@ import sysconfig
 import tempfile
 import time
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,13 +60,18 @@ class WorkerError(RuntimeError):
     """
 
 
-def free_ports(count: int) -> list[int]:
-    """`count` different TCP ports of 127.0.0.1 that are free now: all are bound at once, then let go."""
+@contextlib.contextmanager
+def held_ports(count: int) -> Iterator[list[int]]:
+    """`count` TCP ports of 127.0.0.1 that the system, meanwhile, gives only to who asks for that very port.
+
+    They are bound, but nobody listens: so servers with SO_REUSEADDR, as workers and TensorFlow have them, may use them.
+    """
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:
+            each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+        yield [each.getsockname()[1] for each in sockets]
 
 
 def run_local(fn, workers=2, *, args=(), timeout_seconds=600, env=None, cpu_devices=None, echo=False) -> list:
@@ -105,8 +111,8 @@ def run_local(fn, workers=2, *, args=(), timeout_seconds=600, env=None, cpu_devi
     ```
     """
     _check_settings(workers, timeout_seconds, cpu_devices)
-    environments = _environments(workers, env or {}, cpu_devices)
-    with tempfile.TemporaryDirectory(prefix="tfzero_") as folder:
+    with tempfile.TemporaryDirectory(prefix="tfzero_") as folder, held_ports(workers) as ports:
+        environments = _environments(ports, env or {}, cpu_devices)
         Path(folder, "call").write_bytes(_pickle_call(fn, tuple(args)))
         results = [Path(folder, f"result_{index}") for index in range(workers)]
         serve = [sys.executable, "-c", _SERVE_CALL, json.dumps([str(entry) for entry in sys.path]), folder]
@@ -182,13 +188,13 @@ def _check_settings(workers: int, timeout_seconds: float | None, cpu_devices: in
             raise ValueError(f"{name} must be above 0. Received: {value}")
 
 
-def _environments(workers: int, env: dict[str, str], cpu_devices: int | None) -> list[dict[str, str]]:
+def _environments(ports: list[int], env: dict[str, str], cpu_devices: int | None) -> list[dict[str, str]]:
     """The environment of each worker: ours, unbuffered output, `env`, and its place. The first may show progress."""
     shared = {"TF_CPP_MIN_LOG_LEVEL": "2", **os.environ, "PYTHONUNBUFFERED": "1", **env}
     if cpu_devices is not None:
         shared[CPU_DEVICES_VARIABLE] = str(cpu_devices)
-    cluster = {"worker": [f"127.0.0.1:{port}" for port in free_ports(workers)]}
-    configs = [{"cluster": cluster, "task": {"type": "worker", "index": index}} for index in range(workers)]
+    cluster = {"worker": [f"127.0.0.1:{port}" for port in ports]}
+    configs = [{"cluster": cluster, "task": {"type": "worker", "index": index}} for index in range(len(ports))]
     environments = [{**shared, "TF_CONFIG": json.dumps(config)} for config in configs]
     environments[0] |= asking()
     return environments
@@ -213,7 +219,8 @@ def main(arguments: list[str] | None = None) -> int:
             signal.signal(number, _stop)
     workers, former = options.workers, _Outcome()
     for restarts in range(options.max_restarts + 1):
-        outcome = _run_fleet(options, workers, restarts)
+        with held_ports(workers) as ports:
+            outcome = _run_fleet(options, ports, restarts)
         if outcome.message:
             print(f"tfzero.launch: {outcome.message}", file=sys.stderr, flush=True)
         if outcome.lost is None or restarts == options.max_restarts:
@@ -227,10 +234,10 @@ def main(arguments: list[str] | None = None) -> int:
     return outcome.exit_code
 
 
-def _run_fleet(options: argparse.Namespace, workers: int, restarts: int) -> _Outcome:
+def _run_fleet(options: argparse.Namespace, ports: list[int], restarts: int) -> _Outcome:
     target = ["-m", options.script] if options.module else [options.script]
-    commands = [[sys.executable, *target, *options.script_args]] * workers
-    environments = _environments(workers, {RESTARTS_VARIABLE: str(restarts)}, options.cpu_devices)
+    commands = [[sys.executable, *target, *options.script_args]] * len(ports)
+    environments = _environments(ports, {RESTARTS_VARIABLE: str(restarts)}, options.cpu_devices)
     fleet = Fleet(echo=True)
     start = time.monotonic()
     try:
@@ -256,7 +263,7 @@ def _run_fleet(options: argparse.Namespace, workers: int, restarts: int) -> _Out
         return _Outcome()
     exit_code = failed.exit_code if failed.exit_code > 0 else 128 - failed.exit_code
     again = failed.show(failed.last_traceback())
-    message = f"{failed.verdict(workers)}; all have ended. Its last output again:\n{again}"
+    message = f"{failed.verdict(len(ports))}; all have ended. Its last output again:\n{again}"
     return _Outcome(exit_code, message, fleet.culprit(failed).index, time.monotonic() - start)
 
 

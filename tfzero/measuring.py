@@ -108,6 +108,7 @@ def measure(work: Work, stage: int | None, **settings) -> dict:
         bytes that this worker receives in a step, number of `parameters`, and median seconds of the gradient alone
         (`compute`) and of Adam on the elements that a replica updates (`update`).
     """
+    os.environ["TF_ENABLE_ONEDNN_OPTS"] = "1"  # its allocator counts bytes, and is there by default on some CPUs only
     import keras
     import numpy as np
     import tensorflow as tf
