@@ -1,5 +1,6 @@
 """Collectives over connections between every two workers, which are threads here. Real ones train elsewhere."""
 
+import re
 import socket
 import threading
 import time
@@ -163,6 +164,16 @@ def test_strangers_are_turned_away(monkeypatch):
             np.testing.assert_array_equal(out, 3 * np.ones(3))
         for mine in pair:
             mine.close("the test has ended")
+
+
+def test_a_worker_that_does_not_call_is_named(monkeypatch):
+    clusters = make_clusters(2)
+    channels = join_all(clusters)
+    monkeypatch.setattr(links_module, "_dial", lambda *args: socket.socket())
+    outcomes = run_all([lambda c=c, k=k: link(c, k, 1, 1.0) for c, k in zip(clusters, channels, strict=True)])
+    assert re.fullmatch(r"worker 1 was not called within 1 s by worker 0 at 127.0.0.1:\d+\.", str(outcomes[1]))
+    for channel in channels:
+        channel.close()
 
 
 def test_a_worker_that_cannot_be_reached_is_named(monkeypatch):

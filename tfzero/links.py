@@ -16,7 +16,7 @@ import select
 import socket
 import struct
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from time import monotonic
 
 import numpy as np
@@ -204,12 +204,8 @@ def link(cluster: Cluster, channel: Channel, count: int, timeout_seconds: float)
             secret = bytes.fromhex(channel.broadcast("listening", os.urandom(16).hex()))
             for rank, number in itertools.product(range(cluster.index + 1, cluster.size), range(count)):
                 made[number][rank] = stack.enter_context(_dial(cluster, rank, secret, number, timeout_seconds))
-            deadline = monotonic() + timeout_seconds
-            while any(len(connections) < cluster.size - 1 for connections in made):
-                caller = _accept(listener, secret, seconds_left(deadline))
-                if caller is not None:
-                    rank, number, connection = caller
-                    made[number][rank] = stack.enter_context(connection)
+            for rank, number, connection in _callers(cluster, listener, secret, count, timeout_seconds):
+                made[number][rank] = stack.enter_context(connection)
         channel.all_gather("linking", None)  # afterwards nobody listens any more
         stack.pop_all()
     return tuple(Links(cluster, connections, timeout_seconds) for connections in made)
@@ -228,15 +224,33 @@ def _dial(cluster: Cluster, rank: int, secret: bytes, number: int, timeout_secon
     return connection
 
 
-def _accept(listener: socket.socket, secret: bytes, timeout_seconds: float) -> tuple[int, int, socket.socket] | None:
-    """The rank and number that a caller gives, and its connection; None for a stranger."""
-    listener.settimeout(timeout_seconds)
-    connection, _ = listener.accept()
+def _callers(
+    cluster: Cluster, listener: socket.socket, secret: bytes, count: int, timeout_seconds: float
+) -> Iterator[tuple[int, int, socket.socket]]:
+    """Rank, number and connection of each call of the workers before this one; strangers are turned away."""
+    missing = set(itertools.product(range(cluster.index), range(count)))
+    deadline = monotonic() + timeout_seconds
+    while missing:
+        listener.settimeout(seconds_left(deadline))
+        try:
+            connection, _ = listener.accept()
+        except TimeoutError:
+            who = ", ".join(cluster.describe(rank) for rank in sorted({rank for rank, _ in missing}))
+            raise TimeoutError(f"{cluster.name} was not called within {timeout_seconds:g} s by {who}.") from None
+        caller = _listen_to(connection, secret)
+        if caller in missing:
+            missing.remove(caller)
+            yield *caller, connection
+        else:
+            connection.close()
+
+
+def _listen_to(connection: socket.socket, secret: bytes) -> tuple[int, int] | None:
+    """The rank and number that a caller gives; None of a stranger."""
     connection.settimeout(HELLO_SECONDS)
     with contextlib.suppress(OSError):
         hello = connection.recv(_HELLO.size, socket.MSG_WAITALL)
         if len(hello) == _HELLO.size and hello.startswith(secret):
             _, rank, number = _HELLO.unpack(hello)
-            return rank, number, connection
-    connection.close()
+            return rank, number
     return None

@@ -26,7 +26,8 @@ class TensorBoardCallback(keras.callbacks.Callback):
     Its tags:
 
     * `memory/current_bytes` and `memory/peak_bytes`: of TensorFlow's allocator for this worker's first device. The peak
-      is that since the last writing, and is reset then.
+      is that since the last writing, and is reset then. Missing on CPUs where TensorFlow does not use oneDNN by itself:
+      set the environment variable `TF_ENABLE_ONEDNN_OPTS=1` there.
     * `wire/bytes_per_step`: what a replica sends in a step, by formula (`strategy.report().sent_bytes`).
     * `time/step_seconds`: median since the last writing. The first batch does not count, as its step is traced.
     * `time/exposed_seconds`: what of that is beyond the gradient with its loss and metrics, so communication that
