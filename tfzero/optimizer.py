@@ -209,8 +209,9 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
     def from_config(cls, config, custom_objects=None):
         return cls(keras.saving.deserialize_keras_object(config["optimizer"], custom_objects=custom_objects))
 
-    # Build.
+    # Build. AutoGraph is kept out, as it is of Keras: in a `tf.function` it would rewrite every function, for 17 s.
 
+    @tf.autograph.experimental.do_not_convert
     def build(self, variables) -> None:
         """Makes the inner optimizer's slots, in parts, for the model's trainable variables.
 
@@ -307,6 +308,7 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
 
     # Apply.
 
+    @tf.autograph.experimental.do_not_convert
     def apply(self, grads, trainable_variables=None) -> None:
         """Sums gradients over replicas and updates the variables; call it on every replica.
 
