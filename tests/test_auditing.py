@@ -93,6 +93,6 @@ def _audit_in_workers() -> tuple:
 
 
 def test_workers_find_the_same():
-    first, second = tfzero.run_local(_audit_in_workers, workers=2, timeout_seconds=120)
+    first, second = tfzero.run_local(_audit_in_workers, workers=2, timeout_seconds=600)
     assert first == second
     assert first[0] and not first[1]

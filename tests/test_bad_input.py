@@ -20,7 +20,7 @@ from oracle import Data, dense_model
 import tfzero
 from tfzero.launch import held_ports
 
-LIMIT_SECONDS = 60  # of each fleet, start of TensorFlow included
+LIMIT_SECONDS = 150  # of each fleet, start of TensorFlow included; most take 15 s
 pytestmark = pytest.mark.timeout(2 * LIMIT_SECONDS)
 
 
@@ -481,7 +481,7 @@ def last_error(output: str) -> str:
 def test_worker_that_never_starts():
     (output,), seconds = run_scenario(missing, started=(0,))
     assert re.search(r"TimeoutError: .*missing after 5 s: worker 1 at 127.0.0.1", last_error(output))
-    assert seconds < 40
+    assert seconds < LIMIT_SECONDS
 
 
 def test_leader_that_never_starts():

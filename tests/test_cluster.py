@@ -15,7 +15,7 @@ import pytest
 import tfzero.cluster as cluster_module
 from tfzero.cluster import Channel, Cluster, cluster_from_spec, read_tf_config
 
-pytestmark = pytest.mark.timeout(20)
+pytestmark = pytest.mark.timeout(120)
 
 
 @pytest.fixture(autouse=True)
@@ -513,7 +513,7 @@ def test_real_processes(killed):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     processes = [subprocess.Popen(command, env=environ(spec, task), **pipes) for task in tasks]
     try:
-        outputs = [process.communicate(timeout=15) for process in processes]
+        outputs = [process.communicate(timeout=60) for process in processes]
     finally:
         for process in processes:
             process.kill()

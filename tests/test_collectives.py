@@ -107,7 +107,7 @@ def _twelve_members():
 
 def test_twelve_members_in_one_process():
     """TensorFlow's CPU all-to-all fails there, so the group takes another way."""
-    [rows] = tfzero.run_local(_twelve_members, workers=1, cpu_devices=12, timeout_seconds=120)
+    [rows] = tfzero.run_local(_twelve_members, workers=1, cpu_devices=12, timeout_seconds=600)
     assert rows == [[66.0, 66.0]] * 12
 
 

@@ -70,14 +70,12 @@ def test_a_public_name_tells_of_its_arguments(name):
     assert blocks(text), "there is no example"
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize("name", OBJECTS)
 def test_the_examples_of_a_public_name_run(name):
     for source in blocks(inspect.getdoc(OBJECTS[name])):
         run(source, name, {"__name__": "__main__", **make_namespace()})
 
 
-@pytest.mark.timeout(120)
 def test_the_listings_of_the_readme_run_as_one_program():
     namespace = {"__name__": "__main__"}
     listings = blocks((ROOT / "README.md").read_text())

@@ -14,7 +14,7 @@ from marks import sweep
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 CPU_SECONDS = 2 * 60
-LIMIT_SECONDS = 200  # with other tests beside it
+LIMIT_SECONDS = 600  # with other tests beside it
 MOST_LINES = 100
 
 
@@ -137,7 +137,7 @@ def test_kubernetes_manifest(tmp_path):
         "JOB_COMPLETION_INDEX": "3",
         **{each["name"]: each["value"] for each in container["env"]},
     }
-    done = subprocess.run(container["command"], env=environment, capture_output=True, text=True, timeout=20)
+    done = subprocess.run(container["command"], env=environment, capture_output=True, text=True, timeout=100)
     config = json.loads(done.stdout)
     assert config["cluster"]["worker"] == [f"tfzero-{k}.tfzero:23456" for k in range(4)]
     assert config["task"] == {"type": "worker", "index": 3}

@@ -101,7 +101,7 @@ def fleet(tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
     for stage in (2, 3):
         (folder / str(stage)).mkdir()
-    return folder, tfzero.run_local(_train_and_save, workers=2, args=(str(folder),), timeout_seconds=150)
+    return folder, tfzero.run_local(_train_and_save, workers=2, args=(str(folder),), timeout_seconds=600)
 
 
 def test_one_worker_writes(fleet):
@@ -174,7 +174,7 @@ def _drift(stage: int) -> str:
 
 
 def test_replicas_that_drift_apart_are_stopped_by_name():
-    texts = tfzero.run_local(_drift, workers=2, args=(2,), timeout_seconds=100)
+    texts = tfzero.run_local(_drift, workers=2, args=(2,), timeout_seconds=600)
     assert len(set(texts)) == 1
     assert "after 4 batches: The replicas have drifted apart in 1 of " in texts[0]
     assert "'model/sequential/first/bias' (" in texts[0] and " on replica 0, " in texts[0]

@@ -197,5 +197,5 @@ def _with_threads(threads):
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_links_need_a_thread_each(threads):
-    found = tfzero.run_local(_with_threads, workers=2, args=(threads,), timeout_seconds=100)
+    found = tfzero.run_local(_with_threads, workers=2, args=(threads,), timeout_seconds=600)
     assert found == [(threads == 2, 3.0)] * 2

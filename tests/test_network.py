@@ -111,7 +111,7 @@ def _two_by_two() -> dict:
 
 @pytest.fixture(scope="module")
 def two_by_two():
-    return tfzero.run_local(_two_by_two, workers=2, cpu_devices=2, timeout_seconds=240)
+    return tfzero.run_local(_two_by_two, workers=2, cpu_devices=2, timeout_seconds=600)
 
 
 @pytest.mark.parametrize("hierarchical", ["auto", False])

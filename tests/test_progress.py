@@ -16,7 +16,7 @@ from tfzero import benchmark, progress
 from tfzero.fleet import LineSplitter
 from tfzero.launch import run_local
 
-LIMIT_SECONDS = 100
+LIMIT_SECONDS = 300
 BAR = "━"
 
 

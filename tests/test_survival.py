@@ -22,7 +22,7 @@ from marks import sweep
 import tfzero
 from tfzero.launch import held_ports
 
-LIMIT_SECONDS = 150
+LIMIT_SECONDS = 400
 TIMEOUT_SECONDS = 12  # of the strategies
 STEPS = 24  # four epochs of six batches, the last one smaller
 
@@ -271,7 +271,7 @@ def _disagree(folder):
 
 
 def test_workers_that_would_save_at_different_steps_are_refused(tmp_path):
-    for text in tfzero.run_local(_disagree, workers=2, args=(str(tmp_path),), timeout_seconds=60):
+    for text in tfzero.run_local(_disagree, workers=2, args=(str(tmp_path),), timeout_seconds=LIMIT_SECONDS):
         assert "settings of CheckpointCallback differ: save_every_steps is '3' on worker 0 and '4' on worker 1" in text
 
 

@@ -27,7 +27,7 @@ import tfzero
 CASE_SEED = 100
 ADAM = {"rtol": 2e-4, "atol": 2e-5}
 SGD = {"rtol": 1e-5, "atol": 1e-5}
-CASES_SECONDS = 220  # for all cases of a fleet; several times what an idle machine needs
+CASES_SECONDS = 600  # for all cases of a fleet; six times what two idle slow cores need
 DATA = Data()
 SMALL = 10  # elements of a variable that stays whole: the bias of 3 does, that of 17 does not
 CASES: dict[str, "Case"] = {}
@@ -303,7 +303,7 @@ def late_gathers(strategy):
         if strategy is not None:
             overlaps = late and stage in (1, 2)
             strategy = tfzero.ZeroStrategy(
-                stage, min_shard_elements=SMALL, timeout_seconds=30, bucket_bytes=64, overlap_param_gather=overlaps
+                stage, min_shard_elements=SMALL, timeout_seconds=60, bucket_bytes=64, overlap_param_gather=overlaps
             )
 
         def count(logs=None, strategy=strategy, counts=counts):
@@ -546,7 +546,7 @@ def generator(strategy):
 
 def run_cases(cases: dict[str, Callable], stage: int) -> dict:
     """In a worker: what each case returned, or the text of its failure. Stops when the workers have parted."""
-    strategy = tfzero.ZeroStrategy(stage, min_shard_elements=SMALL, timeout_seconds=30)
+    strategy = tfzero.ZeroStrategy(stage, min_shard_elements=SMALL, timeout_seconds=60)
     worker = strategy.extended.seats.worker
     results: dict = {"seconds": {}}
     started = time.monotonic()
