@@ -298,12 +298,10 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
         """
         strategy = _strategy_of(self.trained_variables)
         if strategy.settings.bucket_bytes == "auto" and strategy.num_replicas_in_sync > 1:
-            old, settings = self._trained, strategy.settings
-            plan = make_plan(
-                old.plan.specs, old.plan.world_size, settings.stage, bucket_bytes, settings.min_shard_elements
-            )
+            old, settings = self._trained.plan, strategy.settings
+            plan = make_plan(old.specs, old.world_size, settings.stage, bucket_bytes, settings.min_shard_elements)
             choice = Choice(bucket_bytes, "the checkpoint's run chose so")
-            self._trained = dataclasses.replace(old, plan=plan, bucket_bytes=choice)
+            self._trained = dataclasses.replace(self._trained, plan=plan, bucket_bytes=choice)
             self._eager_functions.clear()
 
     # Apply.
