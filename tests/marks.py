@@ -1,6 +1,8 @@
-"""Which cases of a test only `-m sweep` runs."""
+"""What tests share of running: which cases only `-m sweep` runs, and how long a fleet of workers may take."""
 
 import pytest
+
+FLEET_SECONDS = 600  # against hanging: several times what slow cores need with other tests beside it
 
 
 def sweep(*values):

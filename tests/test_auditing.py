@@ -5,6 +5,7 @@ import numpy as np
 import oracle
 import pytest
 from keras import layers
+from marks import FLEET_SECONDS
 
 import tfzero
 from tfzero.collectives import Group
@@ -93,6 +94,6 @@ def _audit_in_workers() -> tuple:
 
 
 def test_workers_find_the_same():
-    first, second = tfzero.run_local(_audit_in_workers, workers=2, timeout_seconds=600)
+    first, second = tfzero.run_local(_audit_in_workers, workers=2, timeout_seconds=FLEET_SECONDS)
     assert first == second
     assert first[0] and not first[1]

@@ -20,7 +20,8 @@ from oracle import Data, dense_model
 import tfzero
 from tfzero.launch import held_ports
 
-LIMIT_SECONDS = 150  # of each fleet, start of TensorFlow included; most take 15 s
+LIMIT_SECONDS = 150  # of each fleet, against hanging; most take 15 s
+NAMED_SECONDS = 60  # until a survivor has ended with its error, start of TensorFlow included
 pytestmark = pytest.mark.timeout(2 * LIMIT_SECONDS)
 
 
@@ -481,7 +482,7 @@ def last_error(output: str) -> str:
 def test_worker_that_never_starts():
     (output,), seconds = run_scenario(missing, started=(0,))
     assert re.search(r"TimeoutError: .*missing after 5 s: worker 1 at 127.0.0.1", last_error(output))
-    assert seconds < LIMIT_SECONDS
+    assert seconds < 40
 
 
 def test_leader_that_never_starts():
@@ -533,7 +534,7 @@ def test_worker_that_dies_before_training():
     outputs, seconds = run_scenario(death_before_training, survivors=1)
     error = last_error(outputs[0])
     assert re.search("ConnectionError: worker 1 at .* was lost", error), error
-    assert seconds < LIMIT_SECONDS
+    assert seconds < NAMED_SECONDS
 
 
 @pytest.mark.parametrize(
@@ -551,7 +552,7 @@ def test_worker_that_leaves(scenario, told):
     outputs, seconds = run_scenario(scenario, survivors=1)
     error = last_error(outputs[0])
     assert re.search(told, error), error
-    assert seconds < LIMIT_SECONDS
+    assert seconds < NAMED_SECONDS
 
 
 def test_worker_that_takes_a_step_more():

@@ -16,7 +16,7 @@ import pytest
 import tensorflow as tf
 from keras import layers
 from keras import optimizers as ko
-from marks import sweep
+from marks import FLEET_SECONDS, sweep
 
 import tfzero
 
@@ -163,9 +163,9 @@ def _read(folder, stages):
 )
 def test_any_number_of_workers_at_any_stage_reads_what_any_other_wrote(writers, readers, stages, tmp_path):
     for workers in writers:
-        tfzero.run_local(_write, workers=workers, args=(str(tmp_path), stages), timeout_seconds=600)
+        tfzero.run_local(_write, workers=workers, args=(str(tmp_path), stages), timeout_seconds=FLEET_SECONDS)
     for workers in readers:
-        read = tfzero.run_local(_read, workers=workers, args=(str(tmp_path), stages), timeout_seconds=600)
+        read = tfzero.run_local(_read, workers=workers, args=(str(tmp_path), stages), timeout_seconds=FLEET_SECONDS)
         assert read == [len(stages) ** 2 * len(writers)] * workers
 
 

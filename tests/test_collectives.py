@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import tensorflow as tf
+from marks import FLEET_SECONDS
 
 import tfzero
 from tfzero.collectives import Group
@@ -107,7 +108,7 @@ def _twelve_members():
 
 def test_twelve_members_in_one_process():
     """TensorFlow's CPU all-to-all fails there, so the group takes another way."""
-    [rows] = tfzero.run_local(_twelve_members, workers=1, cpu_devices=12, timeout_seconds=600)
+    [rows] = tfzero.run_local(_twelve_members, workers=1, cpu_devices=12, timeout_seconds=FLEET_SECONDS)
     assert rows == [[66.0, 66.0]] * 12
 
 

@@ -4,7 +4,7 @@
 """
 
 import pytest
-from marks import sweep
+from marks import FLEET_SECONDS, sweep
 
 import tfzero
 from tfzero import costs
@@ -143,7 +143,12 @@ CASES = ((0, None), (2, None), (2, "int8"), (3, None), (3, "bf16"))
 @pytest.mark.parametrize(("world_sizes", "cases"), [((11,), CASES[3:4]), sweep(tuple(range(2, 12)), CASES)])
 def test_counted_traffic_of_replicas_in_one_process(world_sizes, cases):
     (counted,) = tfzero.run_local(
-        _count, workers=1, args=(world_sizes, cases), cpu_devices=11, timeout_seconds=600, env={"TF_CONFIG": ""}
+        _count,
+        workers=1,
+        args=(world_sizes, cases),
+        cpu_devices=11,
+        timeout_seconds=FLEET_SECONDS,
+        env={"TF_CONFIG": ""},
     )
     assert len(counted) == len(world_sizes) * len(cases)
     check(counted, 1)
@@ -159,7 +164,7 @@ def test_counted_traffic_of_replicas_in_one_process(world_sizes, cases):
 )
 def test_counted_traffic_of_33_replicas_in_three_processes(cases, hierarchical):
     counted = tfzero.run_local(
-        _count, workers=3, args=((11,), cases, hierarchical), cpu_devices=11, timeout_seconds=600
+        _count, workers=3, args=((11,), cases, hierarchical), cpu_devices=11, timeout_seconds=FLEET_SECONDS
     )
     assert counted[0] == counted[1] == counted[2]
     check(counted[0], 3, two_levels=hierarchical == "auto")

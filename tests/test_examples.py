@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from marks import sweep
+from marks import FLEET_SECONDS, sweep
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 CPU_SECONDS = 2 * 60
-LIMIT_SECONDS = 600  # with other tests beside it
 MOST_LINES = 100
 
 
@@ -22,7 +21,7 @@ def run(name: str, *arguments: str, workers: int = 2) -> str:
     """What an example prints."""
     command = [sys.executable, "-m", "tfzero.launch", "--workers", str(workers), str(EXAMPLES / name), *arguments]
     before = _cpu_seconds()
-    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_SECONDS, cwd=EXAMPLES.parent)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=FLEET_SECONDS, cwd=EXAMPLES.parent)
     assert done.returncode == 0, done.stdout + done.stderr
     assert _cpu_seconds() - before < CPU_SECONDS
     return done.stdout

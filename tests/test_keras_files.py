@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from marks import FLEET_SECONDS
 
 import tfzero
 
@@ -101,7 +102,7 @@ def fleet(tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
     for stage in (2, 3):
         (folder / str(stage)).mkdir()
-    return folder, tfzero.run_local(_train_and_save, workers=2, args=(str(folder),), timeout_seconds=600)
+    return folder, tfzero.run_local(_train_and_save, workers=2, args=(str(folder),), timeout_seconds=FLEET_SECONDS)
 
 
 def test_one_worker_writes(fleet):
@@ -174,7 +175,7 @@ def _drift(stage: int) -> str:
 
 
 def test_replicas_that_drift_apart_are_stopped_by_name():
-    texts = tfzero.run_local(_drift, workers=2, args=(2,), timeout_seconds=600)
+    texts = tfzero.run_local(_drift, workers=2, args=(2,), timeout_seconds=FLEET_SECONDS)
     assert len(set(texts)) == 1
     assert "after 4 batches: The replicas have drifted apart in 1 of " in texts[0]
     assert "'model/sequential/first/bias' (" in texts[0] and " on replica 0, " in texts[0]

@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 import tensorflow as tf
+from marks import FLEET_SECONDS
 from test_cluster import join_all, make_clusters, run_all
 
 import tfzero
@@ -197,5 +198,5 @@ def _with_threads(threads):
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_links_need_a_thread_each(threads):
-    found = tfzero.run_local(_with_threads, workers=2, args=(threads,), timeout_seconds=600)
+    found = tfzero.run_local(_with_threads, workers=2, args=(threads,), timeout_seconds=FLEET_SECONDS)
     assert found == [(threads == 2, 3.0)] * 2

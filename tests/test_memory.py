@@ -4,6 +4,7 @@ import itertools
 from pathlib import Path
 
 import pytest
+from marks import FLEET_SECONDS
 
 import tfzero
 from tfzero.measuring import received_bytes
@@ -95,7 +96,7 @@ def _collective_elements(model, strategy) -> dict:
 @pytest.fixture(scope="module")
 def figures(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("checkpoints"))
-    return tfzero.run_local(_measure, workers=WORLD_SIZE, args=(folder,), timeout_seconds=600)
+    return tfzero.run_local(_measure, workers=WORLD_SIZE, args=(folder,), timeout_seconds=FLEET_SECONDS)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -226,7 +227,7 @@ def _measure_depths() -> dict:
 
 @pytest.fixture(scope="module")
 def figures_by_depth():
-    return tfzero.run_local(_measure_depths, workers=FOUR, timeout_seconds=600)
+    return tfzero.run_local(_measure_depths, workers=FOUR, timeout_seconds=FLEET_SECONDS)
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
@@ -270,7 +271,7 @@ def _train_within(stage, depth, width) -> str:
 @pytest.mark.parametrize(("stage", "outcome"), [(3, "trained 67108864 parameters"), (0, "out of memory")])
 def test_a_limit_under_which_replication_runs_out_of_memory(stage, outcome):
     try:
-        outcomes = tfzero.run_local(_train_within, workers=FOUR, args=(stage, 16, 2048), timeout_seconds=600)
+        outcomes = tfzero.run_local(_train_within, workers=FOUR, args=(stage, 16, 2048), timeout_seconds=FLEET_SECONDS)
     except tfzero.WorkerError as error:  # a failed allocation may end a process of TensorFlow at once
         assert stage == 0, error
         assert any(sign in str(error) for sign in ("ResourceExhausted", "OOM", "signal 6", "signal 11")), error
@@ -293,7 +294,7 @@ def test_a_save_takes_little_memory(stage, tmp_path):
     """The GPT of 57 million parameters: at once its largest variable, in the background a copy of the own shards."""
     benchmarks = str(Path(__file__).parents[1] / "benchmarks")
     arguments = (stage, benchmarks, str(tmp_path))
-    for worker in tfzero.run_local(_measure_saves, workers=FOUR, args=arguments, timeout_seconds=600):
+    for worker in tfzero.run_local(_measure_saves, workers=FOUR, args=arguments, timeout_seconds=FLEET_SECONDS):
         for growth in worker["growths"]["synchronous"]:
             assert max(growth.values()) <= worker["largest"]
         for growth in worker["growths"]["asynchronous"]:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
-from marks import sweep
+from marks import FLEET_SECONDS, sweep
 
 import tfzero
 
@@ -120,7 +120,7 @@ def measure(names, stages) -> dict:
 def compare(workers: int, makes, stages=STAGES) -> list[str]:
     """Lines of what differs by more than is promised: held bytes by 2 %, the peak by 15 %."""
     names = [make.__name__ for make in makes]
-    measured = tfzero.run_local(measure, workers=workers, args=(names, stages), timeout_seconds=600)
+    measured = tfzero.run_local(measure, workers=workers, args=(names, stages), timeout_seconds=FLEET_SECONDS)
     wrong = []
     for make in makes:
         estimates = tfzero.estimate_memory(make, "adam", workers, batch_size=MODELS[make] * workers)
@@ -275,7 +275,7 @@ def test_the_command_line(tmp_path):
     )
     command = [sys.executable, "-m", "tfzero.memory", "--model", "train:make", "--world-size", "4"]
     command += ["--batch-size", "64", "--budget-gb", "0.09", "--json", "out.json", "--picture", "out.png"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=FLEET_SECONDS)
     assert done.returncode == 0, done.stderr
     records = json.loads((tmp_path / "out.json").read_text())
     assert [record["stage"] for record in records] == [0, 1, 2, 3]

@@ -7,6 +7,7 @@ import numpy as np
 import oracle
 import pytest
 import tensorflow as tf
+from marks import FLEET_SECONDS
 from test_compression import int8
 
 import tfzero
@@ -111,7 +112,7 @@ def _two_by_two() -> dict:
 
 @pytest.fixture(scope="module")
 def two_by_two():
-    return tfzero.run_local(_two_by_two, workers=2, cpu_devices=2, timeout_seconds=600)
+    return tfzero.run_local(_two_by_two, workers=2, cpu_devices=2, timeout_seconds=FLEET_SECONDS)
 
 
 @pytest.mark.parametrize("hierarchical", ["auto", False])

@@ -16,7 +16,7 @@ import pytest
 import tensorflow as tf
 from keras import layers
 from keras import optimizers as ko
-from marks import sweep
+from marks import FLEET_SECONDS, sweep
 from oracle import Data, dense_model
 
 import tfzero
@@ -220,7 +220,7 @@ def train_beside(log_dir) -> dict:
 
 
 def test_two_workers(tmp_path):
-    first, second = tfzero.run_local(train_beside, workers=2, args=(str(tmp_path),), timeout_seconds=600)
+    first, second = tfzero.run_local(train_beside, workers=2, args=(str(tmp_path),), timeout_seconds=FLEET_SECONDS)
     assert first["same"] and second["same"]
     found = written(tmp_path)
     assert len(list((tmp_path / "tfzero").glob("events*"))) == 1, "one worker writes"
