@@ -25,7 +25,4 @@ __all__ = sorted(_HOMES)
 def __getattr__(name: str):
     if name not in _HOMES:
         raise AttributeError(f"module 'tfzero' has no attribute {name!r}")
-    if _HOMES[name] != "tfzero.launch":
-        for patches in ("tfzero.keras_layers", "tfzero.keras_files"):
-            importlib.import_module(patches)
     return getattr(importlib.import_module(_HOMES[name]), name)

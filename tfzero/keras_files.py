@@ -11,7 +11,8 @@ import keras
 import numpy as np
 
 from tfzero import _compat
-from tfzero.keras_hooks import patch, strategy_of
+from tfzero.keras_hooks import strategy_of
+from tfzero.patches import patch
 from tfzero.progress import progress
 from tfzero.variables import ShardedVariable
 
@@ -68,17 +69,41 @@ def _gathers_shown(strategy, model: keras.Model):
             strategy.extended.after_gathering = former
 
 
-patch(_compat.saving_lib, "save_model")(_save_together)
-patch(_compat.saving_lib, "save_weights_only")(_save_together)
+patch(
+    _compat.saving_lib,
+    "save_model",
+    "model filepath weights_format zipped",
+    "reading a variable in shards is a collective: all workers save, one writes",
+    "test_keras_files.py::test_one_worker_writes",
+)(_save_together)
+patch(
+    _compat.saving_lib,
+    "save_weights_only",
+    "model filepath max_shard_size objects_to_skip",
+    "reading a variable in shards is a collective: all workers save, one writes",
+    "test_keras_files.py::test_one_worker_writes",
+)(_save_together)
 
 
-@patch(_compat.saving_lib, "is_memory_sufficient")
+@patch(
+    _compat.saving_lib,
+    "is_memory_sufficient",
+    "model",
+    "a model's file is put together on the disk, not in memory",
+    "test_keras_files.py::test_saving_takes_one_variable_of_memory_at_a_time",
+)
 def _is_memory_sufficient(original, model):
     """Lets a model's file be put together on the disk; Keras does it in memory where it fits."""
     return strategy_of(model) is None and original(model)
 
 
-@patch(_compat.legacy_h5_format, "save_model_to_hdf5")
+@patch(
+    _compat.legacy_h5_format,
+    "save_model_to_hdf5",
+    "model filepath overwrite include_optimizer",
+    "several workers would write one file; it is refused",
+    "test_keras_files.py::test_one_worker_writes",
+)
 def _save_model_to_hdf5(original, model, filepath, *args, **kwargs):
     strategy = strategy_of(model)
     if strategy is not None and strategy.extended.seats.workers > 1:
@@ -91,7 +116,13 @@ def _save_model_to_hdf5(original, model, filepath, *args, **kwargs):
 # Callbacks that handle files themselves.
 
 
-@patch(keras.callbacks.ModelCheckpoint, "_save_model")
+@patch(
+    keras.callbacks.ModelCheckpoint,
+    "_save_model",
+    "self epoch batch logs",
+    "making its folder fails if another worker is as fast",
+    "test_keras_files.py::test_model_checkpoints_are_ordinary_files",
+)
 def _save_model_checkpoint(original, self, epoch, batch, logs):
     if strategy_of(self.model) is not None:
         # Keras's own check and `makedirs` fail if another worker is as fast.
@@ -99,14 +130,26 @@ def _save_model_checkpoint(original, self, epoch, batch, logs):
     return original(self, epoch, batch, logs)
 
 
-@patch(keras.callbacks.BackupAndRestore, "_save_model")
+@patch(
+    keras.callbacks.BackupAndRestore,
+    "_save_model",
+    "self",
+    "one worker writes what is beside the weights",
+    "test_keras_files.py::test_one_worker_writes",
+)
 def _save_backup(original, self):
     if _is_chief(self.model):
         return original(self)
     return self.model.save_weights(self._weights_path, overwrite=True)
 
 
-@patch(keras.callbacks.BackupAndRestore, "on_train_end")
+@patch(
+    keras.callbacks.BackupAndRestore,
+    "on_train_end",
+    "self logs",
+    "one worker deletes the backup, when all have ended",
+    "test_keras_files.py::test_one_worker_writes",
+)
 def _end_backups(original, self, logs=None):
     if _is_chief(self.model):
         original(self, logs)
@@ -137,7 +180,13 @@ def _components(model: keras.Model) -> list:
     return [component for variable in model.weights for component in variable.value.values]
 
 
-@patch(keras.callbacks.EarlyStopping, "on_epoch_end")
+@patch(
+    keras.callbacks.EarlyStopping,
+    "on_epoch_end",
+    "self epoch logs",
+    "the best weights are kept in parts, not whole on each worker",
+    "test_stage3.py::test_outside_a_replica_a_parameter_is_whole",
+)
 def _look_for_best(original, self, epoch, logs=None):
     if strategy_of(self.model) is None or not self.restore_best_weights:
         return original(self, epoch, logs)
@@ -151,7 +200,13 @@ def _look_for_best(original, self, epoch, logs=None):
         self.best_weights = LocalWeights(self.model)
 
 
-@patch(keras.callbacks.EarlyStopping, "on_train_end")
+@patch(
+    keras.callbacks.EarlyStopping,
+    "on_train_end",
+    "self logs",
+    "the best weights are kept in parts, not whole on each worker",
+    "test_stage3.py::test_outside_a_replica_a_parameter_is_whole",
+)
 def _restore_best(original, self, logs=None):
     best = self.best_weights
     if not isinstance(best, LocalWeights):

@@ -1,7 +1,6 @@
 """The places where Keras's training must be told about replicas. Those in layers are in `keras_layers.py`.
 
-Keras offers a strategy no hook for these, so they are patched: once, when tfzero is imported, and each asks first
-whether a `ZeroStrategy` is concerned. Models of other strategies run Keras's own code.
+Keras offers a strategy no hook for these, so they are patched (`patches.py`).
 """
 
 import contextlib
@@ -16,6 +15,7 @@ from tfzero.callbacks import CheckpointCallback
 from tfzero.inputs import DataPosition
 from tfzero.late_gathers import LateGathers
 from tfzero.optimizer import Home, ZeroOptimizer
+from tfzero.patches import patch
 from tfzero.strategy import ZeroStrategy, mark_global
 
 _EMPTY = "The data set is empty: it has no batch. Pass at least one sample."
@@ -28,25 +28,6 @@ _NO_JIT = (
 def strategy_of(model) -> ZeroStrategy | None:
     strategy = getattr(model, "_distribute_strategy", None)
     return strategy if isinstance(strategy, ZeroStrategy) else None
-
-
-def patch(owner, name: str):
-    """Decorates a function `wrapper(original, *args, **kwargs)` to stand for `owner.name`; doing it twice is once."""
-
-    def install(wrapper):
-        original = getattr(owner, name)
-        if getattr(original, "_tfzero_patch", False):
-            return wrapper
-
-        @functools.wraps(original)
-        def patched(*args, **kwargs):
-            return wrapper(original, *args, **kwargs)
-
-        patched._tfzero_patch = True
-        setattr(owner, name, patched)
-        return wrapper
-
-    return install
 
 
 # Compile: optimizer and metrics belong to the strategy, wherever they were made.
@@ -66,7 +47,14 @@ def wrap_optimizer(optimizer, strategy: ZeroStrategy):
     return ZeroOptimizer(optimizer)
 
 
-@patch(_compat.Trainer, "compile")
+@patch(
+    _compat.Trainer,
+    "compile",
+    "self optimizer loss loss_weights metrics weighted_metrics run_eagerly steps_per_execution jit_compile "
+    "auto_scale_loss",
+    "`compile` does not enter the scope: optimizer and metrics that were made elsewhere become the strategy's",
+    "test_step.py::test_ways_to_compile",
+)
 def _compile(original, self, *args, **kwargs):
     strategy = strategy_of(self)
     if strategy is None:
@@ -88,7 +76,13 @@ def _metric_objects(arguments) -> list[keras.metrics.Metric]:
 # Steps: raw batches are cut, logs are global.
 
 
-@patch(_compat.keras_tensorflow_trainer.TensorFlowTrainer, "_make_function")
+@patch(
+    _compat.keras_tensorflow_trainer.TensorFlowTrainer,
+    "_make_function",
+    "self step_function",
+    "raw batches are cut, the logs of a step are global, late gathers",
+    "test_step.py::test_batches_on_their_own",
+)
 def _make_function(original, self, step_function):
     strategy = strategy_of(self)
     if strategy is None:
@@ -114,7 +108,13 @@ def _make_function(original, self, step_function):
     return function_of_cut_batches
 
 
-@patch(_compat.keras_tensorflow_trainer.TensorFlowTrainer, "predict_on_batch")
+@patch(
+    _compat.keras_tensorflow_trainer.TensorFlowTrainer,
+    "predict_on_batch",
+    "self x",
+    "each replica would predict the whole batch",
+    "test_step.py::test_batches_on_their_own",
+)
 def _predict_on_batch(original, self, x):
     strategy = strategy_of(self)
     return original(self, x if strategy is None else strategy.cut_batch(x))
@@ -165,7 +165,13 @@ def _sum_over_replicas(values, extended) -> list[tf.Tensor]:
 # Losses: a global divisor.
 
 
-@patch(_compat.Trainer, "_compute_loss")
+@patch(
+    _compat.Trainer,
+    "_compute_loss",
+    "self x y y_pred sample_weight training",
+    "a user's `compute_loss` takes the mean of one replica's samples",
+    "test_step.py::test_losses_of_the_users_own",
+)
 def _compute_loss(original, self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
     extended = losses.current_extended()
     arguments = {"x": x, "y": y, "y_pred": y_pred, "sample_weight": sample_weight, "training": training}
@@ -177,7 +183,13 @@ def _compute_loss(original, self, x=None, y=None, y_pred=None, sample_weight=Non
     return losses.scale(loss, extended)
 
 
-@patch(_compat.keras_loss, "reduce_weighted_values")
+@patch(
+    _compat.keras_loss,
+    "reduce_weighted_values",
+    "values sample_weight mask reduction dtype",
+    "each replica divides by what it sees; the divisor is that of the whole batch",
+    "test_step.py::test_masked_losses",
+)
 def _reduce_weighted_values(
     original, values, sample_weight=None, mask=None, reduction="sum_over_batch_size", dtype=None
 ):
@@ -187,13 +199,25 @@ def _reduce_weighted_values(
     return losses.reduce_loss(values, sample_weight, mask, reduction, dtype, extended)
 
 
-@patch(_compat.keras_loss, "scale_loss_for_distribution")
+@patch(
+    _compat.keras_loss,
+    "scale_loss_for_distribution",
+    "value",
+    "replicas count by their samples, not as one each",
+    "test_step.py::test_added_losses_and_regularizers",
+)
 def _scale_loss(original, value):
     extended = losses.current_extended()
     return original(value) if extended is None else losses.scale(value, extended)
 
 
-@patch(_compat.keras_loss, "unscale_loss_for_distribution")
+@patch(
+    _compat.keras_loss,
+    "unscale_loss_for_distribution",
+    "value",
+    "the inverse, for metrics",
+    "test_step.py::test_ragged_batches",
+)
 def _unscale_loss(original, value):
     extended = losses.current_extended()
     return original(value) if extended is None else losses.unscale(value, extended)
@@ -202,7 +226,13 @@ def _unscale_loss(original, value):
 # Input.
 
 
-@patch(_compat.keras_tensorflow_trainer.TFEpochIterator, "__init__")
+@patch(
+    _compat.keras_tensorflow_trainer.TFEpochIterator,
+    "__init__",
+    "self distribute_strategy args kwargs",
+    "workers shuffle alike, and agree how much data there is",
+    "test_workers.py::test_every_sample_is_seen_once_in_an_epoch",
+)
 def _epoch_iterator(original, self, distribute_strategy=None, *args, **kwargs):
     if not isinstance(distribute_strategy, ZeroStrategy):
         return original(self, distribute_strategy, *args, **kwargs)
@@ -216,7 +246,13 @@ def _epoch_iterator(original, self, distribute_strategy=None, *args, **kwargs):
     distribute_strategy.channel.agree("reading data", _compat.length_of(self), "data sets")
 
 
-@patch(_compat.keras_tensorflow_trainer.TFEpochIterator, "_enumerate_iterator")
+@patch(
+    _compat.keras_tensorflow_trainer.TFEpochIterator,
+    "_enumerate_iterator",
+    "self",
+    "a run goes on from its place in the data",
+    "test_checkpoints.py::test_a_run_goes_on_from_any_place_in_an_epoch",
+)
 def _enumerate_iterator(original, self):
     """At first passes over the epochs and batches that a checkpoint has behind it."""
     position = self.__dict__.pop("_tfzero_position", None) or DataPosition()
@@ -233,23 +269,24 @@ def _enumerate_iterator(original, self):
     yield from steps
 
 
-def _bind(original, model, args, kwargs) -> inspect.BoundArguments:
-    """A call's arguments by name. Of several workers the first one shows progress: logs are the same on all."""
-    call = inspect.signature(original).bind(model, *args, **kwargs)
-    if not strategy_of(model).extended.should_checkpoint:
-        call.arguments["verbose"] = 0
-    return call
+@patch(
+    keras.callbacks.CallbackList,
+    "set_model",
+    "self model",
+    "of several workers the first one shows progress, as logs are the same on all",
+    "test_report.py::test_one_of_several_workers_prints_it_and_shows_progress",
+)
+def _set_model(original, self, model):
+    if model and not _shows(model) and self._progbar is not None:
+        self.callbacks.remove(self._progbar)
+        self._progbar = None
+    return original(self, model)
 
 
-def _evaluate_or_predict(original, self, *args, **kwargs):
-    if strategy_of(self) is None:
-        return original(self, *args, **kwargs)
-    call = _bind(original, self, args, kwargs)
-    return original(*call.args, **call.kwargs)
-
-
-patch(_compat.keras_tensorflow_trainer.TensorFlowTrainer, "evaluate")(_evaluate_or_predict)
-patch(_compat.keras_tensorflow_trainer.TensorFlowTrainer, "predict")(_evaluate_or_predict)
+def _shows(model) -> bool:
+    """Whether this worker is the one that prints."""
+    strategy = strategy_of(model)
+    return strategy is None or strategy.extended.should_checkpoint
 
 
 class _Announcement(keras.callbacks.Callback):
@@ -262,15 +299,23 @@ class _Announcement(keras.callbacks.Callback):
             print(strategy.report().summary(), flush=True)
 
 
-@patch(_compat.keras_tensorflow_trainer.TensorFlowTrainer, "fit")
+@patch(
+    _compat.keras_tensorflow_trainer.TensorFlowTrainer,
+    "fit",
+    "self x y batch_size epochs verbose callbacks validation_split validation_data shuffle class_weight "
+    "sample_weight initial_epoch steps_per_epoch validation_steps validation_batch_size validation_freq",
+    "prints the report; checkpoints are looked for before data are prepared",
+    "test_report.py::test_fit_prints_it_once_at_verbose_1",
+)
 def _fit(original, self, *args, **kwargs):
     """Adds the report, and tells a callback of checkpoints before data are prepared and after all others have ended."""
     strategy = strategy_of(self)
     if strategy is None:
         return original(self, *args, **kwargs)
-    call = _bind(original, self, args, kwargs)
+    call = inspect.signature(original).bind(self, *args, **kwargs)
     given = call.arguments.get("callbacks")
-    if call.arguments.get("verbose", "auto") in ("auto", 1) and not isinstance(given, keras.callbacks.CallbackList):
+    is_verbose = _shows(self) and call.arguments.get("verbose", "auto") in ("auto", 1)
+    if is_verbose and not isinstance(given, keras.callbacks.CallbackList):
         call.arguments["callbacks"] = [*_flat_callbacks(given), _Announcement()]
     callbacks = [each for each in _flat_callbacks(given) if isinstance(each, CheckpointCallback)]
     if not callbacks:
@@ -294,7 +339,13 @@ def _flat_callbacks(callbacks) -> list:
     return [] if callbacks is None else tf.nest.flatten(callbacks)
 
 
-@patch(_compat.keras_tensorflow_trainer.TFEpochIterator, "catch_stop_iteration")
+@patch(
+    _compat.keras_tensorflow_trainer.TFEpochIterator,
+    "catch_stop_iteration",
+    "self",
+    "data of unknown length without a batch are an error, not an epoch",
+    "test_bad_input.py::test_empty_dataset",
+)
 @contextlib.contextmanager
 def _catch_stop_iteration(original, self):
     with original(self):
@@ -307,7 +358,13 @@ def _catch_stop_iteration(original, self):
             raise
 
 
-@patch(_compat.keras_tensorflow_trainer.TensorFlowTrainer, "_maybe_symbolic_build")
+@patch(
+    _compat.keras_tensorflow_trainer.TensorFlowTrainer,
+    "_maybe_symbolic_build",
+    "self iterator data_batch",
+    "Keras draws a batch to learn shapes from, which a shuffled pipeline then has drawn",
+    "test_step.py::test_a_tf_dataset_that_shuffles_anew_in_each_epoch",
+)
 def _maybe_symbolic_build(original, self, iterator=None, data_batch=None):
     """Builds a model from what its data say of their elements.
 
@@ -323,7 +380,13 @@ def _maybe_symbolic_build(original, self, iterator=None, data_batch=None):
 # An optimizer without its wrapper would update each replica by itself.
 
 
-@patch(_compat.BaseOptimizer, "apply")
+@patch(
+    _compat.BaseOptimizer,
+    "apply",
+    "self grads trainable_variables",
+    "an optimizer without its wrapper would update each replica by itself",
+    "test_step.py::test_an_optimizer_without_its_wrapper_is_refused_in_a_replica",
+)
 def _apply(original, self, *args, **kwargs):
     if losses.current_extended() is not None:
         raise RuntimeError(

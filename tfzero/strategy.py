@@ -8,7 +8,7 @@ from dataclasses import asdict
 
 import tensorflow as tf
 
-from tfzero import _compat
+from tfzero import _compat, patches
 from tfzero.cluster import Channel, Cluster
 from tfzero.collectives import LINKED_LANES
 from tfzero.extended import ZeroExtended
@@ -110,6 +110,7 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         hierarchical: bool | str = "auto",
         overlap_param_gather: bool = False,
     ) -> None:
+        patches.install()
         check_stage(stage)
         check_bucket_bytes(bucket_bytes)
         check_number("min_shard_elements", min_shard_elements, int, 0)

@@ -2,8 +2,11 @@
 
 Keras imports scikit-learn, pandas and matplotlib where it finds them, for wrappers that no worker uses: more than
 one of the four seconds that a worker takes to start. So they are not found, but by Keras only.
+
+`TFZERO_TEST_WITHOUT` names a patch of Keras that shall be missing, to see a test fail without it (`test_patches.py`).
 """
 
+import os
 import sys
 
 OPTIONAL = {"matplotlib", "pandas", "sklearn"}
@@ -23,3 +26,9 @@ class NotForKeras:
 
 
 sys.meta_path.insert(0, NotForKeras)
+
+if without := os.environ.get("TFZERO_TEST_WITHOUT"):
+    from tfzero import patches
+
+    all_rows = patches.registry
+    patches.registry = lambda: tuple(row for row in all_rows() if row.target != without)
