@@ -277,9 +277,8 @@ def _enumerate_iterator(original, self):
     "test_report.py::test_one_of_several_workers_prints_it_and_shows_progress",
 )
 def _set_model(original, self, model):
-    if model and not _shows(model) and self._progbar is not None:
-        self.callbacks.remove(self._progbar)
-        self._progbar = None
+    if model and not _shows(model):
+        _compat.drop_progress_bar(self)
     return original(self, model)
 
 
