@@ -302,6 +302,16 @@ def test_empty_dataset(strategy, method):
     np.testing.assert_array_equal(model.get_weights()[0], before[0])
 
 
+@pytest.mark.parametrize("steps_per_execution", [1, 2])
+@pytest.mark.parametrize("method", ["fit", "evaluate", "predict"])
+def test_a_dataset_of_unknown_length_without_a_batch(strategy, method, steps_per_execution):
+    dataset = tf.data.Dataset.from_tensor_slices(Data().arrays()).filter(lambda x, y: False).batch(15)
+    model = make(strategy)
+    model.compile("adam", "categorical_crossentropy", steps_per_execution=steps_per_execution)
+    with pytest.raises(ValueError, match="The data set is empty"):
+        getattr(model, method)(dataset, verbose=0, **({"shuffle": False} if method == "fit" else {}))
+
+
 def test_unbatched_scalars(strategy):
     dataset = tf.data.Dataset.from_tensor_slices((np.ones(8, "float32"), np.ones(8, "float32")))
     with pytest.raises(ValueError, match="must be batched.*Call `dataset.batch"):

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from keras.src.utils import file_utils
 from marks import FLEET_SECONDS
 
 import tfzero
@@ -19,6 +20,7 @@ def _train_and_save(folder: str) -> dict:
     import keras
     import numpy as np
     import tensorflow as tf
+    from keras.src.utils import file_utils
 
     written: list[str] = []
     original = h5py.File.__init__
@@ -29,6 +31,19 @@ def _train_and_save(folder: str) -> dict:
         original(self, name, mode, *args, **kwargs)
 
     h5py.File.__init__ = noting
+
+    def noting_call(name):
+        original = getattr(file_utils, name)
+
+        def call(path, *args, **kwargs):
+            if name != "File" or "w" in args:
+                written.append(f"{name} {path}")
+            return original(path, *args, **kwargs)
+
+        setattr(file_utils, name, call)
+
+    for name in ("File", "copy", "makedirs", "remove", "rmtree"):
+        noting_call(name)
     results = {}
     strategies = {stage: tfzero.ZeroStrategy(stage) for stage in (2, 3)}
     keras.utils.set_random_seed(strategies[2].cluster_resolver.task_id)
@@ -67,10 +82,11 @@ def _train_and_save(folder: str) -> dict:
                     best[:] = self.model.get_weights()
 
         model.set_weights(initial)
+        stop = keras.callbacks.EarlyStopping("loss", patience=1, min_delta=1e9, restore_best_weights=True)
         callbacks = [
             keras.callbacks.ModelCheckpoint(place / "new" / "best-{epoch}.keras", "loss", save_best_only=True),
             keras.callbacks.ModelCheckpoint(place / "new" / "{epoch}.weights.h5", save_weights_only=True),
-            keras.callbacks.EarlyStopping("loss", patience=1, min_delta=1e9, restore_best_weights=True),
+            stop,
             Note(),
         ]
         model.fit(x, y, epochs=4, batch_size=8, verbose=0, callbacks=callbacks)
@@ -90,6 +106,7 @@ def _train_and_save(folder: str) -> dict:
             "slots": [np.array(v) for v in model.optimizer.variables],
             "loaded": loaded.get_weights(),
             "extra": extra,
+            "best": sum(weight.nbytes for weight in stop.best_weights),
         }
         for refused in ("model.h5", "model.hdf5"):
             with np.testing.assert_raises_regex(ValueError, "cannot save in the legacy HDF5 format. Save as `.keras`"):
@@ -134,6 +151,33 @@ def test_model_checkpoints_are_ordinary_files(fleet, stage):
     np.testing.assert_array_equal(
         keras.models.load_model(new / "best-1.keras").get_weights(), results[0][stage]["weights"]
     )
+
+
+def test_the_best_weights_are_kept_in_parts_at_stage_3(fleet):
+    _, results = fleet
+    for result in results:
+        whole = sum(weight.nbytes for weight in result[2]["weights"])
+        assert result[2]["best"] == whole
+        assert result[3]["best"] == whole / 2
+
+
+def test_a_folder_that_another_worker_has_just_made_is_no_error(tmp_path, monkeypatch):
+    """Keras looks for it, finds none, and fails to make it if another worker is faster."""
+
+    original = file_utils.makedirs
+
+    def makedirs(path):
+        if "new" in Path(path).parts:
+            raise FileExistsError(path)
+        original(path)
+
+    monkeypatch.setattr("keras.src.utils.file_utils.makedirs", makedirs)
+    with tfzero.ZeroStrategy(devices=["CPU:0", "CPU:1"]).scope():
+        model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    model.compile("sgd", "mse")
+    keep = keras.callbacks.ModelCheckpoint(tmp_path / "new" / "{epoch}.keras")
+    model.fit(np.ones((4, 3)), np.ones((4, 2)), verbose=0, callbacks=[keep])
+    assert (tmp_path / "new" / "1.keras").exists()
 
 
 @pytest.mark.parametrize("stage", [2, 3])

@@ -171,8 +171,8 @@ def length_of(epoch_iterator: keras_tensorflow_trainer.TFEpochIterator) -> dict:
 
 
 def is_at_first_batch(epoch_iterator: keras_tensorflow_trainer.TFEpochIterator) -> bool:
-    """Whether Keras's loop over data of unknown length has not yet got beyond the very first batch."""
-    return epoch_iterator._num_batches is None and epoch_iterator._steps_seen == 1
+    """Whether Keras's loop over data of unknown length has not yet got beyond the very first execution."""
+    return epoch_iterator._num_batches is None and epoch_iterator._steps_seen == epoch_iterator.steps_per_execution
 
 
 def set_initial_epoch(model, epoch: int | None) -> None:

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 
 from tfzero import _compat
-from tfzero.keras_hooks import strategy_of
+from tfzero.keras_hooks import shows, strategy_of
 from tfzero.patches import patch
 from tfzero.progress import progress
 from tfzero.variables import ShardedVariable
@@ -86,18 +86,6 @@ patch(
 
 
 @patch(
-    _compat.saving_lib,
-    "is_memory_sufficient",
-    "model",
-    "a model's file is put together on the disk, not in memory",
-    "test_keras_files.py::test_saving_takes_one_variable_of_memory_at_a_time",
-)
-def _is_memory_sufficient(original, model):
-    """Lets a model's file be put together on the disk; Keras does it in memory where it fits."""
-    return strategy_of(model) is None and original(model)
-
-
-@patch(
     _compat.legacy_h5_format,
     "save_model_to_hdf5",
     "model filepath overwrite include_optimizer",
@@ -121,11 +109,10 @@ def _save_model_to_hdf5(original, model, filepath, *args, **kwargs):
     "_save_model",
     "self epoch batch logs",
     "making its folder fails if another worker is as fast",
-    "test_keras_files.py::test_model_checkpoints_are_ordinary_files",
+    "test_keras_files.py::test_a_folder_that_another_worker_has_just_made_is_no_error",
 )
 def _save_model_checkpoint(original, self, epoch, batch, logs):
     if strategy_of(self.model) is not None:
-        # Keras's own check and `makedirs` fail if another worker is as fast.
         Path(self._get_file_path(epoch, batch, logs)).parent.mkdir(parents=True, exist_ok=True)
     return original(self, epoch, batch, logs)
 
@@ -162,56 +149,50 @@ def _is_chief(model) -> bool:
     return strategy is None or strategy.extended.seats.worker == 0
 
 
-# Best weights: every replica keeps its own part.
+# What all callbacks are told.
 
 
-class LocalWeights:
-    """A copy of what this process holds of a model's variables."""
+@patch(
+    keras.callbacks.CallbackList,
+    "set_model",
+    "self model",
+    "of several workers the first one shows progress; at stage 3 the best weights are kept in parts",
+    "test_report.py::test_one_of_several_workers_prints_it_and_shows_progress",
+)
+def _set_model(original, self, model):
+    if model and not shows(model):
+        _compat.drop_progress_bar(self)
+    result = original(self, model)
+    if model and strategy_of(model) is not None:
+        for callback in self.callbacks:
+            # Not of a subclass, whose code may need the model itself.
+            if type(callback) is keras.callbacks.EarlyStopping and _lies_in_parts(model):
+                callback.set_model(WeightsInParts(model))
+    return result
+
+
+def _lies_in_parts(model: keras.Model) -> bool:
+    return any(isinstance(variable.value, ShardedVariable) for variable in model.weights)
+
+
+class WeightsInParts:
+    """A model for who only takes its weights and gives them back: they are what this process holds of them."""
 
     def __init__(self, model: keras.Model) -> None:
-        self._copies = [component.numpy() for component in _components(model)]
+        self.__dict__["model"] = model
 
-    def restore(self, model: keras.Model) -> None:
-        for component, copy in zip(_components(model), self._copies, strict=True):
-            component.assign(copy)
+    def __getattr__(self, name: str):
+        return getattr(self.model, name)
 
+    def __setattr__(self, name: str, value) -> None:
+        setattr(self.model, name, value)
 
-def _components(model: keras.Model) -> list:
-    return [component for variable in model.weights for component in variable.value.values]
+    def get_weights(self) -> list[np.ndarray]:
+        return [part.numpy() for part in self._parts()]
 
+    def set_weights(self, weights: list[np.ndarray]) -> None:
+        for part, weight in zip(self._parts(), weights, strict=True):
+            part.assign(weight)
 
-@patch(
-    keras.callbacks.EarlyStopping,
-    "on_epoch_end",
-    "self epoch logs",
-    "the best weights are kept in parts, not whole on each worker",
-    "test_stage3.py::test_outside_a_replica_a_parameter_is_whole",
-)
-def _look_for_best(original, self, epoch, logs=None):
-    if strategy_of(self.model) is None or not self.restore_best_weights:
-        return original(self, epoch, logs)
-    self.restore_best_weights = False
-    try:
-        original(self, epoch, logs)
-    finally:
-        self.restore_best_weights = True
-    counts = epoch >= self.start_from_epoch and self.monitor in (logs or {})
-    if counts and (self.best_epoch == epoch or self.best_weights is None):
-        self.best_weights = LocalWeights(self.model)
-
-
-@patch(
-    keras.callbacks.EarlyStopping,
-    "on_train_end",
-    "self logs",
-    "the best weights are kept in parts, not whole on each worker",
-    "test_stage3.py::test_outside_a_replica_a_parameter_is_whole",
-)
-def _restore_best(original, self, logs=None):
-    best = self.best_weights
-    if not isinstance(best, LocalWeights):
-        return original(self, logs)
-    self.best_weights = None
-    original(self, logs)
-    best.restore(self.model)
-    self.best_weights = best
+    def _parts(self) -> list:
+        return [part for variable in self.model.weights for part in variable.value.values]

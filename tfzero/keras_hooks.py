@@ -269,20 +269,7 @@ def _enumerate_iterator(original, self):
     yield from steps
 
 
-@patch(
-    keras.callbacks.CallbackList,
-    "set_model",
-    "self model",
-    "of several workers the first one shows progress, as logs are the same on all",
-    "test_report.py::test_one_of_several_workers_prints_it_and_shows_progress",
-)
-def _set_model(original, self, model):
-    if model and not _shows(model):
-        _compat.drop_progress_bar(self)
-    return original(self, model)
-
-
-def _shows(model) -> bool:
+def shows(model) -> bool:
     """Whether this worker is the one that prints."""
     strategy = strategy_of(model)
     return strategy is None or strategy.extended.should_checkpoint
@@ -313,7 +300,7 @@ def _fit(original, self, *args, **kwargs):
         return original(self, *args, **kwargs)
     call = inspect.signature(original).bind(self, *args, **kwargs)
     given = call.arguments.get("callbacks")
-    is_verbose = _shows(self) and call.arguments.get("verbose", "auto") in ("auto", 1)
+    is_verbose = shows(self) and call.arguments.get("verbose", "auto") in ("auto", 1)
     if is_verbose and not isinstance(given, keras.callbacks.CallbackList):
         call.arguments["callbacks"] = [*_flat_callbacks(given), _Announcement()]
     callbacks = [each for each in _flat_callbacks(given) if isinstance(each, CheckpointCallback)]
@@ -343,16 +330,15 @@ def _flat_callbacks(callbacks) -> list:
     "catch_stop_iteration",
     "self",
     "data of unknown length without a batch are an error, not an epoch",
-    "test_bad_input.py::test_empty_dataset",
+    "test_bad_input.py::test_a_dataset_of_unknown_length_without_a_batch",
 )
 @contextlib.contextmanager
 def _catch_stop_iteration(original, self):
     with original(self):
         try:
             yield
-        except tf.errors.OutOfRangeError:
-            is_ours = isinstance(self._distribute_strategy, ZeroStrategy)
-            if is_ours and self.steps_per_execution == 1 and _compat.is_at_first_batch(self):
+        except (StopIteration, tf.errors.OutOfRangeError):  # an execution that found no batch
+            if isinstance(self._distribute_strategy, ZeroStrategy) and _compat.is_at_first_batch(self):
                 raise ValueError(_EMPTY) from None
             raise
 
