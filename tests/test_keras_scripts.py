@@ -19,6 +19,7 @@ from keras import layers, ops
 from marks import FLEET_SECONDS, sweep
 
 import tfzero
+from tfzero.descriptions import describe
 
 SEED = 7
 CLOSE = {"rtol": 2e-4, "atol": 2e-5}
@@ -103,7 +104,7 @@ class VAE(keras.Model):
             total_loss = reconstruction_loss + kl_loss
             scaled_loss = total_loss / replicas()
         grads = tape.gradient(scaled_loss, self.trainable_weights)
-        self.optimizer.apply_gradients(zip(grads, self.trainable_weights))
+        self.optimizer.apply_gradients(zip(grads, self.trainable_weights, strict=True))
         self.total_loss_tracker.update_state(total_loss)
         self.kl_loss_tracker.update_state(kl_loss)
         return {"loss": self.total_loss_tracker.result(), "kl_loss": self.kl_loss_tracker.result()}
@@ -214,13 +215,13 @@ class GAN(keras.Model):
             predictions = self.discriminator(combined_images)
             d_loss = self.loss_fn(labels, predictions)
         grads = tape.gradient(d_loss, self.discriminator.trainable_weights)
-        self.d_optimizer.apply_gradients(zip(grads, self.discriminator.trainable_weights))
+        self.d_optimizer.apply_gradients(zip(grads, self.discriminator.trainable_weights, strict=True))
         misleading_labels = ops.zeros((batch_size, 1))
         with tf.GradientTape() as tape:
             predictions = self.discriminator(self.generator(noise))
             g_loss = self.loss_fn(misleading_labels, predictions)
         grads = tape.gradient(g_loss, self.generator.trainable_weights)
-        self.g_optimizer.apply_gradients(zip(grads, self.generator.trainable_weights))
+        self.g_optimizer.apply_gradients(zip(grads, self.generator.trainable_weights, strict=True))
         self.d_metric.update_state(d_loss * replicas())
         self.g_metric.update_state(g_loss * replicas())
         return {"d_loss": self.d_metric.result(), "g_loss": self.g_metric.result()}
@@ -281,13 +282,13 @@ class WGAN(keras.Model):
                 d_loss = d_cost + self.gradient_penalty(real_images, fake_images) * self.gp_weight
                 scaled_loss = d_loss / replicas()
             d_gradient = tape.gradient(scaled_loss, self.discriminator.trainable_variables)
-            self.d_optimizer.apply_gradients(zip(d_gradient, self.discriminator.trainable_variables))
+            self.d_optimizer.apply_gradients(zip(d_gradient, self.discriminator.trainable_variables, strict=True))
         with tf.GradientTape() as tape:
             generated_images = self.generator(noise, training=True)
             g_loss = self.g_loss_fn(self.discriminator(generated_images, training=True))
             scaled_loss = g_loss / replicas()
         gen_gradient = tape.gradient(scaled_loss, self.generator.trainable_variables)
-        self.g_optimizer.apply_gradients(zip(gen_gradient, self.generator.trainable_variables))
+        self.g_optimizer.apply_gradients(zip(gen_gradient, self.generator.trainable_variables, strict=True))
         return {"d_loss": d_loss, "g_loss": g_loss}
 
 
@@ -322,7 +323,7 @@ class Wrapped(keras.Model):
             y_pred = self.net(x, training=True)
             loss = self.compute_loss(y=y, y_pred=y_pred)
         gradients = tape.gradient(loss, self.trainable_variables)
-        self.optimizer.apply_gradients(zip(gradients, self.trainable_variables))
+        self.optimizer.apply_gradients(zip(gradients, self.trainable_variables, strict=True))
         return self.compute_metrics(x, y, y_pred)
 
     def test_step(self, data):
@@ -366,6 +367,52 @@ def built_by_the_step(strategy):
 @case
 def called_with_something_else(strategy):
     return fit_wrapped(strategy, CalledWithSomethingElse)
+
+
+# Optimizers.
+
+
+class Warmup(keras.optimizers.schedules.LearningRateSchedule):
+    """Without `get_config`, as in the Transformer tutorial of tensorflow.org."""
+
+    def __init__(self, width, warm):
+        self.width = tf.cast(width, "float32")
+        self.warm = warm
+
+    def __call__(self, step):
+        step = tf.cast(step, "float32") + 1.0
+        return tf.math.rsqrt(self.width) * tf.minimum(tf.math.rsqrt(step), step * self.warm**-1.5)
+
+
+def fit_dense(strategy, optimizer):
+    x, y = regression()
+    with scope(strategy):
+        model = keras.Sequential([keras.Input((8,)), layers.Dense(17, activation="tanh"), layers.Dense(3)])
+    model.compile(optimizer, "mse")
+    history = model.fit(x, y, batch_size=8, epochs=2, shuffle=False, verbose=0).history
+    return {"history": history, "weights": whole(model.weights), "slots": whole(model.optimizer.variables)}
+
+
+@case
+def schedule_without_get_config(strategy):
+    return fit_dense(strategy, keras.optimizers.Adam(Warmup(16, 4), epsilon=1e-3))
+
+
+@case
+def two_schedules_without_get_config(strategy):
+    sgd, adam = keras.optimizers.SGD(Warmup(16, 4)), keras.optimizers.Adam(Warmup(64, 4))
+    return fit_dense(strategy, keras.optimizers.MultiOptimizer(lambda v: sgd if "kernel" in v.path else adam))
+
+
+@case
+def schedules_that_differ(strategy):
+    """Are refused by their numbers, on all workers."""
+    if strategy is None or strategy.extended.seats.workers == 1:
+        return {"told": 1}
+    warm = 4 + strategy.extended.seats.worker
+    with pytest.raises(ValueError, match=r"learning_rate is .*Warmup.*warm=4.* on worker 0.*warm=5.* on worker 1"):
+        fit_dense(strategy, keras.optimizers.Adam(Warmup(16, warm)))
+    return {"told": 1}
 
 
 # All cases, everywhere.
@@ -441,3 +488,25 @@ def test_on_two_workers(name, stage, devices):
         pytest.fail(f"the fleet failed: {results}")
     for result in results:
         check(result.get(name, "was not reached: the workers parted before"), name)
+
+
+# What is said of objects without a config.
+
+
+def test_the_memory_of_a_schedule_without_get_config_is_estimated():
+    model = keras.Sequential([keras.Input((8,)), layers.Dense(17)])
+    own = tfzero.estimate_memory(model, keras.optimizers.Adam(Warmup(16, 4)), world_size=2)
+    number = tfzero.estimate_memory(model, keras.optimizers.Adam(0.1), world_size=2)
+    assert [e.slot_bytes for e in own] == [e.slot_bytes for e in number]
+
+
+def test_a_description_has_no_addresses():
+    class Inner:
+        def __init__(self, function):
+            self.function = function
+
+    first, second = (Inner({"width": tf.constant(2.0), "all": [Inner(len), np.arange(2)]}) for _ in range(2))
+    text = "Inner(function={width: 2.0, all: [Inner(function=len), [0, 1]]})"
+    assert describe(first) == describe(second) == text.replace("Inner", Inner.__qualname__)
+    first.function["self"] = first
+    assert describe(first).count("self") == 2
