@@ -4,6 +4,7 @@ from keras import optimizers as ko
 
 from tfzero import _compat
 from tfzero.compression import Codec
+from tfzero.descriptions import config_of, describe
 from tfzero.plan import VariableSpec
 from tfzero.variables import ShardedParameter
 
@@ -94,8 +95,9 @@ def settings_of(links: list) -> dict:
         where = f"{place}." if len(links) > 1 else ""
         settings[f"{where}class"] = type(optimizer).__name__
         if not isinstance(optimizer, CONTAINERS):
-            config = optimizer.get_config()
-            settings |= {f"{where}{key}": repr(value) for key, value in config.items() if key != "name"}
+            for key, value in config_of(optimizer).items():
+                if key != "name":
+                    settings[f"{where}{key}"] = describe(value) if callable(value) else repr(value)
     return settings
 
 

@@ -14,6 +14,7 @@ from tfzero import _compat, losses
 from tfzero.callbacks import CheckpointCallback
 from tfzero.inputs import DataPosition
 from tfzero.late_gathers import LateGathers
+from tfzero.model_building import build_unless_the_step_does
 from tfzero.optimizer import Home, ZeroOptimizer
 from tfzero.patches import patch
 from tfzero.strategy import ZeroStrategy, mark_global
@@ -355,11 +356,13 @@ def _maybe_symbolic_build(original, self, iterator=None, data_batch=None):
 
     Keras draws a batch for that, which a shuffled dataset or a shared generator then has drawn.
     """
-    if iterator is not None and strategy_of(self) is not None:
+    if strategy_of(self) is None:
+        return original(self, iterator=iterator, data_batch=data_batch)
+    if iterator is not None:
         specs = _compat.replica_element_spec(_compat.dataset_of(iterator))
         if all(spec.shape.rank is not None for spec in tf.nest.flatten(specs) if spec is not None):
             iterator, data_batch = None, specs
-    return original(self, iterator=iterator, data_batch=data_batch)
+    return build_unless_the_step_does(lambda: original(self, iterator=iterator, data_batch=data_batch), self)
 
 
 # An optimizer without its wrapper would update each replica by itself.

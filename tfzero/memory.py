@@ -25,6 +25,7 @@ import tensorflow as tf
 
 from tfzero import _compat
 from tfzero.collectives import LANES
+from tfzero.descriptions import config_of
 from tfzero.gathering import PREFETCH_BYTES
 from tfzero.inner import chain, chooser, is_elementwise
 from tfzero.liveness import Moment, trace_step
@@ -151,7 +152,7 @@ def estimate_memory(
         check_number("batch_size", batch_size, int, 1)
     optimizer = keras.optimizers.get(optimizer)
     # Again, each with no other variables than its steps and learning rate, whatever the given one has been built for.
-    makers = {id(link): functools.partial(type(link).from_config, link.get_config()) for link in chain(optimizer)}
+    makers = {id(link): functools.partial(type(link).from_config, config_of(link)) for link in chain(optimizer)}
     with tf.Graph().as_default():  # variables made in a graph take no memory
         made = model if isinstance(model, keras.Model) else model()
         _check_model(made, batch_size)
