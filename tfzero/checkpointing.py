@@ -67,6 +67,8 @@ def save_checkpoint(model: keras.Model, directory) -> Path:
 def load_checkpoint(model: keras.Model, directory) -> int:
     """Gives a model, its optimizer and its metrics the values of a checkpoint. All workers call it, between steps.
 
+    Metrics in progress are given to a model that has been trained or evaluated; before, Keras has not made them.
+
     Args:
         model: a compiled and built Keras model: of a `ZeroStrategy`, or a plain one on one device.
         directory: a checkpoint, or a directory of several, of which the newest that is not damaged is taken.
@@ -222,6 +224,8 @@ def restore(model: keras.Model, folder: Path, manifest: Mapping, team: Team, onl
     items = [item for item in state_of(model) if only in (None, item.group)]
     if manifest["position"] is None or not manifest["position"]["batch"]:
         items = [item for item in items if item.group != METRICS]  # begins anew, and may be another
+    elif any(not getattr(metric, "built", True) for metric in model.metrics):
+        items = [item for item in items if item.group != METRICS]  # Keras makes them in the first step, and at zero
     entries = check_fits(items, manifest, folder, optimizers_of(model))
     size_bytes = sum(item.bytes for item in items)
     with progress("restoring", size_bytes, unit="bytes", shown=team.is_chief) as bar:

@@ -218,7 +218,7 @@ def _open(path: Path) -> Iterator[BufferedReader]:
         raise
     except OSError as error:
         advice = "It may be whole, so no other checkpoint is taken in its place: make it readable, or move it away."
-        raise OSError(error.errno, f"{error.strerror}. {advice}", str(path)) from None
+        raise OSError(error.errno, f"{path}: {error.strerror}. {advice}") from None
 
 
 def _checksum_of(content: Mapping[str, Any]) -> str:

@@ -108,8 +108,9 @@ def tidy(directory: Path) -> None:
     """Deletes what writers that died left unfinished, and gives back its name to what they had not yet replaced."""
     for path in _entries(directory):
         for prefix in (UNFINISHED, REPLACED, _DELETED):
-            final = path.with_name(path.name.removeprefix(prefix))
-            if final == path or step_of(final) is None:
+            name = path.name.removeprefix(prefix)
+            final = directory / name
+            if name in ("", path.name) or step_of(final) is None:
                 continue
             if prefix == REPLACED and is_checkpoint(path) and not final.exists():
                 path.rename(final)
