@@ -14,6 +14,7 @@ read for another reason (no permission, a disk or a server that fails) may be wh
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -33,8 +34,8 @@ UNFINISHED = ".unfinished-"
 REPLACED = ".replaced-"
 _MANIFEST = "manifest.json"
 _POINTER = "checkpoint"
-# How opening fails where there is no such file.
-_MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+# How opening fails where there is no such file, or another thing in its place.
+_MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO)
 _PATTERN = "*?[\\"
 
 
@@ -129,8 +130,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         whole = json.loads(text)
         content: dict[str, Any] = whole["manifest"]
         is_intact = whole["checksum"] == _checksum_of(content)
-    except _MISSING as error:
-        raise DamagedCheckpointError(f"The checkpoint {folder} cannot be read: {path}: {error.strerror}") from None
+    except DamagedCheckpointError as error:
+        raise DamagedCheckpointError(f"The checkpoint {folder} cannot be read: {error}") from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise DamagedCheckpointError(f"The checkpoint {folder} cannot be read: {path}: {reason}") from None
@@ -165,9 +166,6 @@ def find_damage(folder: Path, manifest: Mapping[str, Any], part: int = 0, parts:
         except DamagedCheckpointError as error:
             damages.append(str(error))
             continue
-        except _MISSING as error:
-            damages.append(f"{path}: {error.strerror}")
-            continue
         if found[0] != expected[0]:
             damages.append(f"{path} has {found[0]} bytes instead of {expected[0]}")
         elif found != expected:
@@ -179,11 +177,15 @@ def looks_whole(folder: Path) -> bool:
     """Whether the manifest is intact and every file has its size; their contents are not read."""
     try:
         files = read_manifest(folder)["files"]
-        return all((folder / name).stat().st_size == size for name, (size, _) in files.items())
+        for name, (size, _) in files.items():
+            with _open(folder / name) as file:
+                if os.fstat(file.fileno()).st_size != size:
+                    return False
     except NewerFormatError:
         return True
-    except (DamagedCheckpointError, *_MISSING):
+    except DamagedCheckpointError:
         return False
+    return True
 
 
 @contextlib.contextmanager
@@ -206,17 +208,17 @@ def _open(path: Path) -> Iterator[BufferedReader]:
     """Opens a file for reading, and never waits, as a pipe would let one wait.
 
     Raises:
-        DamagedCheckpointError: if it is no regular file.
-        OSError: if it is missing, or cannot be read; the text names it and says what to do.
+        DamagedCheckpointError: if it is missing or no regular file.
+        OSError: if it cannot be read; the text says what to do. [Note: unreadable]
     """
     try:
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise DamagedCheckpointError(f"{path} is no regular file")
             yield file
-    except _MISSING:
-        raise
     except OSError as error:
+        if error.errno in _MISSING:
+            raise DamagedCheckpointError(f"{path}: {error.strerror}") from None
         advice = "It may be whole, so no other checkpoint is taken in its place: make it readable, or move it away."
         raise OSError(error.errno, f"{path}: {error.strerror}. {advice}") from None
 
