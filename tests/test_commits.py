@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tfzero import commits
+from tfzero import commits, directories
 from tfzero.slices import rectangles
 
 SHAPES = [(), (7,), (3, 5), (2, 3, 4), (5, 1, 3), (1, 1), (2, 3, 2, 3), (0, 3)]
@@ -37,14 +37,15 @@ def test_a_rectangle_is_named_as_tensorflow_does():
 
 def write(directory: Path, step: int, content: bytes = b"values") -> Path:
     """A checkpoint of two data files, as `checkpoint.py` makes them."""
-    final = commits.step_folder(directory, step)
+    final = directories.step_folder(directory, step)
     folder = commits.begin(final)
     (folder / "state.index").write_bytes(b"index")
     files = {}
     for name in ("state.data-00000-of-00002", "state.data-00001-of-00002"):
         (folder / name).write_bytes(content + name.encode())
         files[name] = commits.describe_file(folder / name)
-    commits.commit(folder, final, {"step": step, "files": files})
+    about = {"step": step, "world_size": 1, "stage": None, "position": None, "optimizers": {}, "variables": []}
+    commits.commit(folder, final, {**about, "files": files})
     return final
 
 
@@ -91,8 +92,8 @@ def test_whatever_instant_a_writer_dies_at_a_complete_checkpoint_is_there(tmp_pa
                 completed = True
             except Killed:
                 completed = False
-        commits.tidy(directory)
-        found = commits.checkpoints(directory)
+        directories.tidy(directory)
+        found = directories.checkpoints(directory)
         assert found and all(map(is_good, found))
         assert {path.name for path in directory.iterdir()} == {path.name for path in found}
         if completed:
@@ -146,31 +147,31 @@ def test_a_newer_format_is_refused(tmp_path, monkeypatch):
 def test_only_the_newest_are_kept(tmp_path):
     for step in (3, 6, 9, 12):
         write(tmp_path, step)
-    commits.prune(tmp_path, 2)
-    assert [path.name for path in commits.checkpoints(tmp_path)] == ["step-00000012", "step-00000009"]
+    directories.prune(tmp_path, 2)
+    assert [path.name for path in directories.checkpoints(tmp_path)] == ["step-00000012", "step-00000009"]
     assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_directory_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"Cannot write checkpoints into .*file/inside: Not a directory. Name another"):
-        commits.check_room(tmp_path / "file" / "inside", 0)
+        directories.check_room(tmp_path / "file" / "inside", 0)
 
 
 def test_a_disk_without_room_is_refused(tmp_path):
     with pytest.raises(OSError, match=r"takes about 1,000,000,000,000,000,000 bytes, but .* only [0-9,]+ are free"):
-        commits.check_room(tmp_path, 10**18)
+        directories.check_room(tmp_path, 10**18)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_second_run_is_kept_out_until_the_first_ends(tmp_path):
-    program = "import sys; from pathlib import Path; from tfzero.commits import Lock; Lock(Path(sys.argv[1]))"
+    program = "import sys; from pathlib import Path; from tfzero.directories import Lock; Lock(Path(sys.argv[1]))"
     command = [sys.executable, "-c", program, str(tmp_path)]
-    lock = commits.Lock(tmp_path)
+    lock = directories.Lock(tmp_path)
     second = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert f"Another run (process {os.getpid()} on {os.uname().nodename}) writes checkpoints" in second.stderr
     with pytest.raises(OSError, match="Give each run a directory of its own") as caught:
-        commits.Lock(tmp_path)
+        directories.Lock(tmp_path)
     assert caught.value.errno == errno.EAGAIN
     lock.release()
     assert subprocess.run(command, timeout=60).returncode == 0

@@ -1,5 +1,6 @@
 """A model's own training step, sharded and on one device, side by side."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -7,10 +8,13 @@ import keras
 import numpy as np
 
 from tfzero.settings import check_number
+from tfzero.state import LocalValues, state_of
 from tfzero.strategy import ZeroStrategy
+from tfzero.teamwork import together
 
 # What rounding explains: relative and absolute, by the widest float that the model computes in.
 _TOLERANCES = {"float32": (2e-4, 2e-5), "float64": (2e-4, 2e-5), "bfloat16": (2e-2, 2e-2), "float16": (1e-2, 1e-2)}
+_COPY_SECONDS = 24 * 3600.0  # for the others to wait for the copy; a worker that is lost meanwhile is named sooner
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,8 @@ class Audit:
 def audit(model: keras.Model, batch: Sequence, steps: int = 3) -> Audit:
     """Trains a model for some steps, and a copy of it on one device, and compares all variables and slots.
 
-    All workers call it, with the same batch. Afterwards the model has the values that it had before. The copy takes
-    the memory of a whole model on the first worker.
+    All workers call it, with the same batch. Afterwards the model has the values that it had before, metrics in
+    progress included. The copy takes the memory of a whole model on the first worker, and its time: the others wait.
 
     Args:
         model: a compiled and built model of a `ZeroStrategy` that `keras.models.clone_model` can copy.
@@ -68,7 +72,8 @@ def audit(model: keras.Model, batch: Sequence, steps: int = 3) -> Audit:
         An `Audit`, the same on all workers.
 
     Raises:
-        ValueError: for a model of another strategy, or one that is not built or not compiled.
+        ValueError: for a model of another strategy, or one that is not built or not compiled; on all workers, if the
+            copy of it cannot be made or trained.
 
     Example:
 
@@ -85,28 +90,37 @@ def audit(model: keras.Model, batch: Sequence, steps: int = 3) -> Audit:
     if not model.built or getattr(model, "optimizer", None) is None:
         raise ValueError("`audit` takes a model that is compiled and built: call `compile` and `build` first.")
     model.optimizer.build(model.trainable_variables)
-    before = _values_of(model)
-    copy = _copy_of(model, before) if strategy.extended.should_checkpoint else None
-    try:
-        for _ in range(steps):
-            model.train_on_batch(*batch)
-        after = _values_of(model)
-    finally:
-        for variable, value in zip(_variables_of(model), before, strict=True):
-            variable.assign(value)
-    found = None
-    if copy is not None:
-        for _ in range(steps):
-            copy.train_on_batch(*batch)
-        tolerance = _TOLERANCES.get(keras.config.dtype_policy().compute_dtype, _TOLERANCES["float32"])
-        found = [
-            _compare(variable.path, mine, theirs, tolerance)
-            for variable, mine, theirs in zip(_variables_of(model), after, _values_of(copy), strict=True)
-            if np.issubdtype(mine.dtype, np.floating)
-        ]
-    found = strategy.channel.broadcast("auditing", found)
+    tolerance = _TOLERANCES.get(keras.config.dtype_policy().compute_dtype, _TOLERANCES["float32"])
+    values = _values_of(model)
+    copies: list[keras.Model] = []  # one on the first worker
+
+    def copy_model() -> None:
+        if strategy.extended.should_checkpoint:
+            copies.append(_copy_of(model, values))
+
+    def train_copy() -> list | None:
+        for copy in copies:
+            return _compare_all(_variables_of(model), after, _trained(copy, batch, steps), tolerance)
+        return None
+
+    together(strategy.channel, "copying a model to audit it", copy_model, _COPY_SECONDS)
+    values.clear()
+    with _kept(model):
+        after = _trained(model, batch, steps)
+    found = together(strategy.channel, "training the copy of an audit", train_copy, _COPY_SECONDS)[0]
     differences = sorted((Difference(*each) for each in found), key=lambda d: (d.is_rounding, -d.largest))
     return Audit(steps, tuple(differences))
+
+
+@contextlib.contextmanager
+def _kept(model: keras.Model):
+    """Gives a model, whatever happens within it, all its values back: on each replica its own, metrics too."""
+    kept = LocalValues(item.variable for item in state_of(model))
+    try:
+        yield
+    finally:
+        model.reset_metrics()  # those that were made meanwhile
+        kept.restore()
 
 
 def _variables_of(model: keras.Model) -> list[keras.Variable]:
@@ -127,6 +141,21 @@ def _copy_of(model: keras.Model, values: Sequence[np.ndarray]) -> keras.Model:
     for variable, value in zip(_variables_of(copy), values, strict=True):
         variable.assign(value)
     return copy
+
+
+def _trained(model: keras.Model, batch: Sequence, steps: int) -> list[np.ndarray]:
+    """The values after some steps with one batch."""
+    for _ in range(steps):
+        model.train_on_batch(*batch)
+    return _values_of(model)
+
+
+def _compare_all(variables: Sequence[keras.Variable], mine: Sequence, theirs: Sequence, tolerance) -> list[list]:
+    return [
+        _compare(variable.path, ours, other, tolerance)
+        for variable, ours, other in zip(variables, mine, theirs, strict=True)
+        if np.issubdtype(ours.dtype, np.floating)
+    ]
 
 
 def _compare(name: str, mine: np.ndarray, theirs: np.ndarray, tolerance: tuple[float, float]) -> list:

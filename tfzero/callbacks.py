@@ -3,14 +3,14 @@
 import hashlib
 import signal
 import threading
-from pathlib import Path
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from tfzero import _compat, commits
+from tfzero import _compat
 from tfzero.checkpointing import Save, Team, find_newest, restore
+from tfzero.directories import local_path
 from tfzero.inputs import DataPosition
 from tfzero.settings import check_number
 from tfzero.state import METRICS, World, state_of
@@ -62,7 +62,7 @@ class CheckpointCallback(keras.callbacks.Callback):
                 check_number(name, value, int, 1)
         if save_every_steps is None and save_every_epochs is None:
             raise ValueError("Nothing would be saved: give `save_every_steps` or `save_every_epochs`.")
-        self.directory = Path(directory)
+        self.directory = local_path(directory)
         self.save_every_steps = save_every_steps
         self.save_every_epochs = save_every_epochs
         self.keep = keep
@@ -79,7 +79,8 @@ class CheckpointCallback(keras.callbacks.Callback):
         names = ("directory", "save_every_steps", "save_every_epochs", "keep", "asynchronous")
         settings = {name: str(getattr(self, name)) for name in names}
         self._team.channel.agree("preparing checkpoints", settings, "settings of CheckpointCallback")
-        self._found = find_newest(self.directory, self._team)
+        search = find_newest(self.directory, self._team)
+        self._found, self._damaged = search.found, search.damaged
         self.step = 0
         self._position = dict.fromkeys(("epoch", "batch", "epoch_batches"), 0)
         self._position |= dict.fromkeys(("first_epoch", "finished", "randomness"))
@@ -130,7 +131,7 @@ class CheckpointCallback(keras.callbacks.Callback):
         if not isinstance(strategy, ZeroStrategy):
             raise ValueError("CheckpointCallback needs a model of a ZeroStrategy; with others use BackupAndRestore.")
         self._stop = strategy.stop
-        self._save = Save(self._team, self.model, self.directory, self.keep)
+        self._save = Save(self._team, self.model, self.directory, self.keep, self._damaged)
         self._save.open()
         if threading.current_thread() is threading.main_thread():
             self._former_handler = signal.signal(signal.SIGTERM, lambda *_: self._stop.request())
@@ -181,8 +182,7 @@ class CheckpointCallback(keras.callbacks.Callback):
         """Saves when all other callbacks are through with an epoch, as they may change what is saved."""
         if self._due and self._mark() != self._saved:
             self._position["randomness"] = self._data.randomness
-            about = {"step": self.step, "position": dict(self._position)}
-            self._save.start(commits.step_folder(self.directory, self.step), about, self.asynchronous)
+            self._save.start(self.step, dict(self._position), self.asynchronous)
             self._saved = self._mark()
         self._due = False
 

@@ -20,13 +20,16 @@ from tfzero.components import on_host, placed
 from tfzero.plan import shard_elements
 from tfzero.slices import Rectangle, rectangles
 from tfzero.state import LAG, RESIDUAL, Item, World
+from tfzero.teamwork import together
 from tfzero.variables import ShardedVariable
 
 # Rectangles are cut out in batches of as many bytes as the largest variable has, or this.
 _LEAST_BATCH_BYTES = 4 * 2**20
 _SLOWEST_BYTES_PER_SECOND = 5e6  # of a disk that is not taken for broken
-# What can go wrong with files on one worker.
-_FILE_ERRORS = (OSError, tf.errors.OpError, commits.DamagedCheckpointError)
+# As what TensorFlow reports files that do not hold what is sought.
+_DAMAGES = (
+    tf.errors.DataLossError, tf.errors.InvalidArgumentError, tf.errors.NotFoundError, tf.errors.OutOfRangeError,
+)  # fmt: skip
 
 
 # Which parts of which variable a replica has.
@@ -100,21 +103,22 @@ def snapshot(pieces: Iterable[Piece]) -> list[Piece]:
 
 
 def write_pieces(folder: Path, worker: int, pieces: Iterator[Piece], batch_bytes: int) -> list[list]:
-    """Writes a worker's pieces; gives for each of its files the path before its suffix, its bytes and its checksum."""
+    """Writes a worker's pieces; gives for each of its files the name before its suffix, its bytes and its checksum."""
     written: list[list] = []
     batch: list[Piece] = []
     size_bytes = 0
 
     def write_batch():
-        prefix = folder / f"worker-{worker:05d}-{len(written):05d}"
-        tf.raw_ops.SaveV2(
-            prefix=str(prefix),
-            tensor_names=[piece.name for piece in batch],
-            shape_and_slices=[piece.rectangle.spec for piece in batch],
-            tensors=[piece.value for piece in batch],
-        )
-        commits.describe_file(Path(f"{prefix}.index"))
-        written.append([str(prefix), *commits.describe_file(Path(f"{prefix}.data-00000-of-00001"))])
+        name = f"worker-{worker:05d}-{len(written):05d}"
+        with commits.plain_path(folder) as plain:
+            tf.raw_ops.SaveV2(
+                prefix=f"{plain}/{name}",
+                tensor_names=[piece.name for piece in batch],
+                shape_and_slices=[piece.rectangle.spec for piece in batch],
+                tensors=[piece.value for piece in batch],
+            )
+        commits.describe_file(folder / f"{name}.index")
+        written.append([name, *commits.describe_file(folder / f"{name}.data-00000-of-00001")])
 
     for piece in pieces:
         batch.append(piece)
@@ -131,11 +135,12 @@ def write_pieces(folder: Path, worker: int, pieces: Iterator[Piece], batch_bytes
 
 def merge(folder: Path, written: Sequence[Sequence]) -> dict[str, list]:
     """Makes one checkpoint of all workers' files; gives the bytes and the checksum of each of its data files."""
-    tf.raw_ops.MergeV2Checkpoints(
-        checkpoint_prefixes=[prefix for prefix, _, _ in written],
-        destination_prefix=str(folder / commits.STATE),
-        delete_old_dirs=False,
-    )
+    with commits.plain_path(folder) as plain:
+        tf.raw_ops.MergeV2Checkpoints(
+            checkpoint_prefixes=[f"{plain}/{name}" for name, _, _ in written],
+            destination_prefix=f"{plain}/{commits.STATE}",
+            delete_old_dirs=False,
+        )
     # MergeV2Checkpoints numbers data files in the order of the prefixes (tensor_bundle.cc, MergeBundles).
     names = (f"{commits.STATE}.data-{k:05d}-of-{len(written):05d}" for k in range(len(written)))
     return {name: [size, checksum] for name, (_, size, checksum) in zip(names, written, strict=True)}
@@ -162,12 +167,13 @@ class Writer:
 
         Raises:
             OSError: on all workers, if one of them cannot write; the text names it.
+            RuntimeError: likewise, for any other error.
         """
         manifest = {**manifest, "variables": [item.describe(self._world.size) for item in items]}
         self._timeout_seconds = patience(self._timeout_seconds, sum(item.bytes for item in items))
         batch_bytes = max(_LEAST_BATCH_BYTES, *(item.bytes for item in items))
         is_chief = self._world.worker == 0
-        folder = Path(self._together("begin", lambda: str(commits.begin(self._final)) if is_chief else None)[0])
+        folder = self._final.with_name(self._together("begin", self._begin if is_chief else lambda: None)[0])
         written = self._together("write", lambda: write_pieces(folder, self._world.worker, pieces, batch_bytes))
 
         def commit():
@@ -176,29 +182,15 @@ class Writer:
 
         self._together("commit", commit if is_chief else lambda: None)
 
+    def _begin(self) -> str:
+        return commits.begin(self._final).name
+
     def _together(self, what: str, function) -> list:
         try:
             return together(self._channel, f"checkpoint: {what}", function, self._timeout_seconds)
-        except OSError as error:
-            raise OSError(f"The checkpoint {self._final} could not be written. {error}") from error
-
-
-def together(channel: Channel, topic: str, function, timeout_seconds: float | None = None) -> list:
-    """What `function` gives on each worker.
-
-    Raises:
-        OSError: on all workers, if it fails on one; the text names that one and its error.
-    """
-    answer, problem = None, None
-    try:
-        answer = function()
-    except _FILE_ERRORS as error:
-        problem = f"{type(error).__name__}: {error}"
-    answers = channel.all_gather(topic, [answer, problem], timeout_seconds)
-    problems = [f"worker {worker}: {text}" for worker, (_, text) in enumerate(answers) if text]
-    if problems:
-        raise OSError("; ".join(problems))
-    return [answer for answer, _ in answers]
+        except (OSError, ValueError, RuntimeError) as error:
+            kind = OSError if isinstance(error, OSError | commits.DamagedCheckpointError) else RuntimeError
+            raise kind(f"The checkpoint {self._final} could not be written. {error}") from error
 
 
 def patience(timeout_seconds: float, size_bytes: int) -> float:
@@ -264,19 +256,34 @@ def _entries_of_compression(items: Sequence[Item], entries: Mapping[str, dict], 
 def read_state(
     folder: Path, items: Sequence[Item], entries: Mapping[str, dict], world: World, advance: Callable[[int], None]
 ) -> None:
-    """Gives every variable of this worker its value, one after the other; `advance` is told of the bytes of each."""
-    prefix = str(folder / commits.STATE)
-    for item in items:
-        for replica, rank in enumerate(world.ranks):
-            component = item.component(replica)
-            if item.name in entries:
-                value = _value_for(prefix, item, entries[item.name], rank, world.size, component)
-            else:  # of compression, which the checkpoint was made without
-                value = tf.zeros(component.shape, item.dtype)
-            value = on_host(value)
-            with tf.device(component.device):
-                component.assign(placed(value, component.device) if isinstance(value, np.ndarray) else value)
-        advance(item.bytes)
+    """Gives every variable of this worker its value, one after the other; `advance` is told of the bytes of each.
+
+    Raises:
+        DamagedCheckpointError: if the files do not hold what the manifest says.
+    """
+    with commits.plain_path(folder) as plain:
+        for item in items:
+            try:
+                _read_item(f"{plain}/{commits.STATE}", item, entries.get(item.name), world)
+            except _DAMAGES as error:
+                reason = error.message.replace(plain, str(folder))
+                raise commits.DamagedCheckpointError(
+                    f"The checkpoint {folder} is damaged: {item.name!r} cannot be read ({reason}). What is read before "
+                    "it has its value already: load another checkpoint."
+                ) from None
+            advance(item.bytes)
+
+
+def _read_item(prefix: str, item: Item, entry: Mapping | None, world: World) -> None:
+    for replica, rank in enumerate(world.ranks):
+        component = item.component(replica)
+        if entry is None:  # of compression, which the checkpoint was made without
+            value = tf.zeros(component.shape, item.dtype)
+        else:
+            value = _value_for(prefix, item, entry, rank, world.size, component)
+        value = on_host(value)
+        with tf.device(component.device):
+            component.assign(placed(value, component.device) if isinstance(value, np.ndarray) else value)
 
 
 def _value_for(prefix: str, item: Item, entry: Mapping, rank: int, world_size: int, component) -> tf.Tensor:

@@ -1,23 +1,32 @@
 """Saving and loading checkpoints, by all workers together."""
 
 import contextlib
+import json
+import sys
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Thread
+from threading import Lock, Thread
 
 import keras
 
-from tfzero import commits
-from tfzero.checkpoint import Writer, check_fits, patience, pieces_to_write, read_state, snapshot, together
+from tfzero import commits, directories
+from tfzero.checkpoint import Writer, check_fits, patience, pieces_to_write, read_state, snapshot
 from tfzero.cluster import Channel
 from tfzero.progress import progress
-from tfzero.state import METRICS, Item, World, bucket_bytes_of, optimizers_of, state_of
+from tfzero.state import METRICS, Item, World, bucket_bytes_of, build_optimizer, optimizers_of, state_of
 from tfzero.strategy import ZeroStrategy, channel_of_one
+from tfzero.teamwork import together
 
 _SAVE_SECONDS = 60.0  # for workers without a strategy's timeout
+
+# [Note: one thread] Two threads cannot share a control channel: which of them speaks first may differ between workers.
+# So whoever is to use one for saving waits for the thread that writes in the background. All workers begin both at the
+# same places of the program.
+_writing: weakref.WeakKeyDictionary[Channel, Thread] = weakref.WeakKeyDictionary()
 
 
 def save_checkpoint(model: keras.Model, directory) -> Path:
@@ -36,7 +45,7 @@ def save_checkpoint(model: keras.Model, directory) -> Path:
 
     Raises:
         OSError: on all workers, if one of them cannot write, or if another run writes there.
-        ValueError: for a model of several replicas of another strategy.
+        ValueError: for a model that is not built or has several replicas of another strategy, and for a URL.
 
     Example:
 
@@ -45,16 +54,20 @@ def save_checkpoint(model: keras.Model, directory) -> Path:
     kernel = tf.train.load_checkpoint(folder).get_tensor(f"model/{model.layers[-1].kernel.path}")
     ```
     """
+    directory = directories.local_path(directory)
     team = Team.of(model)
-    folder = commits.step_folder(Path(directory), int(model.optimizer.iterations) if model.optimizer else 0)
-    with contextlib.closing(Save(team, model, Path(directory))) as save:
+    build_optimizer(model)
+    step = int(model.optimizer.iterations) if model.optimizer else 0
+    with contextlib.closing(Save(team, model, directory)) as save:
         save.open()
-        save.start(folder, {"step": int(folder.name.rpartition("-")[2]), "position": None}, asynchronous=False)
-    return folder
+        save.start(step, None, asynchronous=False)
+    return directories.step_folder(directory, step)
 
 
 def load_checkpoint(model: keras.Model, directory) -> int:
     """Gives a model, its optimizer and its metrics the values of a checkpoint. All workers call it, between steps.
+
+    Metrics in progress are given to a model that has been trained or evaluated; before, Keras has not made them.
 
     Args:
         model: a compiled and built Keras model: of a `ZeroStrategy`, or a plain one on one device.
@@ -65,7 +78,8 @@ def load_checkpoint(model: keras.Model, directory) -> int:
 
     Raises:
         FileNotFoundError: if there is no checkpoint.
-        DamagedCheckpointError: if the checkpoint that was asked for is damaged; the message names the file.
+        DamagedCheckpointError: if the checkpoint that was asked for is damaged, or all are; the message names the file.
+        OSError: if one is there but cannot be read; it may be whole, so none before it is taken.
         ValueError: if the checkpoint is one of another model or optimizer, or was written by a newer tfzero.
 
     Example:
@@ -75,14 +89,23 @@ def load_checkpoint(model: keras.Model, directory) -> int:
     steps = tfzero.load_checkpoint(model, "to_go_on")
     ```
     """
+    directory = directories.local_path(directory)
     team = Team.of(model)
-    directory = Path(directory)
-    if directory.name.startswith("step-"):
+
+    def is_one() -> bool:
+        is_named_so = directories.step_of(directory) is not None and directory.is_dir()
+        return commits.is_checkpoint(directory) or (is_named_so and not directories.checkpoints(directory))
+
+    if team.together("looking for a checkpoint", is_one):
         found = directory, open_checkpoint(directory, team)
     else:
-        found = find_newest(directory, team)
-    if found is None:
-        raise FileNotFoundError(f"There is no complete checkpoint in {directory}.")
+        search = find_newest(directory, team)
+        if search.found is None and search.damaged:
+            names = ", ".join(search.damaged)
+            raise commits.DamagedCheckpointError(f"Every checkpoint in {directory} is damaged: {names}.")
+        if search.found is None:
+            raise FileNotFoundError(f"There is no complete checkpoint in {directory}.")
+        found = search.found
     restore(model, *found, team)
     return found[1]["step"]
 
@@ -105,10 +128,12 @@ class Team:
 
     @classmethod
     def of(cls, model: keras.Model) -> "Team":
-        """The team for a model's own control channel for saving."""
+        """The team for a model's own control channel for saving. [Note: one thread]"""
         strategy = model.distribute_strategy
         if isinstance(strategy, ZeroStrategy):
             settings = strategy.settings
+            if (writing := _writing.get(strategy.saving_channel)) is not None:
+                writing.join()
             return cls(strategy.saving_channel, World.of(strategy), settings.stage, settings.timeout_seconds)
         if strategy.num_replicas_in_sync > 1:
             raise ValueError(
@@ -130,52 +155,85 @@ def open_checkpoint(folder: Path, team: Team) -> dict:
 
     Raises:
         DamagedCheckpointError: on all workers, naming what is damaged.
+        OSError: on all workers, if one of them cannot read what is there, or sees another checkpoint.
         ValueError: if it was written by a newer tfzero.
     """
-    manifest: dict = {}
-    damages: list[str] = []
-    newer = ""
-    try:
-        manifest = commits.read_manifest(folder)
-        damages = commits.find_damage(folder, manifest, team.world.worker, team.world.workers)
-    except commits.DamagedCheckpointError as error:
-        damages = [str(error)]
-    except ValueError as error:
-        newer = str(error)
-    seconds = patience(team.timeout_seconds, sum(size for size, _ in manifest.get("files", {}).values()))
-    answers = team.channel.all_gather(f"opening {folder}", [damages, newer], seconds)
-    newer = next((text for _, text in answers if text), "")
+    read: dict = {}
+
+    def check() -> list:
+        try:
+            read.update(commits.read_manifest(folder))
+        except commits.NewerFormatError as error:
+            return ["", [], str(error)]
+        except commits.DamagedCheckpointError as error:
+            return ["", [str(error)], ""]
+        step = directories.step_of(folder)
+        if step not in (None, read["step"]):
+            return ["", [f"its manifest is of step {read['step']}, so it was renamed or copied"], ""]
+        damages = commits.find_damage(folder, read, team.world.worker, team.world.workers)
+        return [json.dumps(read["files"], sort_keys=True), damages, ""]
+
+    answers = together(team.channel, f"opening {folder}", check, _seconds_to_check(folder, team))
+    newer = next((text for _, _, text in answers if text), "")
     if newer:
         raise ValueError(newer)
-    found = list(dict.fromkeys(damage for theirs, _ in answers for damage in theirs))
+    found = list(dict.fromkeys(damage for _, damages, _ in answers for damage in damages))
     if found:
         raise commits.DamagedCheckpointError(f"The checkpoint {folder} is damaged: {'; '.join(found)}.")
-    return manifest
+    if len({files for files, _, _ in answers}) > 1:
+        raise OSError(f"The workers see different checkpoints at {folder}. They need one file system that all share.")
+    return read
 
 
-def find_newest(directory: Path, team: Team) -> tuple[Path, dict] | None:
-    """The newest checkpoint that is not damaged, and its manifest; warns of those that are."""
-    names = team.together("looking for checkpoints", lambda: [path.name for path in commits.checkpoints(directory)])
-    for name in names:
+def _seconds_to_check(folder: Path, team: Team) -> float:
+    try:
+        sizes = [path.stat().st_size for path in folder.iterdir()]
+    except OSError:
+        sizes = []
+    return patience(team.timeout_seconds, sum(sizes))
+
+
+@dataclass(frozen=True)
+class Search:
+    """What was found in a directory.
+
+    Args:
+        found: the last checkpoint that is not damaged, and its manifest; None if there is none.
+        damaged: the names of the damaged ones after it.
+    """
+
+    found: tuple[Path, dict] | None
+    damaged: tuple[str, ...]
+
+
+def find_newest(directory: Path, team: Team) -> Search:
+    """Looks for the last checkpoint that is not damaged; warns of those that are."""
+    names = team.together("looking for checkpoints", lambda: [path.name for path in directories.checkpoints(directory)])
+    for place, name in enumerate(names):
         try:
-            return directory / name, open_checkpoint(directory / name, team)
+            return Search((directory / name, open_checkpoint(directory / name, team)), tuple(names[:place]))
         except commits.DamagedCheckpointError as error:
-            warnings.warn(f"{error} The one before it is used.", stacklevel=2)
-    return None
+            rest = "The one before it is used." if place + 1 < len(names) else "There is none before it."
+            warnings.warn(f"{error} {rest}", stacklevel=2)
+    return Search(None, tuple(names))
 
 
 def restore(model: keras.Model, folder: Path, manifest: Mapping, team: Team, only: str | None = None) -> None:
     """Gives the variables of a model the values of a checkpoint, all or one group of them."""
-    if not model.built:
-        raise ValueError("A checkpoint is loaded into a built model: call `model.build(...)` or the model first.")
-    if model.optimizer is not None and not model.optimizer.built:
-        model.optimizer.build(model.trainable_variables)
+    build_optimizer(model)
     items = [item for item in state_of(model) if only in (None, item.group)]
     if manifest["position"] is None or not manifest["position"]["batch"]:
         items = [item for item in items if item.group != METRICS]  # begins anew, and may be another
+    elif any(not getattr(metric, "built", True) for metric in model.metrics):
+        items = [item for item in items if item.group != METRICS]  # Keras makes them in the first step, and at zero
     entries = check_fits(items, manifest, folder, optimizers_of(model))
-    with progress("restoring", sum(item.bytes for item in items), unit="bytes", shown=team.is_chief) as bar:
-        read_state(folder, items, entries, team.world, bar.advance)
+    size_bytes = sum(item.bytes for item in items)
+    with progress("restoring", size_bytes, unit="bytes", shown=team.is_chief) as bar:
+
+        def read() -> None:
+            read_state(folder, items, entries, team.world, bar.advance)
+
+        together(team.channel, f"reading {folder}", read, patience(team.timeout_seconds, size_bytes))
     if only is None and manifest["world_size"] == team.world.size:
         for name in bucket_bytes_of(model):
             if name in manifest.get("bucket_bytes", {}):
@@ -190,16 +248,23 @@ class Save:
         model: the model.
         directory: of the checkpoints.
         keep: how many to keep; None for all.
+        damaged: names of checkpoints there that are known to be damaged.
     """
 
-    def __init__(self, team: Team, model: keras.Model, directory: Path, keep: int | None = None) -> None:
+    def __init__(
+        self, team: Team, model: keras.Model, directory: Path, keep: int | None = None, damaged: Sequence[str] = ()
+    ) -> None:
         self._team = team
         self._model = model
         self._directory = directory
         self._keep = keep
-        self._lock: commits.Lock | None = None
+        self._damaged = set(damaged)
+        self._lock: directories.Lock | None = None
         self._thread: Thread | None = None
-        self._problem: OSError | None = None
+        self._problem: BaseException | None = None
+        self._is_writing = False
+        self._is_closed = False
+        self._guard = Lock()  # of who lets the directory go: `close`, or the thread that still writes then
 
     def open(self) -> None:
         """Takes the directory for this run, before anything is trained.
@@ -210,19 +275,26 @@ class Save:
         needed = sum(item.bytes for item in state_of(self._model))
 
         def take():
-            commits.check_room(self._directory, needed if self._team.is_chief else 0)
+            directories.check_room(self._directory, needed if self._team.is_chief else 0)
             if self._team.is_chief:
-                self._lock = commits.Lock(self._directory)
-                commits.tidy(self._directory)
+                self._lock = directories.Lock(self._directory)
+                directories.tidy(self._directory)
 
         self._team.together("opening the directory of checkpoints", take)
 
-    def start(self, folder: Path, about: Mapping, asynchronous: bool) -> None:
-        """Begins to write one checkpoint, when the one before is written; asynchronous is when it is only copied."""
+    def start(self, step: int, position: Mapping | None, asynchronous: bool) -> None:
+        """Begins to write the checkpoint of a step, when the one before is written.
+
+        Args:
+            step: its number.
+            position: its place in the data, if it has one.
+            asynchronous: whether to return as soon as all is copied, and write in the background.
+        """
         self.wait()
         items = state_of(self._model)
         manifest = {
-            **about,
+            "step": step,
+            "position": position,
             "stage": self._team.stage,
             "world_size": self._team.world.size,
             "optimizers": optimizers_of(self._model),
@@ -232,17 +304,21 @@ class Save:
         with progress(title, size_bytes, unit="bytes", shown=self._team.is_chief) as bar:
             pieces: Iterator = pieces_to_write(items, self._team.world, bar.advance)
             if not asynchronous:
-                self._write(folder, pieces, items, manifest)
+                self._write(pieces, items, manifest)
                 return self.wait()
-            pieces = _drain(deque(snapshot(pieces)))
-        self._thread = Thread(target=self._write, args=(folder, pieces, items, manifest), name="tfzero save")
+            copies: deque = deque()
+            self._team.together("copying", lambda: copies.extend(snapshot(pieces)))
+        self._is_writing = True
+        self._thread = Thread(target=self._write, args=(_drain(copies), items, manifest), name="tfzero save")
+        _writing[self._team.channel] = self._thread
         self._thread.start()
 
     def wait(self) -> None:
         """Returns when nothing is being written any more.
 
         Raises:
-            OSError: if a checkpoint could not be written.
+            OSError: on all workers, if one of them could not write a checkpoint.
+            RuntimeError: likewise, for any other error.
         """
         if self._thread is not None:
             self._thread.join()
@@ -252,19 +328,38 @@ class Save:
             raise problem
 
     def close(self) -> None:
-        """Lets the directory go."""
+        """Lets the directory go: at once, or when what is being written is complete."""
+        with self._guard:
+            self._is_closed = True
+            if not self._is_writing:
+                self._release()
+        problem, raised = self._problem, sys.exception()
+        if problem is not None and raised is not None:
+            raised.add_note(f"Before that: {type(problem).__name__}: {problem}")
+
+    def _release(self) -> None:
         if self._lock is not None:
             self._lock.release()
             self._lock = None
 
-    def _write(self, folder: Path, pieces: Iterator, items: Sequence[Item], manifest: Mapping) -> None:
-        team = self._team
+    def _write(self, pieces: Iterator, items: Sequence[Item], manifest: Mapping) -> None:
+        team, folder = self._team, directories.step_folder(self._directory, manifest["step"])
         try:
             Writer(team.channel, team.world, folder, team.timeout_seconds).write(pieces, items, manifest)
-            if self._keep is not None and team.is_chief:
-                commits.prune(self._directory, self._keep)
-        except (OSError, RuntimeError, ValueError) as error:
+            if self._keep is not None:
+                self._damaged.discard(folder.name)
+                team.together("deleting old checkpoints", self._prune if team.is_chief else lambda: None)
+        except BaseException as error:
             self._problem = error
+        with self._guard:
+            self._is_writing = False
+            if self._is_closed:
+                self._release()
+                if self._problem is not None:
+                    raise self._problem  # shown by the thread: nobody waits for it any more
+
+    def _prune(self) -> None:
+        directories.prune(self._directory, self._keep, self._damaged)
 
 
 def _drain(pieces: deque) -> Iterator:

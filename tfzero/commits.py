@@ -1,36 +1,42 @@
-"""Directories of checkpoints, each complete and unchanged or not there at all.
+"""One checkpoint: complete and unchanged, or not there at all. A directory of several is in `directories.py`.
 
-    directory/
-        lock                             held by the run that writes here
-        step-00000012/
-            state.index, state.data-*    TensorFlow's checkpoint
-            checkpoint                   lets `tf.train.load_checkpoint` take this directory
-            manifest.json                what was saved, and a checksum of every file; written last
-        .unfinished-step-00000015/       until it is complete
+    step-00000012/
+        state.index, state.data-*    TensorFlow's checkpoint
+        checkpoint                   lets `tf.train.load_checkpoint` take this directory
+        manifest.json                what was saved, and a checksum of every file; written last
+    .unfinished-step-00000015/       until it is complete
 
 [Note: commit] A checkpoint is written under another name. Its files reach the disk before its manifest does, and the
 manifest before the directory gets its name. Whatever instant the writers die at, what is named `step-...` is complete.
+
+[Note: unreadable] Damaged is what is missing, cut or changed: the checkpoint before it is used. A file that cannot be
+read for another reason (no permission, a disk or a server that fails) may be whole: its error ends the run.
 """
 
+import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Mapping
+import stat
+from collections.abc import Iterator, Mapping
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
+
+from tfzero.manifests import MOST_BYTES, find_fault
 
 # Of the manifest and all that it describes; a reader takes this and older ones.
 FORMAT = 1
 STATE = "state"
+UNFINISHED = ".unfinished-"
+REPLACED = ".replaced-"
 _MANIFEST = "manifest.json"
 _POINTER = "checkpoint"
-_PREFIX = "step-"
-_UNFINISHED = ".unfinished-"
-_REPLACED = ".replaced-"
+# How opening fails where there is no such file, or another thing in its place.
+_MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO)
+_PATTERN = "*?[\\"
 
 
 class DamagedCheckpointError(ValueError):
@@ -49,14 +55,13 @@ class DamagedCheckpointError(ValueError):
     """
 
 
-def step_folder(directory: Path, step: int) -> Path:
-    """Where the checkpoint of a step belongs."""
-    return directory / f"{_PREFIX}{step:08d}"
+class NewerFormatError(ValueError):
+    """A checkpoint was written by a newer tfzero, in a format that this one does not know."""
 
 
 def begin(final: Path) -> Path:
     """A new, empty directory to write a checkpoint into. For one worker."""
-    unfinished = final.with_name(f"{_UNFINISHED}{final.name}")
+    unfinished = final.with_name(f"{UNFINISHED}{final.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     return unfinished
@@ -83,8 +88,9 @@ def commit(unfinished: Path, final: Path, manifest: Mapping[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     _sync_folder(unfinished)
-    replaced = final.with_name(f"{_REPLACED}{final.name}")
+    replaced = final.with_name(f"{REPLACED}{final.name}")
     if final.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
         os.rename(final, replaced)
     os.rename(unfinished, final)
     _sync_folder(final.parent)
@@ -93,46 +99,72 @@ def commit(unfinished: Path, final: Path, manifest: Mapping[str, Any]) -> None:
 
 def describe_file(path: Path) -> list[Any]:
     """`[bytes, checksum]` of a file, which is on the disk afterwards."""
-    with path.open("rb") as file:
+    with _open(path) as file:
         os.fsync(file.fileno())
-        return [path.stat().st_size, hashlib.file_digest(file, "blake2b").hexdigest()[:32]]
+        return _describe(file)
+
+
+def _describe(file: BufferedReader) -> list[Any]:
+    return [os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "blake2b").hexdigest()[:32]]
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a directory holds a checkpoint, whatever its name."""
+    return os.path.lexists(folder / _MANIFEST)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself.
+    """What a checkpoint says of itself, when it is intact and as a manifest must be (`manifests.py`).
 
     Raises:
-        DamagedCheckpointError: if the manifest is missing or has changed.
-        ValueError: if it was written by a newer tfzero.
+        DamagedCheckpointError: if the manifest is missing, has changed, or cannot be one.
+        NewerFormatError: if it was written by a newer tfzero.
+        OSError: if it cannot be read for another reason. [Note: unreadable]
     """
     path = folder / _MANIFEST
     try:
-        whole = json.loads(path.read_text())
+        with _open(path) as file:
+            text = file.read(MOST_BYTES + 1)
+        if len(text) > MOST_BYTES:
+            raise ValueError(f"it has more than {MOST_BYTES:,} bytes")
+        whole = json.loads(text)
         content: dict[str, Any] = whole["manifest"]
         is_intact = whole["checksum"] == _checksum_of(content)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedCheckpointError(f"The checkpoint {folder} cannot be read: {path}: {error}") from None
+    except DamagedCheckpointError as error:
+        raise DamagedCheckpointError(f"The checkpoint {folder} cannot be read: {error}") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise DamagedCheckpointError(f"The checkpoint {folder} cannot be read: {path}: {reason}") from None
     if not is_intact:
         raise DamagedCheckpointError(f"The checkpoint {folder} is damaged: {path} has changed since it was written.")
-    if content["format"] > FORMAT:
-        raise ValueError(
-            f"The checkpoint {folder} has format {content['format']}, and this tfzero reads formats up to {FORMAT}. "
+    written_in = content.get("format") if isinstance(content, dict) else None
+    if type(written_in) is int and written_in > FORMAT:
+        raise NewerFormatError(
+            f"The checkpoint {folder} has format {written_in}, and this tfzero reads formats up to {FORMAT}. "
             "Update tfzero."
         )
+    fault = f"its format is {written_in!r}" if type(written_in) is not int or written_in < 1 else find_fault(content)
+    if fault:
+        raise DamagedCheckpointError(f"The checkpoint {folder} is damaged: {path} is no manifest: {fault}.")
     return content
 
 
 def find_damage(folder: Path, manifest: Mapping[str, Any], part: int = 0, parts: int = 1) -> list[str]:
-    """What is wrong with the files of a checkpoint, of which `part` of `parts` is looked at; workers share the work."""
+    """What is wrong with the files of a checkpoint, of which `part` of `parts` is looked at; workers share the work.
+
+    Raises:
+        OSError: if one cannot be read, though it is there. [Note: unreadable]
+    """
     damages = []
     for name, expected in sorted(manifest["files"].items())[part::parts]:
         path = folder / name
         try:
-            found = [path.stat().st_size, expected[1]]
-            if found == expected:
-                found = describe_file(path)
-        except OSError as error:
-            damages.append(f"{path}: {os.strerror(error.errno or errno.EIO)}")
+            with _open(path) as file:
+                found = [os.fstat(file.fileno()).st_size, expected[1]]
+                if found == expected:
+                    found = _describe(file)
+        except DamagedCheckpointError as error:
+            damages.append(str(error))
             continue
         if found[0] != expected[0]:
             damages.append(f"{path} has {found[0]} bytes instead of {expected[0]}")
@@ -141,71 +173,54 @@ def find_damage(folder: Path, manifest: Mapping[str, Any], part: int = 0, parts:
     return damages
 
 
-def checkpoints(directory: Path) -> list[Path]:
-    """The complete checkpoints of a directory, the newest first."""
-    return sorted((path for path in directory.glob(f"{_PREFIX}*") if path.is_dir()), reverse=True)
-
-
-def prune(directory: Path, keep: int) -> None:
-    """Deletes all but the newest checkpoints."""
-    for path in checkpoints(directory)[keep:]:
-        # Out of sight at once, so that no half of a checkpoint can be seen.
-        shutil.rmtree(path.rename(path.with_name(f"{_REPLACED}{path.name}")))
-
-
-def tidy(directory: Path) -> None:
-    """Deletes what writers that died left unfinished, and gives back its name to what they had not yet replaced."""
-    for path in directory.glob(f"{_UNFINISHED}*"):
-        shutil.rmtree(path)
-    for path in directory.glob(f"{_REPLACED}*"):
-        final = path.with_name(path.name.removeprefix(_REPLACED))
-        if final.exists() or not (path / _MANIFEST).exists():
-            shutil.rmtree(path)
-        else:
-            path.rename(final)
-
-
-def check_room(directory: Path, needed_bytes: int) -> None:
-    """Raises OSError if one cannot write into a directory, which is made, or if its disk has not enough room."""
+def looks_whole(folder: Path) -> bool:
+    """Whether the manifest is intact and every file has its size; their contents are not read."""
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory) as probe:
-            probe.write(b"probe")
+        files = read_manifest(folder)["files"]
+        for name, (size, _) in files.items():
+            with _open(folder / name) as file:
+                if os.fstat(file.fileno()).st_size != size:
+                    return False
+    except NewerFormatError:
+        return True
+    except DamagedCheckpointError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def plain_path(folder: Path) -> Iterator[str]:
+    """Another path of a directory, for TensorFlow, whose `RestoreV2` takes `[`, `*`, `?` and `\\` for patterns."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        path = f"/proc/self/fd/{handle}"
+        if not os.path.exists(path):  # on systems without /proc
+            path = str(folder)
+            if set(path) & set(_PATTERN):
+                raise ValueError(f"TensorFlow takes {path} for a pattern. Use a directory without {_PATTERN} here.")
+        yield path
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[BufferedReader]:
+    """Opens a file for reading, and never waits, as a pipe would let one wait.
+
+    Raises:
+        DamagedCheckpointError: if it is missing or no regular file.
+        OSError: if it cannot be read; the text says what to do. [Note: unreadable]
+    """
+    try:
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise DamagedCheckpointError(f"{path} is no regular file")
+            yield file
     except OSError as error:
-        raise OSError(
-            error.errno, f"Cannot write checkpoints into {directory}: {error.strerror}. Name another."
-        ) from None
-    free = shutil.disk_usage(directory).free
-    if free < needed_bytes:
-        raise OSError(
-            errno.ENOSPC,
-            f"A checkpoint takes about {needed_bytes:,} bytes, but on the disk of {directory} only {free:,} are free. "
-            "Make room, or name a directory on another disk.",
-        )
-
-
-class Lock:
-    """Keeps a second run out of a directory, for as long as this process lives or until `release`."""
-
-    def __init__(self, directory: Path) -> None:
-        self._path = directory / "lock"
-        self._file = open(self._path, "a+")  # noqa: SIM115 - held open
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._file.seek(0)
-            owner = self._file.read().strip()
-            self._file.close()
-            raise OSError(
-                errno.EAGAIN,
-                f"Another run ({owner}) writes checkpoints into {directory}. Give each run a directory of its own.",
-            ) from None
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
-        self._file.flush()
-
-    def release(self) -> None:
-        self._file.close()
+        if error.errno in _MISSING:
+            raise DamagedCheckpointError(f"{path}: {error.strerror}") from None
+        advice = "It may be whole, so no other checkpoint is taken in its place: make it readable, or move it away."
+        raise OSError(error.errno, f"{path}: {error.strerror}. {advice}") from None
 
 
 def _checksum_of(content: Mapping[str, Any]) -> str:

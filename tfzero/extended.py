@@ -45,7 +45,9 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
         self._local_devices = tuple(devices)
         self._creating_optimizer_state = False
         self.view_at_hand: VariableView | None = None
-        self.after_gathering: Callable[[], object] = lambda: None  # called for each variable gathered outside replicas
+        # Called for each variable gathered outside replicas, on all workers.
+        self.before_gathering: Callable[[], object] = lambda: None
+        self.after_gathering: Callable[[], object] = lambda: None
         self._settings: Settings = strategy.settings
         self._channel: Channel = strategy.channel
         # TensorFlow's server runs once in a process.
@@ -168,6 +170,7 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
 
     def whole_value(self, parts: Sequence[tf.Variable], shape: tf.TensorShape, owner: int | None) -> tf.Tensor:
         """A variable from the parts that its replicas hold."""
+        self.before_gathering()
         values = [tf.reshape(tf.convert_to_tensor(part), [-1]) for part in parts]
         if owner is not None:
             flat = self.group.launch(self.group.all_gather_parts, values)[0][owner]

@@ -2,9 +2,15 @@
 
 Reading a sharded variable gathers it, so every worker walks over the model as Keras's saving does, variable by
 variable, but only the first of those that name a path writes there. The files are ordinary ones, for plain Keras too.
+
+[Note: told] Before each variable is gathered, and at the end, the workers say to each other that all goes well. So what
+fails on one, such as a full disk under the one that writes, is raised on all at once, and none waits in a collective.
 """
 
 import contextlib
+import functools
+import io
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import keras
@@ -14,9 +20,11 @@ from tfzero import _compat
 from tfzero.keras_hooks import shows, strategy_of
 from tfzero.patches import patch
 from tfzero.progress import progress
+from tfzero.teamwork import together
 from tfzero.variables import ShardedVariable
 
 _SAVING_SECONDS = 3600.0  # for the others to wait for the one that writes
+_TOPIC = "saving a model"
 
 
 class _Discarded(_compat.saving_lib.H5IOStore):
@@ -38,21 +46,71 @@ class _Discarded(_compat.saving_lib.H5IOStore):
         pass
 
 
-def _save_together(original, model, filepath, *args, **kwargs):
+def _exchange(strategy, place) -> list:
+    """What each worker gives as its place in the walk. Raises on all what has failed on one. [Note: told]"""
+    try:
+        return together(strategy.channel, _TOPIC, lambda: place, _SAVING_SECONDS)
+    except BaseException as error:
+        error._tfzero_told = True
+        raise
+
+
+@contextlib.contextmanager
+def _telling(strategy):
+    """What fails within it fails on all, at their next exchange. [Note: told]"""
+    try:
+        yield
+    except BaseException as error:
+        if getattr(error, "_tfzero_told", False):
+            raise
+        told = error
+
+        def fail():
+            raise told
+
+        together(strategy.channel, _TOPIC, fail, _SAVING_SECONDS)
+
+
+def _save_together(model, filepath, save: Callable[[], object], skipped: Iterable = ()) -> object:
+    """Saves by `save` on the worker that writes; the others take part in what it gathers."""
     strategy = strategy_of(model)
-    if strategy is None:
-        return original(model, filepath, *args, **kwargs)
-    path = str(Path(filepath).absolute())
-    index = strategy.extended.seats.worker
-    writer = strategy.channel.all_gather("saving a model", path).index(path)
-    with _gathers_shown(strategy, model):
-        if writer == index:
-            result = original(model, filepath, *args, **kwargs)
-        else:
-            _compat.saving_lib._save_state(model, _Discarded(), None, "", set())
-            result = None
-    strategy.channel.all_gather("a model is saved", None, _SAVING_SECONDS)
+    gathered = 0
+
+    def before_gathering() -> None:
+        nonlocal gathered
+        gathered += 1
+        _agree_on_place(strategy, f"variable {gathered}")
+
+    with _telling(strategy):
+        # Who writes into an object in memory has one of its own.
+        path = None if isinstance(filepath, io.IOBase) else str(Path(filepath).absolute())
+        writer = _exchange(strategy, path).index(path)
+        result = None
+        with _gathers_shown(strategy, model), _called_before_gathering(strategy.extended, before_gathering):
+            if path is None or writer == strategy.extended.seats.worker:
+                result = save()
+            else:
+                _compat.saving_lib._save_state(model, _Discarded(), None, "", {id(each) for each in skipped})
+        _agree_on_place(strategy, "the end")
     return result
+
+
+def _agree_on_place(strategy, place: str) -> None:
+    places = _exchange(strategy, place)
+    if len(set(places)) > 1:
+        where = ", ".join(f"worker {worker} at {each}" for worker, each in enumerate(places))
+        error = RuntimeError(f"While a model is saved the workers are at different places: {where}. Save it alike.")
+        error._tfzero_told = True  # as all raise it
+        raise error
+
+
+@contextlib.contextmanager
+def _called_before_gathering(extended, function: Callable[[], object]):
+    former, extended.before_gathering = extended.before_gathering, function
+    try:
+        yield
+    finally:
+        extended.before_gathering = former
 
 
 @contextlib.contextmanager
@@ -69,20 +127,31 @@ def _gathers_shown(strategy, model: keras.Model):
             strategy.extended.after_gathering = former
 
 
-patch(
+@patch(
     _compat.saving_lib,
     "save_model",
     "model filepath weights_format zipped",
     "reading a variable in shards is a collective: all workers save, one writes",
     "test_keras_files.py::test_one_worker_writes",
-)(_save_together)
-patch(
+)
+def _save_model(original, model, filepath, *args, **kwargs):
+    if strategy_of(model) is None:
+        return original(model, filepath, *args, **kwargs)
+    return _save_together(model, filepath, lambda: original(model, filepath, *args, **kwargs))
+
+
+@patch(
     _compat.saving_lib,
     "save_weights_only",
     "model filepath max_shard_size objects_to_skip",
     "reading a variable in shards is a collective: all workers save, one writes",
     "test_keras_files.py::test_one_worker_writes",
-)(_save_together)
+)
+def _save_weights_only(original, model, filepath, max_shard_size=None, objects_to_skip=None):
+    if strategy_of(model) is None:
+        return original(model, filepath, max_shard_size, objects_to_skip)
+    save = functools.partial(original, model, filepath, max_shard_size, objects_to_skip)
+    return _save_together(model, filepath, save, objects_to_skip or ())
 
 
 @patch(
@@ -112,8 +181,13 @@ def _save_model_to_hdf5(original, model, filepath, *args, **kwargs):
     "test_keras_files.py::test_a_folder_that_another_worker_has_just_made_is_no_error",
 )
 def _save_model_checkpoint(original, self, epoch, batch, logs):
-    if strategy_of(self.model) is not None:
-        Path(self._get_file_path(epoch, batch, logs)).parent.mkdir(parents=True, exist_ok=True)
+    if (strategy := strategy_of(self.model)) is not None:
+        path = self._get_file_path(epoch, batch, logs)
+        # Keras's own check and `makedirs` fail if another worker is as fast.
+        with _telling(strategy):
+            if "://" not in path:
+                Path(path).parent.mkdir(parents=True, exist_ok=True)
+            _exchange(strategy, None)
     return original(self, epoch, batch, logs)
 
 
@@ -125,9 +199,14 @@ def _save_model_checkpoint(original, self, epoch, batch, logs):
     "test_keras_files.py::test_one_worker_writes",
 )
 def _save_backup(original, self):
-    if _is_chief(self.model):
+    if (strategy := strategy_of(self.model)) is None:
         return original(self)
-    return self.model.save_weights(self._weights_path, overwrite=True)
+    with _telling(strategy):
+        if _is_chief(self.model):
+            original(self)
+        else:
+            self.model.save_weights(self._weights_path, overwrite=True)
+        _exchange(strategy, None)
 
 
 @patch(
@@ -138,10 +217,12 @@ def _save_backup(original, self):
     "test_keras_files.py::test_one_worker_writes",
 )
 def _end_backups(original, self, logs=None):
-    if _is_chief(self.model):
-        original(self, logs)
-    if (strategy := strategy_of(self.model)) is not None:
-        strategy.channel.all_gather("deleting the backup", None)
+    if (strategy := strategy_of(self.model)) is None:
+        return original(self, logs)
+    with _telling(strategy):
+        if _is_chief(self.model):
+            original(self, logs)
+        _exchange(strategy, None)
 
 
 def _is_chief(model) -> bool:

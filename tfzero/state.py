@@ -1,7 +1,7 @@
 """What a model's training consists of, and which replicas this process has."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import keras
@@ -114,6 +114,36 @@ def _state_of_compression(model: keras.Model, names: Mapping[int, str]) -> list[
                 of = names[id(optimizer.trained_variables[index])]
                 items.append(Item(f"{group}/{of.partition('/')[2]}", variable))
     return items
+
+
+def build_optimizer(model: keras.Model) -> None:
+    """Makes the variables of a model's optimizer, which Keras makes in the first step.
+
+    Raises:
+        ValueError: if the model itself is not built.
+    """
+    if not model.built:
+        raise ValueError(
+            "A checkpoint is saved of, and loaded into, a built model: call `model.build(...)` or the model first."
+        )
+    if model.optimizer is not None and not model.optimizer.built:
+        model.optimizer.build(model.trainable_variables)
+
+
+class LocalValues:
+    """A copy of what this process holds of variables: of each replica's component, without a collective."""
+
+    def __init__(self, variables: Iterable[keras.Variable]) -> None:
+        self._copies = [(component, component.numpy()) for component in _components(variables)]
+
+    def restore(self) -> None:
+        for component, copy in self._copies:
+            component.assign(copy)
+
+
+def _components(variables: Iterable[keras.Variable]) -> Iterator[tf.Variable]:
+    for variable in variables:
+        yield from getattr(variable.value, "values", [variable.value])
 
 
 def optimizers_of(model: keras.Model) -> dict[str, str]:
