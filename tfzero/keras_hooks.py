@@ -18,6 +18,7 @@ from tfzero.late_gathers import LateGathers
 from tfzero.model_building import build_unless_the_step_does
 from tfzero.optimizer import Home, ZeroOptimizer
 from tfzero.strategy import ZeroStrategy, mark_global
+from tfzero.writing_callbacks import one_worker_writes
 
 _EMPTY = "The data set is empty: it has no batch. Pass at least one sample."
 _NO_JIT = (
@@ -246,7 +247,8 @@ def _evaluate_or_predict(original, self, *args, **kwargs):
     if strategy_of(self) is None:
         return original(self, *args, **kwargs)
     call = _bind(original, self, args, kwargs)
-    return original(*call.args, **call.kwargs)
+    with one_worker_writes(_flat_callbacks(call.arguments.get("callbacks")), strategy_of(self)):
+        return original(*call.args, **call.kwargs)
 
 
 patch(_compat.keras_tensorflow_trainer.TensorFlowTrainer, "evaluate")(_evaluate_or_predict)
@@ -266,10 +268,15 @@ class _Announcement(keras.callbacks.Callback):
 @patch(_compat.keras_tensorflow_trainer.TensorFlowTrainer, "fit")
 def _fit(original, self, *args, **kwargs):
     """Adds the report, and tells a callback of checkpoints before data are prepared and after all others have ended."""
-    strategy = strategy_of(self)
-    if strategy is None:
+    if strategy_of(self) is None:
         return original(self, *args, **kwargs)
     call = _bind(original, self, args, kwargs)
+    with one_worker_writes(_flat_callbacks(call.arguments.get("callbacks")), strategy_of(self)):
+        return _fit_bound(original, self, call)
+
+
+def _fit_bound(original, self, call: inspect.BoundArguments):
+    strategy = strategy_of(self)
     given = call.arguments.get("callbacks")
     if call.arguments.get("verbose", "auto") in ("auto", 1) and not isinstance(given, keras.callbacks.CallbackList):
         call.arguments["callbacks"] = [*_flat_callbacks(given), _Announcement()]
