@@ -107,13 +107,6 @@ def test_state_of_the_runtime(strategy):
     assert callable(_compat.context.context().abort_collective_ops)
 
 
-def test_progress_bar():
-    callbacks = keras.callbacks.CallbackList([keras.callbacks.History()], add_progbar=True)
-    _compat.drop_progress_bar(callbacks)
-    assert [type(each) for each in callbacks.callbacks] == [keras.callbacks.History]
-    callbacks.on_epoch_begin(0)
-
-
 def test_random_state():
     keras.utils.set_random_seed(5)
     state = _compat.random_state()

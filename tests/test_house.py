@@ -15,8 +15,8 @@ LINE = (
     "compression", "pulse", "packing", "pacing", "gathering", "components", "variables", "inputs", "extended",
     "losses", "exchange", "step", "late_gathers", "descriptions", "inner", "optimizer", "report", "liveness",
     "memory", "strategy", "auditing", "state", "checkpoint", "checkpointing", "callbacks", "gradient_time",
-    "picture", "tensorboard", "model_building", "keras_hooks", "keras_layers", "keras_files", "measuring", "peers",
-    "benchmark",
+    "picture", "tensorboard", "model_building", "best_weights", "writing_callbacks", "keras_hooks", "keras_layers",
+    "keras_files", "measuring", "peers", "benchmark",
 )  # fmt: skip
 MODULES = sorted(path.stem for path in (ROOT / "tfzero").glob("*.py"))
 MOST_LINES_OF_A_FILE = 400

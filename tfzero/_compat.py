@@ -204,12 +204,6 @@ def end_epoch(epoch_iterator: keras_tensorflow_trainer.TFEpochIterator, batches:
     epoch_iterator.data_adapter.on_epoch_end()
 
 
-def drop_progress_bar(callbacks: keras.callbacks.CallbackList) -> None:
-    """Leaves the bar away that `verbose` asks for."""
-    callbacks.callbacks = [each for each in callbacks.callbacks if each is not callbacks._progbar]
-    callbacks._progbar = None
-
-
 def input_structure(model):
     """The Keras tensors that a model of `keras.Input`s takes, in their structure; None for any other model."""
     functional = getattr(model, "_functional", None) or model

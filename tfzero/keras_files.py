@@ -17,7 +17,7 @@ import keras
 import numpy as np
 
 from tfzero import _compat
-from tfzero.keras_hooks import shows, strategy_of
+from tfzero.keras_hooks import strategy_of
 from tfzero.patches import patch
 from tfzero.progress import progress
 from tfzero.teamwork import together
@@ -228,52 +228,3 @@ def _end_backups(original, self, logs=None):
 def _is_chief(model) -> bool:
     strategy = strategy_of(model)
     return strategy is None or strategy.extended.seats.worker == 0
-
-
-# What all callbacks are told.
-
-
-@patch(
-    keras.callbacks.CallbackList,
-    "set_model",
-    "self model",
-    "of several workers the first one shows progress; at stage 3 the best weights are kept in parts",
-    "test_report.py::test_one_of_several_workers_prints_it_and_shows_progress",
-)
-def _set_model(original, self, model):
-    if model and not shows(model):
-        _compat.drop_progress_bar(self)
-    result = original(self, model)
-    if model and strategy_of(model) is not None:
-        for callback in self.callbacks:
-            # Not of a subclass, whose code may need the model itself.
-            if type(callback) is keras.callbacks.EarlyStopping and _lies_in_parts(model):
-                callback.set_model(WeightsInParts(model))
-    return result
-
-
-def _lies_in_parts(model: keras.Model) -> bool:
-    return any(isinstance(variable.value, ShardedVariable) for variable in model.weights)
-
-
-class WeightsInParts:
-    """A model for who only takes its weights and gives them back: they are what this process holds of them."""
-
-    def __init__(self, model: keras.Model) -> None:
-        self.__dict__["model"] = model
-
-    def __getattr__(self, name: str):
-        return getattr(self.model, name)
-
-    def __setattr__(self, name: str, value) -> None:
-        setattr(self.model, name, value)
-
-    def get_weights(self) -> list[np.ndarray]:
-        return [part.numpy() for part in self._parts()]
-
-    def set_weights(self, weights: list[np.ndarray]) -> None:
-        for part, weight in zip(self._parts(), weights, strict=True):
-            part.assign(weight)
-
-    def _parts(self) -> list:
-        return [part for variable in self.model.weights for part in variable.value.values]

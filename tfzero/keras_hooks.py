@@ -11,6 +11,7 @@ import keras
 import tensorflow as tf
 
 from tfzero import _compat, losses
+from tfzero.best_weights import BestWeightsInParts
 from tfzero.callbacks import CheckpointCallback
 from tfzero.inputs import DataPosition
 from tfzero.late_gathers import LateGathers
@@ -18,6 +19,7 @@ from tfzero.model_building import build_unless_the_step_does
 from tfzero.optimizer import Home, ZeroOptimizer
 from tfzero.patches import patch
 from tfzero.strategy import ZeroStrategy, mark_global
+from tfzero.writing_callbacks import one_worker_writes
 
 _EMPTY = "The data set is empty: it has no batch. Pass at least one sample."
 _NO_JIT = (
@@ -270,10 +272,34 @@ def _enumerate_iterator(original, self):
     yield from steps
 
 
-def shows(model) -> bool:
-    """Whether this worker is the one that prints."""
-    strategy = strategy_of(model)
-    return strategy is None or strategy.extended.should_checkpoint
+def _bind(original, model, args, kwargs) -> inspect.BoundArguments:
+    """A call's arguments by name. Of several workers the first one shows progress: logs are the same on all."""
+    call = inspect.signature(original).bind(model, *args, **kwargs)
+    if not strategy_of(model).extended.should_checkpoint:
+        call.arguments["verbose"] = 0
+    return call
+
+
+def _evaluate_or_predict(original, self, *args, **kwargs):
+    if strategy_of(self) is None:
+        return original(self, *args, **kwargs)
+    call = _bind(original, self, args, kwargs)
+    with one_worker_writes(_flat_callbacks(call.arguments.get("callbacks")), strategy_of(self)):
+        return original(*call.args, **call.kwargs)
+
+
+_CALLS = {
+    "evaluate": "self x y batch_size verbose sample_weight steps callbacks return_dict kwargs",
+    "predict": "self x batch_size verbose steps callbacks",
+}
+for _name, _arguments in _CALLS.items():
+    patch(
+        _compat.keras_tensorflow_trainer.TensorFlowTrainer,
+        _name,
+        _arguments,
+        "of several workers the first one shows progress and writes",
+        "test_report.py::test_one_of_several_workers_prints_it_and_shows_progress",
+    )(_evaluate_or_predict)
 
 
 class _Announcement(keras.callbacks.Callback):
@@ -296,14 +322,20 @@ class _Announcement(keras.callbacks.Callback):
 )
 def _fit(original, self, *args, **kwargs):
     """Adds the report, and tells a callback of checkpoints before data are prepared and after all others have ended."""
-    strategy = strategy_of(self)
-    if strategy is None:
+    if strategy_of(self) is None:
         return original(self, *args, **kwargs)
-    call = inspect.signature(original).bind(self, *args, **kwargs)
+    call = _bind(original, self, args, kwargs)
+    with one_worker_writes(_flat_callbacks(call.arguments.get("callbacks")), strategy_of(self)):
+        return _fit_bound(original, self, call)
+
+
+def _fit_bound(original, self, call: inspect.BoundArguments):
+    strategy = strategy_of(self)
     given = call.arguments.get("callbacks")
-    is_verbose = shows(self) and call.arguments.get("verbose", "auto") in ("auto", 1)
-    if is_verbose and not isinstance(given, keras.callbacks.CallbackList):
-        call.arguments["callbacks"] = [*_flat_callbacks(given), _Announcement()]
+    if not isinstance(given, keras.callbacks.CallbackList):
+        is_verbose = call.arguments.get("verbose", "auto") in ("auto", 1)
+        ours = [BestWeightsInParts(_flat_callbacks(given)), *([_Announcement()] if is_verbose else [])]
+        call.arguments["callbacks"] = [*_flat_callbacks(given), *ours]
     callbacks = [each for each in _flat_callbacks(given) if isinstance(each, CheckpointCallback)]
     if not callbacks:
         return original(*call.args, **call.kwargs)
