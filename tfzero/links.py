@@ -21,7 +21,8 @@ from time import monotonic
 
 import numpy as np
 
-from tfzero.cluster import HELLO_SECONDS, Channel, Cluster, listen, seconds_left
+from tfzero.channel import HELLO_SECONDS, Channel, listen, seconds_left
+from tfzero.cluster import Cluster
 
 _HELLO = struct.Struct("!16sII")  # what only this meeting knows, the caller's rank, number of the `Links`
 _HEADER = struct.Struct("!QQ")  # number of the exchange, bytes

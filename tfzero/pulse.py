@@ -20,7 +20,8 @@ from time import monotonic
 import tensorflow as tf
 
 from tfzero import _compat
-from tfzero.cluster import Channel, Cluster
+from tfzero.channel import Channel
+from tfzero.cluster import Cluster
 from tfzero.collectives import Group
 from tfzero.links import Links
 from tfzero.stopping import EXIT_WORKER_LOST, AgreedStop

@@ -9,7 +9,8 @@ from dataclasses import asdict
 import tensorflow as tf
 
 from tfzero import _compat
-from tfzero.cluster import Channel, Cluster
+from tfzero.channel import Channel
+from tfzero.cluster import Cluster
 from tfzero.collectives import LINKED_LANES
 from tfzero.extended import ZeroExtended
 from tfzero.inputs import DataPosition, cut_batch
