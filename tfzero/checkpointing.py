@@ -11,8 +11,8 @@ from threading import Thread
 import keras
 
 from tfzero import commits
-from tfzero.checkpoint import Writer, check_fits, patience, pieces_to_write, read_state, snapshot, together
 from tfzero.channel import Channel
+from tfzero.checkpoint import Writer, check_fits, patience, pieces_to_write, read_state, snapshot, together
 from tfzero.progress import progress
 from tfzero.state import METRICS, Item, World, bucket_bytes_of, optimizers_of, state_of
 from tfzero.strategy import ZeroStrategy, channel_of_one
