@@ -164,7 +164,7 @@ class Channel:
     def __init__(self, cluster: Cluster, connections: dict[int, socket.socket], timeout_seconds: float):
         self._cluster = cluster
         self._connections = connections  # by worker index: the leader has all, the others the leader's
-        self._timeout_seconds = timeout_seconds
+        self.timeout_seconds = timeout_seconds
         self._failure = None  # the kind and the text of the first error
 
     @classmethod
@@ -187,7 +187,7 @@ class Channel:
         """
         if self._failure is not None:
             raise self._failure[0](self._failure[1])
-        seconds = self._timeout_seconds if timeout_seconds is None else timeout_seconds
+        seconds = self.timeout_seconds if timeout_seconds is None else timeout_seconds
         gather = self._gather_as_leader if self._cluster.index == 0 else self._gather_as_worker
         try:
             return gather(topic, json.dumps({"topic": topic, "value": value}).encode(), seconds)

@@ -13,9 +13,10 @@ import keras
 from tfzero import commits
 from tfzero.channel import Channel
 from tfzero.checkpoint import Writer, check_fits, patience, pieces_to_write, read_state, snapshot, together
+from tfzero.joining import channel_of_one
 from tfzero.progress import progress
 from tfzero.state import METRICS, Item, World, bucket_bytes_of, optimizers_of, state_of
-from tfzero.strategy import ZeroStrategy, channel_of_one
+from tfzero.strategy import ZeroStrategy
 
 _SAVE_SECONDS = 60.0  # for workers without a strategy's timeout
 

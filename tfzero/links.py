@@ -42,7 +42,7 @@ class Links:
     def __init__(self, cluster: Cluster, connections: Mapping[int, socket.socket], timeout_seconds: float) -> None:
         self._cluster = cluster
         self._connections = dict(connections)
-        self._timeout_seconds = timeout_seconds
+        self.timeout_seconds = timeout_seconds
         self._exchanges = 0
         self._scratch = np.empty(0, np.uint8)
         self._reason = ""
@@ -113,7 +113,7 @@ class Links:
                 self._move(sent, received)
         except OSError as error:
             self.is_lost = True
-            self._closed.wait(self._timeout_seconds)
+            self._closed.wait(self.timeout_seconds)
             raise ConnectionError(self._reason or f"{self._cluster.name} lost another worker: {error}") from None
 
     def _move(self, sent: Sequence[np.ndarray], received: Sequence[np.ndarray]) -> None:

@@ -22,7 +22,7 @@ class AgreedStop:
     """
 
     def __init__(self, timeout_seconds: float | None = None) -> None:
-        self._timeout_seconds = timeout_seconds
+        self.timeout_seconds = timeout_seconds
         self._condition = threading.Condition()
         self._requested = False
         self._heard = False
@@ -45,10 +45,10 @@ class AgreedStop:
             TimeoutError: if the others do not answer.
         """
         with self._condition:
-            if self._requested and self._timeout_seconds is None:
+            if self._requested and self.timeout_seconds is None:
                 self._last = self._begun
-            if not self._condition.wait_for(lambda: not self._heard or self._last is not None, self._timeout_seconds):
-                raise TimeoutError(f"The other workers did not say within {self._timeout_seconds:g} s when to stop.")
+            if not self._condition.wait_for(lambda: not self._heard or self._last is not None, self.timeout_seconds):
+                raise TimeoutError(f"The other workers did not say within {self.timeout_seconds:g} s when to stop.")
             may_begin = self._last is None or self._begun < self._last
             self._begun += may_begin
             return may_begin
