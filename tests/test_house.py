@@ -10,12 +10,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Each module imports only modules before it: the list is the design.
 LINE = (
-    "plan", "slices", "wire", "costs", "commits", "progress", "cluster", "channel", "stopping", "fleet", "launch",
-    "_compat", "_compat_cluster", "settings", "links", "lanes", "collectives", "network", "compression", "pulse",
-    "joining", "packing", "pacing", "gathering", "components", "variables", "inputs", "extended", "losses", "exchange",
-    "step", "late_gathers", "inner", "optimizer", "report", "liveness", "memory", "strategy", "auditing", "state",
-    "checkpoint", "checkpointing", "callbacks", "gradient_time", "picture", "tensorboard", "keras_hooks",
-    "keras_layers", "keras_files", "measuring", "peers", "benchmark",
+    "plan", "slices", "wire", "costs", "commits", "progress", "cluster", "stopping", "messages", "handshake",
+    "meeting", "channel", "fleet", "launch", "_compat", "_compat_cluster", "settings", "links", "lanes",
+    "collectives", "network", "compression", "pulse", "joining", "packing", "pacing", "gathering", "components",
+    "variables", "inputs", "extended", "losses", "exchange", "step", "late_gathers", "inner", "optimizer", "report",
+    "liveness", "memory", "strategy", "auditing", "state", "checkpoint", "checkpointing", "callbacks",
+    "gradient_time", "picture", "tensorboard", "keras_hooks", "keras_layers", "keras_files", "measuring", "peers",
+    "benchmark",
 )  # fmt: skip
 MODULES = sorted(path.stem for path in (ROOT / "tfzero").glob("*.py"))
 MOST_LINES_OF_A_FILE = 400

@@ -67,7 +67,7 @@ def test_a_worker_that_stands_still_goes_on_training(cpu_devices):
 
 
 def _wait_in_a_second_strategy():
-    """In a worker: what its report says of the limit, how long worker 0 waits for worker 1 then, and what it is told."""
+    """In a worker: what its report says of the limit, how long it waits for the others, and the error."""
     tfzero.ZeroStrategy(2, timeout_seconds=60)
     strategy = tfzero.ZeroStrategy(2, timeout_seconds=SHORT_SECONDS)
     told = strategy.report().options["timeout_seconds"]

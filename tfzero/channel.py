@@ -1,10 +1,9 @@
 """A control channel among the Python processes of all workers.
 
-`Channel.join` makes the workers of TF_CONFIG meet over plain TCP before TensorFlow starts its own cluster,
-which would wait for a missing worker in C++, holding the GIL, for up to an hour. The first worker, the
-leader, dials every other at its port of TF_CONFIG. Listening ends before `join` returns, so TensorFlow can
-bind the port; the connections stay open. A message is a magic line, its length, and JSON. Each worker sends
-one to the leader and gets one answer. Who receives a message with the key "error" raises that error.
+`Channel.join` makes the workers of TF_CONFIG meet over plain TCP before TensorFlow starts its own servers. The first
+worker, the leader, dials every other at its port of TF_CONFIG (`meeting.py`). Listening ends before `join` returns, so
+TensorFlow can bind the port; the connections stay open. Each worker sends one message to the leader and gets one
+answer. Who receives a message with the key "error" raises that error.
 """
 
 import contextlib
@@ -12,160 +11,33 @@ import json
 import os
 import selectors
 import socket
-import struct
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
-from itertools import repeat
-from time import monotonic, sleep
+import threading
+from time import monotonic
 
+from tfzero import meeting
 from tfzero.cluster import Cluster
-from tfzero.progress import progress
+from tfzero.handshake import read_secret
+from tfzero.meeting import error_of, is_seconds, part, told
+from tfzero.messages import encode, receive, seconds_left, send
+from tfzero.stopping import blaming
 
-MAGIC = b"tfzero channel 1\n"
-CALL_SECONDS = 3.0  # for each step of a call: the called worker may be busy with a stranger
-HELLO_SECONDS = 1.0  # for a caller to say who it is; strangers often say nothing
-RETRY_SECONDS = 0.1  # between two rounds of calls
 NOTICE_SECONDS = 0.5  # after so long the leader tells the others that it has arrived and waits too
-GRACE_SECONDS = 2.0  # how much longer than the leader a worker waits, to hear the leader's reason
-_ADVICE = "Start each process with the same cluster and its own task index in TF_CONFIG."
-_HEADER = struct.Struct(f"!{len(MAGIC)}sQ")
-_ERRORS = {kind.__name__: kind for kind in (ConnectionError, TimeoutError, TypeError, ValueError)}
-
-
-def seconds_left(deadline):
-    """Seconds until the deadline; never 0, which sockets take for "do not wait"."""
-    return max(deadline - monotonic(), 0.001)
-
-
-def _send(connection, message, deadline):
-    text = message if isinstance(message, bytes) else json.dumps(message).encode()
-    connection.settimeout(seconds_left(deadline))
-    connection.sendall(_HEADER.pack(MAGIC, len(text)) + text)
-
-
-def _read_bytes(connection, count, deadline):
-    view = memoryview(data := bytearray(count))
-    while view:
-        connection.settimeout(seconds_left(deadline))
-        received = connection.recv_into(view)
-        if not received:
-            raise ConnectionError("the connection was closed")
-        view = view[received:]
-    return data
-
-
-def _receive(connection, deadline, transfer_seconds):
-    """The next message: it must begin before the deadline, and may then take `transfer_seconds`."""
-    magic, length = _HEADER.unpack(_read_bytes(connection, _HEADER.size, deadline))
-    if magic != MAGIC:
-        raise ConnectionError("the process there is no tfzero worker")
-    return json.loads(_read_bytes(connection, length, monotonic() + transfer_seconds))
-
-
-def _part(connections, error):
-    """Close the connections. If there is an error, tell it first to the peers that still hear."""
-    for connection in connections:
-        with connection, contextlib.suppress(OSError):
-            if error is not None:
-                told = {"error": type(error).__name__, "text": str(error) or repr(error)}
-                _send(connection, told, monotonic() + HELLO_SECONDS)
-
-
-def listen(cluster):
-    """A socket that listens on the port of this worker's address, on all interfaces, with SO_REUSEADDR."""
-    port = int(cluster.addresses[cluster.index].rpartition(":")[2])
-    both = socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if both else socket.AF_INET
-    try:
-        return socket.create_server(("", port), family=family, dualstack_ipv6=both)
-    except OSError as error:
-        reason = f"{cluster.describe(cluster.index)} cannot listen on its port: {os.strerror(error.errno)}."
-        advice = "Stop the process that uses it (another with the same task index?), or change the port."
-        raise OSError(error.errno, f"{reason} {advice}") from None
-
-
-def _call(cluster, index, deadline):
-    """Dial a worker once. Returns its connection and its answer, or None and the reason."""
-    host, port = cluster.addresses[index].rsplit(":", 1)
-    try:
-        with contextlib.ExitStack() as stack:
-            seconds = min(CALL_SECONDS, seconds_left(deadline))
-            connection = stack.enter_context(socket.create_connection((host.strip("[]"), port), seconds))
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if connection.getsockname() == connection.getpeername():  # the system gave it the port it dials
-                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # free it
-                raise ConnectionError("nobody listens there")
-            _send(connection, asdict(cluster), monotonic() + CALL_SECONDS)
-            answer = _receive(connection, monotonic() + CALL_SECONDS, CALL_SECONDS)
-            _send(connection, {"seconds_left": seconds_left(deadline)}, monotonic() + CALL_SECONDS)  # welcome
-            stack.pop_all()
-            return connection, answer
-    except (OSError, ValueError) as error:  # ValueError: an impossible host name, an answer that is no JSON
-        return None, str(error)
-
-
-def _call_all(cluster, _listener, timeout_seconds):
-    """The leader's part of the meeting: dial until all answer. Returns connections by worker index."""
-    deadline = monotonic() + timeout_seconds
-    calls, connections, conflict, missing = {}, {}, "", range(1, cluster.size)
-    try:
-        with ThreadPoolExecutor(cluster.size) as pool, progress("meeting", cluster.size, unit="workers") as bar:
-            while missing and (not calls or monotonic() < deadline):
-                tries = pool.map(_call, repeat(cluster), missing, repeat(deadline))
-                calls = dict(zip(missing, tries, strict=True))
-                connections |= {index: connection for index, (connection, _) in calls.items() if connection}
-                bar.reach(1 + len(connections))
-                for index in calls.keys() & connections.keys():
-                    conflict = conflict or _find_conflict(cluster, index, calls[index][1])
-                if conflict:  # a little time to reach the rest, so that they are told too
-                    deadline = min(deadline, monotonic() + GRACE_SECONDS)
-                missing = [index for index in missing if index not in connections]
-                sleep(RETRY_SECONDS if missing else 0)
-        if conflict:
-            raise ValueError(conflict)
-        if missing:
-            who = "; ".join(f"{cluster.describe(index)} ({calls[index][1]})" for index in missing)
-            what = f"{len(missing)} of {cluster.size} workers missing after {timeout_seconds:g} s: {who}."
-            raise TimeoutError(f"{what} {_ADVICE}")
-    except BaseException as error:
-        _part(connections.values(), error)
-        raise
-    return connections
-
-
-def _find_conflict(cluster, index, answer):
-    theirs = Cluster(tuple(answer["addresses"]), tuple(answer["names"]), answer["index"])
-    ours = f"To {cluster.name} the process at {cluster.addresses[index]} is {cluster.names[index]} of: "
-    what = f"{ours}{cluster.describe()}. To itself it is {theirs.name} of: {theirs.describe()}."
-    return "" if theirs == replace(cluster, index=index) else f"The workers disagree. {what} {_ADVICE}"
-
-
-def _await_call(cluster, listener, timeout_seconds):
-    """The others' part: wait for the leader's call, dropping strangers and calls that it has given up."""
-    deadline = monotonic() + timeout_seconds
-    while monotonic() < deadline:
-        listener.settimeout(seconds_left(deadline))
-        with contextlib.suppress(OSError, ValueError), contextlib.ExitStack() as stack:
-            connection = stack.enter_context(listener.accept()[0])
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            _receive(connection, monotonic() + HELLO_SECONDS, HELLO_SECONDS)
-            _send(connection, asdict(cluster), monotonic() + HELLO_SECONDS)
-            connection.settimeout(CALL_SECONDS)
-            if connection.recv(1, socket.MSG_PEEK):  # the welcome, which all_gather reads
-                stack.pop_all()
-                return {0: connection}
-    what = f"{cluster.describe(0)} never called within {timeout_seconds:g} s. Start it with the same cluster"
-    raise TimeoutError(f"{what} in TF_CONFIG; it must reach {cluster.describe(cluster.index)}.")
 
 
 class Channel:
-    """Connects the processes of all workers, which make the same calls. What goes wrong with it closes it for all."""
+    """Connects the processes of all workers, which make the same calls. What goes wrong with it closes it for all.
 
-    def __init__(self, cluster: Cluster, connections: dict[int, socket.socket], timeout_seconds: float):
+    Threads of a process may share it: an exchange has it to itself.
+    """
+
+    def __init__(self, cluster: Cluster, connections: dict[int, socket.socket], timeout_seconds: float) -> None:
         self._cluster = cluster
         self._connections = connections  # by worker index: the leader has all, the others the leader's
         self.timeout_seconds = timeout_seconds
-        self._failure = None  # the kind and the text of the first error
+        self._failure: Exception | None = None  # like the first error
+        self._in_use = threading.Lock()
+        self._is_closing = False
+        self._process = os.getpid()
 
     @classmethod
     def join(cls, cluster: Cluster, timeout_seconds: float) -> "Channel":
@@ -173,27 +45,36 @@ class Channel:
 
         Raises TimeoutError if one does not come, ValueError if they disagree, OSError if the port is taken.
         """
+        secret, seconds = read_secret(), timeout_seconds
         # The leader listens too, but only to keep its port from a second leader.
-        with listen(cluster) if cluster.size > 1 else contextlib.nullcontext() as listener:
-            meet = _call_all if cluster.index == 0 else _await_call
-            channel = cls(cluster, meet(cluster, listener, timeout_seconds), timeout_seconds)
-        channel.all_gather("join", None)  # afterwards all are here, and nobody listens any more
+        with meeting.listen(cluster) if cluster.size > 1 else contextlib.nullcontext() as listener:
+            if cluster.index == 0:
+                connections = meeting.call_all(cluster, secret, timeout_seconds)
+            else:
+                connection, seconds = meeting.await_call(cluster, secret, listener, timeout_seconds)
+                connections = {0: connection}
+            channel = cls(cluster, connections, timeout_seconds)
+        channel.all_gather("join", None, seconds)  # afterwards all are here, and nobody listens any more
         return channel
 
     def all_gather(self, topic: str, value, timeout_seconds: float | None = None) -> list:
         """The values of all workers in rank order, as JSON has them: tuples come back as lists.
 
-        Raises on all: RuntimeError if topics differ, TimeoutError if one is late, ConnectionError if lost.
+        Raises on all: RuntimeError if topics differ, TimeoutError if one is late, ConnectionError if lost, TypeError or
+        ValueError if a value is no JSON or too long.
         """
-        if self._failure is not None:
-            raise self._failure[0](self._failure[1])
         seconds = self.timeout_seconds if timeout_seconds is None else timeout_seconds
         gather = self._gather_as_leader if self._cluster.index == 0 else self._gather_as_worker
-        try:
-            return gather(topic, json.dumps({"topic": topic, "value": value}).encode(), seconds)
-        except BaseException as error:
-            self._fail(error)
-            raise
+        with self._in_use:
+            if self._failure is not None:
+                raise _again(self._failure)
+            try:
+                return gather(topic, encode({"topic": topic, "value": value}), seconds)
+            except BaseException as error:
+                if self._is_closing:
+                    raise self._fail(None) from None
+                self._fail(error)
+                raise
 
     def agree(self, topic: str, value, what: str) -> None:
         """Raise ValueError on all, who may go on, unless all give the same value. `what` names it: "settings"."""
@@ -207,26 +88,40 @@ class Channel:
 
     def close(self) -> None:
         """Close the connections. If the others call again, they see this worker as lost."""
-        self._fail(None)
+        if os.getpid() != self._process:  # a forked child, which shares them
+            return
+        self._is_closing = True
+        for connection in list(self._connections.values()):
+            with contextlib.suppress(OSError):  # has ended already
+                connection.shutdown(socket.SHUT_RDWR)  # wakes a thread that waits for it
+        with self._in_use:
+            self._fail(None)
 
-    def _fail(self, error):
+    def _fail(self, error: BaseException | None) -> Exception:
+        """Closes all for this error; None is for being closed. Gives what every later call raises."""
         if self._failure is None:
-            text = "The channel among the workers was closed." if error is None else str(error)
-            self._failure = (_ERRORS.get(type(error).__name__, RuntimeError), text)
-        _part(self._connections.values(), error)
+            closed = RuntimeError("The channel among the workers was closed.")
+            self._failure = closed if error is None else _again(error)
+        part(self._connections.values(), error)
         self._connections = {}
+        return self._failure
 
-    def _gather_as_worker(self, topic, own, seconds):
-        deadline = monotonic() + seconds + GRACE_SECONDS
+    def _gather_as_worker(self, topic: str, own: bytes, seconds: float) -> list:
+        deadline = monotonic() + seconds + meeting.GRACE_SECONDS
         with contextlib.suppress(OSError):  # the reason why sending failed is read next
-            _send(self._connections[0], own, deadline)
-        while True:
+            send(self._connections[0], own, deadline)
+        message = self._read(0, topic, deadline, seconds)
+        if "seconds_left" in message:  # the leader waits too, but for no longer than it may
+            if not is_seconds(message["seconds_left"]):
+                raise self._broken(0, topic, "a time to wait that is none")
+            deadline = monotonic() + min(message["seconds_left"], seconds) + meeting.GRACE_SECONDS
             message = self._read(0, topic, deadline, seconds)
-            if "values" in message:
-                return message["values"]
-            deadline = monotonic() + message["seconds_left"] + GRACE_SECONDS
+        values = message.get("values")
+        if not isinstance(values, list) or len(values) != self._cluster.size:
+            raise self._broken(0, topic, f"no list of {self._cluster.size} values")
+        return values
 
-    def _gather_as_leader(self, topic, own, seconds):
+    def _gather_as_leader(self, topic: str, own: bytes, seconds: float) -> list:
         arrived = {0: json.loads(own)}
         deadline, noticed = monotonic() + seconds, False
         with selectors.DefaultSelector() as selector:
@@ -235,8 +130,13 @@ class Channel:
             while monotonic() < deadline:
                 complete = len(arrived) == self._cluster.size
                 ready = selector.select(0 if complete else min(NOTICE_SECONDS, seconds_left(deadline)))
-                for key, _ in ready:  # one that has arrived speaks again only to tell an error
-                    arrived[key.data] = self._read(key.data, topic, deadline, seconds)
+                for key, _ in ready:
+                    message = self._read(key.data, topic, deadline, seconds)
+                    if key.data in arrived:  # it speaks again only to tell an error
+                        raise self._broken(key.data, topic, "a second message")
+                    if not isinstance(message.get("topic"), str) or "value" not in message:
+                        raise self._broken(key.data, topic, "no topic or no value")
+                    arrived[key.data] = message
                 if complete and not ready:
                     break
                 if not ready and not noticed:
@@ -248,39 +148,50 @@ class Channel:
             raise RuntimeError(f"{what} Run the same program on every worker.")
         missing = [index for index in range(self._cluster.size) if index not in arrived]
         if missing:
-            raise TimeoutError(self._describe_absence(missing, topic, seconds))
+            raise self._absence(missing, topic, seconds)
         values = [arrived[index]["value"] for index in range(self._cluster.size)]
         self._send_all({"values": values}, topic, seconds)
         return values
 
-    def _send_all(self, message, topic, seconds):
-        text = json.dumps(message).encode()
+    def _send_all(self, message: dict, topic: str, seconds: float) -> None:
+        text = encode(message)
         for index, connection in self._connections.items():
             try:
-                _send(connection, text, monotonic() + seconds)
+                send(connection, text, monotonic() + seconds)
             except OSError:
                 self._read(index, topic, monotonic(), seconds)  # raises what it told at last, or its loss
                 raise
 
-    def _read(self, index, topic, deadline, seconds):
+    def _read(self, index: int, topic: str, deadline: float, seconds: float) -> dict:
         """The next message of a worker. Raises the error that it tells, or that it is late or lost."""
         try:
-            message = _receive(self._connections[index], deadline, seconds)
+            message = receive(self._connections[index], deadline, seconds)
         except TimeoutError:
-            raise TimeoutError(self._describe_absence([index], topic, seconds)) from None
-        except OSError:
-            what = f"{self._cluster.describe(index)} was lost at {topic!r}: its connection has ended."
-            raise ConnectionError(f"{what} Look at its output, then start all workers again.") from None
+            raise self._absence([index], topic, seconds) from None
+        except OSError as error:
+            what = f"{self._cluster.describe(index)} was lost at {topic!r}: its connection has ended ({error})."
+            what = f"{what} Look at its output, then start all workers again."
+            raise blaming(ConnectionError(what), [index]) from None
         if "error" in message:
-            raise _ERRORS.get(message["error"], RuntimeError)(message["text"])
+            raise error_of(message)
         return message
 
-    def _describe_absence(self, missing, topic, seconds):
+    def _broken(self, index: int, topic: str, what: str) -> ConnectionError:
+        text = f"{self._cluster.describe(index)} sent {what} at {topic!r}. Start all workers again."
+        return blaming(ConnectionError(text), [index])
+
+    def _absence(self, missing: list[int], topic: str, seconds: float) -> TimeoutError:
         what = f"{self._cluster.describe(*missing)} did not arrive at {topic!r} within {seconds:g} s."
-        return f"{what} Look there whether it is stuck or elsewhere in the program, or give a longer timeout."
+        advice = "Look there whether it is stuck or elsewhere in the program, or give a longer timeout."
+        return blaming(TimeoutError(f"{what} {advice}"), missing)
 
 
-def _describe_differences(cluster, values):
+def _again(error: BaseException) -> Exception:
+    """An error of the same kind and text, to be raised once more."""
+    return error_of(told(error))
+
+
+def _describe_differences(cluster: Cluster, values: list) -> str:
     """Who has what, or "" if all have the same; of dicts only the keys that differ."""
     values = [json.loads(json.dumps(value, sort_keys=True)) for value in values]  # equal dicts look equal
     table = {"": [repr(value) for value in values]}

@@ -14,6 +14,24 @@ EXIT_STOPPED = 75
 EXIT_WORKER_LOST = 76
 
 
+def blaming(error, indexes):
+    """The error, of which other workers are the reason: those of these indexes; of none, if nobody knows which."""
+    error.blamed_workers = tuple(indexes)
+    return error
+
+
+def blamed_by(error: BaseException | None) -> tuple[int, ...] | None:
+    """The workers that are the reason of an error, or of one that it was raised from; None if others are not."""
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        blamed = getattr(error, "blamed_workers", None)
+        if blamed is not None:
+            return tuple(blamed)
+        seen.append(error)
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return None
+
+
 class AgreedStop:
     """Tells whether the training of this process is to end, and after which step.
 
