@@ -1,5 +1,6 @@
 """The workers of TF_CONFIG, and the control channel among them: real sockets over loopback."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -8,12 +9,15 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-import tfzero.cluster as cluster_module
-from tfzero.cluster import Channel, Cluster, cluster_from_spec, read_tf_config
+from tfzero import channel as channel_module
+from tfzero import handshake, meeting, messages
+from tfzero.channel import Channel
+from tfzero.cluster import Cluster, cluster_from_spec, read_tf_config
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -270,8 +274,8 @@ def test_port_in_use():
 
 
 def test_strangers_do_not_disturb(monkeypatch):
-    monkeypatch.setattr(cluster_module, "HELLO_SECONDS", 0.2)
-    monkeypatch.setattr(cluster_module, "CALL_SECONDS", 0.7)
+    monkeypatch.setattr(meeting, "HELLO_SECONDS", 0.2)
+    monkeypatch.setattr(meeting, "CALL_SECONDS", 0.7)
     clusters = make_clusters(3)
     ports = [int(address.split(":")[1]) for address in clusters[0].addresses]
     impostor = socket.create_server(("", ports[2]))  # an old process on worker 2's port
@@ -282,7 +286,7 @@ def test_strangers_do_not_disturb(monkeypatch):
             time.sleep(1)
         stranger, _ = impostor.accept()
         impostor.close()
-        with stranger:
+        with stranger, contextlib.suppress(ConnectionResetError):
             stranger.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n" * 3)
             stranger.recv(100)
         time.sleep(0.2)
@@ -346,8 +350,10 @@ def test_leader_that_gave_up_a_call_calls_again():
         opened = []
         dial(port, b"", opened)
         with opened[0] as connection:
-            cluster_module._send(connection, {}, time.monotonic() + 1)
-            connection.recv(10)
+            deadline = time.monotonic() + 1
+            handshake.call(connection, b"", (0, 0), deadline)
+            messages.send(connection, asdict(clusters[0]), deadline)
+            assert messages.receive(connection, deadline, 1)["index"] == 1
         return Channel.join(clusters[0], 5)
 
     channels = run_all([call_and_die, lambda: Channel.join(clusters[1], 5)])
@@ -400,7 +406,7 @@ def test_different_places(channels):
 @pytest.mark.parametrize("channels", [3], indirect=True)
 @pytest.mark.parametrize("absent", [0, 2])
 def test_absent_worker(channels, absent, monkeypatch):
-    monkeypatch.setattr(cluster_module, "GRACE_SECONDS", 0.5)
+    monkeypatch.setattr(meeting, "GRACE_SECONDS", 0.5)
     present = [channel for index, channel in enumerate(channels) if index != absent]
     outcomes = on_each(present, lambda i, c: c.all_gather("fit", None, 0.7))
     assert_all_raise(outcomes, TimeoutError, f"worker {absent} at", "'fit'", "0.7 s")
@@ -410,8 +416,8 @@ def test_absent_worker(channels, absent, monkeypatch):
 
 @pytest.mark.parametrize("channels", [3], indirect=True)
 def test_late_leader_waits_for_others_in_full(channels, monkeypatch):
-    monkeypatch.setattr(cluster_module, "GRACE_SECONDS", 0.5)
-    monkeypatch.setattr(cluster_module, "NOTICE_SECONDS", 0.1)
+    monkeypatch.setattr(meeting, "GRACE_SECONDS", 0.5)
+    monkeypatch.setattr(channel_module, "NOTICE_SECONDS", 0.1)
     delays = [0.9, 0, 1.8]
 
     def gather(index, channel):
@@ -483,12 +489,12 @@ def test_close_twice(channels):
 # ------------------------------------------------------------------------------------ processes
 
 SCRIPT = """
-import importlib.util, os, sys, time
-spec = importlib.util.spec_from_file_location("cluster", sys.argv[1])
-module = sys.modules["cluster"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
-channel = module.Channel.join(module.read_tf_config(), 10)
-index = channel.broadcast("hello", 0) + module.read_tf_config().index
+import os, sys, time
+sys.path.insert(0, sys.argv[1])
+from tfzero.channel import Channel
+from tfzero.cluster import read_tf_config
+channel = Channel.join(read_tf_config(), 10)
+index = channel.broadcast("hello", 0) + read_tf_config().index
 start = time.perf_counter()
 for step in range(200):
     channel.all_gather("step", index)
@@ -509,7 +515,7 @@ def test_real_processes(killed):
     addresses = make_clusters(3)[0].addresses
     spec = {"chief": [addresses[0]], "worker": list(addresses[1:])}
     tasks = [{"type": "chief", "index": 0}, {"type": "worker", "index": 0}, {"type": "worker", "index": 1}]
-    command = [sys.executable, "-W", "error", "-c", SCRIPT, str(Path(cluster_module.__file__)), str(killed)]
+    command = [sys.executable, "-W", "error", "-c", SCRIPT, str(Path(__file__).parents[1]), str(killed)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     processes = [subprocess.Popen(command, env=environ(spec, task), **pipes) for task in tasks]
     try:

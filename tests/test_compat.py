@@ -381,3 +381,8 @@ def test_an_array_shares_the_memory_of_its_tensor():
 
     for value in (np.arange(1.0, 4.0), np.ones([1], "float32"), np.ones([300, 300], "int64")):
         np.testing.assert_array_equal(doubled(tf.constant(value)), 2 * value)
+
+
+def test_the_stock_strategy_leaves_a_coordination_service_that_is_configured():
+    source = inspect.getsource(_compat.CollectiveAllReduceExtended._initialize_multi_worker)
+    assert "if context.context().coordination_service is None:" in source

@@ -153,7 +153,7 @@ def test_strangers_are_turned_away(monkeypatch):
 
     def dial_after_strangers(*args):
         silent, wrong = (socket.create_connection(("127.0.0.1", port)) for _ in range(2))
-        wrong.sendall(b"x" * links_module._HELLO.size)
+        wrong.sendall(b"x" * 1000)
         with silent, wrong:
             return dial(*args)
 

@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfzero import commits
-from tfzero.cluster import Channel
+from tfzero.channel import Channel
 from tfzero.components import on_host, placed
 from tfzero.plan import shard_elements
 from tfzero.slices import Rectangle, rectangles

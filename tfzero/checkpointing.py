@@ -14,11 +14,12 @@ from threading import Lock, Thread
 import keras
 
 from tfzero import commits, directories
+from tfzero.channel import Channel
 from tfzero.checkpoint import Writer, check_fits, patience, pieces_to_write, read_state, snapshot
-from tfzero.cluster import Channel
+from tfzero.joining import channel_of_one
 from tfzero.progress import progress
 from tfzero.state import METRICS, Item, World, bucket_bytes_of, build_optimizer, optimizers_of, state_of
-from tfzero.strategy import ZeroStrategy, channel_of_one
+from tfzero.strategy import ZeroStrategy
 from tfzero.teamwork import together
 
 _SAVE_SECONDS = 60.0  # for workers without a strategy's timeout

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 import tensorflow as tf
 
 from tfzero import _compat
-from tfzero.cluster import Channel, Cluster
+from tfzero.channel import Channel
+from tfzero.cluster import Cluster
 from tfzero.collectives import Group
 from tfzero.components import component, initial_value, on_host
 from tfzero.compression import Codec

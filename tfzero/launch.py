@@ -28,6 +28,7 @@ from pathlib import Path
 import cloudpickle
 
 from tfzero.fleet import Fleet, Worker
+from tfzero.handshake import SECRET_VARIABLE, make_secret
 from tfzero.progress import asking
 from tfzero.stopping import EXIT_STOPPED
 
@@ -189,8 +190,8 @@ def _check_settings(workers: int, timeout_seconds: float | None, cpu_devices: in
 
 
 def _environments(ports: list[int], env: dict[str, str], cpu_devices: int | None) -> list[dict[str, str]]:
-    """The environment of each worker: ours, unbuffered output, `env`, and its place. The first may show progress."""
-    shared = {"TF_CPP_MIN_LOG_LEVEL": "2", **os.environ, "PYTHONUNBUFFERED": "1", **env}
+    """The environment of each worker: ours, a secret, unbuffered output, `env`, its place. The first shows progress."""
+    shared = {"TF_CPP_MIN_LOG_LEVEL": "2", SECRET_VARIABLE: make_secret(), **os.environ, "PYTHONUNBUFFERED": "1", **env}
     if cpu_devices is not None:
         shared[CPU_DEVICES_VARIABLE] = str(cpu_devices)
     cluster = {"worker": [f"127.0.0.1:{port}" for port in ports]}

@@ -11,19 +11,21 @@ to what another waits for.
 
 import contextlib
 import itertools
-import os
 import select
 import socket
 import struct
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from time import monotonic
+from time import monotonic, sleep
 
 import numpy as np
 
-from tfzero.cluster import HELLO_SECONDS, Channel, Cluster, listen, seconds_left
+from tfzero.channel import Channel
+from tfzero.cluster import Cluster
+from tfzero.handshake import call, hear, make_secret, read_secret
+from tfzero.meeting import HELLO_SECONDS, RETRY_SECONDS, callers, dial, listen
+from tfzero.messages import seconds_left
 
-_HELLO = struct.Struct("!16sII")  # what only this meeting knows, the caller's rank, number of the `Links`
 _HEADER = struct.Struct("!QQ")  # number of the exchange, bytes
 _CHUNK_BYTES = 2**21  # as many are received before they are added
 _PART_BYTES = 2**19  # handed to the kernel at once
@@ -41,7 +43,7 @@ class Links:
     def __init__(self, cluster: Cluster, connections: Mapping[int, socket.socket], timeout_seconds: float) -> None:
         self._cluster = cluster
         self._connections = dict(connections)
-        self._timeout_seconds = timeout_seconds
+        self.timeout_seconds = timeout_seconds
         self._exchanges = 0
         self._scratch = np.empty(0, np.uint8)
         self._reason = ""
@@ -112,7 +114,7 @@ class Links:
                 self._move(sent, received)
         except OSError as error:
             self.is_lost = True
-            self._closed.wait(self._timeout_seconds)
+            self._closed.wait(self.timeout_seconds)
             raise ConnectionError(self._reason or f"{self._cluster.name} lost another worker: {error}") from None
 
     def _move(self, sent: Sequence[np.ndarray], received: Sequence[np.ndarray]) -> None:
@@ -200,8 +202,8 @@ def link(cluster: Cluster, channel: Channel, count: int, timeout_seconds: float)
     made: list[dict[int, socket.socket]] = [{} for _ in range(count)]
     with contextlib.ExitStack() as stack:
         with listen(cluster) as listener:
-            # A secret to know each other by; afterwards all listen.
-            secret = bytes.fromhex(channel.broadcast("listening", os.urandom(16).hex()))
+            # What only this meeting knows; afterwards all listen.
+            secret = read_secret() + str(channel.broadcast("listening", make_secret())).encode()
             for rank, number in itertools.product(range(cluster.index + 1, cluster.size), range(count)):
                 made[number][rank] = stack.enter_context(_dial(cluster, rank, secret, number, timeout_seconds))
             for rank, number, connection in _callers(cluster, listener, secret, count, timeout_seconds):
@@ -212,16 +214,27 @@ def link(cluster: Cluster, channel: Channel, count: int, timeout_seconds: float)
 
 
 def _dial(cluster: Cluster, rank: int, secret: bytes, number: int, timeout_seconds: float) -> socket.socket:
-    host, port = cluster.addresses[rank].rsplit(":", 1)
-    try:
-        connection = socket.create_connection((host.strip("[]"), port), timeout_seconds)
-    except OSError as error:
-        raise ConnectionError(
-            f"{cluster.describe(cluster.index)} cannot reach {cluster.describe(rank)}: {error}. Every two workers "
-            "connect: let each reach the addresses of all in TF_CONFIG."
-        ) from None
-    connection.sendall(_HELLO.pack(secret, cluster.index, number))
-    return connection
+    """A connection to a worker that has made sure of this one. One that found it too slow is dialled again."""
+    deadline = monotonic() + timeout_seconds
+    reason, is_last = "", False
+    while not is_last:
+        is_last = monotonic() >= deadline
+        try:
+            connection = dial(cluster.addresses[rank], seconds_left(deadline))
+        except (OSError, ValueError) as error:
+            reason = str(error)
+            break
+        try:
+            call(connection, secret, (cluster.index, number), deadline)
+            return connection
+        except OSError as error:
+            connection.close()
+            reason = str(error)
+        sleep(RETRY_SECONDS)
+    raise ConnectionError(
+        f"{cluster.describe(cluster.index)} cannot reach {cluster.describe(rank)}: {reason}. Every two workers "
+        "connect: let each reach the addresses of all in TF_CONFIG."
+    )
 
 
 def _callers(
@@ -229,28 +242,20 @@ def _callers(
 ) -> Iterator[tuple[int, int, socket.socket]]:
     """Rank, number and connection of each call of the workers before this one; strangers are turned away."""
     missing = set(itertools.product(range(cluster.index), range(count)))
-    deadline = monotonic() + timeout_seconds
-    while missing:
-        listener.settimeout(seconds_left(deadline))
-        try:
-            connection, _ = listener.accept()
-        except TimeoutError:
-            who = ", ".join(cluster.describe(rank) for rank in sorted({rank for rank, _ in missing}))
-            raise TimeoutError(f"{cluster.name} was not called within {timeout_seconds:g} s by {who}.") from None
-        caller = _listen_to(connection, secret)
-        if caller in missing:
-            missing.remove(caller)
-            yield *caller, connection
-        else:
-            connection.close()
+    if not missing:
+        return
 
+    def greet(connection):
+        return hear(connection, secret, monotonic() + HELLO_SECONDS)
 
-def _listen_to(connection: socket.socket, secret: bytes) -> tuple[int, int] | None:
-    """The rank and number that a caller gives; None of a stranger."""
-    connection.settimeout(HELLO_SECONDS)
-    with contextlib.suppress(OSError):
-        hello = connection.recv(_HELLO.size, socket.MSG_WAITALL)
-        if len(hello) == _HELLO.size and hello.startswith(secret):
-            _, rank, number = _HELLO.unpack(hello)
-            return rank, number
-    return None
+    with contextlib.closing(callers(listener, greet, monotonic() + timeout_seconds, [])) as heard:
+        for connection, claim in heard:
+            if claim not in missing:
+                connection.close()
+                continue
+            missing.remove(claim)
+            yield *claim, connection
+            if not missing:
+                return
+    who = ", ".join(cluster.describe(rank) for rank in sorted({rank for rank, _ in missing}))
+    raise TimeoutError(f"{cluster.name} was not called within {timeout_seconds:g} s by {who}.")

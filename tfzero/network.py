@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import tensorflow as tf
 
-from tfzero.cluster import Channel
+from tfzero.channel import Channel
 from tfzero.collectives import Group
 from tfzero.settings import Choice
 

@@ -20,7 +20,8 @@ from time import monotonic
 import tensorflow as tf
 
 from tfzero import _compat
-from tfzero.cluster import Channel, Cluster
+from tfzero.channel import Channel
+from tfzero.cluster import Cluster
 from tfzero.collectives import Group
 from tfzero.links import Links
 from tfzero.stopping import EXIT_WORKER_LOST, AgreedStop
@@ -51,7 +52,6 @@ class Pulse:
     def __init__(self, cluster: Cluster, channel: Channel, timeout_seconds: float, links: Sequence[Links]) -> None:
         self._cluster = cluster
         self._channel = channel
-        self._timeout_seconds = timeout_seconds
         self._links = links
         self._groups: list[Group] = []
         self._since: list[tuple[int, float]] = []  # each count and when it came to it
@@ -63,6 +63,15 @@ class Pulse:
         atexit.register(self.stop)
         sys.excepthook = self._exit_hook(sys.excepthook)
         threading.Thread(target=self._watch, name="tfzero pulse", daemon=True).start()
+
+    @property
+    def timeout_seconds(self) -> float:
+        """How long a collective may take, and a worker may not answer."""
+        return self.stop_together.timeout_seconds
+
+    @timeout_seconds.setter
+    def timeout_seconds(self, seconds: float) -> None:
+        self.stop_together.timeout_seconds = seconds
 
     def add(self, group: Group) -> None:
         """Watches one more group; all workers add the same ones in the same order."""
@@ -85,12 +94,12 @@ class Pulse:
             if not reason:
                 try:
                     beat = [counts, self.stop_together.tell()]
-                    beats = self._channel.all_gather("the pulse", beat, _PATIENCE * self._timeout_seconds)
+                    beats = self._channel.all_gather("the pulse", beat, _PATIENCE * self.timeout_seconds)
                     counts_of_all = [counts for counts, _ in beats]
                     self.stop_together.hear([told for _, told in beats])
                 except (OSError, RuntimeError, ValueError) as error:
                     reason = self._note(str(error))
-            stuck = self._stuck_lanes(counts, _GRACE_SECONDS if reason else self._timeout_seconds)
+            stuck = self._stuck_lanes(counts, _GRACE_SECONDS if reason else self.timeout_seconds)
             if stuck:
                 reason = self._note(reason or self._describe(counts_of_all, stuck))
                 self._abort(f"{reason} {self._where()}")
@@ -118,7 +127,7 @@ class Pulse:
             former(kind, error, trace)
             if not isinstance(error, _LOSSES) and not any(links.is_lost for links in self._links):
                 return
-            lost = self._reason if self._has_reason.wait(self._timeout_seconds) else self._named_in(str(error))
+            lost = self._reason if self._has_reason.wait(self.timeout_seconds) else self._named_in(str(error))
             if lost:
                 text = f"tfzero: {self._cluster.name} exits with code {EXIT_WORKER_LOST}: {lost} {self._where()}"
                 print(text, file=sys.stderr)
@@ -151,7 +160,7 @@ class Pulse:
             for index, theirs in enumerate(counts_of_all)
             if any(place >= len(theirs) or theirs[place] < mine[place] for place in stuck)
         ]
-        where = f"{self._cluster.name} has waited in a collective for {self._timeout_seconds:g} s."
+        where = f"{self._cluster.name} has waited in a collective for {self.timeout_seconds:g} s."
         if not behind:
             return f"{where} All workers wait, but not for the same: run the same program on every worker."
         return (

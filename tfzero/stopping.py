@@ -14,6 +14,24 @@ EXIT_STOPPED = 75
 EXIT_WORKER_LOST = 76
 
 
+def blaming(error, indexes):
+    """The error, of which other workers are the reason: those of these indexes; of none, if nobody knows which."""
+    error.blamed_workers = tuple(indexes)
+    return error
+
+
+def blamed_by(error: BaseException | None) -> tuple[int, ...] | None:
+    """The workers that are the reason of an error, or of one that it was raised from; None if others are not."""
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        blamed = getattr(error, "blamed_workers", None)
+        if blamed is not None:
+            return tuple(blamed)
+        seen.append(error)
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return None
+
+
 class AgreedStop:
     """Tells whether the training of this process is to end, and after which step.
 
@@ -22,7 +40,7 @@ class AgreedStop:
     """
 
     def __init__(self, timeout_seconds: float | None = None) -> None:
-        self._timeout_seconds = timeout_seconds
+        self.timeout_seconds = timeout_seconds
         self._condition = threading.Condition()
         self._requested = False
         self._heard = False
@@ -45,10 +63,10 @@ class AgreedStop:
             TimeoutError: if the others do not answer.
         """
         with self._condition:
-            if self._requested and self._timeout_seconds is None:
+            if self._requested and self.timeout_seconds is None:
                 self._last = self._begun
-            if not self._condition.wait_for(lambda: not self._heard or self._last is not None, self._timeout_seconds):
-                raise TimeoutError(f"The other workers did not say within {self._timeout_seconds:g} s when to stop.")
+            if not self._condition.wait_for(lambda: not self._heard or self._last is not None, self.timeout_seconds):
+                raise TimeoutError(f"The other workers did not say within {self.timeout_seconds:g} s when to stop.")
             may_begin = self._last is None or self._begun < self._last
             self._begun += may_begin
             return may_begin

@@ -9,13 +9,10 @@ from dataclasses import asdict
 import tensorflow as tf
 
 from tfzero import _compat, patches
-from tfzero.cluster import Channel, Cluster
-from tfzero.collectives import LINKED_LANES
 from tfzero.extended import ZeroExtended
 from tfzero.inputs import DataPosition, cut_batch
-from tfzero.links import Links, link
+from tfzero.joining import join
 from tfzero.network import DEFAULT_BUCKET_BYTES
-from tfzero.pulse import Pulse
 from tfzero.report import Report, make_report
 from tfzero.settings import (
     DEFAULT_MIN_SHARD_ELEMENTS,
@@ -62,7 +59,7 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
             "auto" measures the network when the optimizer is built, and chooses for the model.
         min_shard_elements: variables with fewer elements stay whole on every replica.
         timeout_seconds: how long a worker waits for the others before it gives up with an error: when it starts, and
-            in every exchange of a step.
+            in every exchange of a step. The limit of a process's latest strategy counts for all it has.
         reshard_after_forward: at stage 3, whether gathered parameters are let go after the forward pass and gathered
             again in the backward pass (the default), or kept, with a third less to send and more memory.
         compression: in what float32 matrices travel: None for as they are, "bf16", "fp16" or "int8" (the latter two
@@ -138,13 +135,16 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         self.optimizers: weakref.WeakSet = weakref.WeakSet()  # that were built for its variables
         self.announced: weakref.WeakSet = weakref.WeakSet()  # those that `fit` has printed a report of
         self.data_position: DataPosition | None = None  # for the next training data
-        self.channel, self.saving_channel, pulse, self.links = _meet(cluster, timeout_seconds)
-        self.stop = AgreedStop() if pulse is None else pulse.stop_together
+        joined = join(cluster, timeout_seconds)
+        self.channel, self.saving_channel, self.links = joined.channel, joined.saving_channel, joined.links
+        self.stop = AgreedStop() if joined.pulse is None else joined.pulse.stop_together
         self.channel.agree("making a ZeroStrategy", asdict(self.settings), "settings")
+        joined.wait_at_most(timeout_seconds)
         # The stock constructor would make its own extended.
         _compat.distribute_lib.Strategy.__init__(self, ZeroExtended(self, cluster, local))
-        if pulse is not None:
-            pulse.add(self.extended.group)
+        self.channel.all_gather("starting TensorFlow's servers", None)
+        if joined.pulse is not None:
+            joined.pulse.add(self.extended.group)
         self.extended.meet()
 
     def reduce(self, reduce_op, value, axis=None):
@@ -285,39 +285,6 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         finally:
             if unseeded:
                 tf.random.set_seed(None)
-
-
-# Of the cluster that this process has joined; later strategies of the process use them too.
-_joined: dict[Cluster, tuple[Channel, Channel, Pulse, tuple[Links, ...]]] = {}
-
-
-def _meet(cluster: Cluster | None, timeout_seconds: float) -> tuple[Channel, Channel, Pulse | None, tuple[Links, ...]]:
-    """Control channels for the program and for saving in the background, the pulse, and links for collectives."""
-    if cluster is None:
-        return channel_of_one(), channel_of_one(), None, ()
-    if cluster not in _joined:
-        if _compat.runtime_is_initialized():
-            raise RuntimeError(
-                "TensorFlow was used before the ZeroStrategy was made, and then it cannot join other workers any more. "
-                "Make the strategy at the start of the program, before any tensor, variable or model."
-            )
-        channel, of_saving, of_pulse = (Channel.join(cluster, timeout_seconds) for _ in range(3))
-        links = _make_links(cluster, channel, timeout_seconds)
-        _joined[cluster] = channel, of_saving, Pulse(cluster, of_pulse, timeout_seconds, links), links
-    return _joined[cluster]
-
-
-def _make_links(cluster: Cluster, channel: Channel, timeout_seconds: float) -> tuple[Links, ...]:
-    """Links for the collectives' lanes, if every worker has threads enough. [Note: links]"""
-    threads = tf.config.threading.get_inter_op_parallelism_threads() or os.cpu_count() or 1
-    if cluster.size == 1 or min(channel.all_gather("counting threads", threads)) < LINKED_LANES:
-        return ()
-    return link(cluster, channel, LINKED_LANES, timeout_seconds)
-
-
-def channel_of_one() -> Channel:
-    """A control channel for a process without others."""
-    return Channel(Cluster(("localhost:1",), ("worker 0",), 0), {}, timeout_seconds=1.0)
 
 
 def mark_global(tensor: tf.Tensor) -> tf.Tensor:

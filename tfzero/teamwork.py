@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
-from tfzero.cluster import Channel
+from tfzero.channel import Channel
 from tfzero.commits import DamagedCheckpointError
 
 # As what the others raise an error of one worker. What else goes wrong is a RuntimeError.
