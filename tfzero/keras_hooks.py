@@ -13,10 +13,11 @@ import tensorflow as tf
 
 from tfzero import _compat, losses
 from tfzero.callbacks import CheckpointCallback
+from tfzero.dependence import mark_global
 from tfzero.inputs import DataPosition
 from tfzero.late_gathers import LateGathers
 from tfzero.optimizer import Home, ZeroOptimizer
-from tfzero.strategy import ZeroStrategy, mark_global
+from tfzero.strategy import ZeroStrategy
 
 _EMPTY = "The data set is empty: it has no batch. Pass at least one sample."
 _NO_JIT = (

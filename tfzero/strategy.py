@@ -11,6 +11,7 @@ import tensorflow as tf
 from tfzero import _compat
 from tfzero.cluster import Channel, Cluster
 from tfzero.collectives import LINKED_LANES
+from tfzero.dependence import is_global
 from tfzero.extended import ZeroExtended
 from tfzero.inputs import DataPosition, cut_batch
 from tfzero.links import Links, link
@@ -217,8 +218,7 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         rows = strategy.run(lambda part: tf.shape(part)[0], args=(features,))  # on two replicas 5 and 5
         ```
         """
-        parts = cut_batch(batch, self.extended.seats)
-        return tf.nest.map_structure(lambda *leaves: _compat.per_replica(leaves), *parts)
+        return cut_batch(batch, self.extended.seats)
 
     @contextlib.contextmanager
     def gathered(self, variables):
@@ -317,14 +317,3 @@ def _make_links(cluster: Cluster, channel: Channel, timeout_seconds: float) -> t
 def channel_of_one() -> Channel:
     """A control channel for a process without others."""
     return Channel(Cluster(("localhost:1",), ("worker 0",), 0), {}, timeout_seconds=1.0)
-
-
-def mark_global(tensor: tf.Tensor) -> tf.Tensor:
-    """Notes that a tensor has the same value on all replicas, so that nobody need reduce it."""
-    tensor._tfzero_global = True
-    return tensor
-
-
-def is_global(tensor) -> bool:
-    """Whether `mark_global` was called on a tensor."""
-    return getattr(tensor, "_tfzero_global", False)
