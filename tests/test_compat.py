@@ -11,7 +11,7 @@ import tensorflow as tf
 import tfzero
 from tfzero import _compat
 from tfzero.extended import ZeroExtended
-from tfzero.variables import AveragedVariable, OnReadVariable, ReplicatedVariable, ShardedVariable
+from tfzero.variables import LayerVariable, OnReadVariable, ReplicatedVariable, ShardedVariable
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_what_is_called_has_these_arguments(owner, name, arguments):
     [
         (ZeroExtended, _compat.CollectiveAllReduceExtended),
         (ReplicatedVariable, _compat.MirroredVariable),
-        (AveragedVariable, _compat.MirroredVariable),
+        (LayerVariable, _compat.MirroredVariable),
         (ShardedVariable, _compat.MirroredVariable),
         (OnReadVariable, _compat.SyncOnReadVariable),
     ],

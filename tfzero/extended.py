@@ -13,12 +13,21 @@ from tfzero.cluster import Cluster
 from tfzero.collectives import Group
 from tfzero.components import component, initial_value, on_host
 from tfzero.compression import Codec
+from tfzero.dependence import OTHER, ROWS, Dependence, mark_global
 from tfzero.gathering import Gatherer
-from tfzero.inputs import Seats, check_shardable, cut_dataset, describe_dataset, rows_of
+from tfzero.inputs import (
+    Seats,
+    batch_leaves,
+    check_shardable,
+    cut_dataset,
+    describe_dataset,
+    one_batch_leaf,
+    rows_of,
+)
 from tfzero.network import DEFAULT_BUCKET_BYTES, Network, measure_network
 from tfzero.settings import Choice, Settings
 from tfzero.variables import (
-    AveragedVariable,
+    LayerVariable,
     OnReadVariable,
     ReplicatedVariable,
     ShardedParameter,
@@ -101,7 +110,9 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
     def replica_collective(self, method, value, *args):
         """One of the group's collectives from within a replica, in a graph or eagerly."""
         if not tf.executing_eagerly():
-            return method(value, _compat.replica_index(), *args)
+            result = method(value, _compat.replica_index(), *args)
+            is_same = method in (self.group.all_reduce, self.group.all_gather, self.group.broadcast)
+            return mark_global(result) if is_same else result
 
         def together(strategy, value):
             return _compat.per_replica(self.group.launch(method, self._spread(value), *args))
@@ -140,8 +151,8 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
     def share(self) -> tf.Tensor:
         """This replica's rows of the batch over the rows of all, float32; 1/N if `run` was given nothing with rows.
 
-        [Note: share] The batch is the first argument of the function that `run` runs. The share is what a mean over
-        this replica's samples must be multiplied with to be its part of the mean over all samples.
+        [Note: share] The share is what a mean over this replica's samples must be multiplied with to be its part of
+        the mean over all samples. The batch is what was cut by rows, of the arguments of the function that `run` runs.
         """
         unknown = tf.constant(1.0 / self.group.world_size)
         thread = _compat.replica_thread()
@@ -150,8 +161,7 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
         graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
         known = thread.__dict__.setdefault("_tfzero_shares", {})
         if graph not in known:
-            leaves = tf.nest.flatten([thread.main_args, thread.main_kwargs])
-            rows = next((rows for rows in map(rows_of, leaves) if rows is not None), None)
+            rows = rows_of(one_batch_leaf([thread.main_args, thread.main_kwargs]))
             if rows is None:
                 return unknown
             total = self.replica_collective(self.group.all_reduce, rows)
@@ -159,6 +169,22 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
                 tf.math.divide_no_nan(tf.cast(rows, tf.float64), tf.cast(total, tf.float64)), tf.float32
             )
         return known[graph]
+
+    def dependence(self) -> Dependence:
+        """Within a replica that is traced: what depends on its rows of the batch. [Note: kinds]"""
+        thread = _compat.replica_thread()
+        if thread is None:
+            return Dependence([])
+        arguments = [thread.main_args, thread.main_kwargs]
+        if "_tfzero_dependence" not in thread.__dict__:
+            rows = {id(leaf) for leaf in batch_leaves(arguments)}
+            thread._tfzero_dependence = Dependence(
+                (tensor, ROWS if id(leaf) in rows else OTHER)
+                for leaf in tf.nest.flatten(arguments)
+                for tensor in tf.nest.flatten(leaf, expand_composites=True)
+                if tf.is_tensor(tensor) and tensor.shape.rank != 0
+            )
+        return thread._tfzero_dependence
 
     def average(self, value: tf.Tensor) -> tf.Tensor:
         """Mean over replicas, weighted by their shares of the batch."""
@@ -308,14 +334,10 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
                 values.append(component(next_creator, device, value, values, kwargs))
             return values
 
-        averaged = (
-            tf.as_dtype(value.dtype).is_floating
-            and kwargs.get("trainable") is False
-            and kwargs.get("aggregation", tf.VariableAggregation.NONE) == tf.VariableAggregation.NONE
-            and not self._creating_optimizer_state
-        )
         classes = {
-            tf.VariableSynchronization.ON_WRITE: AveragedVariable if averaged else ReplicatedVariable,
+            tf.VariableSynchronization.ON_WRITE: (
+                ReplicatedVariable if self._creating_optimizer_state else LayerVariable
+            ),
             tf.VariableSynchronization.ON_READ: OnReadVariable,
         }
         return _compat.create_mirrored_variable(self._container_strategy(), components, classes, {}, **kwargs)

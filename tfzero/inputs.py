@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import tensorflow as tf
 
-from tfzero import _compat
+from tfzero import _compat, _compat_batches
 
 
 @dataclass(frozen=True)
@@ -76,16 +76,49 @@ def cut(value, part: int, parts: int):
     if isinstance(value, tf.SparseTensor):
         start = tf.concat([[begin], tf.zeros_like(value.dense_shape[1:])], 0)
         return tf.sparse.slice(value, start, tf.concat([[end - begin], value.dense_shape[1:]], 0))
-    return value[begin:end]
+    part = value[begin:end]
+    if isinstance(part, tf.RaggedTensor) or part.shape[0] is None or tf.executing_eagerly() or parts == 1:
+        return part
+    # A number of rows that is a constant of the graph could not be told from other numbers. [Note: kinds]
+    return tf.compat.v1.placeholder_with_default(part, [None, *part.shape[1:]])
 
 
-def cut_batch(batch, seats: Seats) -> list:
-    """One structure of tensors for each of this worker's replicas."""
+def cut_batch(batch, seats: Seats):
+    """The structure of a batch with per-replica values: the rows of each of this worker's replicas."""
 
-    def one(replica):
-        return tf.nest.map_structure(lambda leaf: cut(leaf, seats.part(replica), seats.parts), batch)
+    def of_replicas(leaf):
+        parts = [cut(leaf, seats.part(replica), seats.parts) for replica in range(seats.replicas_per_worker)]
+        has_rows = seats.parts > 1 and rows_of(parts[0]) is not None
+        return _compat_batches.BatchParts(parts) if has_rows else _compat.per_replica(parts)
 
-    return [one(replica) for replica in range(seats.replicas_per_worker)]
+    return tf.nest.map_structure(of_replicas, batch)
+
+
+def batch_leaves(arguments) -> list:
+    """The tensors with rows of the batch, among the arguments of a replica's function. [Note: share]
+
+    What was cut by rows is known. If nothing was, it can be any tensor with an axis.
+    """
+    leaves = tf.nest.flatten(arguments)
+    known = [leaf for leaf in leaves if _compat_batches.is_part(leaf)]
+    return known or [leaf for leaf in leaves if rows_of(leaf) is not None]
+
+
+def one_batch_leaf(arguments):
+    """One of `batch_leaves`, by whose rows a replica's part of the batch is weighed; None if there is none.
+
+    Raises:
+        ValueError: if it cannot be told which argument is of the batch.
+    """
+    leaves = batch_leaves(arguments)
+    sizes = {leaf.shape[0] for leaf in leaves}
+    if len(sizes) > 1 and not _compat_batches.is_part(leaves[0]):
+        raise ValueError(
+            f"`strategy.run` was given tensors of shapes {[tuple(leaf.shape) for leaf in leaves]}, and it cannot be told "
+            "which of them holds the replica's rows of the batch, by which it is weighed. Pass an element of a data set "
+            "of `strategy.experimental_distribute_dataset`, or what `strategy.cut_batch(batch)` gives."
+        )
+    return leaves[0] if leaves else None
 
 
 def check_shardable(dataset: tf.data.Dataset, workers: int) -> None:
@@ -131,7 +164,6 @@ def cut_dataset(dataset: tf.data.Dataset, seats: Seats) -> tf.data.Dataset:
     is_single = not isinstance(dataset.element_spec, tuple)
 
     def cut_all(*elements):
-        parts = cut_batch(elements[0] if is_single else elements, seats)
-        return tf.nest.map_structure(lambda *leaves: _compat.per_replica(leaves), *parts)
+        return cut_batch(elements[0] if is_single else elements, seats)
 
     return dataset.map(cut_all, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).prefetch(tf.data.AUTOTUNE)

@@ -13,12 +13,13 @@ import tensorflow as tf
 from tfzero import _compat, losses
 from tfzero.best_weights import BestWeightsInParts
 from tfzero.callbacks import CheckpointCallback
+from tfzero.dependence import mark_global
 from tfzero.inputs import DataPosition
 from tfzero.late_gathers import LateGathers
 from tfzero.model_building import build_unless_the_step_does
 from tfzero.optimizer import Home, ZeroOptimizer
 from tfzero.patches import patch
-from tfzero.strategy import ZeroStrategy, mark_global
+from tfzero.strategy import ZeroStrategy
 from tfzero.writing_callbacks import one_worker_writes
 
 _EMPTY = "The data set is empty: it has no batch. Pass at least one sample."

@@ -9,6 +9,7 @@ import keras
 import tensorflow as tf
 
 from tfzero import _compat, losses
+from tfzero.dependence import MEAN, OTHER, mark
 from tfzero.patches import patch
 from tfzero.strategy import ZeroStrategy
 from tfzero.variables import ShardedParameter
@@ -48,7 +49,7 @@ def _next_seed(original, self, *args, **kwargs):
     if extended is None:
         return seed
     rank = extended.group.rank(_compat.replica_index())
-    return seed + tf.constant([rank * _FOLD % 2**31, 0], seed.dtype)
+    return mark(seed + tf.constant([rank * _FOLD % 2**31, 0], seed.dtype), OTHER)
 
 
 # Recomputing activations: TensorFlow's `recompute_grad` takes no keyword arguments in a graph, and layers pass some.
@@ -116,6 +117,9 @@ for _name, _arguments in _KERNELS.items():
 def _moments(original, x, axes, keepdims=False, synchronized=False):
     """The moments of no samples are 0, not NaN, which would spread in the sum of gradients."""
     result = original(x, axes, keepdims=keepdims, synchronized=synchronized)
-    if losses.current_extended() is None or synchronized or x.shape[0] is not None:
+    if losses.current_extended() is None or synchronized or tf.executing_eagerly():
         return result
-    return tuple(tf.where(tf.size(x) > 0, moment, tf.zeros_like(moment)) for moment in result)
+    if x.shape[0] is None:
+        result = tuple(tf.where(tf.size(x) > 0, moment, tf.zeros_like(moment)) for moment in result)
+    # The variance is one about the replica's own mean; README.md names it among the exceptions.
+    return tuple(mark(tf.identity(moment), MEAN) for moment in result)

@@ -9,6 +9,7 @@ from dataclasses import asdict
 import tensorflow as tf
 
 from tfzero import _compat, patches
+from tfzero.dependence import is_global
 from tfzero.extended import ZeroExtended
 from tfzero.inputs import DataPosition, cut_batch
 from tfzero.joining import join
@@ -218,8 +219,7 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         rows = strategy.run(lambda part: tf.shape(part)[0], args=(features,))  # on two replicas 5 and 5
         ```
         """
-        parts = cut_batch(batch, self.extended.seats)
-        return tf.nest.map_structure(lambda *leaves: _compat.per_replica(leaves), *parts)
+        return cut_batch(batch, self.extended.seats)
 
     @contextlib.contextmanager
     def gathered(self, variables):
@@ -285,14 +285,3 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         finally:
             if unseeded:
                 tf.random.set_seed(None)
-
-
-def mark_global(tensor: tf.Tensor) -> tf.Tensor:
-    """Notes that a tensor has the same value on all replicas, so that nobody need reduce it."""
-    tensor._tfzero_global = True
-    return tensor
-
-
-def is_global(tensor) -> bool:
-    """Whether `mark_global` was called on a tensor."""
-    return getattr(tensor, "_tfzero_global", False)

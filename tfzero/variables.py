@@ -1,10 +1,11 @@
-"""Variables of a ZeroStrategy: equal on all replicas, averaged, or in shards."""
+"""Variables of a ZeroStrategy: equal on all replicas, or in shards."""
 
 import keras
 import numpy as np
 import tensorflow as tf
 
 from tfzero import _compat
+from tfzero.combining import combined, is_eager_sum
 from tfzero.plan import Placement, Plan, shard_elements
 
 
@@ -39,15 +40,27 @@ class ReplicatedVariable(_compat.MirroredVariable):
         return super()._update_cross_replica(update_fn, value, **kwargs)
 
 
-class AveragedVariable(ReplicatedVariable):
-    """A replicated variable that a layer updates from the data, such as BatchNormalization's moving statistics.
+class LayerVariable(ReplicatedVariable):
+    """A replicated variable of a layer or a program, such as a counter or BatchNormalization's moving statistics.
 
-    Each replica computes a value from its part of the batch; all take the average, weighted by the parts' sizes, so
-    that replicas stay equal and a replica without samples has no say.
+    Each replica computes a value from its part of the batch; all take what one device would have computed, so that
+    replicas stay equal. [Note: layer state]
     """
 
+    def assign(self, value, *args, **kwargs):
+        if is_eager_sum(self):  # of what is new in it
+            return self.assign_add(tf.convert_to_tensor(value, self.dtype) - self.value(), *args, **kwargs)
+        return super().assign(value, *args, **kwargs)
+
     def _update_replica(self, update_fn, value, **kwargs):
-        value = self.distribute_strategy.extended.average(tf.convert_to_tensor(value, self.dtype))
+        if self.aggregation == tf.VariableAggregation.ONLY_FIRST_REPLICA or self.dtype == tf.string:
+            return super()._update_replica(update_fn, value, **kwargs)
+        if isinstance(value, tf.IndexedSlices):
+            raise TypeError(
+                f"The variable {self.name!r} is updated in some rows only (`scatter_...`), which replicas cannot combine. "
+                "Assign a whole value, for example with `tf.tensor_scatter_nd_add`."
+            )
+        value = combined(self, tf.convert_to_tensor(value, self.dtype), self.distribute_strategy.extended)
         return update_fn(self._get_on_device_or_primary(), value, **kwargs)
 
 
@@ -168,6 +181,8 @@ class ShardedParameter(ShardedVariable):
 
     def _update_replica(self, update_fn, value, **kwargs):
         extended = self.distribute_strategy.extended
+        if value is not None and tf.convert_to_tensor(value).shape.rank == self._whole_shape.rank:
+            value = combined(self, tf.convert_to_tensor(value, self.dtype), extended)
         extended.forget_gathered()
         replica = _compat.replica_index()
         return update_fn(self._values[replica], self._part_of(value, extended.group.rank(replica)), **kwargs)
