@@ -15,7 +15,7 @@ LINE = (
     "_compat_cluster", "teamwork", "patches", "settings", "links", "lanes", "collectives", "network", "compression",
     "pulse", "joining", "packing", "pacing", "gathering", "components", "dependence", "combining", "variables",
     "inputs", "extended", "losses", "exchange", "step", "late_gathers", "descriptions", "inner", "optimizer",
-    "report", "liveness", "memory", "strategy", "auditing", "state", "checkpoint", "checkpointing", "callbacks",
+    "report", "liveness", "memory", "strategy", "state", "auditing", "checkpoint", "checkpointing", "callbacks",
     "gradient_time", "picture", "tensorboard", "model_building", "best_weights", "writing_callbacks", "keras_hooks",
     "keras_layers", "keras_files", "measuring", "peers", "benchmark",
 )  # fmt: skip
