@@ -37,7 +37,7 @@ from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
-from tfzero import _compat
+from tfzero import _compat_graphs
 from tfzero.lanes import LANES, Lanes
 from tfzero.links import Links
 
@@ -308,8 +308,8 @@ class Group:
         rows = [self.world_size] if operation is tf.raw_ops.CollectiveGatherV2 else []
         with tf.device(self.devices[replica]), self.lanes.counted(replica, lane, value) as ended:
             flat = tf.reshape(value, [-1])
-            out = tf.raw_ops.Empty(shape=tf.concat([rows, tf.shape(flat)], 0), dtype=value.dtype)
-            result = tf.reshape(_compat.fill(run, flat, out, method.__name__), tf.concat([rows, tf.shape(value)], 0))
+            filled = _compat_graphs.fill(run, flat, tf.concat([rows, tf.shape(flat)], 0), method.__name__)
+            result = tf.reshape(filled, tf.concat([rows, tf.shape(value)], 0))
             ended(result)
         return self.lanes.noted(tf.ensure_shape(result, [*rows, *value.shape]), replica, lane)
 
