@@ -12,10 +12,10 @@ ROOT = Path(__file__).parents[1]
 LINE = (
     "plan", "slices", "wire", "costs", "commits", "progress", "cluster", "stopping", "fleet", "launch", "_compat",
     "_compat_graphs", "edges", "settings", "links", "lanes", "collectives", "network", "compression", "pulse",
-    "packing", "pacing", "gathering", "components", "variables", "inputs", "extended", "losses", "exchange", "step", "late_gathers",
-    "inner", "optimizer", "report", "liveness", "memory", "strategy", "auditing", "state", "checkpoint",
-    "checkpointing", "callbacks", "gradient_time", "picture", "tensorboard", "keras_hooks", "keras_layers",
-    "keras_files", "measuring", "peers", "benchmark",
+    "packing", "pacing", "gathering", "components", "variables", "inputs", "extended", "losses", "exchange", "step",
+    "late_gathers", "inner", "optimizer", "report", "liveness", "memory", "strategy", "auditing", "state",
+    "checkpoint", "checkpointing", "callbacks", "gradient_time", "picture", "tensorboard", "keras_hooks",
+    "keras_layers", "keras_files", "measuring", "peers", "benchmark",
 )  # fmt: skip
 MODULES = sorted(path.stem for path in (ROOT / "tfzero").glob("*.py"))
 MOST_LINES_OF_A_FILE = 400

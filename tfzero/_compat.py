@@ -52,7 +52,7 @@ from tensorflow.python.distribute.values import (
     PerReplicaSpec,
     SyncOnReadVariable,
 )
-from tensorflow.python.eager import context, record
+from tensorflow.python.eager import context, record, tape
 
 # The graphs of branches and loops.
 from tensorflow.python.ops.control_flow_v2_func_graphs import ControlFlowFuncGraph
@@ -247,6 +247,18 @@ def uses_of_variable(variable: tf.Variable) -> list[tf.Operation]:
 def is_recorded(value: tf.Tensor) -> bool:
     """Whether the gradient tape that is active, if any is, knows how a value was made."""
     return not record.could_possibly_record() or record.should_record_backprop([value])
+
+
+def unrecorded():
+    """Within it gradient tapes note nothing."""
+    return record.stop_recording()
+
+
+def record_read(variable: tf.Variable, value: tf.Tensor) -> None:
+    """Has gradient tapes take a new value for what was read of a variable: the gradient has then that value's shape."""
+    if variable.trainable:
+        tape.variable_accessed(variable)
+    record.record_operation("ReadVariableOp", [value], [variable.handle], lambda upstream: [upstream])
 
 
 def graph_around_control_flow(outermost) -> tuple:

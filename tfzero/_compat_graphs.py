@@ -3,16 +3,22 @@
 [Note: automatic order] When a `tf.function` has been traced, TensorFlow makes operations wait that are to run in the
 order of the program (`AutomaticControlDependencies`): those that use one resource, of which one writes to it; and all
 stateful ones without a resource, in one chain. An operation can be declared to run whenever its inputs are there.
+That chain leads from one replica to the next. At stage 3 replicas wait for each other in the middle of it, so that the
+second one's first layer would wait for the first one's last layer, and that for the second one: each has its own.
 """
 
-from collections.abc import Callable, Iterator
+import contextlib
+from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
 # Tells which operations will wait for which, once a function has been traced.
 from tensorflow.python.framework import auto_control_deps
 
+# TensorFlow's attribute of an operation that runs as soon as its inputs are there.
 _RUNS_FREELY = "_independent_side_effects"
+# Attribute of a graph: by device, what stands for the chain of the operations there.
+_CHAINS = "_tfzero_chains"
 
 
 def run_after(operation: tf.Operation, awaited: tf.Operation) -> None:
@@ -45,21 +51,40 @@ def run_freely(operation: tf.Operation) -> None:
         manager.run_independently(operation)
 
 
-def is_chained(operation: tf.Operation) -> bool:
-    """Whether an operation will wait for the one before it of which this is true. [Note: automatic order]"""
-    if not auto_control_deps.op_is_stateful(operation) or any(t.dtype == tf.resource for t in operation.inputs):
+def chain_by_device(graph, devices: Sequence[str]) -> None:
+    """Gives stateful operations without a resource a chain for each of the devices. [Note: automatic order]"""
+    for device in devices:
+        with tf.device(device):
+            chain = tf.zeros([], name="chain")
+        graph.__dict__.setdefault(_CHAINS, {}).setdefault(chain.device, chain)
+
+
+@auto_control_deps.register_acd_resource_resolver
+def _chain_of_device(operation: tf.Operation, reads, writes) -> bool:
+    """Takes a device's chain for the resource of a stateful operation that has none."""
+    chain = getattr(operation.graph, _CHAINS, {}).get(operation.device)
+    if chain is None or reads or writes or not auto_control_deps.op_is_stateful(operation):
         return False
-    try:
-        return not operation.get_attr(_RUNS_FREELY)
-    except ValueError:  # has no such attribute
-        return True
+    writes.add(chain)
+    return True
 
 
-def used_resources(operation: tf.Operation) -> Iterator[tuple[int, bool]]:
-    """A number for each resource that an operation uses, and whether it writes to it. [Note: automatic order]"""
-    if any(tensor.dtype == tf.resource for tensor in operation.inputs):
-        for tensor, kind in auto_control_deps._get_resource_inputs(operation):
-            yield auto_control_deps.ops.tensor_id(tensor), kind is auto_control_deps.ResourceType.READ_WRITE
+def ordered_by(operation: tf.Operation) -> list[tuple[int | None, bool]]:
+    """What orders an operation: a number for each resource, None for the one chain; and whether it writes to it.
+
+    [Note: automatic order]
+    """
+    is_stateful = auto_control_deps.op_is_stateful(operation)
+    if not is_stateful and all(tensor.dtype != tf.resource for tensor in operation.inputs):
+        return []
+    with contextlib.suppress(ValueError):  # has no such attribute
+        if operation.get_attr(_RUNS_FREELY):
+            return []
+    resources = [
+        (auto_control_deps.ops.tensor_id(tensor), kind is auto_control_deps.ResourceType.READ_WRITE)
+        for tensor, kind in auto_control_deps._get_resource_inputs(operation)
+    ]
+    return resources or [(None, True)] * is_stateful
 
 
 def fill(function: Callable, value: tf.Tensor, shape: tf.Tensor, name: str) -> tf.Tensor:

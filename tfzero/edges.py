@@ -29,9 +29,8 @@ class Edges:
         self._places: dict[tf.Operation, int] = {}
         # What TensorFlow will make an operation wait for. [Note: automatic order]
         self._automatic: dict[tf.Operation, set[tf.Operation]] = {}
-        self._last_chained: tf.Operation | None = None
-        self._last_writes: dict[int, tf.Operation] = {}
-        self._reads_since: defaultdict[int, list[tf.Operation]] = defaultdict(list)
+        self._last_writes: dict[int | None, tf.Operation] = {}
+        self._reads_since: defaultdict[int | None, list[tf.Operation]] = defaultdict(list)
 
     @classmethod
     def of(cls, graph) -> "Edges":
@@ -106,7 +105,7 @@ class Edges:
     def _foresee(self, operation: tf.Operation) -> None:
         """Notes what TensorFlow will make a new operation wait for. [Note: automatic order]"""
         awaited = set()
-        for resource, is_written in _compat_graphs.used_resources(operation):
+        for resource, is_written in _compat_graphs.ordered_by(operation):
             if resource in self._last_writes:
                 awaited.add(self._last_writes[resource])
             if is_written:
@@ -114,9 +113,5 @@ class Edges:
                 self._last_writes[resource] = operation
             else:
                 self._reads_since[resource].append(operation)
-        if _compat_graphs.is_chained(operation):
-            if self._last_chained is not None:
-                awaited.add(self._last_chained)
-            self._last_chained = operation
         if awaited:
             self._automatic[operation] = awaited
