@@ -53,10 +53,14 @@ def run_freely(operation: tf.Operation) -> None:
 
 def chain_by_device(graph, devices: Sequence[str]) -> None:
     """Gives stateful operations without a resource a chain for each of the devices. [Note: automatic order]"""
+    if hasattr(graph, _CHAINS):
+        return
+    chains = {}
     for device in devices:
         with tf.device(device):
             chain = tf.zeros([], name="chain")
-        graph.__dict__.setdefault(_CHAINS, {}).setdefault(chain.device, chain)
+        chains[chain.op.device] = chain
+    setattr(graph, _CHAINS, chains)
 
 
 @auto_control_deps.register_acd_resource_resolver
