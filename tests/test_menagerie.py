@@ -26,7 +26,7 @@ TARGETS = RANDOM.integers(0, 3, ROWS)
 X = RANDOM.normal(size=(ROWS, 8)).astype("float32")
 CASES: dict[str, Callable] = {}
 # The cases whose graphs are the most tangled.
-HARDEST = ("frozen_and_twice", "gradient_penalty", "second_derivatives", "two_optimizers", "own_operations")
+HARDEST = ("frozen_and_twice", "gradient_penalty", "second_derivatives", "two_optimizers", "own_operations", "saliency")
 
 
 def case(function):
@@ -38,8 +38,8 @@ def scope(strategy):
     return contextlib.nullcontext() if strategy is None else strategy.scope()
 
 
-def fit(strategy, make_model, x=TOKENS, y=TARGETS, **compile_arguments) -> dict:
-    """The weights before and after two epochs, and what comes of evaluation and prediction."""
+def fit(strategy, make_model, x=TOKENS, y=TARGETS, then=lambda model: [], **compile_arguments) -> dict:
+    """The weights before and after two epochs, what comes of evaluation and prediction, and of `then(model)`."""
     with scope(strategy):
         model = make_model()
         model(x[:4])
@@ -49,7 +49,7 @@ def fit(strategy, make_model, x=TOKENS, y=TARGETS, **compile_arguments) -> dict:
     model.fit(x, y, batch_size=12, epochs=2, shuffle=False, verbose=0)
     evaluated = model.evaluate(x, y, batch_size=12, verbose=0)
     predicted = keras.tree.flatten(model.predict(x, batch_size=12, verbose=0))
-    return {"before": before, "after": model.get_weights(), "results": [np.array(evaluated), *predicted]}
+    return {"before": before, "after": model.get_weights(), "results": [np.array(evaluated), *predicted, *then(model)]}
 
 
 def embedded(*more):
@@ -323,20 +323,67 @@ def two_optimizers_one_tape(strategy):
     return train_adversarial(strategy, persistent=True)
 
 
+# Outside replicas.
+
+
+def gradients_of(model, x) -> list:
+    """Of a score: by the input, if it is no number of a token, and by the parameters."""
+    watched = [x] if x.dtype.is_floating else []
+    with tf.GradientTape() as tape:
+        tape.watch(watched)
+        score = tf.reduce_sum(model(x)[:, 0])
+    return [tf.convert_to_tensor(g) for g in tape.gradient(score, [*watched, *model.trainable_variables])]
+
+
+def gradients_outside(strategy, x):
+    def gradients(model):
+        tensor = tf.constant(x[:5])
+        found = [*gradients_of(model, tensor), *tf.function(gradients_of)(model, tensor)]
+        is_sharded = strategy is not None and strategy.settings.stage == 3
+        with strategy.gathered(model.trainable_variables) if is_sharded else contextlib.nullcontext():
+            found += gradients_of(model, tensor)
+        return [gradient.numpy() for gradient in found]
+
+    return gradients
+
+
+@case
+def saliency(strategy):
+    return fit(strategy, lambda: perceptron(3), X, then=gradients_outside(strategy, X))
+
+
+@case
+def saliency_of_tokens(strategy):
+    return fit(strategy, lambda: embedded(layers.Flatten()), then=gradients_outside(strategy, TOKENS))
+
+
 # Places where they run.
 
 
-def run_cases(names, reshards, devices=1) -> dict:
+SETTINGS = {"again": {}, "kept": {"reshard_after_forward": False}, "whole": {"stage": 2}}
+
+
+def cases(names=None):
+    """Each case at stage 3, with parameters gathered again and kept; and what happens outside replicas at stage 2."""
+    for name in CASES if names is None else names:
+        yield from ((name, settings) for settings in ("again", "kept"))
+        if name.startswith("saliency"):
+            yield name, "whole"
+
+
+def make_strategy(devices, settings):
+    names = [f"CPU:{k}" for k in range(devices)]
+    return tfzero.ZeroStrategy(**{"stage": 3, "devices": names, "min_shard_elements": 8} | SETTINGS[settings])
+
+
+def run_cases(names, devices) -> dict:
     """In a worker: what comes of each case, or the text of its error."""
     results: dict = {}
-    devices = [f"CPU:{k}" for k in range(devices)]
-    for reshard in reshards:
-        for name in names:
-            strategy = tfzero.ZeroStrategy(3, devices=devices, min_shard_elements=8, reshard_after_forward=reshard)
-            try:
-                results[name, reshard] = run(name, strategy)
-            except Exception:
-                results[name, reshard] = traceback.format_exc()
+    for name, settings in cases(names):
+        try:
+            results[name, settings] = run(name, make_strategy(devices, settings))
+        except Exception:
+            results[name, settings] = traceback.format_exc()
     return results
 
 
@@ -352,9 +399,9 @@ def on_one_device(name):
 
 @functools.cache
 def on_workers(devices):
-    names = tuple(CASES) if devices == 1 else HARDEST
+    names = None if devices == 1 else HARDEST
     return tfzero.run_local(
-        run_cases, workers=2, cpu_devices=devices, args=(names, (True, False), devices), timeout_seconds=FLEET_SECONDS
+        run_cases, workers=2, cpu_devices=devices, args=(names, devices), timeout_seconds=FLEET_SECONDS
     )
 
 
@@ -369,20 +416,16 @@ def assert_as_on_one_device(results, name):
                 np.testing.assert_allclose(mine, theirs, rtol=2e-4, atol=2e-5, err_msg=kind)
 
 
-@pytest.mark.parametrize("reshard", [True, False])
-@pytest.mark.parametrize("name", CASES)
-def test_on_devices(name, reshard):
-    strategy = tfzero.ZeroStrategy(3, devices=["CPU:0", "CPU:1"], min_shard_elements=8, reshard_after_forward=reshard)
-    assert_as_on_one_device([run(name, strategy)], name)
+@pytest.mark.parametrize(("name", "settings"), cases())
+def test_on_devices(name, settings):
+    assert_as_on_one_device([run(name, make_strategy(2, settings))], name)
 
 
-@pytest.mark.parametrize("reshard", [True, False])
-@pytest.mark.parametrize("name", CASES)
-def test_on_workers(name, reshard):
-    assert_as_on_one_device([results[name, reshard] for results in on_workers(1)], name)
+@pytest.mark.parametrize(("name", "settings"), cases())
+def test_on_workers(name, settings):
+    assert_as_on_one_device([results[name, settings] for results in on_workers(1)], name)
 
 
-@pytest.mark.parametrize("reshard", [True, False])
-@pytest.mark.parametrize("name", HARDEST)
-def test_on_workers_with_two_devices(name, reshard):
-    assert_as_on_one_device([results[name, reshard] for results in on_workers(2)], name)
+@pytest.mark.parametrize(("name", "settings"), cases(HARDEST))
+def test_on_workers_with_two_devices(name, settings):
+    assert_as_on_one_device([results[name, settings] for results in on_workers(2)], name)
