@@ -256,7 +256,7 @@ class Adapting(Trained):
             loss = mean(tf.square(self.network(x, training=True) - 1))
         gradients = inner.gradient(loss, kernels)
         # Each replica has its own shards of the sums.
-        return loss + sum(tf.reduce_sum(tf.square(gradient)) for gradient in gradients)
+        return loss + 0.03 * sum(tf.reduce_sum(tf.square(gradient)) for gradient in gradients)
 
 
 @case
