@@ -26,7 +26,8 @@ workers 7.5 and 6.4, 9.1 and 7.4, 10.5 and 10.4. A ring passes a single number o
 256 KiB. Within a process there is no difference. Reduce-scatter and all-gather instead of a large ring gain nothing.
 
 Between processes with one replica each, on CPU, not TensorFlow's collectives but `links.py` carries all but broadcasts.
-Their lanes are one for each `Links`, and the counts of a lane order what it carries.
+Their lanes are one for each `Links`, and the counts of a lane order what it carries: nothing else does, so that lanes
+go on side by side.
 """
 
 import contextlib
