@@ -7,9 +7,10 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from tensorflow.python.framework import auto_control_deps
 
 import tfzero
-from tfzero import _compat
+from tfzero import _compat, _compat_graphs
 from tfzero.extended import ZeroExtended
 from tfzero.variables import LayerVariable, OnReadVariable, ReplicatedVariable, ShardedVariable
 
@@ -191,7 +192,7 @@ def test_run_after():
     @tf.function(autograph=False)
     def function(x):
         first, second = tf.exp(x), tf.sin(x)
-        _compat.run_after(first.op, second.op)
+        _compat_graphs.run_after(first.op, second.op)
         return first, second
 
     graph = function.get_concrete_function(tf.constant(1.0)).graph
@@ -208,10 +209,9 @@ def test_what_a_second_gather_is_made_of():
         gradient = tape.gradient(y, x)
         assert _compat.is_backward(gradient.op) and not _compat.is_backward(y.op)
         assert _compat.creation_order(gradient.op) > _compat.creation_order(y.op)
-        copy = _compat.copy_operation(y.op.inputs[0].op, 2 * x)
-        _compat.replace_input(y.op, 0, copy)
-        _compat.note_previous(gradient.op, y.op)
-        assert y.op in _compat.waited_for(gradient.op) and copy.op in _compat.waited_for(y.op)
+        copy = _compat_graphs.copy_operation(y.op.inputs[0].op, 2 * x)
+        _compat_graphs.replace_input(y.op, 0, copy)
+        assert y.op.inputs[0] is copy
         return y
 
     doubled = function(tf.constant([1.0, 0.0, 0.0, 1.0]))
@@ -240,6 +240,39 @@ def test_is_recorded():
         assert not _compat.is_recorded(x)
         tape.watch(x)
         assert _compat.is_recorded(x + 1)
+
+
+def test_a_tape_takes_a_value_for_what_was_read():
+    variable = tf.Variable([1.0, 2.0])
+    with tf.GradientTape() as tape:
+        with _compat.unrecorded():
+            value = tf.concat([variable, [3.0]], 0)
+        assert tape.watched_variables() == ()
+        _compat.record_read(variable, value)
+        total = tf.reduce_sum(value**2)
+    np.testing.assert_array_equal(tape.gradient(total, variable), [2, 4, 6])
+    with tf.GradientTape() as tape:
+        _compat.record_read(tf.Variable(1.0, trainable=False), value)
+    assert tape.watched_variables() == ()
+
+
+def test_what_orders_an_operation():
+    """As TensorFlow finds it, and as it makes operations wait when the function has been traced."""
+    variable = tf.Variable(1.0)
+
+    @tf.function(autograph=False)
+    def function(x):
+        read, written = variable.read_value(), variable.assign(x, read_value=False)
+        own, free = (tf.numpy_function(lambda x: x, [x], tf.float32) for _ in range(2))
+        _compat_graphs.run_freely(free.op)
+        handle = auto_control_deps.ops.tensor_id(written.inputs[0])
+        assert _compat_graphs.ordered_by(read.op.inputs[0].op) == [(handle, False)]
+        assert _compat_graphs.ordered_by(written) == [(handle, True)]
+        assert _compat_graphs.ordered_by(own.op) == [(None, True)]
+        assert _compat_graphs.ordered_by(free.op) == _compat_graphs.ordered_by((x + 1).op) == []
+        return read
+
+    function(tf.constant(2.0))
 
 
 def test_graphs_around_control_flow():
@@ -377,7 +410,7 @@ def test_an_array_shares_the_memory_of_its_tensor():
 
     @tf.function
     def doubled(value):
-        return _compat.fill(double, value, tf.raw_ops.Empty(shape=tf.shape(value), dtype=value.dtype), "double")
+        return _compat_graphs.fill(double, value, tf.shape(value), "double")
 
     for value in (np.arange(1.0, 4.0), np.ones([1], "float32"), np.ones([300, 300], "int64")):
         np.testing.assert_array_equal(doubled(tf.constant(value)), 2 * value)

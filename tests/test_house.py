@@ -11,13 +11,13 @@ ROOT = Path(__file__).parents[1]
 # Each module imports only modules before it: the list is the design.
 LINE = (
     "plan", "slices", "wire", "costs", "manifests", "commits", "directories", "progress", "cluster", "stopping",
-    "messages", "handshake", "meeting", "channel", "fleet", "launch", "_compat", "_compat_batches",
-    "_compat_cluster", "teamwork", "patches", "settings", "links", "lanes", "collectives", "network", "compression",
-    "pulse", "joining", "packing", "pacing", "gathering", "components", "dependence", "combining", "variables",
-    "inputs", "extended", "losses", "exchange", "step", "late_gathers", "descriptions", "inner", "optimizer",
-    "report", "liveness", "memory", "strategy", "state", "auditing", "checkpoint", "checkpointing", "callbacks",
-    "gradient_time", "picture", "tensorboard", "model_building", "best_weights", "writing_callbacks", "keras_hooks",
-    "keras_layers", "keras_files", "measuring", "peers", "benchmark",
+    "messages", "handshake", "meeting", "channel", "fleet", "launch", "_compat", "_compat_graphs", "edges",
+    "_compat_batches", "_compat_cluster", "teamwork", "patches", "settings", "links", "lanes", "collectives",
+    "network", "compression", "pulse", "joining", "packing", "pacing", "gathering", "components", "dependence",
+    "combining", "variables", "inputs", "extended", "losses", "exchange", "step", "late_gathers", "descriptions",
+    "inner", "optimizer", "report", "liveness", "memory", "strategy", "state", "auditing", "checkpoint",
+    "checkpointing", "callbacks", "gradient_time", "picture", "tensorboard", "model_building", "best_weights",
+    "writing_callbacks", "keras_hooks", "keras_layers", "keras_files", "measuring", "peers", "benchmark",
 )  # fmt: skip
 MODULES = sorted(path.stem for path in (ROOT / "tfzero").glob("*.py"))
 MOST_LINES_OF_A_FILE = 400

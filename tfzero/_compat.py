@@ -7,7 +7,6 @@ changed in substance from 2.16 to 2.21; Keras's have.
 import contextlib
 import random
 import threading
-from collections.abc import Callable
 
 import keras
 import tensorflow as tf
@@ -53,7 +52,7 @@ from tensorflow.python.distribute.values import (
     PerReplicaSpec,
     SyncOnReadVariable,
 )
-from tensorflow.python.eager import context, record
+from tensorflow.python.eager import context, record, tape
 
 # The graphs of branches and loops.
 from tensorflow.python.ops.control_flow_v2_func_graphs import ControlFlowFuncGraph
@@ -230,11 +229,6 @@ def training_loss(model, x, y, y_pred, sample_weight):
     return model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
 
 
-def run_after(operation: tf.Operation, awaited: tf.Operation) -> None:
-    """Makes one operation of a graph wait for another; `tf.control_dependencies` only serves new operations."""
-    operation._add_control_input(awaited)
-
-
 def is_backward(operation: tf.Operation) -> bool:
     """Whether a gradient tape made an operation; it names them so."""
     return "gradient_tape/" in operation.name
@@ -250,51 +244,21 @@ def uses_of_variable(variable: tf.Variable) -> list[tf.Operation]:
     return tf.compat.v1.get_default_graph().capture(variable.handle).consumers()
 
 
-def replace_input(operation: tf.Operation, place: int, value: tf.Tensor) -> None:
-    """Makes an operation take another tensor, of the same dtype and shape, as one of its inputs."""
-    operation._update_input(place, value)
-
-
-def copy_operation(operation: tf.Operation, value: tf.Tensor) -> tf.Tensor:
-    """The first output of a copy that takes `value` as its first input."""
-    with tf.device(operation.device):
-        copy = operation.graph.create_op(
-            operation.type,
-            [value, *operation.inputs[1:]],
-            [output.dtype for output in operation.outputs],
-            attrs=dict(operation.node_def.attr),
-            op_def=operation.op_def,
-        )
-    return copy.outputs[0]
-
-
-def note_previous(operation: tf.Operation, previous: tf.Operation | None) -> None:
-    """Notes that an operation will wait for another of the same graph, as both take one ordering token."""
-    if previous is not None and previous.graph is operation.graph:
-        operation._tfzero_previous = previous
-
-
-def waited_for(operation: tf.Operation) -> list[tf.Operation]:
-    """All that an operation waits for by itself."""
-    previous = getattr(operation, "_tfzero_previous", None)
-    own = [tensor.op for tensor in operation.inputs] + list(operation.control_inputs)
-    return own if previous is None else [*own, previous]
-
-
-def fill(function: Callable, value: tf.Tensor, out: tf.Tensor, name: str) -> tf.Tensor:
-    """`out` after `function(value, out)` has written into it, both as NumPy arrays. They have an axis at least.
-
-    That a CPU tensor and the array that stands for it share memory is not promised (`TensorToNdarray` in
-    tensorflow/python/lib/core/py_func.cc); a result of `tf.numpy_function` would not lie in the allocator's memory.
-    """
-    filled = tf.numpy_function(function, [value, out], [], name=name)
-    with tf.control_dependencies([filled]):
-        return tf.identity(out)
-
-
 def is_recorded(value: tf.Tensor) -> bool:
     """Whether the gradient tape that is active, if any is, knows how a value was made."""
     return not record.could_possibly_record() or record.should_record_backprop([value])
+
+
+def unrecorded():
+    """Within it gradient tapes note nothing."""
+    return record.stop_recording()
+
+
+def record_read(variable: tf.Variable, value: tf.Tensor) -> None:
+    """Has gradient tapes take a new value for what was read of a variable: the gradient has then that value's shape."""
+    if variable.trainable:
+        tape.variable_accessed(variable)
+    record.record_operation("ReadVariableOp", [value], [variable.handle], lambda upstream: [upstream])
 
 
 def graph_around_control_flow(outermost) -> tuple:

@@ -26,7 +26,8 @@ workers 7.5 and 6.4, 9.1 and 7.4, 10.5 and 10.4. A ring passes a single number o
 256 KiB. Within a process there is no difference. Reduce-scatter and all-gather instead of a large ring gain nothing.
 
 Between processes with one replica each, on CPU, not TensorFlow's collectives but `links.py` carries all but broadcasts.
-Their lanes are one for each `Links`, and the counts of a lane order what it carries.
+Their lanes are one for each `Links`, and the counts of a lane order what it carries: nothing else does, so that lanes
+go on side by side.
 """
 
 import contextlib
@@ -37,7 +38,7 @@ from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
-from tfzero import _compat
+from tfzero import _compat_graphs
 from tfzero.lanes import LANES, Lanes
 from tfzero.links import Links
 
@@ -308,8 +309,8 @@ class Group:
         rows = [self.world_size] if operation is tf.raw_ops.CollectiveGatherV2 else []
         with tf.device(self.devices[replica]), self.lanes.counted(replica, lane, value) as ended:
             flat = tf.reshape(value, [-1])
-            out = tf.raw_ops.Empty(shape=tf.concat([rows, tf.shape(flat)], 0), dtype=value.dtype)
-            result = tf.reshape(_compat.fill(run, flat, out, method.__name__), tf.concat([rows, tf.shape(value)], 0))
+            filled = _compat_graphs.fill(run, flat, tf.concat([rows, tf.shape(flat)], 0), method.__name__)
+            result = tf.reshape(filled, tf.concat([rows, tf.shape(value)], 0))
             ended(result)
         return self.lanes.noted(tf.ensure_shape(result, [*rows, *value.shape]), replica, lane)
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from tfzero import _compat, _compat_batches
+from tfzero import _compat, _compat_batches, _compat_graphs
 
 
 class Kind(NamedTuple):
@@ -369,4 +369,4 @@ def _rebuilder(operation: tf.Operation, place: int) -> Callable[[tf.Tensor], tf.
     inputs = list(operation.inputs)
     if operation.type == "Mul":
         return lambda part: part * inputs[1 - place]
-    return lambda part: _compat.copy_operation(operation, part)
+    return lambda part: _compat_graphs.copy_operation(operation, part)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
-from tfzero import _compat
+from tfzero import _compat, _compat_graphs
 from tfzero.channel import Channel
 from tfzero.cluster import Cluster
 from tfzero.collectives import Group
@@ -105,6 +105,8 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
 
     def _call_for_each_replica(self, fn, args, kwargs):
         self.group.align_keys()
+        if len(self.worker_devices) > 1 and not tf.executing_eagerly():
+            _compat_graphs.chain_by_device(tf.compat.v1.get_default_graph(), self.worker_devices)
         return super()._call_for_each_replica(fn, args, kwargs)
 
     def replica_collective(self, method, value, *args):

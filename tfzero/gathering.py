@@ -19,9 +19,10 @@ from dataclasses import dataclass
 
 import tensorflow as tf
 
-from tfzero import _compat
+from tfzero import _compat, _compat_graphs
 from tfzero.collectives import Group
 from tfzero.compression import Codec
+from tfzero.edges import Edges
 from tfzero.packing import as_rows
 
 # Bytes of gathered values that may wait for their layer, beside that of the layer which is being computed; a larger
@@ -48,10 +49,10 @@ class Use:
         return _compat.creation_order(self.operation)
 
     def replace(self, value: tf.Tensor) -> None:
-        """Makes the operation take another value, by copies of the views."""
+        """Makes the operation take another value, by copies of the views, unless that waits for it."""
         for view in self.views:
-            value = _compat.copy_operation(view, value)
-        _compat.replace_input(self.operation, self.place, value)
+            value = _compat_graphs.copy_operation(view, value)
+        Edges.of(self.operation.graph).replace_input(self.operation, self.place, value)
 
 
 class Gatherer:
@@ -74,7 +75,6 @@ class Gatherer:
         self._values: dict = {}
         self._gathered: list[tf.Tensor] = []
         self._scattered: list[tf.Tensor] = []
-        self._replaced: set[tf.Operation] = set()
         self._awaited: list[tf.Tensor] = []  # what the latest second gather's layer waits for
 
     def whole(self, shard: tf.Variable, shape: tf.TensorShape, dtype: tf.DType) -> tf.Tensor:
@@ -174,13 +174,14 @@ class Gatherer:
         """
         if _compat.is_backward(whole.op):
             return
+        edges = Edges.of(whole.graph)
         previous = self._group.lanes.latest(_compat.replica_index(), whole.graph)
         uses = [
             use
             for use in sorted(_uses(whole), key=lambda use: use.order)
             if _compat.is_backward(use.operation)
             and use.operation.type not in _SHAPES
-            and not (previous is not None and self._comes_after(previous, use.operation))
+            and not (previous is not None and edges.comes_after(previous, use.operation))
         ]
         if not uses:
             return
@@ -188,28 +189,12 @@ class Gatherer:
         awaited = [
             tensor
             for tensor in (*(self._awaited or incoming), *waits)
-            if not any(self._comes_after(tensor.op, use.operation) for use in uses)
+            if not any(edges.comes_after(tensor.op, use.operation) for use in uses)
         ]
         again = self._all_gather(part, whole.shape, dtype, awaited, backward=True)
         self._awaited = incoming
         for use in uses:
             use.replace(again)
-            self._replaced.add(use.operation)
-
-    def _comes_after(self, operation: tf.Operation, other: tf.Operation) -> bool:
-        """Whether an operation waits for another, by way of any operations between."""
-        start = _compat.creation_order(other)
-        seen: set[tf.Operation] = set()
-        stack = [operation]
-        while stack:
-            current = stack.pop()
-            if current is other:
-                return True
-            # What is older cannot wait for it, unless it was made to take another value.
-            if current not in seen and (_compat.creation_order(current) > start or current in self._replaced):
-                seen.add(current)
-                stack += _compat.waited_for(current)
-        return False
 
 
 def _before_the_last(values: Sequence[tf.Tensor], size_bytes: int) -> Sequence[tf.Tensor]:

@@ -15,8 +15,6 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
-from tfzero import _compat
-
 # [Note: ordering] Collectives in flight at once, on CPU.
 LANES = 4
 
@@ -65,16 +63,12 @@ class Lanes:
 
     def latest(self, replica: int, graph) -> tf.Operation | None:
         """The collective that the next one of the backward lane will wait for, if it is in `graph`. [Note: ordering]"""
-        latest = self._latest_in(replica, -1)
+        noted = self._latest[replica][-1]
+        latest = None if noted is None else noted()
         return latest if latest is not None and latest.graph is graph else None
-
-    def _latest_in(self, replica: int, lane: int) -> tf.Operation | None:
-        latest = self._latest[replica][lane]
-        return None if latest is None else latest()
 
     def noted(self, result: tf.Tensor, replica: int, lane: int) -> tf.Tensor:
         """A collective's result, which the lane's next one will wait for."""
-        _compat.note_previous(result.op, self._latest_in(replica, lane))
         self._latest[replica][lane] = weakref.ref(result.op)
         return result
 

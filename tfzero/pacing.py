@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
-from tfzero import _compat
+from tfzero.edges import Edges
 
 # Full buckets whose gradients may wait whole, beside those of the bucket that is being reduced.
 WINDOW_BUCKETS = 2
@@ -30,33 +30,21 @@ class Pacer:
         self._reduced: list[tuple[tf.Operation, int]] = []  # each with the bytes reduced up to and with it
         self._bytes = 0
         self._leader = 0  # the first of `_reduced` that nobody waits for yet
-        self._before_leader: set[tf.Operation] = set()  # all that runs before what was waited for
 
     def add(self, reduced: tf.Tensor, gradients: Sequence[tf.Tensor], size_bytes: int) -> None:
         """Notes a bucket's reduced tensor, and lets the computation of its gradients wait for earlier buckets."""
         while self._leader < len(self._reduced) and (
             self._bytes - self._reduced[self._leader][1] >= self._window_bytes
         ):
-            self._visit_ancestors(self._reduced[self._leader][0])
             self._leader += 1
         if self._leader:
             awaited = self._reduced[self._leader - 1][0]
             for gradient in gradients:
                 origin = _origin(gradient)
-                # Never wait for what itself waits for this gradient.
-                if origin.graph is awaited.graph and origin not in self._before_leader:
-                    _compat.run_after(origin, awaited)
+                if origin.graph is awaited.graph:
+                    Edges.of(origin.graph).run_after(origin, awaited)
         self._bytes += size_bytes
         self._reduced.append((reduced.op, self._bytes))
-
-    def _visit_ancestors(self, operation: tf.Operation) -> None:
-        stack = [operation]
-        while stack:
-            current = stack.pop()
-            if current not in self._before_leader:
-                self._before_leader.add(current)
-                stack += [tensor.op for tensor in current.inputs]
-                stack += current.control_inputs
 
 
 def _origin(gradient: tf.Tensor) -> tf.Operation:

@@ -130,7 +130,7 @@ class ShardedParameter(ShardedVariable):
     """A model's variable of which every replica holds a shard; a replica that reads it gathers it.
 
     See [Note: gather] in `gathering.py`. The tape's gradient of it is the shard's, `[shard_elements]`, summed over
-    replicas.
+    replicas; outside replicas it is that of the whole variable, as this process has computed it.
     """
 
     def __init__(self, strategy, values, shape: tf.TensorShape) -> None:
@@ -166,7 +166,11 @@ class ShardedParameter(ShardedVariable):
         return self._get()
 
     def _get_cross_replica(self):
-        return super()._get_cross_replica() if self._held is None else tf.convert_to_tensor(self._held)
+        # A tape cannot follow how it is made: it takes it for what was read of the first shard.
+        with _compat.unrecorded():
+            whole = super()._get_cross_replica() if self._held is None else tf.convert_to_tensor(self._held)
+        _compat.record_read(self._values[0], whole)
+        return whole
 
     def _update_cross_replica(self, update_fn, value, **kwargs):
         if self._held is None:

@@ -1,0 +1,108 @@
+"""What tfzero uses of TensorFlow's private parts to change a graph that is being traced. `_compat.py` holds the rest.
+
+[Note: automatic order] When a `tf.function` has been traced, TensorFlow makes operations wait that are to run in the
+order of the program (`AutomaticControlDependencies`): those that use one resource, of which one writes to it; and all
+stateful ones without a resource, in one chain. An operation can be declared to run whenever its inputs are there.
+That chain leads from one replica to the next. At stage 3 replicas wait for each other in the middle of it, so that the
+second one's first layer would wait for the first one's last layer, and that for the second one: each has its own.
+"""
+
+import contextlib
+from collections.abc import Callable, Sequence
+
+import tensorflow as tf
+
+# Tells which operations will wait for which, once a function has been traced.
+from tensorflow.python.framework import auto_control_deps
+
+# TensorFlow's attribute of an operation that runs as soon as its inputs are there.
+_RUNS_FREELY = "_independent_side_effects"
+# Attribute of a graph: by device, what stands for the chain of the operations there.
+_CHAINS = "_tfzero_chains"
+
+
+def run_after(operation: tf.Operation, awaited: tf.Operation) -> None:
+    """Makes one operation of a graph wait for another; `tf.control_dependencies` only serves new operations."""
+    operation._add_control_input(awaited)
+
+
+def replace_input(operation: tf.Operation, place: int, value: tf.Tensor) -> None:
+    """Makes an operation take another tensor, of the same dtype and shape, as one of its inputs."""
+    operation._update_input(place, value)
+
+
+def copy_operation(operation: tf.Operation, value: tf.Tensor) -> tf.Tensor:
+    """The first output of a copy that takes `value` as its first input."""
+    with tf.device(operation.device):
+        copy = operation.graph.create_op(
+            operation.type,
+            [value, *operation.inputs[1:]],
+            [output.dtype for output in operation.outputs],
+            attrs=dict(operation.node_def.attr),
+            op_def=operation.op_def,
+        )
+    return copy.outputs[0]
+
+
+def run_freely(operation: tf.Operation) -> None:
+    """Lets a stateful operation run as soon as its inputs are there, and surely. [Note: automatic order]"""
+    manager = operation.graph.experimental_acd_manager
+    if manager is not None:
+        manager.run_independently(operation)
+
+
+def chain_by_device(graph, devices: Sequence[str]) -> None:
+    """Gives stateful operations without a resource a chain for each of the devices. [Note: automatic order]"""
+    if hasattr(graph, _CHAINS):
+        return
+    chains = {}
+    for device in devices:
+        with tf.device(device):
+            chain = tf.zeros([], name="chain")
+        chains[chain.op.device] = chain
+    setattr(graph, _CHAINS, chains)
+
+
+@auto_control_deps.register_acd_resource_resolver
+def _chain_of_device(operation: tf.Operation, reads, writes) -> bool:
+    """Takes a device's chain for the resource of a stateful operation that has none."""
+    chain = getattr(operation.graph, _CHAINS, {}).get(operation.device)
+    if chain is None or reads or writes or not auto_control_deps.op_is_stateful(operation):
+        return False
+    writes.add(chain)
+    return True
+
+
+def ordered_by(operation: tf.Operation) -> list[tuple[int | None, bool]]:
+    """What orders an operation: a number for each resource, None for the one chain; and whether it writes to it.
+
+    [Note: automatic order]
+    """
+    is_stateful = auto_control_deps.op_is_stateful(operation)
+    if not is_stateful and all(tensor.dtype != tf.resource for tensor in operation.inputs):
+        return []
+    with contextlib.suppress(ValueError):  # has no such attribute
+        if operation.get_attr(_RUNS_FREELY):
+            return []
+    resources = [
+        (auto_control_deps.ops.tensor_id(tensor), kind is auto_control_deps.ResourceType.READ_WRITE)
+        for tensor, kind in auto_control_deps._get_resource_inputs(operation)
+    ]
+    return resources or [(None, True)] * is_stateful
+
+
+def fill(function: Callable, value: tf.Tensor, shape: tf.Tensor, name: str) -> tf.Tensor:
+    """A tensor of `shape` after `function(value, tensor)` has written into it, both as NumPy arrays, with an axis.
+
+    Calls run as soon as their inputs are there, several at once: their caller orders those that need it.
+    [Note: automatic order]
+
+    That a CPU tensor and the array that stands for it share memory is not promised (`TensorToNdarray` in
+    tensorflow/python/lib/core/py_func.cc); a result of `tf.numpy_function` would not lie in the allocator's memory.
+    """
+    out = tf.raw_ops.Empty(shape=shape, dtype=value.dtype)
+    run_freely(out.op)
+    filled = tf.numpy_function(function, [value, out], [], name=name)
+    run_freely(filled)
+    with tf.control_dependencies([filled]):
+        return tf.identity(out)
