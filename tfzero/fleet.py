@@ -142,8 +142,10 @@ class Fleet:
                 return failed, []
         return None, []
 
-    def culprit(self, failed: Worker) -> Worker:
-        """The worker that went wrong first; one that only noticed is not it."""
+    def culprit(self, failed: Worker, blamed: int | None) -> Worker:
+        """The worker that went wrong first; one that only noticed is not it, but whom it blamed."""
+        if blamed is not None:
+            return self.workers[blamed]
         if failed.exit_code != EXIT_WORKER_LOST:
             return failed
         return next((worker for worker in self.workers if worker.exit_code not in (0, EXIT_WORKER_LOST)), failed)

@@ -30,7 +30,7 @@ import cloudpickle
 from tfzero.fleet import Fleet, Worker
 from tfzero.handshake import SECRET_VARIABLE, make_secret
 from tfzero.progress import asking
-from tfzero.stopping import EXIT_STOPPED
+from tfzero.stopping import BLAME_VARIABLE, EXIT_STOPPED, EXIT_WORKER_LOST, read_blame
 
 CPU_DEVICES_VARIABLE = "TFZERO_CPU_DEVICES"
 RESTARTS_VARIABLE = "TFZERO_RESTARTS"  # how often the fleet was restarted, for scripts that want to know
@@ -220,8 +220,8 @@ def main(arguments: list[str] | None = None) -> int:
             signal.signal(number, _stop)
     workers, former = options.workers, _Outcome()
     for restarts in range(options.max_restarts + 1):
-        with held_ports(workers) as ports:
-            outcome = _run_fleet(options, ports, restarts)
+        with held_ports(workers) as ports, tempfile.TemporaryDirectory(prefix="tfzero_") as folder:
+            outcome = _run_fleet(options, ports, restarts, Path(folder))
         if outcome.message:
             print(f"tfzero.launch: {outcome.message}", file=sys.stderr, flush=True)
         if outcome.lost is None or restarts == options.max_restarts:
@@ -235,10 +235,12 @@ def main(arguments: list[str] | None = None) -> int:
     return outcome.exit_code
 
 
-def _run_fleet(options: argparse.Namespace, ports: list[int], restarts: int) -> _Outcome:
+def _run_fleet(options: argparse.Namespace, ports: list[int], restarts: int, folder: Path) -> _Outcome:
     target = ["-m", options.script] if options.module else [options.script]
     commands = [[sys.executable, *target, *options.script_args]] * len(ports)
     environments = _environments(ports, {RESTARTS_VARIABLE: str(restarts)}, options.cpu_devices)
+    for index, environment in enumerate(environments):
+        environment[BLAME_VARIABLE] = str(folder / str(index))
     fleet = Fleet(echo=True)
     start = time.monotonic()
     try:
@@ -264,8 +266,10 @@ def _run_fleet(options: argparse.Namespace, ports: list[int], restarts: int) -> 
         return _Outcome()
     exit_code = failed.exit_code if failed.exit_code > 0 else 128 - failed.exit_code
     again = failed.show(failed.last_traceback())
-    message = f"{failed.verdict(len(ports))}; all have ended. Its last output again:\n{again}"
-    return _Outcome(exit_code, message, fleet.culprit(failed).index, time.monotonic() - start)
+    blamed = read_blame(folder / str(failed.index), len(ports)) if exit_code == EXIT_WORKER_LOST else None
+    verdict = failed.verdict(len(ports)) + ("" if blamed is None else f", because of worker {blamed}")
+    message = f"{verdict}; all have ended. Its last output again:\n{again}"
+    return _Outcome(exit_code, message, fleet.culprit(failed, blamed).index, time.monotonic() - start)
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -37,7 +37,7 @@ class Links:
     Args:
         cluster: the workers.
         connections: to each other worker, by rank.
-        timeout_seconds: how long to wait for `close` to tell why a connection has ended.
+        timeout_seconds: how long to wait for `close` to tell why a connection has ended, or what the others are at.
     """
 
     def __init__(self, cluster: Cluster, connections: Mapping[int, socket.socket], timeout_seconds: float) -> None:
@@ -50,6 +50,7 @@ class Links:
         self._closed = threading.Event()
         self._in_use = threading.Lock()
         self.is_lost = False
+        self.at_odds = ""  # how another worker's collective differs; who closes may say more
         for connection in self._connections.values():
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connection.setblocking(False)
@@ -112,6 +113,14 @@ class Links:
         try:
             with self._in_use:
                 self._move(sent, received)
+        except _AtOddsError as error:
+            names = self._cluster.names
+            self.at_odds = (
+                f"The workers are at different collectives: number and bytes are {error.found} on {names[error.rank]}, "
+                f"{error.expected} on {self._cluster.name}. Run the same program on every worker."
+            )
+            self._closed.wait(self.timeout_seconds)
+            raise RuntimeError(self._reason or self.at_odds) from None
         except OSError as error:
             self.is_lost = True
             self._closed.wait(self.timeout_seconds)
@@ -120,7 +129,7 @@ class Links:
     def _move(self, sent: Sequence[np.ndarray], received: Sequence[np.ndarray]) -> None:
         self._exchanges += 1
         connections = self._connections.items()
-        flows = [_Flow(each, self._exchanges, sent[rank], received[rank]) for rank, each in connections]
+        flows = [_Flow(each, rank, self._exchanges, sent[rank], received[rank]) for rank, each in connections]
         while flows := [flow for flow in flows if flow.events]:
             if not any([flow.move() for flow in flows]):
                 self._wait(flows)
@@ -133,11 +142,23 @@ class Links:
         poll.poll()
 
 
+class _AtOddsError(Exception):
+    """Another worker is at another collective."""
+
+    def __init__(self, rank: int, found: bytes, expected: bytes) -> None:
+        super().__init__(rank)
+        self.rank = rank
+        self.found, self.expected = _HEADER.unpack(found), _HEADER.unpack(expected)
+
+
 class _Flow:
     """What one exchange sends to another worker and receives from it."""
 
-    def __init__(self, connection: socket.socket, number: int, sent: np.ndarray, received: np.ndarray) -> None:
+    def __init__(
+        self, connection: socket.socket, rank: int, number: int, sent: np.ndarray, received: np.ndarray
+    ) -> None:
         self.connection = connection
+        self._rank = rank
         self._out = [_HEADER.pack(number, sent.nbytes), _bytes(sent)] if sent.size else []
         self._in = [memoryview(bytearray(_HEADER.size)), _bytes(received)] if received.size else []
         self._expected = _HEADER.pack(number, received.nbytes)
@@ -165,10 +186,7 @@ class _Flow:
         if len(self._in) == 1 and self._header is not None:
             found, self._header = bytes(self._header), None
             if found != self._expected:
-                raise RuntimeError(
-                    f"The workers are at different collectives: number and bytes are {_HEADER.unpack(found)} there, "
-                    f"{_HEADER.unpack(self._expected)} here. Run the same program on every worker."
-                )
+                raise _AtOddsError(self._rank, found, self._expected)
         return True
 
     def _send(self) -> bool:

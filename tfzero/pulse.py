@@ -15,6 +15,7 @@ import re
 import sys
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from time import monotonic
 
 import tensorflow as tf
@@ -24,17 +25,17 @@ from tfzero.channel import Channel
 from tfzero.cluster import Cluster
 from tfzero.collectives import Group
 from tfzero.links import Links
-from tfzero.stopping import EXIT_WORKER_LOST, AgreedStop
+from tfzero.stopping import EXIT_WORKER_LOST, AgreedStop, blamed_by, note_blame
 
 _INTERVAL_SECONDS = 1.0
 # When a worker is lost, for a collective that has all it needs to end by itself.
 _GRACE_SECONDS = 2.0
 # After so much of the timeout a worker that does not answer counts as lost, so that all know in time.
 _PATIENCE = 0.8
-# As which TensorFlow reports that another worker is gone; it may notice before the pulse does.
+# As which TensorFlow reports that another worker is gone; it may notice before the pulse does. What tfzero itself
+# raises then, is marked. [Note: blame] in `stopping.py`
 _LOSSES = (
-    tf.errors.UnavailableError, tf.errors.DeadlineExceededError, tf.errors.AbortedError, tf.errors.CancelledError,
-    ConnectionError, TimeoutError,
+    tf.errors.UnavailableError, tf.errors.DeadlineExceededError, tf.errors.AbortedError, tf.errors.CancelledError
 )  # fmt: skip
 _TASK = re.compile(r"/job:(\w+)/replica:0/task:(\d+)")
 
@@ -59,7 +60,10 @@ class Pulse:
         self._stopped = threading.Event()
         self.stop_together = AgreedStop(timeout_seconds)
         self._reason = ""  # why the watch has ended
+        self._blamed: tuple[int, ...] = ()  # whose doing that is
         self._has_reason = threading.Event()
+        self._process = os.getpid()
+        self.programs_differ = False  # collectives were at odds, and nobody is lost
         atexit.register(self.stop)
         sys.excepthook = self._exit_hook(sys.excepthook)
         threading.Thread(target=self._watch, name="tfzero pulse", daemon=True).start()
@@ -79,34 +83,49 @@ class Pulse:
 
     def stop(self) -> None:
         """Ends the watch; the other workers take it for the end of this one."""
+        if os.getpid() != self._process:  # a forked child, which has no such thread
+            return
         with self._lock:
             self._stopped.set()
         self._channel.close()
 
     def _watch(self) -> None:
         reason = ""
-        counts_of_all: list[list[int]] = []
+        beats: list[_Beat] = []
         while not self._stopped.wait(_INTERVAL_SECONDS):
             with self._lock:
                 if self._stopped.is_set():
                     return
                 counts = [count for group in self._groups for count in group.lanes.counts()]
+                where = self._where()
             if not reason:
                 try:
-                    beat = [counts, self.stop_together.tell()]
-                    beats = self._channel.all_gather("the pulse", beat, _PATIENCE * self.timeout_seconds)
-                    counts_of_all = [counts for counts, _ in beats]
-                    self.stop_together.hear([told for _, told in beats])
+                    beats = self._exchange(counts, where)
                 except (OSError, RuntimeError, ValueError) as error:
-                    reason = self._note(str(error))
+                    reason = self._note(str(error), blamed_by(error) or ())
+            at_odds = next((beat.at_odds for beat in beats if beat.at_odds), "")
             stuck = self._stuck_lanes(counts, _GRACE_SECONDS if reason else self.timeout_seconds)
+            if at_odds and not reason:
+                places = " ".join(beat.where for beat in beats if beat.where)
+                self.programs_differ = True
+                self._abort(self._note(f"{at_odds} {places}", ()))
+                return
             if stuck:
-                reason = self._note(reason or self._describe(counts_of_all, stuck))
+                reason = self._note(reason or self._describe(beats, stuck), self._blamed or self._behind(beats, stuck))
                 self._abort(f"{reason} {self._where()}")
                 return
 
-    def _note(self, reason: str) -> str:
-        self._reason = reason
+    def _exchange(self, counts: list[int], where: str) -> list["_Beat"]:
+        """The beats of all workers, in rank order."""
+        at_odds = next((links.at_odds for links in self._links if links.at_odds), "")
+        beat = [counts, self.stop_together.tell(), at_odds, where]
+        told = self._channel.all_gather("the pulse", beat, _PATIENCE * self.timeout_seconds)
+        beats = [_Beat.read(each, name) for each, name in zip(told, self._cluster.names, strict=True)]
+        self.stop_together.hear([beat.stopping for beat in beats])
+        return beats
+
+    def _note(self, reason: str, blamed: Sequence[int]) -> str:
+        self._reason, self._blamed = reason, tuple(blamed)
         self._has_reason.set()
         return reason
 
@@ -125,23 +144,37 @@ class Pulse:
 
         def show_and_exit(kind, error, trace):
             former(kind, error, trace)
-            if not isinstance(error, _LOSSES) and not any(links.is_lost for links in self._links):
-                return
-            lost = self._reason if self._has_reason.wait(self.timeout_seconds) else self._named_in(str(error))
+            lost, blamed = self._others_in(error) if os.getpid() == self._process else ("", ())
             if lost:
                 text = f"tfzero: {self._cluster.name} exits with code {EXIT_WORKER_LOST}: {lost} {self._where()}"
                 print(text, file=sys.stderr)
                 sys.stdout.flush()
                 sys.stderr.flush()
+                note_blame(blamed)
                 os._exit(EXIT_WORKER_LOST)
 
         return show_and_exit
 
-    def _named_in(self, text: str) -> str:
-        """What TensorFlow says of another worker, by our name for it."""
+    def _others_in(self, error: BaseException) -> tuple[str, tuple[int, ...]]:
+        """What is to be said of other workers, if they are why this one ends, and which they are; "" if not."""
+        if self.programs_differ:
+            return "", ()
+        blamed = blamed_by(error)
+        if blamed is not None:
+            return self._reason or str(error), self._blamed or blamed
+        if not isinstance(error, _LOSSES) and not any(links.is_lost for links in self._links):
+            return "", ()
+        # TensorFlow has such errors of its own, as of files: the pulse knows of what no collective waits for.
+        if self._has_reason.wait(self.timeout_seconds if self._where() else 2 * _INTERVAL_SECONDS + _GRACE_SECONDS):
+            return self._reason, self._blamed
+        return self._named_in(str(error))
+
+    def _named_in(self, text: str) -> tuple[str, tuple[int, ...]]:
+        """What TensorFlow says of another worker, by our name for it, and which it is."""
         names = {f"{job} {index}" for job, index in _TASK.findall(text)} - {self._cluster.name}
-        lost = [name for name in self._cluster.names if name in names]
-        return f"{', '.join(lost)} was lost, as TensorFlow noticed." if lost else ""
+        lost = [index for index, name in enumerate(self._cluster.names) if name in names]
+        text = ", ".join(self._cluster.names[index] for index in lost)
+        return (f"{text} was lost, as TensorFlow noticed." if lost else ""), tuple(lost)
 
     def _stuck_lanes(self, counts: list[int], limit_seconds: float) -> list[int]:
         """Places of the counts that have been odd, and the same, for too long."""
@@ -153,13 +186,18 @@ class Pulse:
                 self._since[place] = (count, now)
         return [k for k, (count, since) in enumerate(self._since) if count % 2 and now - since >= limit_seconds]
 
-    def _describe(self, counts_of_all: list[list[int]], stuck: list[int]) -> str:
-        mine = counts_of_all[self._cluster.index]
-        behind = [
+    def _behind(self, beats: list["_Beat"], stuck: list[int]) -> list[int]:
+        """The workers that have not come to where this one is stuck."""
+        mine = beats[self._cluster.index].counts if beats else []
+        told = [place for place in stuck if place < len(mine)]
+        return [
             index
-            for index, theirs in enumerate(counts_of_all)
-            if any(place >= len(theirs) or theirs[place] < mine[place] for place in stuck)
+            for index, beat in enumerate(beats)
+            if any(place >= len(beat.counts) or beat.counts[place] < mine[place] for place in told)
         ]
+
+    def _describe(self, beats: list["_Beat"], stuck: list[int]) -> str:
+        behind = self._behind(beats, stuck)
         where = f"{self._cluster.name} has waited in a collective for {self.timeout_seconds:g} s."
         if not behind:
             return f"{where} All workers wait, but not for the same: run the same program on every worker."
@@ -174,3 +212,23 @@ class Pulse:
         with self._lock:
             if not self._stopped.is_set():
                 _compat.abort_collectives(reason)
+
+
+@dataclass(frozen=True)
+class _Beat:
+    """What a worker tells every second."""
+
+    counts: list[int]  # [Note: counts] in `lanes.py`
+    stopping: list[bool | int]  # `AgreedStop.tell`
+    at_odds: str  # how another worker's collective differs from its own
+    where: str  # what it waits for
+
+    @classmethod
+    def read(cls, told, name: str) -> "_Beat":
+        """What was received of a worker; ValueError if it is no beat."""
+        if isinstance(told, list) and [type(each) for each in told] == [list, list, str, str]:
+            counts, stopping, at_odds, where = told
+            kinds = [type(each) for each in stopping]
+            if kinds == [bool, bool, int] and all(type(count) is int for count in counts):
+                return cls(counts, stopping, at_odds, where)
+        raise ValueError(f"{name} sent a beat that cannot be read: {str(told)[:200]}. Start all workers again.")

@@ -6,17 +6,29 @@ Who hears of it begins no further step until it has heard from all, at the next 
 The largest of these numbers is the last step for all.
 """
 
+import contextlib
+import json
+import os
 import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TypeVar
 
 # Exit codes of a worker that ended because SIGTERM told it to, after it had saved (EX_TEMPFAIL: try again), and
 # because another worker was lost or did not arrive (EX_PROTOCOL).
 EXIT_STOPPED = 75
 EXIT_WORKER_LOST = 76
 
+_Error = TypeVar("_Error", bound=BaseException)
 
-def blaming(error, indexes):
+# [Note: blame] An error of which other workers are the reason is marked with their indexes. A worker that ends because
+# of it writes them into the file that its launcher has named, so that the launcher knows who did not come.
+BLAME_VARIABLE = "TFZERO_BLAME"
+
+
+def blaming(error: _Error, indexes: Iterable[int]) -> _Error:
     """The error, of which other workers are the reason: those of these indexes; of none, if nobody knows which."""
-    error.blamed_workers = tuple(indexes)
+    error.blamed_workers = tuple(indexes)  # type: ignore[attr-defined]
     return error
 
 
@@ -30,6 +42,23 @@ def blamed_by(error: BaseException | None) -> tuple[int, ...] | None:
         seen.append(error)
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return None
+
+
+def note_blame(indexes: Iterable[int]) -> None:
+    """Tells the launcher, if there is one, because of whom this worker ends. [Note: blame]"""
+    if path := os.environ.get(BLAME_VARIABLE):
+        with contextlib.suppress(OSError):  # the launcher has gone
+            Path(path).write_text(json.dumps(list(indexes)))
+
+
+def read_blame(path: Path, workers: int) -> int | None:
+    """The first worker that another blamed in this file; None if it blamed none of so many."""
+    try:
+        blamed = json.loads(path.read_bytes()[:65536])
+    except (OSError, ValueError, RecursionError):
+        return None
+    known = isinstance(blamed, list) and blamed and type(blamed[0]) is int and 0 <= blamed[0] < workers
+    return blamed[0] if known else None
 
 
 class AgreedStop:
@@ -66,7 +95,8 @@ class AgreedStop:
             if self._requested and self.timeout_seconds is None:
                 self._last = self._begun
             if not self._condition.wait_for(lambda: not self._heard or self._last is not None, self.timeout_seconds):
-                raise TimeoutError(f"The other workers did not say within {self.timeout_seconds:g} s when to stop.")
+                text = f"The other workers did not say within {self.timeout_seconds:g} s when to stop."
+                raise blaming(TimeoutError(text), [])
             may_begin = self._last is None or self._begun < self._last
             self._begun += may_begin
             return may_begin
