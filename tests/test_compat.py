@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 import tfzero
-from tfzero import _compat
+from tfzero import _compat, _compat_data
 from tfzero.extended import ZeroExtended
 from tfzero.variables import AveragedVariable, OnReadVariable, ReplicatedVariable, ShardedVariable
 
@@ -412,3 +412,44 @@ def test_an_array_shares_the_memory_of_its_tensor():
 
     for value in (np.arange(1.0, 4.0), np.ones([1], "float32"), np.ones([300, 300], "int64")):
         np.testing.assert_array_equal(doubled(tf.constant(value)), 2 * value)
+
+
+# `_compat_data.py`.
+
+
+def test_pipelines_tell_what_they_are_made_of():
+    augmented = tf.data.Dataset.range(9).map(lambda v: tf.random.uniform([]) + tf.cast(v, tf.float32)).batch(3)
+    dataset = tf.data.Dataset.zip(augmented, tf.data.Dataset.range(3)).prefetch(1)
+    assert [type(each).__name__ for each in _compat_data.pipeline(dataset)] == [
+        "_PrefetchDataset", "_ZipDataset", "_BatchDataset", "_MapDataset", "_RangeDataset", "_RangeDataset",
+    ]  # fmt: skip
+    assert "RandomUniform" in _compat_data.operations_of(dataset)
+    nested = tf.data.Dataset.range(3).map(tf.function(lambda v: tf.numpy_function(lambda w: w, [v], tf.int64)))
+    assert "PyFunc" in _compat_data.operations_of(nested)
+    assert _compat_data.operations_of(tf.data.Dataset.range(3).batch(2)) == set()
+
+
+@pytest.mark.parametrize("stage", ["map", "interleave", "batch"])
+def test_stages_that_keep_no_order(stage):
+    numbers = tf.data.Dataset.range(9)
+
+    def make(deterministic):
+        keep = {"num_parallel_calls": 2, "deterministic": deterministic}
+        return {
+            "map": lambda: numbers.map(lambda v: v + 1, **keep),
+            "interleave": lambda: numbers.interleave(lambda v: tf.data.Dataset.range(v), **keep),
+            "batch": lambda: numbers.batch(2, **keep),
+        }[stage]().prefetch(1)
+
+    assert _compat_data.unordered_stages(make(None)) == _compat_data.unordered_stages(make(True)) == []
+    (name,) = _compat_data.unordered_stages(make(False))
+    assert stage in name.lower()
+
+
+def test_hidden_settings():
+    model = keras.Sequential([keras.Input((2,)), keras.Sequential([keras.layers.Dense(3)])])
+    assert [type(layer).__name__ for layer in _compat_data.layers_of(model)] == ["InputLayer", "Sequential", "Dense"]
+    schedule = keras.optimizers.schedules.CosineDecay(0.1, 10)
+    assert _compat_data.rate_of(keras.optimizers.SGD(schedule)) is schedule
+    assert _compat_data.keywords_of(keras.losses.Huber(delta=0.25)) == {"delta": 0.25}
+    assert _compat_data.keywords_of(keras.metrics.TopKCategoricalAccuracy(3)) == {"k": 3}

@@ -26,6 +26,7 @@ CALL_SECONDS = 3.0  # for each step of a call: the called worker may be busy wit
 HELLO_SECONDS = 1.0  # for a caller to say who it is; strangers often say nothing
 RETRY_SECONDS = 0.1  # between two rounds of calls
 NOTICE_SECONDS = 0.5  # after so long the leader tells the others that it has arrived and waits too
+MOST_SHOWN = 8  # differences between workers in one message
 GRACE_SECONDS = 2.0  # how much longer than the leader a worker waits, to hear the leader's reason
 _EXAMPLE = """Set it to, for example, {"cluster": {"worker": ["host1:2222", "host2:2222"]}, \
 "task": {"type": "worker", "index": 0}}, or unset it to train in one process."""
@@ -298,9 +299,14 @@ class Channel:
             self._fail(error)
             raise
 
+    def compare(self, topic: str, value) -> tuple[list, str]:
+        """The values of all workers, as `all_gather` gives them; and who has what, or "" if all have the same."""
+        values = self.all_gather(topic, value)
+        return values, _describe_differences(self._cluster, values)
+
     def agree(self, topic: str, value, what: str) -> None:
         """Raise ValueError on all, who may go on, unless all give the same value. `what` names it: "settings"."""
-        differences = _describe_differences(self._cluster, self.all_gather(topic, value))
+        _, differences = self.compare(topic, value)
         if differences:
             raise ValueError(f"The workers' {what} differ: {differences}. Give every worker the same {what}.")
 
@@ -396,4 +402,5 @@ def _describe_differences(cluster, values):
         shown = [f"{text[:200]} on {cluster.group(which)}" for text, which in groups.items()]
         if len(groups) > 1:
             parts.append(f"{label}{', '.join(shown[:-1])} and {shown[-1]}")
-    return "; ".join(parts)
+    more = f"; and {len(parts) - MOST_SHOWN} more" if len(parts) > MOST_SHOWN else ""
+    return "; ".join(parts[:MOST_SHOWN]) + more

@@ -13,7 +13,8 @@ from tfzero.collectives import Group
 from tfzero.components import component, initial_value, on_host
 from tfzero.compression import Codec
 from tfzero.gathering import Gatherer
-from tfzero.inputs import Seats, check_shardable, cut_dataset, describe_dataset, rows_of
+from tfzero.digests import BatchComparison
+from tfzero.inputs import Seats, check_shardable, cut_batch, cut_dataset, describe_dataset, in_order, rows_of
 from tfzero.network import DEFAULT_BUCKET_BYTES, Network, measure_network
 from tfzero.settings import Choice, Settings
 from tfzero.variables import (
@@ -48,6 +49,7 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
         self.after_gathering: Callable[[], object] = lambda: None  # called for each variable gathered outside replicas
         self._settings: Settings = strategy.settings
         self._channel: Channel = strategy.channel
+        self.comparison: BatchComparison = strategy.comparison
         # TensorFlow's server runs once in a process.
         self._std_server_started = _compat.collectives_are_configured()
         # `pulse.py` takes the place of TensorFlow's own watch, which is slower and begins without a timeout.
@@ -334,6 +336,11 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
 
     # Input.
 
+    def cut_batch(self, batch):
+        """One global batch as per-replica values."""
+        parts = cut_batch(batch, self.seats)
+        return tf.nest.map_structure(lambda *leaves: _compat.per_replica(leaves), *parts)
+
     def _initialize_local_devices(self, cluster_resolver, worker_device):
         del cluster_resolver
         return tuple(f"{worker_device}/device:{name}" for name in self._local_devices), self._settings.device_type
@@ -346,7 +353,9 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
             return dataset
         check_shardable(dataset, self._num_workers)
         self._channel.agree("distributing a dataset", describe_dataset(dataset), "data sets")
-        cut = cut_dataset(dataset, self.seats)
+        if self._num_workers > 1:
+            dataset = in_order(dataset)
+        cut = cut_dataset(dataset, self.seats, self.comparison)
         self._cut_datasets.add(cut)
         return cut
 

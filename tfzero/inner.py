@@ -3,6 +3,7 @@
 from keras import optimizers as ko
 
 from tfzero import _compat
+from tfzero.agreement import by_path, describe
 from tfzero.compression import Codec
 from tfzero.plan import VariableSpec
 from tfzero.variables import ShardedParameter
@@ -91,12 +92,10 @@ def settings_of(links: list) -> dict:
     """What workers must agree on: the classes and their settings, but not names counted up per process."""
     settings = {}
     for place, optimizer in enumerate(links):
-        where = f"{place}." if len(links) > 1 else ""
-        settings[f"{where}class"] = type(optimizer).__name__
-        if not isinstance(optimizer, CONTAINERS):
-            config = optimizer.get_config()
-            settings |= {f"{where}{key}": repr(value) for key, value in config.items() if key != "name"}
-    return settings
+        where = f"{place}" if len(links) > 1 else ""
+        is_container = isinstance(optimizer, CONTAINERS)
+        settings |= by_path({"class": type(optimizer).__name__} if is_container else describe(optimizer), where)
+    return {path: value for path, value in settings.items() if not path.endswith("name")}
 
 
 def is_elementwise(optimizer) -> bool:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import tensorflow as tf
 
-from tfzero import _compat
+from tfzero import _compat, _compat_data
+from tfzero.digests import BatchComparison
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,13 @@ def check_shardable(dataset: tf.data.Dataset, workers: int) -> None:
             "those of one device. Use `dataset.shuffle(size, seed=...)`, the same seed on every worker.",
             stacklevel=2,
         )
+    unordered = _compat_data.unordered_stages(dataset) if workers > 1 else []
+    if unordered:
+        warnings.warn(
+            f"The dataset takes elements as they come (`deterministic=False` of {', '.join(unordered)}), so workers may "
+            "see other orders, and then the global batches are not those of one device. Leave `deterministic` away.",
+            stacklevel=2,
+        )
 
 
 def describe_dataset(dataset: tf.data.Dataset) -> dict:
@@ -122,8 +130,21 @@ def describe_dataset(dataset: tf.data.Dataset) -> dict:
     }
 
 
-def cut_dataset(dataset: tf.data.Dataset, seats: Seats) -> tf.data.Dataset:
+def in_order(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    """A dataset with the option that its stages give elements in the order of their inputs, which is TensorFlow's own
+    choice; `options.deterministic = False` would give each worker another order.
+    """
+    if dataset.options().deterministic is not False:
+        return dataset
+    options = tf.data.Options()
+    options.deterministic = True
+    return dataset.with_options(options)
+
+
+def cut_dataset(dataset: tf.data.Dataset, seats: Seats, comparison: BatchComparison) -> tf.data.Dataset:
     """A dataset whose elements are per-replica values: of every batch the parts of this worker's replicas.
+
+    The first batches are compared with those of the other workers when they are given out. [Note: digests]
 
     It is a plain dataset, as TensorFlow's multi-device iterator crashes now and then when it is dropped in the middle
     of its data, which Keras does with the first batch of every `fit` and `evaluate`.
@@ -134,4 +155,23 @@ def cut_dataset(dataset: tf.data.Dataset, seats: Seats) -> tf.data.Dataset:
         parts = cut_batch(elements[0] if is_single else elements, seats)
         return tf.nest.map_structure(lambda *leaves: _compat.per_replica(leaves), *parts)
 
-    return dataset.map(cut_all, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).prefetch(tf.data.AUTOTUNE)
+    if not comparison.count:
+        return _prepared_ahead(dataset, cut_all)
+    source = comparison.source(_compat_data.operations_of(dataset))
+
+    def note_and_cut(index, batch):
+        return comparison.noted(batch, index), cut_all(batch) if is_single else cut_all(*batch)
+
+    def give_out(noted, parts):
+        comparison.compared(noted, source)
+        return parts
+
+    # What is given out has been compared, so nothing may be prepared ahead of a step after that.
+    options = tf.data.Options()
+    options.experimental_optimization.inject_prefetch = False
+    return _prepared_ahead(dataset.enumerate(), note_and_cut).map(tf.autograph.experimental.do_not_convert(give_out)).with_options(options)
+
+
+def _prepared_ahead(dataset: tf.data.Dataset, function) -> tf.data.Dataset:
+    function = tf.autograph.experimental.do_not_convert(function)
+    return dataset.map(function, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).prefetch(tf.data.AUTOTUNE)

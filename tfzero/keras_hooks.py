@@ -12,6 +12,7 @@ import keras
 import tensorflow as tf
 
 from tfzero import _compat, losses
+from tfzero.agreement import agree_on_call, agree_on_compile
 from tfzero.callbacks import CheckpointCallback
 from tfzero.inputs import DataPosition
 from tfzero.late_gathers import LateGathers
@@ -73,6 +74,7 @@ def _compile(original, self, *args, **kwargs):
         return original(self, *args, **kwargs)
     if kwargs.get("jit_compile") is True:
         raise ValueError(_NO_JIT)
+    agree_on_compile(strategy, inspect.signature(original).bind(self, *args, **kwargs))
     with strategy.scope():
         result = original(self, *args, **kwargs)
         self.optimizer = wrap_optimizer(self.optimizer, strategy)
@@ -101,6 +103,7 @@ def _make_function(original, self, step_function):
     for metric in _flat_metrics(self.metrics):
         strategy.extended.take_in(metric.variables)
         _make_result_global(metric, strategy)
+    check = strategy.comparison.of_given(f"those given to `{step_function.__name__}`")
     late = LateGathers.of(self, step_function, strategy)
     function = original(self, step_function if late is None else late.step)
 
@@ -108,16 +111,25 @@ def _make_function(original, self, step_function):
         if isinstance(iterator, tf.data.Iterator | tf.distribute.DistributedIterator):
             function_of_cut_batches.element_spec = iterator.element_spec  # for `gradient_time.py`
         else:
-            iterator = map(strategy.cut_batch, iterator)
+            iterator = map(functools.partial(_cut_checked, strategy, check), iterator)
         return function(iterator) if late is None else late.run(function, iterator)
 
     return function_of_cut_batches
 
 
+def _cut_checked(strategy: ZeroStrategy, check, batch):
+    """One batch of `train_on_batch` or `test_on_batch`, for the replicas."""
+    check(batch)
+    return strategy.extended.cut_batch(batch)
+
+
 @patch(_compat.keras_tensorflow_trainer.TensorFlowTrainer, "predict_on_batch")
 def _predict_on_batch(original, self, x):
     strategy = strategy_of(self)
-    return original(self, x if strategy is None else strategy.cut_batch(x))
+    if strategy is None:
+        return original(self, x)
+    with strategy.comparison.during("predict_on_batch"):
+        return original(self, strategy.cut_batch(x))
 
 
 def _flat_metrics(metrics) -> list[keras.metrics.Metric]:
@@ -242,10 +254,13 @@ def _bind(original, model, args, kwargs) -> inspect.BoundArguments:
 
 
 def _evaluate_or_predict(original, self, *args, **kwargs):
-    if strategy_of(self) is None:
+    strategy = strategy_of(self)
+    if strategy is None:
         return original(self, *args, **kwargs)
     call = _bind(original, self, args, kwargs)
-    return original(*call.args, **call.kwargs)
+    with strategy.comparison.during(original.__name__):
+        agree_on_call(strategy, original.__name__, call)
+        return original(*call.args, **call.kwargs)
 
 
 patch(_compat.keras_tensorflow_trainer.TensorFlowTrainer, "evaluate")(_evaluate_or_predict)
@@ -269,6 +284,8 @@ def _fit(original, self, *args, **kwargs):
     if strategy is None:
         return original(self, *args, **kwargs)
     call = _bind(original, self, args, kwargs)
+    agree_on_call(strategy, "fit", call)
+    original = strategy.comparison.during("fit")(original)
     given = call.arguments.get("callbacks")
     if call.arguments.get("verbose", "auto") in ("auto", 1) and not isinstance(given, keras.callbacks.CallbackList):
         call.arguments["callbacks"] = [*_flat_callbacks(given), _Announcement()]

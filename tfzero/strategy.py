@@ -9,10 +9,12 @@ from dataclasses import asdict
 import tensorflow as tf
 
 from tfzero import _compat
+from tfzero.agreement import versions
 from tfzero.cluster import Channel, Cluster
 from tfzero.collectives import LINKED_LANES
+from tfzero.digests import DEFAULT_COMPARE_BATCHES, BatchComparison
 from tfzero.extended import ZeroExtended
-from tfzero.inputs import DataPosition, cut_batch
+from tfzero.inputs import DataPosition
 from tfzero.links import Links, link
 from tfzero.network import DEFAULT_BUCKET_BYTES
 from tfzero.pulse import Pulse
@@ -78,6 +80,8 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         overlap_param_gather: at stages 1 and 2, in `fit` with `steps_per_execution` of 2 or more, whether updated
             parameters are gathered while the next step's forward pass goes on, as Megatron-LM's option of this name
             does, and not while gradients are still on their way. It pays where the network is slow.
+        compare_batches: of how many batches, at the start of every pass over data, workers compare shapes and content
+            before a step takes them. 0 leaves it away, for data that may rightly differ.
 
     Raises:
         ValueError: for settings, devices or a `TF_CONFIG` that make no sense, or that differ between workers.
@@ -109,6 +113,7 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         error_feedback: bool = False,
         hierarchical: bool | str = "auto",
         overlap_param_gather: bool = False,
+        compare_batches: int = DEFAULT_COMPARE_BATCHES,
     ) -> None:
         check_stage(stage)
         check_bucket_bytes(bucket_bytes)
@@ -117,6 +122,7 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         check_reshard(reshard_after_forward, stage)
         check_compression(compression, error_feedback)
         check_overlap(overlap_param_gather, stage)
+        check_number("compare_batches", compare_batches, int, 0)
         cluster = find_cluster(cluster_resolver)
         configure_cpu_devices()
         local = choose_devices(devices)
@@ -132,14 +138,17 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
             error_feedback,
             hierarchical,
             overlap_param_gather,
+            compare_batches,
         )
         self.levels = choose_levels(self.settings, 1 if cluster is None else len(cluster.addresses))
         self.optimizers: weakref.WeakSet = weakref.WeakSet()  # that were built for its variables
         self.announced: weakref.WeakSet = weakref.WeakSet()  # those that `fit` has printed a report of
         self.data_position: DataPosition | None = None  # for the next training data
-        self.channel, self.saving_channel, pulse, self.links = _meet(cluster, timeout_seconds)
+        self.channel, self.saving_channel, of_batches, pulse, self.links = _meet(cluster, timeout_seconds)
         self.stop = AgreedStop() if pulse is None else pulse.stop_together
         self.channel.agree("making a ZeroStrategy", asdict(self.settings), "settings")
+        self.comparison = BatchComparison(of_batches, 1 if cluster is None else cluster.size, compare_batches)
+        self._check_batch = self.comparison.of_given("those given to `cut_batch`")
         # The stock constructor would make its own extended.
         _compat.distribute_lib.Strategy.__init__(self, ZeroExtended(self, cluster, local))
         if pulse is not None:
@@ -217,8 +226,8 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         rows = strategy.run(lambda part: tf.shape(part)[0], args=(features,))  # on two replicas 5 and 5
         ```
         """
-        parts = cut_batch(batch, self.extended.seats)
-        return tf.nest.map_structure(lambda *leaves: _compat.per_replica(leaves), *parts)
+        self._check_batch(batch)
+        return self.extended.cut_batch(batch)
 
     @contextlib.contextmanager
     def gathered(self, variables):
@@ -287,22 +296,23 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
 
 
 # Of the cluster that this process has joined; later strategies of the process use them too.
-_joined: dict[Cluster, tuple[Channel, Channel, Pulse, tuple[Links, ...]]] = {}
+_joined: dict[Cluster, tuple[Channel, Channel, Channel, Pulse, tuple[Links, ...]]] = {}
 
 
-def _meet(cluster: Cluster | None, timeout_seconds: float) -> tuple[Channel, Channel, Pulse | None, tuple[Links, ...]]:
-    """Control channels for the program and for saving in the background, the pulse, and links for collectives."""
+def _meet(cluster: Cluster | None, timeout_seconds: float) -> tuple:
+    """Control channels for the program, for saving in the background and for batches; the pulse; links."""
     if cluster is None:
-        return channel_of_one(), channel_of_one(), None, ()
+        return channel_of_one(), channel_of_one(), channel_of_one(), None, ()
     if cluster not in _joined:
         if _compat.runtime_is_initialized():
             raise RuntimeError(
                 "TensorFlow was used before the ZeroStrategy was made, and then it cannot join other workers any more. "
                 "Make the strategy at the start of the program, before any tensor, variable or model."
             )
-        channel, of_saving, of_pulse = (Channel.join(cluster, timeout_seconds) for _ in range(3))
+        channel, of_saving, of_pulse, of_batches = (Channel.join(cluster, timeout_seconds) for _ in range(4))
+        channel.agree("comparing versions", versions(), "versions")
         links = _make_links(cluster, channel, timeout_seconds)
-        _joined[cluster] = channel, of_saving, Pulse(cluster, of_pulse, timeout_seconds, links), links
+        _joined[cluster] = channel, of_saving, of_batches, Pulse(cluster, of_pulse, timeout_seconds, links), links
     return _joined[cluster]
 
 
