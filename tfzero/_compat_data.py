@@ -29,7 +29,10 @@ def operations_of(dataset: tf.data.Dataset) -> set[str]:
 
 
 def unordered_stages(dataset: tf.data.Dataset) -> list[str]:
-    """The stages of a pipeline that were told `deterministic=False` by themselves, which no option overrules."""
+    """The stages of a pipeline that were told `deterministic=False` by themselves, which no option overrules.
+
+    Of `map`, `batch` and readers: `interleave` keeps what it was told only in the graph.
+    """
     stages = [s for s in pipeline(dataset) if getattr(s, "_deterministic", None) == "false"]
     return [type(stage).__name__.strip("_") for stage in stages]
 

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import repeat
 from time import monotonic, sleep
 
+from tfzero.differences import differences_of
 from tfzero.progress import progress
 
 MAGIC = b"tfzero channel 1\n"
@@ -26,7 +27,6 @@ CALL_SECONDS = 3.0  # for each step of a call: the called worker may be busy wit
 HELLO_SECONDS = 1.0  # for a caller to say who it is; strangers often say nothing
 RETRY_SECONDS = 0.1  # between two rounds of calls
 NOTICE_SECONDS = 0.5  # after so long the leader tells the others that it has arrived and waits too
-MOST_SHOWN = 8  # differences between workers in one message
 GRACE_SECONDS = 2.0  # how much longer than the leader a worker waits, to hear the leader's reason
 _EXAMPLE = """Set it to, for example, {"cluster": {"worker": ["host1:2222", "host2:2222"]}, \
 "task": {"type": "worker", "index": 0}}, or unset it to train in one process."""
@@ -302,7 +302,7 @@ class Channel:
     def compare(self, topic: str, value) -> tuple[list, str]:
         """The values of all workers, as `all_gather` gives them; and who has what, or "" if all have the same."""
         values = self.all_gather(topic, value)
-        return values, _describe_differences(self._cluster, values)
+        return values, differences_of(values, self._cluster.group)
 
     def agree(self, topic: str, value, what: str) -> None:
         """Raise ValueError on all, who may go on, unless all give the same value. `what` names it: "settings"."""
@@ -387,20 +387,3 @@ class Channel:
     def _describe_absence(self, missing, topic, seconds):
         what = f"{self._cluster.describe(*missing)} did not arrive at {topic!r} within {seconds:g} s."
         return f"{what} Look there whether it is stuck or elsewhere in the program, or give a longer timeout."
-
-
-def _describe_differences(cluster, values):
-    """Who has what, or "" if all have the same; of dicts only the keys that differ."""
-    values = [json.loads(json.dumps(value, sort_keys=True)) for value in values]  # equal dicts look equal
-    table = {"": [repr(value) for value in values]}
-    if all(isinstance(value, dict) for value in values):
-        keys = dict.fromkeys(key for value in values for key in value)
-        table = {f"{key} is ": [repr(v[key]) if key in v else "missing" for v in values] for key in keys}
-    parts = []
-    for label, row in table.items():
-        groups = {text: [index for index, other in enumerate(row) if other == text] for text in row}
-        shown = [f"{text[:200]} on {cluster.group(which)}" for text, which in groups.items()]
-        if len(groups) > 1:
-            parts.append(f"{label}{', '.join(shown[:-1])} and {shown[-1]}")
-    more = f"; and {len(parts) - MOST_SHOWN} more" if len(parts) > MOST_SHOWN else ""
-    return "; ".join(parts[:MOST_SHOWN]) + more

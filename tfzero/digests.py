@@ -74,10 +74,12 @@ class BatchComparison:
         channel: one for nothing else, as batches may be prepared in threads of TensorFlow.
         workers: how many.
         count: how many batches at the start of a pass.
+        on_loss: told why, when a worker does not come to compare.
     """
 
-    def __init__(self, channel: Channel, workers: int, count: int) -> None:
+    def __init__(self, channel: Channel, workers: int, count: int, on_loss: Callable[[str], object]) -> None:
         self._channel = channel
+        self._on_loss = on_loss
         self.count = count if workers > 1 else 0
         self._during: str | None = None  # the method of a model that reads data now
         self._failure: Exception | None = None
@@ -147,6 +149,8 @@ class BatchComparison:
                 warnings.warn(f"{text} {_OF_PREDICTIONS if source.may_warn else _OF_DRAWS}", stacklevel=2)
         except Exception as error:
             self._failure = error
+            if isinstance(error, ConnectionError | TimeoutError):
+                self._on_loss(str(error))
             raise
         return True
 

@@ -123,9 +123,10 @@ def check_shardable(dataset: tf.data.Dataset, workers: int) -> None:
 
 def describe_dataset(dataset: tf.data.Dataset) -> dict:
     """What can be known before training of whether workers read the same batches in the same order."""
+    specs = enumerate(tf.nest.flatten(dataset.element_spec))
     return {
         "number of batches": int(dataset.cardinality()),
-        "elements": str(dataset.element_spec),
+        **{f"part {place} of a batch": str(spec) for place, spec in specs},
         "shuffle seeds": _compat.shuffle_seeds(dataset),
     }
 

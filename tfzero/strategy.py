@@ -147,7 +147,8 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         self.channel, self.saving_channel, of_batches, pulse, self.links = _meet(cluster, timeout_seconds)
         self.stop = AgreedStop() if pulse is None else pulse.stop_together
         self.channel.agree("making a ZeroStrategy", asdict(self.settings), "settings")
-        self.comparison = BatchComparison(of_batches, 1 if cluster is None else cluster.size, compare_batches)
+        workers, on_loss = (1, print) if pulse is None else (cluster.size, pulse.hear_of_loss)
+        self.comparison = BatchComparison(of_batches, workers, compare_batches, on_loss)
         self._check_batch = self.comparison.of_given("those given to `cut_batch`")
         # The stock constructor would make its own extended.
         _compat.distribute_lib.Strategy.__init__(self, ZeroExtended(self, cluster, local))
