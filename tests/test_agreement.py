@@ -121,7 +121,7 @@ def test_what_differs_is_described_differently(one, other, path):
         lambda: object(),
         lambda: Broken(),
         lambda: {"b": object(), "a": {"y", "x", "z"}},
-        lambda: [open(os.devnull).close, print, np.sum],
+        lambda: [object().__repr__, print, np.sum],
         lambda: tf.Variable([np.random.default_rng().uniform()]),  # of which the first worker's value counts
         lambda: keras.Variable([np.random.default_rng().uniform()]),
         lambda: keras.layers.Dense(3, kernel_initializer=keras.initializers.RandomNormal(seed=os.getpid())),

@@ -530,8 +530,14 @@ def differences():
     [
         (different_units, ["models", "kernel", "(8, 17)", "(8, 18)", "on worker 0", "on worker 1"]),
         (one_layer_more, ["models", "worker 0", "(3, 3)' on worker 1"]),
-        (different_learning_rates, ["arguments of `compile` differ: optimizer.learning_rate", "0.1", "0.2", "on worker 0", "on worker 1"]),
-        (different_optimizers, ["arguments of `compile` differ: optimizer is 'adam' on worker 0 and 'sgd' on worker 1"]),
+        (
+            different_learning_rates,
+            ["arguments of `compile` differ: optimizer.learning_rate", "0.1", "0.2", "on worker 0", "on worker 1"],
+        ),
+        (
+            different_optimizers,
+            ["arguments of `compile` differ: optimizer is 'adam' on worker 0 and 'sgd' on worker 1"],
+        ),
         (different_optimizers_of_a_loop, ["optimizers differ", "class is 'Adam' on worker 0 and 'SGD' on worker 1"]),
         (different_lengths, ["data sets differ: number of batches is 4 on worker 0 and 5 on worker 1"]),
     ],

@@ -10,8 +10,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Each module imports only modules before it: the list is the design.
 LINE = (
-    "plan", "slices", "wire", "costs", "commits", "progress", "differences", "cluster", "stopping", "fleet", "launch", "_compat",
-    "_compat_data", "agreement", "digests", "settings", "links", "lanes", "collectives", "network", "compression", "pulse", "packing", "pacing",
+    "plan", "slices", "wire", "costs", "commits", "progress", "differences", "cluster", "stopping", "fleet", "launch",
+    "_compat", "_compat_data", "agreement", "digests", "settings", "links", "lanes", "collectives", "network",
+    "compression", "pulse", "packing", "pacing",
     "gathering", "components", "variables", "inputs", "extended", "losses", "exchange", "step", "late_gathers",
     "inner", "optimizer", "report", "liveness", "memory", "strategy", "auditing", "state", "checkpoint",
     "checkpointing", "callbacks", "gradient_time", "picture", "tensorboard", "keras_hooks", "keras_layers",

@@ -1,8 +1,8 @@
 """What workers must have in common before they train, described so that equal workers describe it alike.
 
 [Note: descriptions] A description is JSON: numbers and words as they are, objects by class and configuration, functions
-by name, code and what they enclose. No address, order of a set, file path or counted-up name is in it. Of what cannot be
-described so, only the type is told: a difference may then go unseen, but equal workers are never refused.
+by name, code and what they enclose. No address, order of a set, file path or counted-up name is in it. Of what cannot
+be described so, only the type is told: a difference may then go unseen, but equal workers are never refused.
 """
 
 import contextlib

@@ -22,7 +22,9 @@ def differences_of(values: Sequence, name: Callable[[list[int]], str]) -> str:
     parts = []
     for label, row in table.items():
         groups = {text: [index for index, other in enumerate(row) if other == text] for text in row}
-        shown = [f"{text} on {name(which)}" for text, which in zip(_shortened(list(groups)), groups.values(), strict=True)]
+        shown = [
+            f"{text} on {name(which)}" for text, which in zip(_shortened(list(groups)), groups.values(), strict=True)
+        ]
         if len(groups) > 1:
             parts.append(f"{label}{', '.join(shown[:-1])} and {shown[-1]}")
     more = f"; and {len(parts) - MOST_SHOWN} more" if len(parts) > MOST_SHOWN else ""

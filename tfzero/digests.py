@@ -32,7 +32,7 @@ _SHOWN = 3  # first values of a tensor, for messages
 _NAMES = ("x", "y", "sample_weight")
 _SHAPE, _VALUES, _SAME_ROWS = " (shape)", " (values)", "in every row "
 # Operations of `Dataset.map` that draw random numbers; shuffling in there is a matter of order.
-_RANDOM = ("Random", "Multinomial", "TruncatedNormal", "StatefulUniform", "StatefulStandardNormal", "RngRead", "SampleD")
+_RANDOM = ("Random", "Multinomial", "TruncatedNormal", "StatefulUniform", "StatefulStandardNormal", "RngRead")
 TAKEN, DOUBTED, REFUSED = "taken", "doubted", "refused"
 _PYTHON = ("PyFunc", "EagerPyFunc")
 _ADVICE = (
@@ -108,7 +108,7 @@ class BatchComparison:
 
     @contextlib.contextmanager
     def during(self, method: str):
-        """Within it data are read for a method of a model; what TensorFlow brings out of a pipeline is raised as it was."""
+        """Within it data are read for a method of a model; errors of a comparison are raised as they were."""
         before, self._during, self._failure = self._during, method, None
         try:
             yield
@@ -230,7 +230,11 @@ def _walk(name: str, value) -> list[tuple[str, object]]:
     if isinstance(value, tuple | list):
         return [part for k, each in enumerate(value) for part in _walk(f"{name}[{k}]", each)]
     if isinstance(value, tf.SparseTensor):
-        return [(f"{name}.indices", value.indices), (f"{name}.values", value.values), (f"{name}.shape", value.dense_shape)]
+        return [
+            (f"{name}.indices", value.indices),
+            (f"{name}.values", value.values),
+            (f"{name}.shape", value.dense_shape),
+        ]
     if isinstance(value, tf.RaggedTensor):
         splits = [(f"{name}.splits[{k}]", each) for k, each in enumerate(value.nested_row_splits)]
         return [(f"{name}.values", value.flat_values), *splits]

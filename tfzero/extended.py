@@ -12,8 +12,8 @@ from tfzero.cluster import Channel, Cluster
 from tfzero.collectives import Group
 from tfzero.components import component, initial_value, on_host
 from tfzero.compression import Codec
-from tfzero.gathering import Gatherer
 from tfzero.digests import BatchComparison
+from tfzero.gathering import Gatherer
 from tfzero.inputs import Seats, check_shardable, cut_batch, cut_dataset, describe_dataset, in_order, rows_of
 from tfzero.network import DEFAULT_BUCKET_BYTES, Network, measure_network
 from tfzero.settings import Choice, Settings

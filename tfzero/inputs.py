@@ -116,7 +116,7 @@ def check_shardable(dataset: tf.data.Dataset, workers: int) -> None:
     if unordered:
         warnings.warn(
             f"The dataset takes elements as they come (`deterministic=False` of {', '.join(unordered)}), so workers may "
-            "see other orders, and then the global batches are not those of one device. Leave `deterministic` away.",
+            "see other orders, and global batches that are not those of one device. Leave `deterministic` away.",
             stacklevel=2,
         )
 
@@ -163,6 +163,7 @@ def cut_dataset(dataset: tf.data.Dataset, seats: Seats, comparison: BatchCompari
     def note_and_cut(index, batch):
         return comparison.noted(batch, index), cut_all(batch) if is_single else cut_all(*batch)
 
+    @tf.autograph.experimental.do_not_convert
     def give_out(noted, parts):
         comparison.compared(noted, source)
         return parts
@@ -170,7 +171,7 @@ def cut_dataset(dataset: tf.data.Dataset, seats: Seats, comparison: BatchCompari
     # What is given out has been compared, so nothing may be prepared ahead of a step after that.
     options = tf.data.Options()
     options.experimental_optimization.inject_prefetch = False
-    return _prepared_ahead(dataset.enumerate(), note_and_cut).map(tf.autograph.experimental.do_not_convert(give_out)).with_options(options)
+    return _prepared_ahead(dataset.enumerate(), note_and_cut).map(give_out).with_options(options)
 
 
 def _prepared_ahead(dataset: tf.data.Dataset, function) -> tf.data.Dataset:
