@@ -84,6 +84,9 @@ def test_mixed_devices(monkeypatch):
         {"min_shard_elements": -1},
         {"min_shard_elements": 1.0},
         {"min_shard_elements": None},
+        {"compare_batches": -1},
+        {"compare_batches": 1.5},
+        {"compare_batches": True},
         {"timeout_seconds": 0},
         {"timeout_seconds": -5},
         {"timeout_seconds": float("nan")},
@@ -378,11 +381,19 @@ def different_optimizers(strategy, index):
     fit(make(strategy), optimizer=["adam", "sgd"][index])
 
 
+def different_optimizers_of_a_loop(strategy, index):
+    optimizer = tfzero.ZeroOptimizer(["adam", "sgd"][index])
+    optimizer.build(make(strategy).trainable_variables)
+
+
 def different_lengths(strategy, index):
     fit(make(strategy), samples=46 + 15 * index)
 
 
-DIFFERENCES = (different_units, one_layer_more, different_learning_rates, different_optimizers, different_lengths)
+DIFFERENCES = (
+    different_units, one_layer_more, different_learning_rates, different_optimizers, different_optimizers_of_a_loop,
+    different_lengths,
+)  # fmt: skip
 
 
 def all_differences(index):
@@ -529,8 +540,15 @@ def differences():
     [
         (different_units, ["models", "kernel", "(8, 17)", "(8, 18)", "on worker 0", "on worker 1"]),
         (one_layer_more, ["models", "worker 0", "(3, 3)' on worker 1"]),
-        (different_learning_rates, ["optimizers differ", "0.1", "0.2", "on worker 0", "on worker 1"]),
-        (different_optimizers, ["optimizers differ", "Adam", "SGD"]),
+        (
+            different_learning_rates,
+            ["arguments of `compile` differ: optimizer.learning_rate", "0.1", "0.2", "on worker 0", "on worker 1"],
+        ),
+        (
+            different_optimizers,
+            ["arguments of `compile` differ: optimizer is 'adam' on worker 0 and 'sgd' on worker 1"],
+        ),
+        (different_optimizers_of_a_loop, ["optimizers differ", "class is 'Adam' on worker 0 and 'SGD' on worker 1"]),
         (different_lengths, ["data sets differ: number of batches is 4 on worker 0 and 5 on worker 1"]),
     ],
 )

@@ -10,7 +10,7 @@ import tensorflow as tf
 from tensorflow.python.framework import auto_control_deps
 
 import tfzero
-from tfzero import _compat, _compat_graphs
+from tfzero import _compat, _compat_data, _compat_graphs
 from tfzero.extended import ZeroExtended
 from tfzero.variables import LayerVariable, OnReadVariable, ReplicatedVariable, ShardedVariable
 
@@ -419,3 +419,45 @@ def test_an_array_shares_the_memory_of_its_tensor():
 def test_the_stock_strategy_leaves_a_coordination_service_that_is_configured():
     source = inspect.getsource(_compat.CollectiveAllReduceExtended._initialize_multi_worker)
     assert "if context.context().coordination_service is None:" in source
+
+
+# `_compat_data.py`.
+
+
+def test_pipelines_tell_what_they_are_made_of():
+    augmented = tf.data.Dataset.range(9).map(lambda v: tf.random.uniform([]) + tf.cast(v, tf.float32)).batch(3)
+    dataset = tf.data.Dataset.zip(augmented, tf.data.Dataset.range(3)).prefetch(1)
+    assert [type(each).__name__ for each in _compat_data.pipeline(dataset)] == [
+        "_PrefetchDataset", "_ZipDataset", "_BatchDataset", "_MapDataset", "_RangeDataset", "_RangeDataset",
+    ]  # fmt: skip
+    assert "RandomUniform" in _compat_data.operations_of(dataset)
+    nested = tf.data.Dataset.range(3).map(tf.function(lambda v: tf.numpy_function(lambda w: w, [v], tf.int64)))
+    assert "PyFunc" in _compat_data.operations_of(nested)
+    assert _compat_data.operations_of(tf.data.Dataset.range(3).batch(2)) == set()
+
+
+@pytest.mark.parametrize("stage", ["map", "batch"])
+def test_stages_that_keep_no_order(stage):
+    numbers = tf.data.Dataset.range(9)
+
+    def make(deterministic):
+        keep = {"num_parallel_calls": 2, "deterministic": deterministic}
+        return {
+            "map": lambda: numbers.map(lambda v: v + 1, **keep),
+            "batch": lambda: numbers.batch(2, **keep),
+        }[stage]().prefetch(1)
+
+    assert _compat_data.unordered_stages(make(None)) == _compat_data.unordered_stages(make(True)) == []
+    (name,) = _compat_data.unordered_stages(make(False))
+    assert stage in name.lower()
+
+
+def test_hidden_settings():
+    model = keras.Sequential([keras.Input((2,)), keras.Sequential([keras.layers.Dense(3)])])
+    assert [type(layer).__name__ for layer in _compat_data.layers_of(model)] == [
+        "InputLayer", "Sequential", "InputLayer", "Dense",
+    ]  # fmt: skip
+    schedule = keras.optimizers.schedules.CosineDecay(0.1, 10)
+    assert _compat_data.rate_of(keras.optimizers.SGD(schedule)) is schedule
+    assert _compat_data.keywords_of(keras.losses.Huber(delta=0.25)) == {"delta": 0.25}
+    assert _compat_data.keywords_of(keras.metrics.TopKCategoricalAccuracy(3)) == {"k": 3}

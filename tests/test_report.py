@@ -149,6 +149,7 @@ def test_every_option_of_the_strategy_is_in_the_report():
         ({"min_shard_elements": 50}, "min_shard_elements", "50; 3 smaller variables stay whole"),
         ({"min_shard_elements": 0}, "min_shard_elements", "0; 0 smaller variables stay whole"),
         ({}, "timeout_seconds", "no effect in a single process"),
+        ({}, "compare_batches", "no effect in a single process"),
         ({"stage": 2}, "reshard_after_forward", "no effect below stage 3"),
         ({"stage": 3}, "reshard_after_forward", "gathered again in the backward pass"),
         ({"stage": 3, "reshard_after_forward": False}, "reshard_after_forward", "kept from the forward"),

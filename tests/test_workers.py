@@ -226,11 +226,15 @@ def seeded_dataset_under_other_global_seeds(strategy):
 def unseeded_dataset(strategy):
     """Without a seed of `shuffle` and without a global one."""
     tf.random.set_seed(None)
+    error = ""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         dataset = tf.data.Dataset.from_tensor_slices(samples_with_ids()).shuffle(46).batch(15)
-        fit_with_ids(strategy, dataset)
-    return {"own": {"warnings": [str(each.message) for each in caught]}}
+        try:
+            fit_with_ids(strategy, dataset)
+        except ValueError as refusal:
+            error = str(refusal)
+    return {"own": {"warnings": [str(each.message) for each in caught]}, "alike": {"error": error}}
 
 
 @case()
@@ -694,9 +698,10 @@ def test_other_shuffle_seeds_are_refused(fleet):
 
 
 @fleets(3)
-def test_unseeded_shuffle_warns(fleet):
+def test_unseeded_shuffle_warns_and_is_refused(fleet):
     for result in fleet.results("unseeded_dataset"):
         assert any("shuffles without a seed" in text for text in result["own"]["warnings"])
+        assert "batches differ" in result["alike"]["error"]
 
 
 @fleets(3)

@@ -16,6 +16,7 @@ from time import monotonic
 
 from tfzero import meeting
 from tfzero.cluster import Cluster
+from tfzero.differences import differences_of
 from tfzero.handshake import read_secret
 from tfzero.meeting import error_of, is_seconds, part, told
 from tfzero.messages import encode, receive, seconds_left, send
@@ -76,9 +77,14 @@ class Channel:
                 self._fail(error)
                 raise
 
+    def compare(self, topic: str, value) -> tuple[list, str]:
+        """The values of all workers, as `all_gather` gives them; and who has what, or "" if all have the same."""
+        values = self.all_gather(topic, value)
+        return values, differences_of(values, self._cluster.group)
+
     def agree(self, topic: str, value, what: str) -> None:
         """Raise ValueError on all, who may go on, unless all give the same value. `what` names it: "settings"."""
-        differences = _describe_differences(self._cluster, self.all_gather(topic, value))
+        _, differences = self.compare(topic, value)
         if differences:
             raise ValueError(f"The workers' {what} differ: {differences}. Give every worker the same {what}.")
 
@@ -189,19 +195,3 @@ class Channel:
 def _again(error: BaseException) -> Exception:
     """An error of the same kind and text, to be raised once more."""
     return error_of(told(error))
-
-
-def _describe_differences(cluster: Cluster, values: list) -> str:
-    """Who has what, or "" if all have the same; of dicts only the keys that differ."""
-    values = [json.loads(json.dumps(value, sort_keys=True)) for value in values]  # equal dicts look equal
-    table = {"": [repr(value) for value in values]}
-    if all(isinstance(value, dict) for value in values):
-        keys = dict.fromkeys(key for value in values for key in value)
-        table = {f"{key} is ": [repr(v[key]) if key in v else "missing" for v in values] for key in keys}
-    parts = []
-    for label, row in table.items():
-        groups = {text: [index for index, other in enumerate(row) if other == text] for text in row}
-        shown = [f"{text[:200]} on {cluster.group(which)}" for text, which in groups.items()]
-        if len(groups) > 1:
-            parts.append(f"{label}{', '.join(shown[:-1])} and {shown[-1]}")
-    return "; ".join(parts)

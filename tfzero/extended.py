@@ -14,13 +14,16 @@ from tfzero.collectives import Group
 from tfzero.components import component, initial_value, on_host
 from tfzero.compression import Codec
 from tfzero.dependence import OTHER, ROWS, Dependence, mark_global
+from tfzero.digests import BatchComparison
 from tfzero.gathering import Gatherer
 from tfzero.inputs import (
     Seats,
     batch_leaves,
     check_shardable,
+    cut_batch,
     cut_dataset,
     describe_dataset,
+    in_order,
     one_batch_leaf,
     rows_of,
 )
@@ -60,6 +63,7 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
         self.after_gathering: Callable[[], object] = lambda: None
         self._settings: Settings = strategy.settings
         self._channel: Channel = strategy.channel
+        self.comparison: BatchComparison = strategy.comparison
         # TensorFlow's server runs once in a process.
         self._std_server_started = _compat.collectives_are_configured()
         # `pulse.py` takes the place of TensorFlow's own watch, which is slower and begins without a timeout.
@@ -362,6 +366,10 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
 
     # Input.
 
+    def cut_batch(self, batch):
+        """One global batch as per-replica values."""
+        return cut_batch(batch, self.seats)
+
     def _initialize_local_devices(self, cluster_resolver, worker_device):
         del cluster_resolver
         return tuple(f"{worker_device}/device:{name}" for name in self._local_devices), self._settings.device_type
@@ -374,7 +382,9 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
             return dataset
         check_shardable(dataset, self._num_workers)
         self._channel.agree("distributing a dataset", describe_dataset(dataset), "data sets")
-        cut = cut_dataset(dataset, self.seats)
+        if self._num_workers > 1:
+            dataset = in_order(dataset)
+        cut = cut_dataset(dataset, self.seats, self.comparison)
         self._cut_datasets.add(cut)
         return cut
 

@@ -3,8 +3,8 @@
 from keras import optimizers as ko
 
 from tfzero import _compat
+from tfzero.agreement import by_path, describe
 from tfzero.compression import Codec
-from tfzero.descriptions import config_of, describe
 from tfzero.plan import VariableSpec
 from tfzero.variables import ShardedParameter
 
@@ -88,17 +88,33 @@ def spec(variable, optimizers: list, optimizer, codec: Codec | None) -> Variable
     )
 
 
+def config_of(optimizer: ko.Optimizer) -> dict:
+    """An optimizer's `get_config`; a learning rate that has none stands in it as the object that it is.
+
+    Keras asks a schedule for `get_config` only when it saves a model, so many a schedule has none.
+    """
+    try:
+        return optimizer.get_config()
+    except (NotImplementedError, TypeError, ValueError):
+        learning_rate = optimizer.__dict__.get("_learning_rate")
+        if not callable(learning_rate):
+            raise
+        # Without it the rest can be asked for, of a subclass too.
+        optimizer.__dict__["_learning_rate"] = None
+        try:
+            return optimizer.get_config() | {"learning_rate": learning_rate}
+        finally:
+            optimizer.__dict__["_learning_rate"] = learning_rate
+
+
 def settings_of(links: list) -> dict:
     """What workers must agree on: the classes and their settings, but not names counted up per process."""
     settings = {}
     for place, optimizer in enumerate(links):
-        where = f"{place}." if len(links) > 1 else ""
-        settings[f"{where}class"] = type(optimizer).__name__
-        if not isinstance(optimizer, CONTAINERS):
-            for key, value in config_of(optimizer).items():
-                if key != "name":
-                    settings[f"{where}{key}"] = describe(value) if callable(value) else repr(value)
-    return settings
+        where = f"{place}" if len(links) > 1 else ""
+        is_container = isinstance(optimizer, CONTAINERS)
+        settings |= by_path({"class": type(optimizer).__name__} if is_container else describe(optimizer), where)
+    return {path: value for path, value in settings.items() if not path.endswith("name")}
 
 
 def is_elementwise(optimizer) -> bool:

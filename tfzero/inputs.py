@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import tensorflow as tf
 
-from tfzero import _compat, _compat_batches
+from tfzero import _compat, _compat_batches, _compat_data
+from tfzero.digests import BatchComparison
 
 
 @dataclass(frozen=True)
@@ -144,19 +145,40 @@ def check_shardable(dataset: tf.data.Dataset, workers: int) -> None:
             "those of one device. Use `dataset.shuffle(size, seed=...)`, the same seed on every worker.",
             stacklevel=2,
         )
+    unordered = _compat_data.unordered_stages(dataset) if workers > 1 else []
+    if unordered:
+        warnings.warn(
+            f"The dataset takes elements as they come (`deterministic=False` of {', '.join(unordered)}), so workers may "
+            "see other orders, and global batches that are not those of one device. Leave `deterministic` away.",
+            stacklevel=2,
+        )
 
 
 def describe_dataset(dataset: tf.data.Dataset) -> dict:
     """What can be known before training of whether workers read the same batches in the same order."""
+    specs = enumerate(tf.nest.flatten(dataset.element_spec))
     return {
         "number of batches": int(dataset.cardinality()),
-        "elements": str(dataset.element_spec),
+        **{f"part {place} of a batch": str(spec) for place, spec in specs},
         "shuffle seeds": _compat.shuffle_seeds(dataset),
     }
 
 
-def cut_dataset(dataset: tf.data.Dataset, seats: Seats) -> tf.data.Dataset:
+def in_order(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    """A dataset with the option that its stages give elements in the order of their inputs, which is TensorFlow's own
+    choice; `options.deterministic = False` would give each worker another order.
+    """
+    if dataset.options().deterministic is not False:
+        return dataset
+    options = tf.data.Options()
+    options.deterministic = True
+    return dataset.with_options(options)
+
+
+def cut_dataset(dataset: tf.data.Dataset, seats: Seats, comparison: BatchComparison) -> tf.data.Dataset:
     """A dataset whose elements are per-replica values: of every batch the parts of this worker's replicas.
+
+    The first batches are compared with those of the other workers when they are given out. [Note: digests]
 
     It is a plain dataset, as TensorFlow's multi-device iterator crashes now and then when it is dropped in the middle
     of its data, which Keras does with the first batch of every `fit` and `evaluate`.
@@ -166,4 +188,24 @@ def cut_dataset(dataset: tf.data.Dataset, seats: Seats) -> tf.data.Dataset:
     def cut_all(*elements):
         return cut_batch(elements[0] if is_single else elements, seats)
 
-    return dataset.map(cut_all, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).prefetch(tf.data.AUTOTUNE)
+    if not comparison.count:
+        return _prepared_ahead(dataset, cut_all)
+    source = comparison.source(_compat_data.operations_of(dataset))
+
+    def note_and_cut(index, batch):
+        return comparison.noted(batch, index), cut_all(batch) if is_single else cut_all(*batch)
+
+    @tf.autograph.experimental.do_not_convert
+    def give_out(noted, parts):
+        comparison.compared(noted, source)
+        return parts
+
+    # What is given out has been compared, so nothing may be prepared ahead of a step after that.
+    options = tf.data.Options()
+    options.experimental_optimization.inject_prefetch = False
+    return _prepared_ahead(dataset.enumerate(), note_and_cut).map(give_out).with_options(options)
+
+
+def _prepared_ahead(dataset: tf.data.Dataset, function) -> tf.data.Dataset:
+    function = tf.autograph.experimental.do_not_convert(function)
+    return dataset.map(function, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).prefetch(tf.data.AUTOTUNE)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import tensorflow as tf
 
 from tfzero import _compat, _compat_cluster
+from tfzero.agreement import versions
 from tfzero.channel import Channel
 from tfzero.cluster import Cluster
 from tfzero.collectives import LINKED_LANES
@@ -15,16 +16,23 @@ from tfzero.pulse import Pulse
 
 @dataclass(frozen=True)
 class Joined:
-    """Control channels for the program and for saving in the background, links for collectives, and the pulse."""
+    """Control channels for the program, saving in the background and batches; links for collectives; the pulse."""
 
     channel: Channel
     saving_channel: Channel
+    batch_channel: Channel
     links: tuple[Links, ...] = ()
     pulse: Pulse | None = None
 
     def wait_at_most(self, timeout_seconds: float) -> None:
         """From now on, in whatever a strategy of this process does. All workers call it together."""
-        for each in (self.channel, self.saving_channel, *self.links, *(() if self.pulse is None else (self.pulse,))):
+        for each in (
+            self.channel,
+            self.saving_channel,
+            self.batch_channel,
+            *self.links,
+            *(() if self.pulse is None else (self.pulse,)),
+        ):
             each.timeout_seconds = timeout_seconds
 
 
@@ -39,7 +47,7 @@ def join(cluster: Cluster | None, timeout_seconds: float) -> Joined:
         TimeoutError: if a worker does not come in time. See `Channel.join`.
     """
     if cluster is None:
-        return Joined(channel_of_one(), channel_of_one())
+        return Joined(channel_of_one(), channel_of_one(), channel_of_one())
     if cluster not in _joined:
         if _compat.runtime_is_initialized():
             raise RuntimeError(
@@ -47,9 +55,12 @@ def join(cluster: Cluster | None, timeout_seconds: float) -> Joined:
                 "Make the strategy at the start of the program, before any tensor, variable or model."
             )
         _compat_cluster.leave_watch_out()
-        channel, of_saving, of_pulse = (Channel.join(cluster, timeout_seconds) for _ in range(3))
+        channel, of_saving, of_pulse, of_batches = (Channel.join(cluster, timeout_seconds) for _ in range(4))
+        channel.agree("comparing versions", versions(), "versions")
         links = _make_links(cluster, channel, timeout_seconds)
-        _joined[cluster] = Joined(channel, of_saving, links, Pulse(cluster, of_pulse, timeout_seconds, links))
+        _joined[cluster] = Joined(
+            channel, of_saving, of_batches, links, Pulse(cluster, of_pulse, timeout_seconds, links)
+        )
     return _joined[cluster]
 
 

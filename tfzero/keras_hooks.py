@@ -11,6 +11,7 @@ import keras
 import tensorflow as tf
 
 from tfzero import _compat, losses
+from tfzero.agreement import agree_on_call, agree_on_compile
 from tfzero.best_weights import BestWeightsInParts
 from tfzero.callbacks import CheckpointCallback
 from tfzero.dependence import mark_global
@@ -65,6 +66,7 @@ def _compile(original, self, *args, **kwargs):
         return original(self, *args, **kwargs)
     if kwargs.get("jit_compile") is True:
         raise ValueError(_NO_JIT)
+    agree_on_compile(strategy, inspect.signature(original).bind(self, *args, **kwargs))
     with strategy.scope():
         result = original(self, *args, **kwargs)
         self.optimizer = wrap_optimizer(self.optimizer, strategy)
@@ -99,6 +101,7 @@ def _make_function(original, self, step_function):
     for metric in _flat_metrics(self.metrics):
         strategy.extended.take_in(metric.variables)
         _make_result_global(metric, strategy)
+    check = strategy.comparison.of_given(f"those given to `{step_function.__name__}`")
     late = LateGathers.of(self, step_function, strategy)
     function = original(self, step_function if late is None else late.step)
 
@@ -106,10 +109,16 @@ def _make_function(original, self, step_function):
         if isinstance(iterator, tf.data.Iterator | tf.distribute.DistributedIterator):
             function_of_cut_batches.element_spec = iterator.element_spec  # for `gradient_time.py`
         else:
-            iterator = map(strategy.cut_batch, iterator)
+            iterator = map(functools.partial(_cut_checked, strategy, check), iterator)
         return function(iterator) if late is None else late.run(function, iterator)
 
     return function_of_cut_batches
+
+
+def _cut_checked(strategy: ZeroStrategy, check, batch):
+    """One batch of `train_on_batch` or `test_on_batch`, for the replicas."""
+    check(batch)
+    return strategy.extended.cut_batch(batch)
 
 
 @patch(
@@ -121,7 +130,10 @@ def _make_function(original, self, step_function):
 )
 def _predict_on_batch(original, self, x):
     strategy = strategy_of(self)
-    return original(self, x if strategy is None else strategy.cut_batch(x))
+    if strategy is None:
+        return original(self, x)
+    with strategy.comparison.during("predict_on_batch"):
+        return original(self, strategy.cut_batch(x))
 
 
 def _flat_metrics(metrics) -> list[keras.metrics.Metric]:
@@ -282,10 +294,12 @@ def _bind(original, model, args, kwargs) -> inspect.BoundArguments:
 
 
 def _evaluate_or_predict(original, self, *args, **kwargs):
-    if strategy_of(self) is None:
+    strategy = strategy_of(self)
+    if strategy is None:
         return original(self, *args, **kwargs)
     call = _bind(original, self, args, kwargs)
-    with one_worker_writes(_flat_callbacks(call.arguments.get("callbacks")), strategy_of(self)):
+    with one_worker_writes(_callbacks_in(call), strategy), strategy.comparison.during(original.__name__):
+        agree_on_call(strategy, original.__name__, call)
         return original(*call.args, **call.kwargs)
 
 
@@ -326,7 +340,9 @@ def _fit(original, self, *args, **kwargs):
     if strategy_of(self) is None:
         return original(self, *args, **kwargs)
     call = _bind(original, self, args, kwargs)
-    with one_worker_writes(_flat_callbacks(call.arguments.get("callbacks")), strategy_of(self)):
+    strategy = strategy_of(self)
+    with one_worker_writes(_callbacks_in(call), strategy), strategy.comparison.during("fit"):
+        agree_on_call(strategy, "fit", call)
         return _fit_bound(original, self, call)
 
 
@@ -351,6 +367,10 @@ def _fit_bound(original, self, call: inspect.BoundArguments):
         callback.leave()
         strategy.data_position = None
     return history
+
+
+def _callbacks_in(call: inspect.BoundArguments) -> list:
+    return _flat_callbacks(call.arguments.get("callbacks"))
 
 
 def _flat_callbacks(callbacks) -> list:

@@ -25,9 +25,8 @@ import tensorflow as tf
 
 from tfzero import _compat
 from tfzero.collectives import LANES
-from tfzero.descriptions import config_of
 from tfzero.gathering import PREFETCH_BYTES
-from tfzero.inner import chain, chooser, is_elementwise
+from tfzero.inner import chain, chooser, config_of, is_elementwise
 from tfzero.liveness import Moment, trace_step
 from tfzero.network import DEFAULT_BUCKET_BYTES
 from tfzero.pacing import WINDOW_BUCKETS

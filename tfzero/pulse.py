@@ -81,6 +81,11 @@ class Pulse:
         """Watches one more group; all workers add the same ones in the same order."""
         self._groups.append(group)
 
+    def hear_of_loss(self, reason: str) -> None:
+        """Takes over why another channel has ended: this process then ends for that reason."""
+        if not self._has_reason.is_set():
+            self._note(reason)
+
     def stop(self) -> None:
         """Ends the watch; the other workers take it for the end of this one."""
         if os.getpid() != self._process:  # a forked child, which has no such thread

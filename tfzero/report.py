@@ -150,9 +150,12 @@ def _effects(settings: Settings, group: Group, levels: Choice, worker: str, trai
         "error_feedback": feedback if settings.error_feedback else "off",
         "hierarchical": f"{'two levels' if levels.value else 'one level'}: {levels.reason}",
         "overlap_param_gather": _LATE if settings.overlap_param_gather else "off",
+        "compare_batches": f"the first {settings.compare_batches} batches of every pass are compared between workers",
     }
+    if settings.compare_batches == 0:
+        effects["compare_batches"] = "off: that workers read the same batches is taken on trust"
     if workers == 1:
-        effects["timeout_seconds"] = "no effect in a single process"
+        effects |= dict.fromkeys(("timeout_seconds", "compare_batches"), "no effect in a single process")
     steps = {s for each in trained for o in each.optimizers if (s := o.gradient_accumulation_steps)}
     if steps and settings.stage < 2:
         effects["accumulation"] = f"gradients are sent once in {max(steps)} steps; each replica keeps them whole"

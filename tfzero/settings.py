@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from tfzero import _compat
 from tfzero.cluster import Cluster, cluster_from_spec, read_tf_config
+from tfzero.digests import DEFAULT_COMPARE_BATCHES
 from tfzero.wire import FORMATS
 
 STAGES = (0, 1, 2, 3)
@@ -30,6 +31,7 @@ class Settings:
     error_feedback: bool = False
     hierarchical: bool | str = "auto"
     overlap_param_gather: bool = False
+    compare_batches: int = DEFAULT_COMPARE_BATCHES
 
 
 @dataclass(frozen=True)

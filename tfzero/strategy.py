@@ -10,8 +10,9 @@ import tensorflow as tf
 
 from tfzero import _compat, patches
 from tfzero.dependence import is_global
+from tfzero.digests import DEFAULT_COMPARE_BATCHES, BatchComparison
 from tfzero.extended import ZeroExtended
-from tfzero.inputs import DataPosition, cut_batch
+from tfzero.inputs import DataPosition
 from tfzero.joining import join
 from tfzero.network import DEFAULT_BUCKET_BYTES
 from tfzero.report import Report, make_report
@@ -76,6 +77,8 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         overlap_param_gather: at stages 1 and 2, in `fit` with `steps_per_execution` of 2 or more, whether updated
             parameters are gathered while the next step's forward pass goes on, as Megatron-LM's option of this name
             does, and not while gradients are still on their way. It pays where the network is slow.
+        compare_batches: of how many batches, at the start of every pass over data, workers compare shapes and content
+            before a step takes them. 0 leaves it away, for data that may rightly differ.
 
     Raises:
         ValueError: for settings, devices or a `TF_CONFIG` that make no sense, or that differ between workers.
@@ -107,6 +110,7 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         error_feedback: bool = False,
         hierarchical: bool | str = "auto",
         overlap_param_gather: bool = False,
+        compare_batches: int = DEFAULT_COMPARE_BATCHES,
     ) -> None:
         patches.install()
         check_stage(stage)
@@ -116,6 +120,7 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         check_reshard(reshard_after_forward, stage)
         check_compression(compression, error_feedback)
         check_overlap(overlap_param_gather, stage)
+        check_number("compare_batches", compare_batches, int, 0)
         cluster = find_cluster(cluster_resolver)
         configure_cpu_devices()
         local = choose_devices(devices)
@@ -131,6 +136,7 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
             error_feedback,
             hierarchical,
             overlap_param_gather,
+            compare_batches,
         )
         self.levels = choose_levels(self.settings, 1 if cluster is None else len(cluster.addresses))
         self.optimizers: weakref.WeakSet = weakref.WeakSet()  # that were built for its variables
@@ -141,6 +147,9 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         self.stop = AgreedStop() if joined.pulse is None else joined.pulse.stop_together
         self.channel.agree("making a ZeroStrategy", asdict(self.settings), "settings")
         joined.wait_at_most(timeout_seconds)
+        workers, on_loss = (1, print) if joined.pulse is None else (cluster.size, joined.pulse.hear_of_loss)
+        self.comparison = BatchComparison(joined.batch_channel, workers, compare_batches, on_loss)
+        self._check_batch = self.comparison.of_given("those given to `cut_batch`")
         # The stock constructor would make its own extended.
         _compat.distribute_lib.Strategy.__init__(self, ZeroExtended(self, cluster, local))
         self.channel.all_gather("starting TensorFlow's servers", None)
@@ -219,7 +228,8 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         rows = strategy.run(lambda part: tf.shape(part)[0], args=(features,))  # on two replicas 5 and 5
         ```
         """
-        return cut_batch(batch, self.extended.seats)
+        self._check_batch(batch)
+        return self.extended.cut_batch(batch)
 
     @contextlib.contextmanager
     def gathered(self, variables):
