@@ -3,7 +3,6 @@
 Keras offers a strategy no hook for these, so they are patched (`patches.py`).
 """
 
-import contextlib
 import functools
 import inspect
 
@@ -15,15 +14,12 @@ from tfzero.agreement import agree_on_call, agree_on_compile
 from tfzero.best_weights import BestWeightsInParts
 from tfzero.callbacks import CheckpointCallback
 from tfzero.dependence import mark_global
-from tfzero.inputs import DataPosition
 from tfzero.late_gathers import LateGathers
-from tfzero.model_building import build_unless_the_step_does
 from tfzero.optimizer import Home, ZeroOptimizer
 from tfzero.patches import patch
 from tfzero.strategy import ZeroStrategy
 from tfzero.writing_callbacks import one_worker_writes
 
-_EMPTY = "The data set is empty: it has no batch. Pass at least one sample."
 _NO_JIT = (
     "jit_compile=True cannot work under a ZeroStrategy: XLA would make one cluster of all replicas, and has no "
     "collectives on CPU. Leave jit_compile at 'auto'; the optimizer's update is compiled by XLA anyway."
@@ -178,111 +174,7 @@ def _sum_over_replicas(values, extended) -> list[tf.Tensor]:
     return reduced
 
 
-# Losses: a global divisor.
-
-
-@patch(
-    _compat.Trainer,
-    "_compute_loss",
-    "self x y y_pred sample_weight training",
-    "a user's `compute_loss` takes the mean of one replica's samples",
-    "test_step.py::test_losses_of_the_users_own",
-)
-def _compute_loss(original, self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-    extended = losses.current_extended()
-    arguments = {"x": x, "y": y, "y_pred": y_pred, "sample_weight": sample_weight, "training": training}
-    if extended is None:
-        return original(self, **arguments)
-    rows = next((leaf.shape[0] for leaf in tf.nest.flatten(y_pred) if leaf.shape.rank), None)
-    with losses.local_unit(batch_is_static=rows is not None):
-        loss = original(self, **arguments)
-    return losses.scale(loss, extended)
-
-
-@patch(
-    _compat.keras_loss,
-    "reduce_weighted_values",
-    "values sample_weight mask reduction dtype",
-    "each replica divides by what it sees; the divisor is that of the whole batch",
-    "test_step.py::test_masked_losses",
-)
-def _reduce_weighted_values(
-    original, values, sample_weight=None, mask=None, reduction="sum_over_batch_size", dtype=None
-):
-    extended = losses.current_extended()
-    if extended is None:
-        return original(values, sample_weight=sample_weight, mask=mask, reduction=reduction, dtype=dtype)
-    return losses.reduce_loss(values, sample_weight, mask, reduction, dtype, extended)
-
-
-@patch(
-    _compat.keras_loss,
-    "scale_loss_for_distribution",
-    "value",
-    "replicas count by their samples, not as one each",
-    "test_step.py::test_added_losses_and_regularizers",
-)
-def _scale_loss(original, value):
-    extended = losses.current_extended()
-    return original(value) if extended is None else losses.scale(value, extended)
-
-
-@patch(
-    _compat.keras_loss,
-    "unscale_loss_for_distribution",
-    "value",
-    "the inverse, for metrics",
-    "test_step.py::test_ragged_batches",
-)
-def _unscale_loss(original, value):
-    extended = losses.current_extended()
-    return original(value) if extended is None else losses.unscale(value, extended)
-
-
-# Input.
-
-
-@patch(
-    _compat.keras_tensorflow_trainer.TFEpochIterator,
-    "__init__",
-    "self distribute_strategy args kwargs",
-    "workers shuffle alike, and agree how much data there is",
-    "test_workers.py::test_every_sample_is_seen_once_in_an_epoch",
-)
-def _epoch_iterator(original, self, distribute_strategy=None, *args, **kwargs):
-    if not isinstance(distribute_strategy, ZeroStrategy):
-        return original(self, distribute_strategy, *args, **kwargs)
-    # Of the training data, if a callback goes on from a checkpoint: they come first.
-    position, distribute_strategy.data_position = distribute_strategy.data_position, None
-    with distribute_strategy.agreed_randomness(position):
-        original(self, distribute_strategy, *args, **kwargs)
-    self._tfzero_position = position
-    if self.num_batches == 0:
-        raise ValueError(_EMPTY)
-    distribute_strategy.channel.agree("reading data", _compat.length_of(self), "data sets")
-
-
-@patch(
-    _compat.keras_tensorflow_trainer.TFEpochIterator,
-    "_enumerate_iterator",
-    "self",
-    "a run goes on from its place in the data",
-    "test_checkpoints.py::test_a_run_goes_on_from_any_place_in_an_epoch",
-)
-def _enumerate_iterator(original, self):
-    """At first passes over the epochs and batches that a checkpoint has behind it."""
-    position = self.__dict__.pop("_tfzero_position", None) or DataPosition()
-    for _ in range(position.epochs):
-        steps = original(self)
-        if self.steps_per_epoch:  # one iterator serves all epochs
-            _compat.draw_batches(self, steps, None)
-        else:  # a new one shuffles anew when it gives its first batch
-            _compat.draw_batches(self, steps, 1)
-            steps.close()
-            _compat.end_epoch(self, position.epoch_batches)
-    steps = original(self)
-    _compat.draw_batches(self, steps, position.batches)
-    yield from steps
+# What users call.
 
 
 def _bind(original, model, args, kwargs) -> inspect.BoundArguments:
@@ -377,45 +269,6 @@ def _flat_callbacks(callbacks) -> list:
     if isinstance(callbacks, keras.callbacks.CallbackList):
         callbacks = callbacks.callbacks
     return [] if callbacks is None else tf.nest.flatten(callbacks)
-
-
-@patch(
-    _compat.keras_tensorflow_trainer.TFEpochIterator,
-    "catch_stop_iteration",
-    "self",
-    "data of unknown length without a batch are an error, not an epoch",
-    "test_bad_input.py::test_a_dataset_of_unknown_length_without_a_batch",
-)
-@contextlib.contextmanager
-def _catch_stop_iteration(original, self):
-    with original(self):
-        try:
-            yield
-        except (StopIteration, tf.errors.OutOfRangeError):  # an execution that found no batch
-            if isinstance(self._distribute_strategy, ZeroStrategy) and _compat.is_at_first_batch(self):
-                raise ValueError(_EMPTY) from None
-            raise
-
-
-@patch(
-    _compat.keras_tensorflow_trainer.TensorFlowTrainer,
-    "_maybe_symbolic_build",
-    "self iterator data_batch",
-    "Keras draws a batch to learn shapes from, which a shuffled pipeline then has drawn",
-    "test_step.py::test_a_tf_dataset_that_shuffles_anew_in_each_epoch",
-)
-def _maybe_symbolic_build(original, self, iterator=None, data_batch=None):
-    """Builds a model from what its data say of their elements.
-
-    Keras draws a batch for that, which a shuffled dataset or a shared generator then has drawn.
-    """
-    if strategy_of(self) is None:
-        return original(self, iterator=iterator, data_batch=data_batch)
-    if iterator is not None:
-        specs = _compat.replica_element_spec(_compat.dataset_of(iterator))
-        if all(spec.shape.rank is not None for spec in tf.nest.flatten(specs) if spec is not None):
-            iterator, data_batch = None, specs
-    return build_unless_the_step_does(lambda: original(self, iterator=iterator, data_batch=data_batch), self)
 
 
 # An optimizer without its wrapper would update each replica by itself.

@@ -1,7 +1,7 @@
 """Every function of Keras that tfzero replaces, each with its reason: `python -m tfzero.patches` lists them.
 
-Keras offers a strategy no hook at these places. A wrapper stands beside what it is about (`keras_hooks.py`,
-`keras_layers.py`, `keras_files.py`), and asks first whether a `ZeroStrategy` is concerned: models of other strategies
+Keras offers a strategy no hook at these places. A wrapper stands beside what it is about (in the modules
+`keras_*.py`), and asks first whether a `ZeroStrategy` is concerned: models of other strategies
 run Keras's own code. The constructor of `ZeroStrategy` installs all of them, however it was imported.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 # They stand after the strategy in the line of modules, so they are named and not imported.
-_HOMES = ("tfzero.keras_hooks", "tfzero.keras_layers", "tfzero.keras_files")
+_HOMES = tuple(f"tfzero.keras_{topic}" for topic in ("hooks", "data", "losses", "layers", "files"))
 
 
 @dataclass(frozen=True)
