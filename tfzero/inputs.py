@@ -148,7 +148,7 @@ def check_shardable(dataset: tf.data.Dataset, workers: int) -> None:
     unordered = _compat_data.unordered_stages(dataset) if workers > 1 else []
     if unordered:
         warnings.warn(
-            f"The dataset takes elements as they come (`deterministic=False` of {', '.join(unordered)}), so workers may "
+            f"The dataset takes elements as they come (deterministic=False of {', '.join(unordered)}), so workers may "
             "see other orders, and global batches that are not those of one device. Leave `deterministic` away.",
             stacklevel=2,
         )
