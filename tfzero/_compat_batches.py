@@ -51,3 +51,8 @@ def _without_rows(spec: tf.TypeSpec) -> tf.TypeSpec:
     if not isinstance(spec, tf.TensorSpec) or not spec.shape.rank:
         return spec
     return tf.TensorSpec([None, *spec.shape[1:]], spec.dtype, spec.name)
+
+
+def is_recurrent_state(arguments: dict) -> bool:
+    """Whether a variable made with these arguments is a stateful layer's (`keras/src/layers/rnn/rnn.py`)."""
+    return arguments.get("name") == "rnn_state" and arguments.get("trainable") is False
