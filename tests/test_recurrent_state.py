@@ -9,6 +9,7 @@ from marks import FLEET_SECONDS
 
 import tfzero
 from tfzero.row_state import RowsVariable
+from tfzero.state import state_of
 
 BATCH = 7  # not even for any number of replicas but 7
 
@@ -42,8 +43,8 @@ def carried_through(strategy=None, checkpoint=None, **arguments) -> list[np.ndar
     model.compile(keras.optimizers.SGD(0.05), "mse", **arguments)
     fit = {"batch_size": BATCH, "shuffle": False, "verbose": 0}
     found = [np.array(model.fit(x, y, **fit).history["loss"])]
-    states = [v for v in model.non_trainable_variables if v.name == "rnn_state"]
-    assert len(states) == 7
+    states = [item.variable for item in state_of(model) if "rnn_state" in item.name]
+    assert len(states) == 7 and (strategy is None or all(isinstance(v.value, RowsVariable) for v in states))
     found += [np.array(v.numpy()) for v in states]
     found.append(model.predict(x, batch_size=BATCH, verbose=0))
     found.append(np.array(model.evaluate(x, y, batch_size=BATCH, verbose=0)))
@@ -51,7 +52,8 @@ def carried_through(strategy=None, checkpoint=None, **arguments) -> list[np.ndar
     found.append(np.array(model.train_on_batch(x[:BATCH], y[:BATCH])))
     if checkpoint and strategy:
         tfzero.save_checkpoint(model, checkpoint)
-        model.reset_states() if hasattr(model, "reset_states") else [v.assign(v * 0) for v in states]
+        for state in states:
+            state.assign(np.zeros(state.shape))
         tfzero.load_checkpoint(model, checkpoint)
     found.append(np.array(model.fit(x, y, epochs=2, **fit).history["loss"]))
     return found + [np.array(v.numpy()) for v in [*states, *model.trainable_variables]]

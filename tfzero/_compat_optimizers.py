@@ -17,7 +17,7 @@ __all__ = ["REPLACED", "REPLACED_OF_LOSS_SCALE", "BaseOptimizer", "LossScaleOpti
 def overrides(optimizer: BaseOptimizer) -> list[str]:
     """The methods without effect that a class outside of Keras gives an optimizer."""
     own = [vars(each) for each in type(optimizer).__mro__ if not f"{each.__module__}.".startswith("keras.")]
-    kept = {id(value) for each in own for value in each.values()}
+    kept = {id(value) for each in own for value in each.values() if callable(value)}
     names = [*REPLACED, *REPLACED_OF_LOSS_SCALE]
     found = [name for name in names if id(getattr(type(optimizer), name, None)) in kept]
     return found + [name for name in names if name in vars(optimizer)]

@@ -61,6 +61,12 @@ def chooser(optimizer):
     return lambda variable: optimizer
 
 
+def counting(links, chosen) -> tuple:
+    """Those of `links` that count steps: the optimizers that are `chosen` for variables, and a `MultiOptimizer`."""
+    chosen = list(chosen)
+    return tuple(link for link in links if isinstance(link, _compat.MultiOptimizer) or link in chosen)
+
+
 def spec(variable, optimizers: list, optimizer, codec: Codec | None) -> VariableSpec:
     """What the plan needs to know of a variable that `optimizer`, one of `optimizers`, trains.
 

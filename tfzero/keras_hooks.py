@@ -314,11 +314,15 @@ def _maybe_symbolic_build(original, self, iterator=None, data_batch=None):
 
     Keras draws a batch for that, which a shuffled dataset or a shared generator then has drawn.
     """
-    if iterator is not None and strategy_of(self) is not None:
+    strategy = strategy_of(self)
+    if strategy is None:
+        return original(self, iterator=iterator, data_batch=data_batch)
+    if iterator is not None:
         specs = _compat.replica_element_spec(_compat.dataset_of(iterator))
         if all(spec.shape.rank is not None for spec in tf.nest.flatten(specs) if spec is not None):
             iterator, data_batch = None, specs
-    return original(self, iterator=iterator, data_batch=data_batch)
+    with strategy.first_values():
+        return original(self, iterator=iterator, data_batch=data_batch)
 
 
 # An optimizer without its wrapper would update each replica by itself.

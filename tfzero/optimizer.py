@@ -22,6 +22,7 @@ from tfzero.inner import (
     chain,
     check_wrappable,
     chooser,
+    counting,
     is_compiled,
     settings_of,
     spec,
@@ -228,10 +229,10 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
         settings = strategy.settings
         codec = Codec.of(settings.compression) if strategy.num_replicas_in_sync > 1 else None
         specs = [spec(variable, optimizers, choose(variable), codec) for variable in variables]
+        keep_whole(overwritten, strategy)
         with tf.init_scope():
             strategy.channel.agree("building an optimizer", settings_of(links), "optimizers")
             choice = strategy.extended.choose_bucket_bytes(sum(s.elements * s.item_bytes for s in specs))
-            keep_whole(overwritten, strategy)
         plan = make_plan(
             specs, strategy.num_replicas_in_sync, settings.stage, choice.value, settings.min_shard_elements
         )
@@ -252,11 +253,7 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
         self._trained = Trained(
             variables=tuple(variables),
             optimizers=tuple(optimizers),
-            counting=tuple(
-                link
-                for link in links
-                if isinstance(link, _compat.MultiOptimizer) or any(choose(variable) is link for variable in given)
-            ),
+            counting=counting(links, map(choose, given)),
             compiled=tuple(is_compiled(optimizer) for optimizer in optimizers),
             plan=plan,
             group=strategy.extended.group,

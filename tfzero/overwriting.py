@@ -69,10 +69,11 @@ class Overwriting:
     def __init__(self, variables: Sequence, gradients: dict[int, tf.Tensor], group: Group, replica: int) -> None:
         self._variables = variables
         self._replica = replica
-        self.values = {
-            place: tf.reduce_max(group.all_gather(tf.ensure_shape(value, variables[place][0].shape), replica), 0)
-            for place, value in gradients.items()
-        }
+        self.values = {place: self._largest(value, variables[place][0], group) for place, value in gradients.items()}
+
+    def _largest(self, value: tf.Tensor, variable: keras.Variable, group: Group) -> tf.Tensor:
+        flat = tf.ensure_shape(tf.reshape(value, [-1]), [variable.shape.num_elements()])
+        return tf.reshape(tf.reduce_max(group.all_gather(flat, self._replica), 0), variable.shape)
 
     def assign(self) -> None:
         """Overwrites the replica's variables, or accumulates the largest values."""
