@@ -10,7 +10,7 @@ import tensorflow as tf
 from tensorflow.python.framework import auto_control_deps
 
 import tfzero
-from tfzero import _compat, _compat_data, _compat_graphs
+from tfzero import _compat, _compat_data, _compat_graphs, _compat_optimizers
 from tfzero.extended import ZeroExtended
 from tfzero.variables import LayerVariable, OnReadVariable, ReplicatedVariable, ShardedVariable
 
@@ -359,12 +359,21 @@ def test_multi_optimizer(variable):
     assert _compat.optimizer_for(multi, variable) is sgd
 
 
-def test_overridden_apply():
-    class Own(keras.optimizers.SGD):
-        def apply(self, grads, trainable_variables=None):
-            pass
+def test_overrides_of_what_is_replaced():
+    base, scaling = _compat_optimizers.BaseOptimizer, _compat_optimizers.LossScaleOptimizer
+    assert all(callable(getattr(base, name)) for name in _compat_optimizers.REPLACED)
+    assert all(callable(getattr(scaling, name)) for name in _compat_optimizers.REPLACED_OF_LOSS_SCALE)
 
-    assert _compat.overridden_apply(Own()) and not _compat.overridden_apply(keras.optimizers.SGD())
+    class Own(keras.optimizers.SGD):
+        def _clip_gradients(self, grads):
+            return grads
+
+    class Further(Own):
+        pass
+
+    assert _compat_optimizers.overrides(Further()) == ["_clip_gradients"]
+    for optimizer in (keras.optimizers.SGD(), keras.optimizers.Nadam(), scaling(keras.optimizers.Muon())):
+        assert _compat_optimizers.overrides(optimizer) == []
 
 
 def test_loss_and_rows_of_a_training_step(strategy):

@@ -8,6 +8,7 @@ from keras import ops
 from marks import FLEET_SECONDS
 
 import tfzero
+from tfzero.callbacks import check_drift
 
 SAMPLES, BATCH, CODES = 46, 9, 5  # the last batch is one sample: a replica without rows
 
@@ -288,3 +289,15 @@ def test_updates_of_rows_only_are_refused():
 
     with pytest.raises(TypeError, match="in some rows only"):
         strategy.run(step)
+
+
+def test_drift_is_noticed_of_variables_that_keras_does_not_know():
+    strategy = tfzero.ZeroStrategy(2)
+    with strategy.scope():
+        layer = States()
+        model = make_model(layer)
+    states_after(model, layer)
+    check_drift(model)
+    layer.raw.values[1].assign(layer.raw.values[1] + 1)
+    with pytest.raises(RuntimeError, match="have drifted apart in 1 of .*replica 1"):
+        check_drift(model)

@@ -341,8 +341,3 @@ def adopt(optimizer: BaseOptimizer, home, variables=None) -> None:
 def home_of(optimizer: BaseOptimizer):
     """What stands for the strategy in an optimizer."""
     return optimizer._distribution_strategy
-
-
-def overridden_apply(optimizer: BaseOptimizer) -> bool:
-    """Whether an optimizer replaces the whole of Keras's `apply`, whose parts tfzero runs itself."""
-    return type(optimizer).apply is not BaseOptimizer.apply

@@ -1,5 +1,6 @@
 """Private symbols of TensorFlow by which a replica's rows of a batch are known. See `_compat.py`."""
 
+import keras
 import tensorflow as tf
 
 # A composite tensor keeps its class through data sets and `tf.function`s, so ours tells what is cut by rows.
@@ -51,3 +52,14 @@ def _without_rows(spec: tf.TypeSpec) -> tf.TypeSpec:
     if not isinstance(spec, tf.TensorSpec) or not spec.shape.rank:
         return spec
     return tf.TensorSpec([None, *spec.shape[1:]], spec.dtype, spec.name)
+
+
+def is_recurrent_state(arguments: dict) -> bool:
+    """Whether a variable made with these arguments is a stateful layer's (`keras/src/layers/rnn/rnn.py`)."""
+    return arguments.get("name") == "rnn_state" and arguments.get("trainable") is False
+
+
+def recurrent_states(model: keras.Model) -> list[keras.Variable]:
+    """The states of a model's stateful layers, which Keras does not count among its variables."""
+    stateful = [layer for layer in model._flatten_layers() if getattr(layer, "stateful", False)]
+    return [state for layer in stateful for state in tf.nest.flatten(getattr(layer, "states", None) or [])]

@@ -13,7 +13,7 @@ from tfzero.checkpointing import Save, Team, find_newest, restore
 from tfzero.directories import local_path
 from tfzero.inputs import DataPosition
 from tfzero.settings import check_number
-from tfzero.state import METRICS, World, state_of
+from tfzero.state import METRICS, state_of
 from tfzero.stopping import EXIT_STOPPED
 from tfzero.strategy import ZeroStrategy
 
@@ -223,19 +223,21 @@ class DriftCallback(keras.callbacks.Callback):
 def check_drift(model: keras.Model) -> None:
     """Compares a digest of every variable that all replicas hold whole. All workers must call it.
 
+    Also of those that Keras does not know of: each `tf.Variable` that was made under the scope.
+
     Raises:
         RuntimeError: on all workers, naming the variables that differ.
     """
     strategy = model.distribute_strategy
-    replicas = range(len(World.of(strategy).ranks))
-    digests = {
-        item.name: [_digest(item.component(replica)) for replica in replicas]
-        for item in state_of(model)
-        if item.is_equal_everywhere
-    }
+    equal = {item.name: item.value for item in state_of(model) if item.is_equal_everywhere}
+    known = {id(value) for value in equal.values()}
+    others = sorted(strategy.extended.layer_variables.items())
+    equal |= {f"{number}/{value.name}": value for number, value in others if id(value) not in known}
+    digests = {name: [_digest(part) for part in getattr(value, "values", [value])] for name, value in equal.items()}
     answers = strategy.channel.all_gather("comparing replicas", digests)
     differing = []
-    for name in digests:
+    # A worker may have dropped a variable, of another model, before others do.
+    for name in [name for name in digests if all(name in answer for answer in answers)]:
         of_ranks = [digest for answer in answers for digest in answer[name]]
         if len(set(of_ranks)) > 1:
             shown = ", ".join(f"{digest} on replica {rank}" for rank, digest in enumerate(of_ranks))

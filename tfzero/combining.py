@@ -1,13 +1,13 @@
 """What a variable becomes that every replica updates from its own rows of the batch.
 
-[Note: layer state] A layer's state must be equal on all replicas, and what one device computes. What a replica assigns is
-taken apart ([Note: kinds]): a part that does not depend on the replica's rows counts once, sums over rows are
-summed over replicas, and means over rows are averaged, weighted by the replicas' rows. What a variable declares
+[Note: layer state] A layer's state must be equal on all replicas, and what one device computes. What a replica assigns
+is taken apart ([Note: kinds]): a part that does not depend on the replica's rows counts once, sums over rows are summed
+over replicas, and means over rows are averaged, weighted by the replicas' rows. What a variable declares
 (`aggregation="sum"` or "mean") decides about all that depends on rows. If nothing is declared and the graph does not
 tell, floats are averaged, with a warning, and other dtypes are refused.
 
-Eagerly there is no graph that could tell: floats are averaged with a warning, unless a sum is declared, and other dtypes
-must be equal.
+Eagerly there is no graph that could tell: floats are averaged with a warning, unless a sum is declared, and other
+dtypes must be equal.
 """
 
 import warnings
@@ -78,8 +78,8 @@ def _check(variable, dtype: tf.DType, parts: dict[str, tf.Tensor]) -> None:
     if not (dtype.is_integer or dtype.is_complex) or not (declared or set(parts) == {SUM.name}):
         raise ValueError(
             f"The variable {variable.name!r} of dtype {dtype.name} is assigned a value that depends on the replica's "
-            f"rows of the batch and is not seen to be a sum over them, so replicas would differ. {_DECLARE}, or make it "
-            "a float."
+            f"rows of the batch and is not seen to be a sum over them, so replicas would differ. {_DECLARE}, or make "
+            "it a float."
         )
 
 

@@ -1,7 +1,7 @@
 """What of a tensor depends on a replica's rows, and how the whole batch's follows from the replicas' tensors.
 
-[Note: kinds] A replica computes from its rows of the batch what one device computes from all rows. Of each tensor of the
-traced step it can be told, from the operations that made it, how the one follows from the other:
+[Note: kinds] A replica computes from its rows of the batch what one device computes from all rows. Of each tensor of
+the traced step it can be told, from the operations that made it, how the one follows from the other:
 
     same   does not depend on rows: every replica has what one device has
     rows   has an axis of rows: one device has those of all replicas

@@ -1,13 +1,14 @@
 """What TensorFlow and Keras call when they meet replicas: collectives, variables and input."""
 
 import contextlib
+import itertools
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
-from tfzero import _compat, _compat_graphs
+from tfzero import _compat, _compat_batches, _compat_graphs
 from tfzero.channel import Channel
 from tfzero.cluster import Cluster
 from tfzero.collectives import Group
@@ -28,6 +29,7 @@ from tfzero.inputs import (
     rows_of,
 )
 from tfzero.network import DEFAULT_BUCKET_BYTES, Network, measure_network
+from tfzero.row_state import RowsVariable
 from tfzero.settings import Choice, Settings
 from tfzero.variables import (
     LayerVariable,
@@ -72,6 +74,9 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
         options = tf.distribute.experimental.CommunicationOptions()
         super().__init__(strategy, resolver, options, devices=None if cluster else list(devices))
         self._cut_datasets: weakref.WeakSet = weakref.WeakSet()
+        # Those that are equal on all replicas, by numbers that are the same on all workers.
+        self.layer_variables: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
+        self._numbers = itertools.count()
         self.seats = Seats(self._id_in_cluster, self._num_workers, len(self.worker_devices))
         self.group = Group(
             self.worker_devices,
@@ -340,17 +345,22 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
                 values.append(component(next_creator, device, value, values, kwargs))
             return values
 
+        kind: type = ReplicatedVariable if self._creating_optimizer_state else LayerVariable
+        if _compat_batches.is_recurrent_state(kwargs) and not self._creating_optimizer_state:
+            kind = RowsVariable
         classes = {
-            tf.VariableSynchronization.ON_WRITE: (
-                ReplicatedVariable if self._creating_optimizer_state else LayerVariable
-            ),
+            tf.VariableSynchronization.ON_WRITE: kind,
             tf.VariableSynchronization.ON_READ: OnReadVariable,
         }
-        return _compat.create_mirrored_variable(self._container_strategy(), components, classes, {}, **kwargs)
+        variable = _compat.create_mirrored_variable(self._container_strategy(), components, classes, {}, **kwargs)
+        if isinstance(variable, LayerVariable | RowsVariable):
+            self.layer_variables[next(self._numbers)] = variable
+        return variable
 
     def _create_slot(self, next_creator, view: VariableView, value, kwargs: dict):
         """An optimizer's slot: as the plan places its variable, or a replica's own."""
-        if self._settings.stage < 2 and _compat.is_accumulator_name(kwargs.get("name") or ""):
+        adds_up = not getattr(view, "overwrite_with_gradient", False)
+        if adds_up and self._settings.stage < 2 and _compat.is_accumulator_name(kwargs.get("name") or ""):
             kwargs |= {
                 "synchronization": tf.VariableSynchronization.ON_READ,
                 "aggregation": tf.VariableAggregation.SUM,

@@ -1,8 +1,9 @@
 """What is inside a ZeroOptimizer: Keras's own optimizers, and what they are known for."""
 
+import tensorflow as tf
 from keras import optimizers as ko
 
-from tfzero import _compat
+from tfzero import _compat, _compat_optimizers
 from tfzero.agreement import by_path, describe
 from tfzero.compression import Codec
 from tfzero.plan import VariableSpec
@@ -34,16 +35,18 @@ def chain(optimizer) -> list:
 def check_wrappable(optimizer) -> None:
     """
     Raises:
-        TypeError: if it is no Keras optimizer, or one that overrides the whole of `apply`.
+        TypeError: if it is no Keras optimizer, or one that overrides what tfzero does in its place.
         ValueError: if it has been built.
     """
     if not isinstance(optimizer, ko.Optimizer):
         raise TypeError(f"ZeroOptimizer wraps a Keras optimizer, but received {optimizer!r}.")
     name = type(optimizer).__name__
-    if not isinstance(optimizer, CONTAINERS) and _compat.overridden_apply(optimizer):
+    overridden = _compat_optimizers.overrides(optimizer)
+    if overridden:
+        what = "the whole of `apply`" if "apply" in overridden else " and ".join(f"`{each}`" for each in overridden)
         raise TypeError(
-            f"{name} overrides the whole of `apply`, so its parts cannot run in shards. Override `update_step` "
-            "instead, and leave clipping, weight decay and accumulation to the base class."
+            f"{name} overrides {what}, which tfzero does itself in shards, so the override would have no effect. "
+            "Override `update_step` instead, and leave clipping, weight decay and accumulation to the base class."
         )
     if optimizer.built:
         raise ValueError(
@@ -57,6 +60,12 @@ def chooser(optimizer):
     if isinstance(optimizer, _compat.MultiOptimizer):
         return lambda variable: _compat.optimizer_for(optimizer, variable)
     return lambda variable: optimizer
+
+
+def counting(links, chosen) -> tuple:
+    """Those of `links` that count steps: the optimizers that are `chosen` for variables, and a `MultiOptimizer`."""
+    chosen = list(chosen)
+    return tuple(link for link in links if isinstance(link, _compat.MultiOptimizer) or link in chosen)
 
 
 def spec(variable, optimizers: list, optimizer, codec: Codec | None) -> VariableSpec:
@@ -125,3 +134,39 @@ def is_elementwise(optimizer) -> bool:
 def is_compiled(optimizer) -> bool:
     """Whether XLA compiles its update."""
     return type(optimizer).update_step in _COMPILED_STEPS
+
+
+def strategy_of(variables):
+    """The one ZeroStrategy of all variables; without variables the current one.
+
+    Raises:
+        ValueError: if there are several, or none.
+    """
+    found = [getattr(v.value, "distribute_strategy", None) for v in variables] or [tf.distribute.get_strategy()]
+    strategies = {id(strategy): strategy for strategy in found}
+    strategy = next(iter(strategies.values()), None)
+    if len(strategies) != 1 or not hasattr(strategy, "settings"):
+        names = sorted({type(s).__name__ for s in strategies.values()})
+        raise ValueError(
+            "A ZeroOptimizer trains variables of one ZeroStrategy, but these belong to "
+            f"{len(strategies)} strategies ({', '.join(names)}; NoneType is none). "
+            "Create the whole model under `with strategy.scope():` of the same strategy."
+        )
+    return strategy
+
+
+class ViewsAtHand(list):
+    """Views that tell the strategy which of them an optimizer's loop has come to.
+
+    Adafactor makes slots of shapes of its own, without naming the variable that they belong to.
+    """
+
+    def __init__(self, views, extended) -> None:
+        super().__init__(views)
+        self._extended = extended
+
+    def __iter__(self):
+        for view in super().__iter__():
+            self._extended.view_at_hand = view
+            yield view
+        self._extended.view_at_hand = None

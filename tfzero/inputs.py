@@ -35,6 +35,11 @@ class Seats:
         """The part of a local replica."""
         return replica * self.workers + self.worker
 
+    def part_of_rank(self, rank: int) -> int:
+        """The part of any replica, by its rank in the group."""
+        worker, replica = divmod(rank, self.replicas_per_worker)
+        return replica * self.workers + worker
+
 
 @dataclass
 class DataPosition:
@@ -115,9 +120,9 @@ def one_batch_leaf(arguments):
     sizes = {leaf.shape[0] for leaf in leaves}
     if len(sizes) > 1 and not _compat_batches.is_part(leaves[0]):
         raise ValueError(
-            f"`strategy.run` was given tensors of shapes {[tuple(leaf.shape) for leaf in leaves]}, and it cannot be told "
-            "which of them holds the replica's rows of the batch, by which it is weighed. Pass an element of a data set "
-            "of `strategy.experimental_distribute_dataset`, or what `strategy.cut_batch(batch)` gives."
+            f"`strategy.run` was given tensors of shapes {[tuple(leaf.shape) for leaf in leaves]}, and it cannot be "
+            "told which of them holds the replica's rows of the batch, by which it is weighed. Pass an element of a "
+            "data set of `strategy.experimental_distribute_dataset`, or what `strategy.cut_batch(batch)` gives."
         )
     return leaves[0] if leaves else None
 

@@ -90,10 +90,12 @@ def _maybe_symbolic_build(original, self, iterator=None, data_batch=None):
 
     Keras draws a batch for that, which a shuffled dataset or a shared generator then has drawn.
     """
-    if strategy_of(self) is None:
+    strategy = strategy_of(self)
+    if strategy is None:
         return original(self, iterator=iterator, data_batch=data_batch)
     if iterator is not None:
         specs = _compat.replica_element_spec(_compat.dataset_of(iterator))
         if all(spec.shape.rank is not None for spec in tf.nest.flatten(specs) if spec is not None):
             iterator, data_batch = None, specs
-    return build_unless_the_step_does(lambda: original(self, iterator=iterator, data_batch=data_batch), self)
+    with strategy.first_values():
+        return build_unless_the_step_does(lambda: original(self, iterator=iterator, data_batch=data_batch), self)

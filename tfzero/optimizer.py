@@ -16,8 +16,20 @@ import tensorflow as tf
 from tfzero import _compat
 from tfzero.compression import Codec
 from tfzero.exchange import Wire, make_wire
-from tfzero.inner import CONTAINERS, chain, check_wrappable, chooser, is_compiled, settings_of, spec
+from tfzero.inner import (
+    CONTAINERS,
+    ViewsAtHand,
+    chain,
+    check_wrappable,
+    chooser,
+    counting,
+    is_compiled,
+    settings_of,
+    spec,
+    strategy_of,
+)
 from tfzero.late_gathers import is_late, make_pending
+from tfzero.overwriting import OverwrittenView, is_overwritten, keep_whole
 from tfzero.plan import make_plan
 from tfzero.settings import Choice
 from tfzero.step import ReplicaStep, Trained, with_norms
@@ -48,23 +60,6 @@ class Home:
         return function(variable, *args, **(kwargs or {}))
 
 
-class _ViewsAtHand(list):
-    """Views that tell the strategy which of them an optimizer's loop has come to.
-
-    Adafactor makes slots of shapes of its own, without naming the variable that they belong to.
-    """
-
-    def __init__(self, views, extended) -> None:
-        super().__init__(views)
-        self._extended = extended
-
-    def __iter__(self):
-        for view in super().__iter__():
-            self._extended.view_at_hand = view
-            yield view
-        self._extended.view_at_hand = None
-
-
 class ZeroOptimizer(keras.optimizers.Optimizer):
     """Shards a Keras optimizer over the replicas of a `ZeroStrategy` (ZeRO, https://arxiv.org/abs/1910.02054).
 
@@ -78,7 +73,7 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
             `learning_rate` works as ever.
 
     Raises:
-        TypeError: if `optimizer` is no Keras optimizer, or one that overrides the whole of `apply`.
+        TypeError: if `optimizer` is no Keras optimizer, or one that overrides what tfzero does in its place.
         ValueError: if `optimizer` is a `ZeroOptimizer` or has been built elsewhere.
 
     Example:
@@ -112,6 +107,7 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
             object.__delattr__(self, name)
         self._wrapped = optimizer
         self._trained = None
+        self._given: tuple = ()  # the variables that it was built for
         self._eager_functions: dict = {}
         self._watches_norm = False
 
@@ -223,14 +219,17 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
         """
         if self.built:
             return
-        variables = list(variables)
-        strategy = _strategy_of(variables)
+        given = list(variables)
+        strategy = strategy_of(given)
         choose = chooser(self.inner_optimizer)
-        links = list(dict.fromkeys([*chain(self._wrapped), *map(choose, variables)]))
+        links = list(dict.fromkeys([*chain(self._wrapped), *map(choose, given)]))
+        overwritten = [variable for variable in given if is_overwritten(variable)]
+        variables = [variable for variable in given if not is_overwritten(variable)]
         optimizers = [link for link in links if not isinstance(link, CONTAINERS)]
         settings = strategy.settings
         codec = Codec.of(settings.compression) if strategy.num_replicas_in_sync > 1 else None
         specs = [spec(variable, optimizers, choose(variable), codec) for variable in variables]
+        keep_whole(overwritten, strategy)
         with tf.init_scope():
             strategy.channel.agree("building an optimizer", settings_of(links), "optimizers")
             choice = strategy.extended.choose_bucket_bytes(sum(s.elements * s.item_bytes for s in specs))
@@ -243,19 +242,18 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
             strategy.extended.take_in(_compat.own_scalars(link))
         with strategy.extended.creating_optimizer_state():
             views = [VariableView(variable, plan, index) for index, variable in enumerate(variables)]
-            self._wrapped.build(_ViewsAtHand(views, strategy.extended))
+            by_variable = {id(variable): view for variable, view in zip(variables, views, strict=True)}
+            all_views = [by_variable.get(id(variable)) or OverwrittenView(variable) for variable in given]
+            self._wrapped.build(ViewsAtHand(all_views, strategy.extended))
             slots = tuple(tuple(view.slots) for view in views)
             wire = make_wire(codec, views, plan, strategy, self.loss_scale_optimizer)
         for optimizer in optimizers:
-            _compat.adopt(optimizer, home, [v for v in variables if choose(v) is optimizer])
+            _compat.adopt(optimizer, home, [v for v in given if choose(v) is optimizer])
+        self._given = tuple(given)
         self._trained = Trained(
             variables=tuple(variables),
             optimizers=tuple(optimizers),
-            counting=tuple(
-                link
-                for link in links
-                if isinstance(link, _compat.MultiOptimizer) or any(choose(variable) is link for variable in variables)
-            ),
+            counting=counting(links, map(choose, given)),
             compiled=tuple(is_compiled(optimizer) for optimizer in optimizers),
             plan=plan,
             group=strategy.extended.group,
@@ -265,6 +263,7 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
             sharded_gradients=settings.stage >= 2,
             loss_scale=self.loss_scale_optimizer,
             pending=make_pending(len(variables), strategy),
+            overwritten=tuple((variable, choose(variable)) for variable in overwritten),
         )
         strategy.optimizers.add(self)
         strategy.extended.group.lanes.iterations = _compat.iteration_counter(links[-1]).value.values[0]
@@ -281,7 +280,7 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
         self._watches_norm = True
         if not self.built or self._trained.squared_norms:
             return not self.built
-        self._trained = with_norms(self._trained, _strategy_of(self.trained_variables))
+        self._trained = with_norms(self._trained, strategy_of(self.trained_variables))
         self._eager_functions.clear()
         return True
 
@@ -296,7 +295,7 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
 
         It has an effect on steps that are traced from now on, and none if the size was not left to "auto".
         """
-        strategy = _strategy_of(self.trained_variables)
+        strategy = strategy_of(self.trained_variables)
         if strategy.settings.bucket_bytes == "auto" and strategy.num_replicas_in_sync > 1:
             old, settings = self._trained.plan, strategy.settings
             plan = make_plan(old.specs, old.world_size, settings.stage, bucket_bytes, settings.min_shard_elements)
@@ -346,9 +345,10 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
             ReplicaStep(self._trained, _compat.replica_index(), gradients, gathers_late).run()
 
     def _by_index(self, grads, variables) -> dict[int, tf.Tensor]:
-        """Dense gradients by variable index, without the missing ones."""
-        places = {id(variable): index for index, variable in enumerate(self._trained.variables)}
-        variables = list(self._trained.variables if variables is None else variables)
+        """Dense gradients by variable index, those that overwrite last, without the missing ones."""
+        trained = [*self._trained.variables, *(variable for variable, _ in self._trained.overwritten)]
+        places = {id(variable): index for index, variable in enumerate(trained)}
+        variables = list(self._given if variables is None else variables)
         if len(grads) != len(variables):
             raise ValueError(f"Each variable takes one gradient: got {len(grads)} for {len(variables)} variables.")
         unknown = [variable.path for variable in variables if id(variable) not in places]
@@ -381,18 +381,3 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
             self._eager_functions[indices](*values)
 
         replica.merge_call(together, args=tuple(gradients.values()))
-
-
-def _strategy_of(variables):
-    """The one ZeroStrategy of all variables; without variables the current one."""
-    found = [getattr(v.value, "distribute_strategy", None) for v in variables] or [tf.distribute.get_strategy()]
-    strategies = {id(strategy): strategy for strategy in found}
-    strategy = next(iter(strategies.values()), None)
-    if len(strategies) != 1 or not hasattr(strategy, "settings"):
-        names = sorted({type(s).__name__ for s in strategies.values()})
-        raise ValueError(
-            "A ZeroOptimizer trains variables of one ZeroStrategy, but these belong to "
-            f"{len(strategies)} strategies ({', '.join(names)}; NoneType is none). "
-            "Create the whole model under `with strategy.scope():` of the same strategy."
-        )
-    return strategy

@@ -14,6 +14,7 @@ import os
 import re
 import sys
 import threading
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from time import monotonic
@@ -40,6 +41,26 @@ _LOSSES = (
 _TASK = re.compile(r"/job:(\w+)/replica:0/task:(\d+)")
 
 
+class _Watched:
+    """A group's counts, also when it has been dropped with its strategy: then they stay what they were, and even."""
+
+    def __init__(self, group: Group) -> None:
+        self._group = weakref.ref(group)
+        self._counts = group.lanes.counts()
+
+    def counts(self) -> list[int]:
+        group = self._group()
+        self._counts = [count + count % 2 for count in self._counts] if group is None else group.lanes.counts()
+        return self._counts
+
+    def places(self) -> list[str]:
+        """What its collectives in flight are for."""
+        group = self._group()
+        if group is None:
+            return []
+        return [group.lanes.describe(place) for place, count in enumerate(group.lanes.counts()) if count % 2]
+
+
 class Pulse:
     """Watches the collectives of this process in a thread, for the life of the process.
 
@@ -54,7 +75,7 @@ class Pulse:
         self._cluster = cluster
         self._channel = channel
         self._links = links
-        self._groups: list[Group] = []
+        self._groups: list[_Watched] = []
         self._since: list[tuple[int, float]] = []  # each count and when it came to it
         self._lock = threading.Lock()  # held while the thread is in TensorFlow
         self._stopped = threading.Event()
@@ -78,8 +99,8 @@ class Pulse:
         self.stop_together.timeout_seconds = seconds
 
     def add(self, group: Group) -> None:
-        """Watches one more group; all workers add the same ones in the same order."""
-        self._groups.append(group)
+        """Watches one more group while its strategy lives; all workers add the same ones in the same order."""
+        self._groups.append(_Watched(group))
 
     def hear_of_loss(self, reason: str) -> None:
         """Takes over why another channel has ended: this process then ends for that reason."""
@@ -101,7 +122,7 @@ class Pulse:
             with self._lock:
                 if self._stopped.is_set():
                     return
-                counts = [count for group in self._groups for count in group.lanes.counts()]
+                counts = [count for watched in self._groups for count in watched.counts()]
                 where = self._where()
             if not reason:
                 try:
@@ -136,12 +157,7 @@ class Pulse:
 
     def _where(self) -> str:
         """What this worker waits for; a collective that was aborted stays in flight."""
-        places = [
-            group.lanes.describe(place)
-            for group in self._groups
-            for place, count in enumerate(group.lanes.counts())
-            if count % 2
-        ]
+        places = [place for watched in self._groups for place in watched.places()]
         return f"{self._cluster.name} was {' and '.join(dict.fromkeys(places))}." if places else ""
 
     def _exit_hook(self, former):

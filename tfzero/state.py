@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import keras
 import tensorflow as tf
 
+from tfzero import _compat_batches
 from tfzero.exchange import Wire
 from tfzero.variables import OnReadVariable, ShardedVariable
 
@@ -92,7 +93,7 @@ class World:
 
 def state_of(model: keras.Model) -> list[Item]:
     """All variables that training goes on from: the model's, those of its optimizers, and its metrics'."""
-    groups = {"model": model.variables}
+    groups = {"model": [*model.variables, *_compat_batches.recurrent_states(model)]}
     groups |= {name: optimizer.variables for name, optimizer in _optimizers(model).items()}
     groups[METRICS] = model.metrics_variables
     items: list[Item] = []

@@ -20,6 +20,7 @@ import tensorflow as tf
 from tfzero import _compat
 from tfzero.collectives import Group
 from tfzero.exchange import Exchange, Wire
+from tfzero.overwriting import Overwriting
 from tfzero.pacing import WINDOW_BUCKETS, Pacer
 from tfzero.packing import pack_row
 from tfzero.plan import Bucket, Placement, Plan
@@ -48,6 +49,7 @@ class Trained:
             somebody asks for it.
         pending: bool, `[variables]`: whose latest values have not been gathered; None if they always are at once.
             [Note: late gathers]
+        overwritten: variables that their gradients overwrite, each with its optimizer. [Note: overwriting]
     """
 
     variables: tuple[keras.Variable, ...]
@@ -63,6 +65,7 @@ class Trained:
     loss_scale: keras.optimizers.LossScaleOptimizer | None
     squared_norms: tuple[keras.Variable, ...] = ()
     pending: keras.Variable | None = None
+    overwritten: tuple[tuple[keras.Variable, keras.optimizers.Optimizer], ...] = ()
 
     def exchange(self, replica: int) -> Exchange:
         """A local replica's part in the exchanges."""
@@ -82,7 +85,8 @@ class ReplicaStep:
     Args:
         trained: what is trained.
         replica: the local replica.
-        gradients: by variable index; a variable without gradient is missing and stays as it is.
+        gradients: by variable index, then those of `trained.overwritten`; a variable without gradient is missing and
+            stays as it is.
         gathers_late: whether parameters are kept until the next step gathers them. [Note: late gathers]
     """
 
@@ -95,9 +99,12 @@ class ReplicaStep:
         self.replica = replica
         self.rank = trained.group.rank(replica)
         self.exchange = trained.exchange(replica)
-        self.gradients = dict(gradients)
+        count = len(trained.variables)
+        self.gradients = {i: gradient for i, gradient in gradients.items() if i < count}
+        nexts = {i - count: value for i, value in gradients.items() if i >= count}
+        self.overwriting = Overwriting(trained.overwritten, nexts, trained.group, replica)
         self.gathers_late = gathers_late
-        self.buckets = [b for b in self.plan.buckets if any(s.index in gradients for s in b.segments)]
+        self.buckets = [b for b in self.plan.buckets if any(s.index in self.gradients for s in b.segments)]
 
     def run(self) -> None:
         """The whole walk. [Note: the walk of one gradient]"""
@@ -106,7 +113,8 @@ class ReplicaStep:
         if self.trained.loss_scale is None:
             self._advance(rows)
             return
-        finite = self._vote(list(rows.values()) if rows is not None else list(self.gradients.values()))
+        parts = list(rows.values()) if rows is not None else list(self.gradients.values())
+        finite = self._vote([*parts, *self.overwriting.values.values()])
         tf.cond(finite, lambda: self._advance_and_grow_scale(rows), self._shrink_scale)
 
     @property
@@ -161,6 +169,7 @@ class ReplicaStep:
     # Accumulate.
 
     def _advance(self, rows: dict[Bucket, tf.Tensor] | None) -> None:
+        self.overwriting.assign()
         for index, optimizer in enumerate(self.trained.optimizers):
             buckets = [bucket for bucket in self.buckets if bucket.optimizer == index]
             if optimizer.gradient_accumulation_steps:

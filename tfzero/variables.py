@@ -57,8 +57,8 @@ class LayerVariable(ReplicatedVariable):
             return super()._update_replica(update_fn, value, **kwargs)
         if isinstance(value, tf.IndexedSlices):
             raise TypeError(
-                f"The variable {self.name!r} is updated in some rows only (`scatter_...`), which replicas cannot combine. "
-                "Assign a whole value, for example with `tf.tensor_scatter_nd_add`."
+                f"The variable {self.name!r} is updated in some rows only (`scatter_...`), which replicas cannot "
+                "combine. Assign a whole value, for example with `tf.tensor_scatter_nd_add`."
             )
         value = combined(self, tf.convert_to_tensor(value, self.dtype), self.distribute_strategy.extended)
         return update_fn(self._get_on_device_or_primary(), value, **kwargs)
@@ -185,8 +185,7 @@ class ShardedParameter(ShardedVariable):
 
     def _update_replica(self, update_fn, value, **kwargs):
         extended = self.distribute_strategy.extended
-        if value is not None and tf.convert_to_tensor(value).shape.rank == self._whole_shape.rank:
-            value = combined(self, tf.convert_to_tensor(value, self.dtype), extended)
+        value = combined(self, tf.convert_to_tensor(value, self.dtype), extended)
         extended.forget_gathered()
         replica = _compat.replica_index()
         return update_fn(self._values[replica], self._part_of(value, extended.group.rank(replica)), **kwargs)

@@ -1,0 +1,106 @@
+"""Stateful recurrent layers: each replica carries the states of its own rows from batch to batch."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+from marks import FLEET_SECONDS
+
+import tfzero
+from tfzero.row_state import RowsVariable
+from tfzero.state import state_of
+
+BATCH = 7  # not even for any number of replicas but 7
+
+
+def data(batches=4):
+    random = np.random.default_rng(0)
+    x, y = random.normal(size=(BATCH * batches, 5, 3)), random.normal(size=(BATCH * batches, 1))
+    return x.astype("f4"), y.astype("f4")
+
+
+def make_model() -> keras.Model:
+    keras.utils.set_random_seed(1)
+    cells = [layers.GRUCell(4), layers.SimpleRNNCell(5)]
+    return keras.Sequential(
+        [
+            keras.Input(batch_shape=(BATCH, 5, 3)),
+            layers.LSTM(6, stateful=True, return_sequences=True),
+            layers.Bidirectional(layers.GRU(4, stateful=True, return_sequences=True)),
+            layers.SimpleRNN(9, stateful=True, return_sequences=True, unroll=True),
+            layers.RNN(cells, stateful=True),
+            layers.Dense(1),
+        ]
+    )
+
+
+def carried_through(strategy=None, checkpoint=None, **arguments) -> list[np.ndarray]:
+    """Losses, predictions, weights and states, as training, evaluation, prediction and resets leave them."""
+    x, y = data()
+    with strategy.scope() if strategy else tf.device("CPU:0"):
+        model = make_model()
+    model.compile(keras.optimizers.SGD(0.05), "mse", **arguments)
+    fit = {"batch_size": BATCH, "shuffle": False, "verbose": 0}
+    found = [np.array(model.fit(x, y, **fit).history["loss"])]
+    states = [item.variable for item in state_of(model) if "rnn_state" in item.name]
+    assert len(states) == 7 and (strategy is None or all(isinstance(v.value, RowsVariable) for v in states))
+    found += [np.array(v.numpy()) for v in states]
+    found.append(model.predict(x, batch_size=BATCH, verbose=0))
+    found.append(np.array(model.evaluate(x, y, batch_size=BATCH, verbose=0)))
+    model.layers[0].reset_state()
+    found.append(np.array(model.train_on_batch(x[:BATCH], y[:BATCH])))
+    if checkpoint and strategy:
+        tfzero.save_checkpoint(model, checkpoint)
+        for state in states:
+            state.assign(np.zeros(state.shape))
+        tfzero.load_checkpoint(model, checkpoint)
+    found.append(np.array(model.fit(x, y, epochs=2, **fit).history["loss"]))
+    return found + [np.array(v.numpy()) for v in [*states, *model.trainable_variables]]
+
+
+def assert_same(found, expected) -> None:
+    for place, (mine, theirs) in enumerate(zip(found, expected, strict=True)):
+        np.testing.assert_allclose(mine, theirs, rtol=2e-4, atol=2e-5, err_msg=str(place))
+
+
+def test_states_are_carried_as_on_one_device():
+    strategy = tfzero.ZeroStrategy(3, devices=["CPU:0", "CPU:1", "CPU:2"], min_shard_elements=8)
+    assert_same(carried_through(strategy), carried_through(jit_compile=False))
+
+
+def test_eagerly():
+    strategy = tfzero.ZeroStrategy(2, devices=["CPU:0", "CPU:1"])
+    x, y = data(1)
+    with strategy.scope():
+        layer = layers.GRU(4, stateful=True)
+        model = keras.Sequential([keras.Input(batch_shape=(BATCH, 5, 3)), layer])
+    model.compile("sgd", "mse", run_eagerly=True)
+    model.train_on_batch(x, np.repeat(y, 4, 1))
+    parts = [part.numpy() for part in layer.states[0].value.values]
+    np.testing.assert_array_equal(*parts)
+    assert parts[0].all() and isinstance(layer.states[0].value, RowsVariable)
+
+
+def test_a_smaller_batch_is_refused_by_the_number_of_rows():
+    with tfzero.ZeroStrategy(2, devices=["CPU:0", "CPU:1"]).scope():
+        model = keras.Sequential([keras.Input(batch_shape=(BATCH, 5, 3)), layers.LSTM(6, stateful=True)])
+    model.compile("sgd", "mse")
+    x = np.zeros((BATCH + 2, 5, 3), "f4")
+    with pytest.raises(tf.errors.InvalidArgumentError, match="every_batch_must_have_7_samples"):
+        model.fit(x, np.zeros((BATCH + 2, 6)), batch_size=BATCH, verbose=0)
+
+
+def _in_worker(stages, folder):
+    return [carried_through(tfzero.ZeroStrategy(stage, min_shard_elements=8), f"{folder}/{stage}") for stage in stages]
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_on_two_workers(devices, tmp_path):
+    results = tfzero.run_local(
+        _in_worker, workers=2, args=([2, 3], str(tmp_path)), cpu_devices=devices, timeout_seconds=FLEET_SECONDS
+    )
+    expected = carried_through(jit_compile=False)
+    for of_worker in results:
+        for found in of_worker:
+            assert_same(found, expected)
