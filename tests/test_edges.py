@@ -19,6 +19,12 @@ def identity(x, name):
     return tf.numpy_function(lambda x: x, [x], tf.float32, name=name)
 
 
+def origin(value) -> tf.Operation:
+    """What gives a value, or the operation that is given."""
+    operation = getattr(value, "op", value)
+    return origin(operation.inputs[0]) if operation.type == "Identity" else operation
+
+
 def waits(function, operation, other):
     """Whether an operation waits for another in a finished graph, by their names."""
     by_name = {each.name: each for each in function.graph.get_operations()}
@@ -62,10 +68,7 @@ def test_an_edge_against_automatic_order_is_refused(ordering):
         return assign(x), assign(x)
 
     def build(x):
-        first, second = (getattr(each, "op", each) for each in operations(x))
-        if first.type == "Identity":  # what is read, or returned
-            first, second = first.inputs[0].op, getattr(second, "inputs", [second])[0]
-            second = getattr(second, "op", second)
+        first, second = map(origin, operations(x))
         newer = tf.exp(x)
         edges = Edges.of(x.graph)
         assert edges.comes_after(second, first) and not edges.comes_after(first, second)

@@ -365,10 +365,8 @@ SETTINGS = {"again": {}, "kept": {"reshard_after_forward": False}, "whole": {"st
 
 def cases(names=None):
     """Each case at stage 3, with parameters gathered again and kept; and what happens outside replicas at stage 2."""
-    for name in CASES if names is None else names:
-        yield from ((name, settings) for settings in ("again", "kept"))
-        if name.startswith("saliency"):
-            yield name, "whole"
+    found = [(name, settings) for name in CASES if names is None or name in names for settings in ("again", "kept")]
+    return found + [(name, "whole") for name, settings in found if name.startswith("saliency") and settings == "kept"]
 
 
 def make_strategy(devices, settings):

@@ -1,4 +1,4 @@
-"""Every private symbol of TensorFlow and Keras that tfzero uses, each with its reason.
+"""Every private symbol of TensorFlow and Keras that tfzero uses, each with its reason; see `_compat_graphs.py` too.
 
 `tests/test_compat.py` notices when a release changes one of them. TensorFlow's modules under `tf.distribute` have not
 changed in substance from 2.16 to 2.21; Keras's have.

@@ -59,18 +59,23 @@ def chain_by_device(graph, devices: Sequence[str]) -> None:
     for device in devices:
         with tf.device(device):
             chain = tf.zeros([], name="chain")
-        chains[chain.op.device] = chain
+        chains[_place(chain.op)] = chain
     setattr(graph, _CHAINS, chains)
 
 
 @auto_control_deps.register_acd_resource_resolver
 def _chain_of_device(operation: tf.Operation, reads, writes) -> bool:
     """Takes a device's chain for the resource of a stateful operation that has none."""
-    chain = getattr(operation.graph, _CHAINS, {}).get(operation.device)
+    chain = getattr(operation.graph, _CHAINS, {}).get(_place(operation))
     if chain is None or reads or writes or not auto_control_deps.op_is_stateful(operation):
         return False
     writes.add(chain)
     return True
+
+
+def _place(operation: tf.Operation) -> str:
+    """Type and number of an operation's device: some name the host, others do not."""
+    return operation.device.rpartition("/")[2]
 
 
 def ordered_by(operation: tf.Operation) -> list[tuple[int | None, bool]]:
