@@ -352,6 +352,9 @@ def errors_of_the_one_that_writes(fleet):
 
     with replaced(file_utils, "exists", fleet.only(0, not_copied)):
         texts.append(raised(fleet.fit, model, backup))
+    written = []
+    with replaced(h5py.Group, "create_dataset", fleet.only(0, failing)):
+        texts.append(raised(fleet.fit, model, keras.callbacks.BackupAndRestore(fleet.folder / "full")))
     model.save_weights(fleet.folder / "b.weights.h5")  # all goes on
     fleet.fit(model, keras.callbacks.BackupAndRestore(fleet.folder / "backup"))
     return texts
@@ -478,8 +481,8 @@ def test_a_slow_copy_is_waited_for_and_nothing_is_changed(results):
 @pytest.mark.parametrize("stage", [2, 3])
 def test_what_fails_on_the_one_that_writes_fails_on_all_at_once(results, stage):
     for texts in of(results, stage, errors_of_the_one_that_writes):
-        full, zipped, folder, backup = texts
-        assert full == zipped == "OSError: worker 0: OSError: [Errno 28] No space left on device"
+        full, zipped, folder, backup, full_backup = texts
+        assert full == zipped == full_backup == "OSError: worker 0: OSError: [Errno 28] No space left on device"
         assert "IsADirectoryError" in folder and "a folder.keras" in folder
         assert backup == "OSError: worker 0: PermissionError: [Errno 13] Permission denied"
 

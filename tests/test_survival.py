@@ -185,10 +185,13 @@ def committed(folder):
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize("kills", [1, 20])
-@pytest.mark.parametrize("stage", [2, 3])
-def test_a_run_killed_at_random_instants_ends_as_if_never_killed(runs, uninterrupted, tmp_path, stage, kills):
-    chance = random.Random(7)
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(
+    ("stage", "kills", "seed"), [(2, 1, 7), (3, 1, 7), (3, 20, 0), (2, 20, 1), (3, 20, 2), (2, 20, 3), (3, 20, 4)]
+)
+def test_a_run_killed_at_random_instants_ends_as_if_never_killed(runs, uninterrupted, tmp_path, stage, kills, seed):
+    """102 kills in all; the first long one alone is a short sweep: `-m sweep -k 3-20-0`."""
+    chance = random.Random(seed)
     run = runs(survivor(tmp_path, stage=stage, pause=0.15, restarts=kills + 1))
     run.deadline += 15 * kills
     for kill in range(kills):

@@ -3,6 +3,7 @@
 import hashlib
 import signal
 import threading
+import warnings
 
 import keras
 import numpy as np
@@ -83,7 +84,7 @@ class CheckpointCallback(keras.callbacks.Callback):
         self._found, self._damaged = search.found, search.damaged
         self.step = 0
         self._position = dict.fromkeys(("epoch", "batch", "epoch_batches"), 0)
-        self._position |= dict.fromkeys(("first_epoch", "finished", "randomness"))
+        self._position |= dict.fromkeys(("first_epoch", "finished", "randomness", "steps", "batch_size"))
         self._data = DataPosition()
         self._saved: tuple | None = None
         self._due = False
@@ -145,6 +146,27 @@ class CheckpointCallback(keras.callbacks.Callback):
         if self._team.is_chief:
             place = f"epoch {self._position['epoch'] + 1}, after {self._position['batch']} batches"
             print(f"Going on from {folder}: step {self.step}, {place}.", flush=True)
+            if told := self._describe_other_data():
+                warnings.warn(f"{folder}: {told}", stacklevel=2)
+
+    def _describe_other_data(self) -> str:
+        """What going on in the middle of an epoch means if its batches are no longer those that were trained with."""
+        batch, now = self._position["batch"], {"steps": self.params["steps"], "batch_size": self._data.batch_size}
+        words = {"steps": "batches an epoch", "batch_size": "samples a batch"}
+        other = [
+            f"{self._position[key]} {word}, now {now[key]}"
+            for key, word in words.items()
+            if None not in (now[key], self._position.get(key)) and now[key] != self._position[key]
+        ]
+        if not batch or not other:
+            return ""
+        steps = now["steps"]
+        rest = "" if steps is None or batch < steps else f" It has only {steps}, so it ends without any."
+        return (
+            f"It was saved after {batch} batches of an epoch, with {' and '.join(other)}. "
+            f"Of this epoch the first {batch} batches are skipped, as they are now, so samples may be left out or come "
+            f"twice.{rest}"
+        )
 
     def on_epoch_begin(self, epoch, logs=None) -> None:
         if self._position["first_epoch"] is None:
@@ -181,7 +203,8 @@ class CheckpointCallback(keras.callbacks.Callback):
     def _save_if_due(self) -> None:
         """Saves when all other callbacks are through with an epoch, as they may change what is saved."""
         if self._due and self._mark() != self._saved:
-            self._position["randomness"] = self._data.randomness
+            self._position |= {"randomness": self._data.randomness, "batch_size": self._data.batch_size}
+            self._position["steps"] = self.params["steps"]
             self._save.start(self.step, dict(self._position), self.asynchronous)
             self._saved = self._mark()
         self._due = False

@@ -5,6 +5,7 @@ whatever the pipeline: arrays, generators, unknown or ragged batch sizes. All re
 possibly of no rows, so they always run the same number of steps.
 """
 
+import contextlib
 import warnings
 from dataclasses import dataclass
 
@@ -50,12 +51,19 @@ class DataPosition:
         batches: of the current epoch, already trained with.
         epoch_batches: of the epoch before.
         randomness: the state from which the pipeline is built (`_compat.random_state`), once known.
+        batch_size: samples of a batch of the data that are trained with, where Keras knows it.
     """
 
     epochs: int = 0
     batches: int = 0
     epoch_batches: int = 0
     randomness: dict | None = None
+    batch_size: int | None = None
+
+    def note_batch_size(self, data_adapter) -> None:
+        """Notes how Keras's adapter makes batches of the data."""
+        with contextlib.suppress(NotImplementedError):  # of some kinds of data
+            self.batch_size = data_adapter.batch_size
 
 
 def rows_of(value):

@@ -32,6 +32,8 @@ def _epoch_iterator(original, self, distribute_strategy=None, *args, **kwargs):
     with distribute_strategy.agreed_randomness(position):
         original(self, distribute_strategy, *args, **kwargs)
     self._tfzero_position = position
+    if position is not None:
+        position.note_batch_size(self.data_adapter)
     if self.num_batches == 0:
         raise ValueError(_EMPTY)
     distribute_strategy.channel.agree("reading data", _compat.length_of(self), "data sets")

@@ -46,12 +46,18 @@ class _Discarded(_compat.saving_lib.H5IOStore):
         pass
 
 
-def _exchange(strategy, place) -> list:
+def _exchange(strategy, place, error: BaseException | None = None) -> list:
     """What each worker gives as its place in the walk. Raises on all what has failed on one. [Note: told]"""
+
+    def tell():
+        if error is not None:
+            raise error
+        return place
+
     try:
-        return together(strategy.channel, _TOPIC, lambda: place, _SAVING_SECONDS)
-    except BaseException as error:
-        error._tfzero_told = True
+        return together(strategy.channel, _TOPIC, tell, _SAVING_SECONDS)
+    except BaseException as told:
+        told._tfzero_told = True
         raise
 
 
@@ -63,12 +69,7 @@ def _telling(strategy):
     except BaseException as error:
         if getattr(error, "_tfzero_told", False):
             raise
-        told = error
-
-        def fail():
-            raise told
-
-        together(strategy.channel, _TOPIC, fail, _SAVING_SECONDS)
+        _exchange(strategy, None, error)
 
 
 def _save_together(model, filepath, save: Callable[[], object], skipped: Iterable = ()) -> object:

@@ -72,6 +72,8 @@ _POSITION: dict[str, Check] = {
     "first_epoch": _or_none(_is_count),
     "finished": _or_none(_is_count),
     "randomness": _or_none(_is_randomness),
+    "steps": _or_none(_is_count),
+    "batch_size": _or_none(_is_count),
 }
 _WHOLE: dict[str, Check] = {
     "step": _is_count,
