@@ -119,7 +119,8 @@ def test_a_long_line_does_not_keep_the_others_waiting(script):
 
 NO_REPORTS = [
     "[" * 3000, "[" + "9" * 3900 + "]", "[1]", "[{}]", '[{"title": 1, "total": 2}]', '[{"title": "a", "total": "b"}]',
-    '[{"title": "a", "total": true}]', '[{"title": "a", "total": 1' + "0" * 400 + "}]", '[{"title": "a"}]', "[null, null]",
+    '[{"title": "a", "total": true}]', '[{"title": "a", "total": 1' + "0" * 400 + "}]", '[{"title": "a"}]',
+    "[null, null]",
 ]  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from tfzero.cluster import Cluster
 from tfzero.collectives import LINKED_LANES
 from tfzero.links import Links, link
 from tfzero.pulse import Pulse
+from tfzero.stopping import let_children_end
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ def join(cluster: Cluster | None, timeout_seconds: float) -> Joined:
                 "Make the strategy at the start of the program, before any tensor, variable or model."
             )
         _compat_cluster.leave_watch_out()
+        let_children_end()
         channel, of_saving, of_pulse = (Channel.join(cluster, timeout_seconds) for _ in range(3))
         links = _make_links(cluster, channel, timeout_seconds)
         _joined[cluster] = Joined(channel, of_saving, links, Pulse(cluster, of_pulse, timeout_seconds, links))
