@@ -39,6 +39,7 @@ def join(cluster: Cluster | None, timeout_seconds: float) -> Joined:
         RuntimeError: if TensorFlow has been used before.
         TimeoutError: if a worker does not come in time. See `Channel.join`.
     """
+    let_children_end()
     if cluster is None:
         return Joined(channel_of_one(), channel_of_one())
     if cluster not in _joined:
@@ -48,7 +49,6 @@ def join(cluster: Cluster | None, timeout_seconds: float) -> Joined:
                 "Make the strategy at the start of the program, before any tensor, variable or model."
             )
         _compat_cluster.leave_watch_out()
-        let_children_end()
         channel, of_saving, of_pulse = (Channel.join(cluster, timeout_seconds) for _ in range(3))
         links = _make_links(cluster, channel, timeout_seconds)
         _joined[cluster] = Joined(channel, of_saving, links, Pulse(cluster, of_pulse, timeout_seconds, links))
