@@ -101,6 +101,42 @@ def test_splitter_loses_no_text(piece_bytes):
     assert lines == ["a", "", "b", "1/2 ━╸", "2/2 ━━", "\ttabs and spaces  ", "last"]
 
 
+def test_a_long_line_takes_linear_time():
+    splitter, began = LineSplitter(), time.monotonic()
+    for _ in range(256):
+        assert splitter.feed(b"\x1e[" + b"x" * 65534) == []
+    (line,) = splitter.feed(b"\n")
+    assert len(line) == 256 * 65536
+    assert time.monotonic() - began < 3
+
+
+def test_a_long_line_does_not_keep_the_others_waiting(script):
+    body = "print('early') if index else print('x' * 16_000_000)\n"
+    done = launch("--workers", 2, script(body))
+    assert done.returncode == 0
+    assert sorted(map(len, done.stdout.splitlines())) == [len("[worker 1] early"), len("[worker 0] ") + 16_000_000]
+
+
+NO_REPORTS = [
+    "[" * 3000, "[" + "9" * 3900 + "]", "[1]", "[{}]", '[{"title": 1, "total": 2}]', '[{"title": "a", "total": "b"}]',
+    '[{"title": "a", "total": true}]', '[{"title": "a", "total": 1' + "0" * 400 + "}]", '[{"title": "a"}]',
+    "[null, null]",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", NO_REPORTS)
+def test_what_looks_like_a_report_and_is_none_is_text(text):
+    splitter = LineSplitter()
+    assert splitter.feed(f"a\x1e{text}\nb\n".encode()) == [f"a\x1e{text}", "b"]
+    assert splitter.reports == []
+
+
+def test_who_is_asked_for_no_reports_may_print_what_looks_like_one(script):
+    done = launch("--workers", 1, script(r"print('\x1e[null]'); print('\x1e' + '[' * 5000)"))
+    assert done.returncode == 0
+    assert done.stdout.split("\n") == ["[worker 0] \x1e[null]", "[worker 0] \x1e" + "[" * 5000, ""]
+
+
 def test_script_gets_its_cluster_arguments_and_environment(script):
     body = (
         "print(json.dumps([sys.argv[1:], index, cluster, __name__, sys.path[0] == folder,"
@@ -230,7 +266,8 @@ def test_a_failed_fleet_is_restarted(script):
     done = launch("--workers", 2, "--max-restarts", 3, script(body))
     assert done.returncode == 0
     assert done.stdout.count("fleet 2 2") == 2
-    assert "restart 1 of 3, with 2 workers" in done.stderr and "restart 2 of 3, with 2 workers" in done.stderr
+    assert "restart 1 of 3 in 0.5 s, with 2 workers" in done.stderr
+    assert "restart 2 of 3 in 1 s, with 2 workers" in done.stderr
 
 
 def test_a_fleet_is_restarted_only_so_often(script):
@@ -244,7 +281,7 @@ def test_fewer_workers_go_on_when_one_does_not_come_back(script):
     done = launch("--workers", 3, "--max-restarts", 3, "--min-workers", 2, script(body))
     assert done.returncode == 0
     assert [done.stdout.count(f"fleet {k} {n}") for k, n in ((0, 3), (1, 3), (2, 2))] == [3, 3, 2]
-    assert "worker 2 does not come back; restart 2 of 3, with 2 workers" in done.stderr
+    assert "worker 2 does not come back; restart 2 of 3 in 1 s, with 2 workers" in done.stderr
 
 
 def test_who_is_lost_is_not_who_notices(script):
@@ -253,6 +290,26 @@ def test_who_is_lost_is_not_who_notices(script):
     done = launch("--workers", 3, "--max-restarts", 2, "--min-workers", 1, script(body))
     assert done.returncode == 0
     assert "worker 1 does not come back" in done.stderr
+
+
+def test_a_script_that_crashes_at_once_is_restarted_after_pauses_that_grow(script):
+    began = time.monotonic()
+    done = launch("--workers", 1, "--max-restarts", 3, script("sys.exit(9)"))
+    assert done.returncode == 9
+    for number, pause in ((1, "0.5"), (2, "1"), (3, "2")):
+        assert f"restart {number} of 3 in {pause} s, with 1 workers" in done.stderr
+    assert time.monotonic() - began > 3.5
+
+
+def test_a_signal_in_the_pause_before_a_restart_ends_the_launcher(script):
+    process = start("--workers", 1, "--max-restarts", 20, script("sys.exit(9)"))
+    for line in process.stderr:
+        if "restart 4 of 20 in 4 s" in line:
+            break
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=LIMIT_SECONDS)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "received SIGTERM; no worker was running" in errors
 
 
 @pytest.mark.parametrize(

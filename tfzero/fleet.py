@@ -17,7 +17,7 @@ import sys
 import time
 from collections import deque
 
-from tfzero.progress import Bar, Task, cut_reports, make_room, progress, refresh, relay
+from tfzero.progress import Bar, Task, cut_report, is_asked, make_room, progress, refresh, relay
 from tfzero.stopping import EXIT_WORKER_LOST
 
 _POLL_SECONDS = 0.02  # how late an exit may be noticed
@@ -41,10 +41,11 @@ class LineSplitter:
     progress are no text either: they are put aside. [Note: one bar] in `progress.py`.
     """
 
-    def __init__(self):
+    def __init__(self, *, has_reports: bool = True):
+        self._has_reports = has_reports
         self.reports: list[Task | None] = []
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._pending = ""
+        self._pending: list[str] = []  # pieces of the line that has not ended
         self._after_return = False
 
     def feed(self, chunk: bytes, final: bool = False) -> list[str]:
@@ -52,13 +53,25 @@ class LineSplitter:
         if self._after_return:  # the \n of an \r\n that came in two pieces
             text = text.removeprefix("\n")
         self._after_return = text.endswith("\r")
-        text, reports = cut_reports(self._pending + text)
-        self.reports += reports
-        *parts, self._pending = re.split(r"(\r\n|\r|\n)", text)
+        *parts, rest = re.split(r"(\r\n|\r|\n)", text)  # only what is new: a line may be long
+        ended = [self._end_line(part, end) for part, end in zip(parts[::2], parts[1::2], strict=True)]
+        self._pending += [rest] if rest else []
         if final and self._pending:
-            parts += [self._pending, ""]
-        pairs = [(line.strip("\b"), end) for line, end in zip(parts[::2], parts[1::2], strict=True)]
-        return [line for line, end in pairs if line or end != "\r"]
+            ended.append(self._end_line("", ""))
+        return [line for line in ended if line is not None]
+
+    def _end_line(self, part: str, end: str) -> str | None:
+        """The line that ends with this part, as it is to be shown; None if it is not, or goes on."""
+        line = "".join([*self._pending, part])
+        self._pending = []
+        cut = cut_report(line) if self._has_reports and end == "\n" else None
+        if cut is not None:
+            before, report = cut
+            self.reports.append(report)
+            self._pending = [before] if before else []
+            return None
+        line = line.strip("\b")
+        return line if line or end not in ("\r", "") else None
 
 
 class Worker:
@@ -71,7 +84,7 @@ class Worker:
         self.exit_code: int | None = None
         self.exit_seconds = math.inf  # when the exit was noticed, by the monotonic clock
         self.lines: deque[str] = deque(maxlen=_KEPT_LINES)
-        self.splitter = LineSplitter()
+        self.splitter = LineSplitter(has_reports=is_asked(environment))
         stdin = subprocess.PIPE if hold else subprocess.DEVNULL
         streams = {"stdin": stdin, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "bufsize": 0}
         self.process = subprocess.Popen(command, env=environment, start_new_session=True, **streams)

@@ -12,6 +12,7 @@ from tfzero.cluster import Cluster
 from tfzero.collectives import LINKED_LANES
 from tfzero.links import Links, link
 from tfzero.pulse import Pulse
+from tfzero.stopping import let_children_end
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ def join(cluster: Cluster | None, timeout_seconds: float) -> Joined:
         RuntimeError: if TensorFlow has been used before.
         TimeoutError: if a worker does not come in time. See `Channel.join`.
     """
+    let_children_end()
     if cluster is None:
         return Joined(channel_of_one(), channel_of_one(), channel_of_one())
     if cluster not in _joined:

@@ -36,6 +36,10 @@ CPU_DEVICES_VARIABLE = "TFZERO_CPU_DEVICES"
 RESTARTS_VARIABLE = "TFZERO_RESTARTS"  # how often the fleet was restarted, for scripts that want to know
 # A worker that is lost again so soon after a restart has not come back.
 _COME_BACK_SECONDS = 60.0
+# A fleet that fails so soon is started again after a pause, which doubles as long as that goes on.
+_AT_ONCE_SECONDS = 10.0
+_PAUSE_SECONDS = 0.5
+_LONGEST_PAUSE_SECONDS = 60.0
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 _SERVE_CALL = (
@@ -218,7 +222,7 @@ def main(arguments: list[str] | None = None) -> int:
     for number in _STOP_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # as it is under nohup
             signal.signal(number, _stop)
-    workers, former = options.workers, _Outcome()
+    workers, former, quick = options.workers, _Outcome(), 0  # fleets in a row that failed at once
     for restarts in range(options.max_restarts + 1):
         with held_ports(workers) as ports, tempfile.TemporaryDirectory(prefix="tfzero_") as folder:
             outcome = _run_fleet(options, ports, restarts, Path(folder))
@@ -230,9 +234,22 @@ def main(arguments: list[str] | None = None) -> int:
         if outcome.lost == former.lost and outcome.seconds < _COME_BACK_SECONDS and workers > options.min_workers:
             workers -= 1
             again = f"worker {outcome.lost} does not come back; {again}"
-        print(f"tfzero.launch: {again}, with {workers} workers.", file=sys.stderr, flush=True)
+        quick = quick + 1 if outcome.seconds < _AT_ONCE_SECONDS else 0
+        pause_seconds = min(_LONGEST_PAUSE_SECONDS, _PAUSE_SECONDS * 2 ** (quick - 1)) if quick else 0.0
+        when = f" in {pause_seconds:g} s" if pause_seconds else ""
+        print(f"tfzero.launch: {again}{when}, with {workers} workers.", file=sys.stderr, flush=True)
+        try:
+            time.sleep(pause_seconds)
+        except KeyboardInterrupt as stop:
+            number = _number_of(stop)
+            print(f"tfzero.launch: received {number.name}; no worker was running.", file=sys.stderr, flush=True)
+            return 128 + number
         former = outcome
     return outcome.exit_code
+
+
+def _number_of(stop: KeyboardInterrupt) -> signal.Signals:
+    return signal.Signals((*stop.args, signal.SIGINT)[0])
 
 
 def _run_fleet(options: argparse.Namespace, ports: list[int], restarts: int, folder: Path) -> _Outcome:
@@ -247,7 +264,7 @@ def _run_fleet(options: argparse.Namespace, ports: list[int], restarts: int, fol
         fleet.start(commands, environments)
         failed, late = fleet.wait(lambda worker: worker.exit_code == 0, options.timeout_seconds)
     except KeyboardInterrupt as stop:
-        number = signal.Signals((*stop.args, signal.SIGINT)[0])
+        number = _number_of(stop)
         if number == signal.SIGTERM:  # workers may save before they end
             fleet.close(options.grace_seconds)
         else:

@@ -13,9 +13,8 @@ launcher cuts them out, and shows the worker's bar in place of its own for as lo
 import contextlib
 import json
 import os
-import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from time import monotonic
 from typing import TYPE_CHECKING
@@ -28,7 +27,7 @@ QUICK_SECONDS = 0.5  # work that takes less shows no bar
 REDRAW_SECONDS = 0.1  # between two drawings or reports
 _GONE = (OSError, ValueError)  # what a terminal that has been closed gives
 _ERASE = "\r\x1b[2K"  # the cursor's line
-_REPORT = re.compile(r"\x1e(\[.*\])\n")
+_LONGEST_REPORT = 4000  # characters
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,18 @@ class Task:
     total: int
     done: int = 0
     unit: str = ""
+
+    @classmethod
+    def read(cls, fields: object) -> "Task":
+        """A task that was reported; TypeError or ValueError if it is none."""
+        if not isinstance(fields, dict):
+            raise TypeError("A report is an object.")
+        task = cls(**fields)
+        if not isinstance(task.title, str) or not isinstance(task.unit, str):
+            raise TypeError("A task's title and unit are texts.")
+        if not all(type(number) is int and 0 <= number < 2**63 for number in (task.total, task.done)):
+            raise ValueError("A task's numbers are integers.")
+        return task
 
     @property
     def amount(self) -> str:
@@ -192,19 +203,21 @@ def asking() -> dict[str, str]:
     return {REPORTS_VARIABLE: str(os.getpid())} if shows else {}
 
 
-def cut_reports(text: str) -> tuple[str, list[Task | None]]:
-    """The output of a worker without the reports in it, and these."""
-    found: list[Task | None] = []
+def is_asked(environment: Mapping[str, str]) -> bool:
+    """Whether this process asks a worker of this environment for reports."""
+    return environment.get(REPORTS_VARIABLE) == str(os.getpid())
 
-    def take(match: re.Match[str]) -> str:
-        try:
-            (fields,) = json.loads(match[1])
-            found.append(None if fields is None else Task(**fields))
-        except (ValueError, TypeError):  # another's record separator
-            return str(match[0])
-        return ""
 
-    return (_REPORT.sub(take, text) if "\x1e" in text else text), found
+def cut_report(line: str) -> tuple[str, Task | None] | None:
+    """A line of a worker's output without the report at its end, and that report; None if it ends with none."""
+    start = line.rfind("\x1e[", max(0, len(line) - _LONGEST_REPORT))
+    if start < 0:
+        return None
+    try:
+        (fields,) = json.loads(line[start + 1 :])
+        return line[:start], None if fields is None else Task.read(fields)
+    except (ValueError, TypeError, RecursionError):  # another's record separator
+        return None
 
 
 def relay(task: Task | None) -> None:

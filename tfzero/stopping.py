@@ -9,6 +9,7 @@ The largest of these numbers is the last step for all.
 import contextlib
 import json
 import os
+import signal
 import threading
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,6 +25,28 @@ _Error = TypeVar("_Error", bound=BaseException)
 # [Note: blame] An error of which other workers are the reason is marked with their indexes. A worker that ends because
 # of it writes them into the file that its launcher has named, so that the launcher knows who did not come.
 BLAME_VARIABLE = "TFZERO_BLAME"
+
+
+def let_children_end() -> None:
+    """Lets SIGTERM end the forked children of this process, such as those of a `PyDataset`, as it ends others.
+
+    They inherit what a training process does at SIGTERM: to save at its next step, which they never come to. A handler
+    of the user's own stays theirs.
+    """
+    global _children_end
+    if not _children_end and hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_take_sigterm_back)
+        _children_end = True
+
+
+def _take_sigterm_back() -> None:
+    handler = signal.getsignal(signal.SIGTERM)
+    is_ours = str(getattr(handler, "__module__", "")).partition(".")[0] == "tfzero"
+    if handler is None or handler is signal.SIG_DFL or is_ours:  # None: one that was not set by Python
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+_children_end = False
 
 
 def blaming(error: _Error, indexes: Iterable[int]) -> _Error:
