@@ -32,7 +32,7 @@ def export_all(strategy, folder: Path) -> dict:
     keras.utils.set_random_seed(3)
     x, y = data()
     with contextlib.nullcontext() if strategy is None else strategy.scope():
-        hidden = [layers.Dense(17, activation="tanh"), layers.BatchNormalization(synchronized=True), layers.Dropout(0)]
+        hidden = [layers.Dense(17, activation="tanh"), layers.BatchNormalization(synchronized=True)]
         model = keras.Sequential([keras.Input((8,)), *hidden, layers.Dense(3)])
     model.compile(keras.optimizers.Adam(0.01), "mse")
     arguments = {"batch_size": 8, "epochs": 2, "shuffle": False, "verbose": 0}
@@ -40,6 +40,7 @@ def export_all(strategy, folder: Path) -> dict:
 
     model.export(folder / "export", verbose=False)
     archive = keras.export.ExportArchive()
+    archive.track(model)
     signature = [tf.TensorSpec((None, 8), tf.float32)]
     archive.add_endpoint("serve", lambda x: model(x, training=False), signature)
     archive.add_endpoint("doubled", lambda x: 2 * model(x, training=False), signature)

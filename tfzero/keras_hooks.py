@@ -15,7 +15,7 @@ from tfzero import _compat, losses
 from tfzero.callbacks import CheckpointCallback
 from tfzero.inputs import DataPosition
 from tfzero.late_gathers import LateGathers
-from tfzero.model_building import build_unless_the_step_does
+from tfzero.model_building import build_unless_the_step_does, take_in_strays
 from tfzero.optimizer import Home, ZeroOptimizer
 from tfzero.strategy import ZeroStrategy, mark_global
 from tfzero.writing_callbacks import one_worker_writes
@@ -75,6 +75,7 @@ def _compile(original, self, *args, **kwargs):
         return original(self, *args, **kwargs)
     if kwargs.get("jit_compile") is True:
         raise ValueError(_NO_JIT)
+    take_in_strays(self, strategy)
     with strategy.scope():
         result = original(self, *args, **kwargs)
         self.optimizer = wrap_optimizer(self.optimizer, strategy)
