@@ -414,6 +414,45 @@ def schedules_that_differ(strategy):
     return {"told": 1}
 
 
+# Variables that are made outside the scope, after the model or before it.
+
+
+@case
+def lora_outside_the_scope(strategy):
+    x, y = regression()
+    with scope(strategy):
+        table = [layers.Dense(17, activation="tanh"), layers.EinsumDense("bi,ij->bj", 9), layers.Dense(3)]
+        model = keras.Sequential([keras.Input((8,)), *table])
+    arguments = {"batch_size": 8, "epochs": 2, "shuffle": False, "verbose": 0}
+    model.compile(keras.optimizers.SGD(0.1), "mse")
+    model.fit(x, y, **arguments)
+    frozen = np.array(model.layers[0].kernel)
+    for layer in model.layers:
+        layer.enable_lora(2, b_initializer=keras.initializers.GlorotUniform(5))
+    model.compile(keras.optimizers.Adam(0.01, epsilon=1e-3), "mse")
+    history = model.fit(x, y, **arguments).history
+    unchanged = np.array_equal(np.array(model.layers[0]._kernel), frozen)
+    homes = {getattr(v.value, "distribute_strategy", None) for v in model.variables}
+    slots = [slot.shape for slot in model.optimizer.variables]
+    return {
+        "history": history, "weights": whole(model.weights), "predicted": model.predict(x, verbose=0),
+        "frozen": float(unchanged), "homes": float(homes == {strategy}), "slots": float(len(slots)),
+    }  # fmt: skip
+
+
+@case
+def pretrained_layers_from_outside_the_scope(strategy):
+    x, y = regression()
+    backbone = keras.Sequential([keras.Input((8,)), layers.Dense(17, activation="tanh"), normalization()])
+    if strategy is not None:  # every worker has drawn its own
+        backbone.set_weights([w + strategy.extended.seats.worker for w in backbone.get_weights()])
+    with scope(strategy):
+        model = keras.Sequential([backbone, layers.Dense(3)])
+    model.compile(keras.optimizers.SGD(0.1), "mse")
+    history = model.fit(x, y, batch_size=8, epochs=2, shuffle=False, verbose=0).history
+    return {"history": history, "weights": whole(model.weights), "backbone": whole(backbone.weights)}
+
+
 # All cases, everywhere.
 
 

@@ -272,10 +272,10 @@ def graph_around_control_flow(outermost) -> tuple:
     return graph, around is not outermost and isinstance(around, ControlFlowFuncGraph)
 
 
-def plain_variable(value: tf.Tensor) -> tf.Variable:
+def plain_variable(value: tf.Tensor, name: str | None = None) -> tf.Variable:
     """A variable of this process alone, also within the scope of a strategy."""
     with tf.init_scope():
-        return ResourceVariable(value, trainable=False)
+        return ResourceVariable(value, trainable=False, name=name)
 
 
 def remake(variable: keras.Variable) -> None:

@@ -15,6 +15,7 @@ from tfzero.best_weights import BestWeightsInParts
 from tfzero.callbacks import CheckpointCallback
 from tfzero.dependence import mark_global
 from tfzero.late_gathers import LateGathers
+from tfzero.model_building import take_in_strays
 from tfzero.optimizer import Home, ZeroOptimizer
 from tfzero.patches import patch
 from tfzero.strategy import ZeroStrategy
@@ -63,6 +64,7 @@ def _compile(original, self, *args, **kwargs):
     if kwargs.get("jit_compile") is True:
         raise ValueError(_NO_JIT)
     agree_on_compile(strategy, inspect.signature(original).bind(self, *args, **kwargs))
+    take_in_strays(self, strategy)
     with strategy.scope():
         result = original(self, *args, **kwargs)
         self.optimizer = wrap_optimizer(self.optimizer, strategy)

@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 import keras
 
+from tfzero.strategy import ZeroStrategy
+
 
 def build_unless_the_step_does(build: Callable[[], object], model: keras.Model) -> None:
     """Builds a model and its optimizer by Keras's symbolic call, if that is what its steps will call.
@@ -28,6 +30,15 @@ def build_unless_the_step_does(build: Callable[[], object], model: keras.Model) 
         if not _has_own_step(model):
             raise
         # On one device nobody would have called it; if the step calls it, the same error comes from there.
+
+
+def take_in_strays(model: keras.Model, strategy: ZeroStrategy) -> None:
+    """Makes a model's variables that were made outside `scope()` its strategy's: adapters, pretrained layers.
+
+    `layer.enable_lora` makes variables after the model. All workers begin with the first one's values.
+    """
+    strays = [v for v in model.variables if getattr(v.value, "distribute_strategy", None) is None]
+    strategy.extended.take_in(strays)
 
 
 def _has_own_step(model: keras.Model) -> bool:

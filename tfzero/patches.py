@@ -1,8 +1,8 @@
-"""Every function of Keras that tfzero replaces, each with its reason: `python -m tfzero.patches` lists them.
+"""Every function of Keras and TensorFlow that tfzero replaces, each with its reason.
 
-Keras offers a strategy no hook at these places. A wrapper stands beside what it is about (in the modules
-`keras_*.py`), and asks first whether a `ZeroStrategy` is concerned: models of other strategies
-run Keras's own code. The constructor of `ZeroStrategy` installs all of them, however it was imported.
+`python -m tfzero.patches` lists them. They offer a strategy no hook at these places. A wrapper stands beside what it is
+about, in the modules of `_HOMES`, and asks first whether a `ZeroStrategy` is concerned: models of other strategies run
+the original code. The constructor of `ZeroStrategy` installs all of them, however it was imported.
 """
 
 import functools
@@ -12,18 +12,25 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 # They stand after the strategy in the line of modules, so they are named and not imported.
-_HOMES = tuple(f"tfzero.keras_{topic}" for topic in ("hooks", "data", "losses", "layers", "files"))
+_HOMES = (
+    "tfzero.keras_hooks",
+    "tfzero.keras_data",
+    "tfzero.keras_losses",
+    "tfzero.keras_layers",
+    "tfzero.keras_files",
+    "tfzero.saved_models",
+)
 
 
 @dataclass(frozen=True)
 class Patch:
-    """A function of Keras and what stands in its place.
+    """A function of Keras or TensorFlow and what stands in its place.
 
     Args:
         owner: the class or module that has it.
         name: its name there.
         arguments: the names of its parameters, in order, in the releases that tfzero is made for.
-        reason: why Keras's own does not do.
+        reason: why the original does not do.
         test: one that fails without it, as "file::function".
         wrapper: takes the original function, and then its arguments.
     """

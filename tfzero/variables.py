@@ -84,6 +84,8 @@ class ShardedVariable(ReplicatedVariable):
     def __init__(self, strategy, values, shape: tf.TensorShape, owner: int | None) -> None:
         self._whole_shape = shape
         self._owner = owner
+        self._held: tf.Variable | None = None
+        self._holders = 0
         super().__init__(strategy, values, tf.VariableAggregation.NONE)
 
     @property
@@ -98,11 +100,39 @@ class ShardedVariable(ReplicatedVariable):
     def __array__(self, dtype=None):
         return self.numpy().astype(dtype or self.dtype.as_numpy_dtype)
 
+    @property
+    def held(self) -> tf.Variable | None:
+        """The whole value, between `hold` and `let_go`."""
+        return self._held
+
+    def hold(self) -> None:
+        """Holds the whole value here, for reading and assigning outside replicas, until `let_go`. A collective.
+
+        Who holds what is held already shares it, and the last one to let go writes it back.
+        """
+        if self._held is None:
+            self._held = _compat.plain_variable(self._get_cross_replica(), self.name.split(":")[0])
+        self._holders += 1
+
+    def let_go(self, write_back: bool) -> None:
+        """Ends a `hold`; to write back is a collective, and what the first worker assigned counts."""
+        self._holders -= 1
+        if self._holders > 0:
+            return
+        held, self._held = self._held, None
+        if write_back:
+            group = self.distribute_strategy.extended.group
+            values = [tf.convert_to_tensor(held)] * len(self._values)
+            self.assign(group.launch(group.broadcast, values)[0])
+
     def _get(self):
-        # Outside any scope TensorFlow takes the first component for the whole.
-        return super()._get() if tf.distribute.has_strategy() else self._get_cross_replica()
+        # Outside any scope, and while it saves a SavedModel, TensorFlow takes the first component for the whole.
+        is_outside = self._held is not None and _compat.replica_index() is None
+        return self._get_cross_replica() if is_outside or not tf.distribute.has_strategy() else super()._get()
 
     def _get_cross_replica(self):
+        if self._held is not None:
+            return tf.convert_to_tensor(self._held)
         extended = self.distribute_strategy.extended
         return extended.whole_value(self._values, self._whole_shape, self._owner)
 
@@ -112,12 +142,23 @@ class ShardedVariable(ReplicatedVariable):
         return super().value()
 
     def _update_cross_replica(self, update_fn, value, **kwargs):
+        if self._held is not None:
+            update_fn(self._held, value, **kwargs)
+            return self
         group = self.distribute_strategy.extended.group
         for replica, component in enumerate(self._values):
             part = self._part_of(value, group.rank(replica))
             with tf.device(component.device):
                 update_fn(component, part, **kwargs)
         return self
+
+    def _export_to_saved_model_graph(self, object_map=None, tensor_map=None, options=None, **kwargs):
+        """What TensorFlow asks of a variable that it writes into a SavedModel: here an ordinary one. [Note: export]"""
+        resources = self._held._export_to_saved_model_graph(
+            object_map=object_map, tensor_map=tensor_map, options=options, **kwargs
+        )
+        object_map[self], tensor_map[self] = object_map[self._held], tensor_map[self._held.handle]
+        return [*resources, self]
 
     def _part_of(self, value, rank: int) -> tf.Tensor:
         """What a rank holds of a value for the whole variable; a scalar may stand for every element."""
@@ -135,19 +176,6 @@ class ShardedParameter(ShardedVariable):
 
     def __init__(self, strategy, values, shape: tf.TensorShape) -> None:
         super().__init__(strategy, values, shape, owner=None)
-        self._held: tf.Variable | None = None
-
-    def hold(self) -> None:
-        """Holds the whole value here, for reading and assigning outside replicas, until `let_go`. A collective."""
-        self._held = _compat.plain_variable(self._get_cross_replica())
-
-    def let_go(self, write_back: bool) -> None:
-        """Ends `hold`; to write back is a collective, and what the first worker assigned counts."""
-        held, self._held = self._held, None
-        if write_back:
-            group = self.distribute_strategy.extended.group
-            values = [tf.convert_to_tensor(held)] * len(self._values)
-            self.assign(group.launch(group.broadcast, values)[0])
 
     def whole(self, dtype: tf.DType | None = None) -> tf.Tensor:
         """Within a replica: the whole value, gathered in `dtype`."""
@@ -168,15 +196,9 @@ class ShardedParameter(ShardedVariable):
     def _get_cross_replica(self):
         # A tape cannot follow how it is made: it takes it for what was read of the first shard.
         with _compat.unrecorded():
-            whole = super()._get_cross_replica() if self._held is None else tf.convert_to_tensor(self._held)
+            whole = super()._get_cross_replica()
         _compat.record_read(self._values[0], whole)
         return whole
-
-    def _update_cross_replica(self, update_fn, value, **kwargs):
-        if self._held is None:
-            return super()._update_cross_replica(update_fn, value, **kwargs)
-        update_fn(self._held, value, **kwargs)
-        return self
 
     def _dense_var_to_tensor(self, dtype=None, name=None, as_ref=False):
         if _compat.replica_index() is None:
