@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 import tfzero
-from tfzero import _compat, _compat_optimizers
+from tfzero import _compat, _compat_batches, _compat_optimizers
 from tfzero.extended import ZeroExtended
 from tfzero.variables import LayerVariable, OnReadVariable, ReplicatedVariable, ShardedVariable
 
@@ -421,3 +421,33 @@ def test_an_array_shares_the_memory_of_its_tensor():
 
     for value in (np.arange(1.0, 4.0), np.ones([1], "float32"), np.ones([300, 300], "int64")):
         np.testing.assert_array_equal(doubled(tf.constant(value)), 2 * value)
+
+
+def test_parts_of_a_batch_stay_so_through_functions_and_data_sets(strategy):
+    dataset = strategy.experimental_distribute_dataset(tf.data.Dataset.from_tensor_slices(tf.range(6)).batch(5))
+    seen = []
+
+    @tf.function
+    def look(parts):
+        seen.append((type(parts), parts.values[0].shape[0], _compat_batches.is_part(parts.values[0])))
+
+    for parts in [*dataset, strategy.cut_batch(np.arange(6))]:
+        look(parts)
+    assert set(seen) == {(_compat_batches.BatchParts, None, True)}
+    assert not _compat_batches.is_part(tf.zeros([2]))
+
+
+def test_states_of_stateful_layers(strategy):
+    with strategy.scope():
+        model = keras.Sequential([keras.Input(batch_shape=(4, 3, 2)), keras.layers.LSTM(5, stateful=True)])
+    states = _compat_batches.recurrent_states(model)
+    assert [state.shape for state in states] == [(4, 5), (4, 5)]
+    assert _compat_batches.is_recurrent_state({"name": states[0].name, "trainable": states[0].trainable})
+    assert all(type(state.value).__name__ == "RowsVariable" for state in states)
+
+
+def test_the_variable_of_a_handle(strategy):
+    with strategy.scope():
+        variable = tf.Variable(1.0)
+    assert _compat_batches.container_of(variable.values[1].handle) is variable
+    assert _compat_batches.container_of(tf.Variable(1.0).handle) is None
