@@ -10,7 +10,7 @@ import tensorflow as tf
 from tensorflow.python.framework import auto_control_deps
 
 import tfzero
-from tfzero import _compat, _compat_data, _compat_graphs, _compat_optimizers
+from tfzero import _compat, _compat_batches, _compat_data, _compat_graphs, _compat_optimizers
 from tfzero.extended import ZeroExtended
 from tfzero.variables import LayerVariable, OnReadVariable, ReplicatedVariable, ShardedVariable
 
@@ -469,3 +469,33 @@ def test_hidden_settings():
     assert _compat_data.rate_of(keras.optimizers.SGD(schedule)) is schedule
     assert _compat_data.keywords_of(keras.losses.Huber(delta=0.25)) == {"delta": 0.25}
     assert _compat_data.keywords_of(keras.metrics.TopKCategoricalAccuracy(3)) == {"k": 3}
+
+
+def test_parts_of_a_batch_stay_so_through_functions_and_data_sets(strategy):
+    dataset = strategy.experimental_distribute_dataset(tf.data.Dataset.from_tensor_slices(tf.range(6)).batch(5))
+    seen = []
+
+    @tf.function
+    def look(parts):
+        seen.append((type(parts), parts.values[0].shape[0], _compat_batches.is_part(parts.values[0])))
+
+    for parts in [*dataset, strategy.cut_batch(np.arange(6))]:
+        look(parts)
+    assert set(seen) == {(_compat_batches.BatchParts, None, True)}
+    assert not _compat_batches.is_part(tf.zeros([2]))
+
+
+def test_states_of_stateful_layers(strategy):
+    with strategy.scope():
+        model = keras.Sequential([keras.Input(batch_shape=(4, 3, 2)), keras.layers.LSTM(5, stateful=True)])
+    states = _compat_batches.recurrent_states(model)
+    assert [state.shape for state in states] == [(4, 5), (4, 5)]
+    assert _compat_batches.is_recurrent_state({"name": states[0].name, "trainable": states[0].trainable})
+    assert all(type(state.value).__name__ == "RowsVariable" for state in states)
+
+
+def test_the_variable_of_a_handle(strategy):
+    with strategy.scope():
+        variable = tf.Variable(1.0)
+    assert _compat_batches.container_of(variable.values[1].handle) is variable
+    assert _compat_batches.container_of(tf.Variable(1.0).handle) is None

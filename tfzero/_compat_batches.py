@@ -62,4 +62,5 @@ def is_recurrent_state(arguments: dict) -> bool:
 def recurrent_states(model: keras.Model) -> list[keras.Variable]:
     """The states of a model's stateful layers, which Keras does not count among its variables."""
     stateful = [layer for layer in model._flatten_layers() if getattr(layer, "stateful", False)]
-    return [state for layer in stateful for state in tf.nest.flatten(getattr(layer, "states", None) or [])]
+    states = [state for layer in stateful for state in tf.nest.flatten(getattr(layer, "states", None) or [])]
+    return list({id(state): state for state in states}.values())  # Bidirectional has those of its layers

@@ -57,6 +57,8 @@ class Home:
     def update(self, variable, function, args=(), kwargs=None, group=True):
         """Runs an update where the variable is; distributed variables know what to do with a whole value."""
         del group
+        if args and args[0] is None:  # a variable without a moving average, which Keras would assign all the same
+            return None
         return function(variable, *args, **(kwargs or {}))
 
 
@@ -240,13 +242,7 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
         for link in links:
             _compat.adopt(link, home)
             strategy.extended.take_in(_compat.own_scalars(link))
-        with strategy.extended.creating_optimizer_state():
-            views = [VariableView(variable, plan, index) for index, variable in enumerate(variables)]
-            by_variable = {id(variable): view for variable, view in zip(variables, views, strict=True)}
-            all_views = [by_variable.get(id(variable)) or OverwrittenView(variable) for variable in given]
-            self._wrapped.build(ViewsAtHand(all_views, strategy.extended))
-            slots = tuple(tuple(view.slots) for view in views)
-            wire = make_wire(codec, views, plan, strategy, self.loss_scale_optimizer)
+        slots, wire = self._build_slots(given, variables, plan, strategy)
         for optimizer in optimizers:
             _compat.adopt(optimizer, home, [v for v in given if choose(v) is optimizer])
         self._given = tuple(given)
@@ -270,6 +266,17 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
         self.built = True
         if self._watches_norm:
             self.watch_norm()
+
+    def _build_slots(self, given, variables, plan, strategy) -> tuple[tuple, Wire]:
+        """Slots of each of `variables`, those of `given` that are not overwritten, and how the variables travel."""
+        codec = Codec.of(strategy.settings.compression) if strategy.num_replicas_in_sync > 1 else None
+        with strategy.extended.creating_optimizer_state():
+            views = [VariableView(variable, plan, index) for index, variable in enumerate(variables)]
+            by_variable = {id(view.variable): view for view in views}
+            all_views = [by_variable.get(id(variable)) or OverwrittenView(variable) for variable in given]
+            self._wrapped.build(ViewsAtHand(all_views, strategy.extended))
+            slots = tuple(tuple(view.slots) for view in views)
+            return slots, make_wire(codec, views, plan, strategy, self.loss_scale_optimizer)
 
     def watch_norm(self) -> bool:
         """Lets steps that are traced from now on compute the gradient's norm. All workers call it together.

@@ -1,0 +1,46 @@
+"""A strategy that nobody holds any more is let go, with its groups, variables and functions."""
+
+import gc
+
+import keras
+import numpy as np
+from marks import FLEET_SECONDS
+
+import tfzero
+from tfzero.collectives import Group
+from tfzero.extended import ZeroExtended
+from tfzero.pulse import _Watched
+
+
+def test_a_dropped_group_keeps_its_place_among_the_counts():
+    group = Group(["CPU:0"], 2, 0, "RING")
+    watched = _Watched(group)
+    for counter in group.lanes._counters[0][:2]:
+        counter.assign(3)  # in flight
+    counts = watched.counts()
+    assert counts[:2] == [3, 3] and len(watched.places()) == 2
+    del group, counter
+    gc.collect()
+    assert watched.counts() == [4, 4, *counts[2:]] and watched.places() == []
+
+
+def _alive_after_each(strategies: int) -> list[int]:
+    """How many strategies there are after each was made, trained with, and dropped."""
+    x, y = np.ones((32, 8), "f4"), np.ones((32, 4), "f4")
+    alive = []
+    for _ in range(strategies):
+        strategy = tfzero.ZeroStrategy(2, min_shard_elements=8)
+        with strategy.scope():
+            model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+        model.compile("adam", "mse")
+        model.fit(x, y, batch_size=8, verbose=0)
+        del strategy, model
+        keras.backend.clear_session()
+        gc.collect()
+        alive.append(sum(isinstance(each, ZeroExtended) for each in gc.get_objects()))
+    return alive
+
+
+def test_workers_let_go_of_dropped_strategies():
+    for alive in tfzero.run_local(_alive_after_each, workers=2, args=(4,), timeout_seconds=FLEET_SECONDS):
+        assert max(alive) <= 1, alive
