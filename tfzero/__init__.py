@@ -26,6 +26,6 @@ def __getattr__(name: str):
     if name not in _HOMES:
         raise AttributeError(f"module 'tfzero' has no attribute {name!r}")
     if _HOMES[name] != "tfzero.launch":
-        for patches in ("tfzero.keras_layers", "tfzero.keras_files", "tfzero.saved_models"):
+        for patches in ("tfzero.backend", "tfzero.keras_layers", "tfzero.keras_files", "tfzero.saved_models"):
             importlib.import_module(patches)
     return getattr(importlib.import_module(_HOMES[name]), name)
