@@ -95,7 +95,7 @@ class ShardedVariable(ReplicatedVariable):
     def hold(self) -> None:
         """Holds the whole value here, for reading and assigning outside replicas, until `let_go`. A collective.
 
-        Who holds what is held already shares it, and the last one to let go writes it back.
+        Who holds what is held already shares it.
         """
         if self._held is None:
             self._held = _compat.plain_variable(self._get_cross_replica(), self.name.split(":")[0])
@@ -104,13 +104,14 @@ class ShardedVariable(ReplicatedVariable):
     def let_go(self, write_back: bool) -> None:
         """Ends a `hold`; to write back is a collective, and what the first worker assigned counts."""
         self._holders -= 1
-        if self._holders > 0:
-            return
         held, self._held = self._held, None
         if write_back:
             group = self.distribute_strategy.extended.group
-            values = [tf.convert_to_tensor(held)] * len(self._values)
-            self.assign(group.launch(group.broadcast, values)[0])
+            value = group.launch(group.broadcast, [tf.convert_to_tensor(held)] * len(self._values))[0]
+            self.assign(value)
+            held.assign(value)
+        if self._holders:
+            self._held = held
 
     def _get(self):
         # Outside any scope, and while it saves a SavedModel, TensorFlow takes the first component for the whole.
