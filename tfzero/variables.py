@@ -142,6 +142,11 @@ class ShardedVariable(ReplicatedVariable):
 
     def _export_to_saved_model_graph(self, object_map=None, tensor_map=None, options=None, **kwargs):
         """What TensorFlow asks of a variable that it writes into a SavedModel: here an ordinary one. [Note: export]"""
+        if self._held is None:
+            raise RuntimeError(
+                f"The variable {self.name!r} lies in shards, and is read by a function that belongs to nothing which "
+                "is saved. Save an object that the model is an attribute of."
+            )
         resources = self._held._export_to_saved_model_graph(
             object_map=object_map, tensor_map=tensor_map, options=options, **kwargs
         )
