@@ -4,6 +4,8 @@
 changed in substance from 2.16 to 2.21; Keras's have.
 """
 
+from tfzero import backend  # noqa: F401, isort: skip. It refuses other backends before Keras imports them.
+
 import contextlib
 import random
 import threading

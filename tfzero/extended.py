@@ -87,6 +87,7 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
             strategy.links if len(self.worker_devices) == 1 and strategy.settings.device_type == "CPU" else (),
         )
         self._network: Network | None = None
+        self._told_of_eager_memory = False
 
     def meet(self) -> None:
         """Forms the collective group, and makes sure that TensorFlow numbers its members as tfzero does."""
@@ -133,7 +134,9 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
     def gathered(self, shard: tf.Variable, shape: tf.TensorShape, dtype: tf.DType, name: str) -> tf.Tensor:
         """Within a replica: the whole value of a parameter, from the replica's shard. [Note: control flow]"""
         if tf.executing_eagerly():
-            warnings.warn(_EAGER, stacklevel=2)
+            if not self._told_of_eager_memory:
+                self._told_of_eager_memory = True
+                warnings.warn(_EAGER, stacklevel=2)
             return self._gatherer(None).whole(shard, shape, dtype)
         graph, is_in_a_loop = _compat.graph_around_control_flow(_compat.replica_thread().graph)
         if is_in_a_loop:

@@ -62,6 +62,7 @@ class Home:
         return function(variable, *args, **(kwargs or {}))
 
 
+@keras.saving.register_keras_serializable(package="tfzero")
 class ZeroOptimizer(keras.optimizers.Optimizer):
     """Shards a Keras optimizer over the replicas of a `ZeroStrategy` (ZeRO, https://arxiv.org/abs/1910.02054).
 
@@ -367,7 +368,7 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
         missing = [v.path for g, v in zip(grads, variables, strict=True) if g is None]
         if len(missing) == len(variables):
             raise ValueError("No gradients provided for any variable.")
-        if missing:
+        if missing and _compat.replica_index() == 0:
             warnings.warn(f"Gradients do not exist for variables {missing} when minimizing the loss.", stacklevel=4)
         pairs = zip(grads, variables, strict=True)
         return {places[id(v)]: tf.convert_to_tensor(g) for g, v in pairs if g is not None}

@@ -31,7 +31,7 @@ from tfzero.settings import (
     find_cluster,
 )
 from tfzero.stopping import AgreedStop
-from tfzero.variables import ShardedParameter
+from tfzero.variables import ShardedVariable
 
 
 class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
@@ -244,11 +244,12 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
 
     @contextlib.contextmanager
     def gathered(self, variables):
-        """Within it every worker holds the whole values of sharded parameters; what is assigned is written back.
+        """Within it every worker holds the whole values of sharded variables; what is assigned is written back.
 
         For looking at and changing parameters between steps, without a collective for each access. All workers must
         enter and leave it; if they assign different values, the first worker's count. Replicas see the assigned values
-        after the context. It does nothing for variables that are whole anyway.
+        after the context. Within another `gathered` it shares the values held there. It does nothing for variables that
+        are whole anyway.
 
         Args:
             variables: a Keras variable of this strategy, or a list of them.
@@ -271,17 +272,17 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         if strange:
             raise ValueError(f"`gathered` takes variables made under this strategy's scope, but received {strange}.")
         self.channel.agree("gathering variables", [list(v.shape) for v in values], "variables to gather")
-        parameters = [value for value in values if isinstance(value, ShardedParameter)]
-        for parameter in parameters:
-            parameter.hold()
+        held = list({id(value): value for value in values if isinstance(value, ShardedVariable)}.values())
+        for value in held:
+            value.hold()
         completed = False
         try:
             yield
             self.channel.all_gather("writing gathered variables back", None)
             completed = True
         finally:
-            for parameter in parameters:
-                parameter.let_go(write_back=completed)
+            for value in held:
+                value.let_go(write_back=completed)
 
     @contextlib.contextmanager
     def agreed_randomness(self, position: DataPosition | None = None):

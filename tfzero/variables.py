@@ -108,7 +108,7 @@ class ShardedVariable(ReplicatedVariable):
     def hold(self) -> None:
         """Holds the whole value here, for reading and assigning outside replicas, until `let_go`. A collective.
 
-        Who holds what is held already shares it, and the last one to let go writes it back.
+        Who holds what is held already shares it.
         """
         if self._held is None:
             self._held = _compat.plain_variable(self._get_cross_replica(), self.name.split(":")[0])
@@ -117,13 +117,14 @@ class ShardedVariable(ReplicatedVariable):
     def let_go(self, write_back: bool) -> None:
         """Ends a `hold`; to write back is a collective, and what the first worker assigned counts."""
         self._holders -= 1
-        if self._holders > 0:
-            return
         held, self._held = self._held, None
         if write_back:
             group = self.distribute_strategy.extended.group
-            values = [tf.convert_to_tensor(held)] * len(self._values)
-            self.assign(group.launch(group.broadcast, values)[0])
+            value = group.launch(group.broadcast, [tf.convert_to_tensor(held)] * len(self._values))[0]
+            self.assign(value)
+            held.assign(value)
+        if self._holders:
+            self._held = held
 
     def _get(self):
         # Outside any scope, and while it saves a SavedModel, TensorFlow takes the first component for the whole.
@@ -154,6 +155,11 @@ class ShardedVariable(ReplicatedVariable):
 
     def _export_to_saved_model_graph(self, object_map=None, tensor_map=None, options=None, **kwargs):
         """What TensorFlow asks of a variable that it writes into a SavedModel: here an ordinary one. [Note: export]"""
+        if self._held is None:
+            raise RuntimeError(
+                f"The variable {self.name!r} lies in shards, and is read by a function that belongs to nothing which "
+                "is saved. Save an object that the model is an attribute of."
+            )
         resources = self._held._export_to_saved_model_graph(
             object_map=object_map, tensor_map=tensor_map, options=options, **kwargs
         )

@@ -1,0 +1,103 @@
+"""`strategy.gathered`: the same variable twice, one within the other, and slots; on devices and on workers."""
+
+import warnings
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+from marks import FLEET_SECONDS
+
+import tfzero
+
+
+def hold_in_all_ways(strategy) -> dict:
+    """Results that tell what was seen at each place, the same everywhere."""
+    with strategy.scope():
+        model = keras.Sequential([keras.Input((7,)), layers.Dense(5)])
+    kernel = model.layers[0].kernel
+    kernel.assign(np.arange(35.0).reshape(7, 5))
+    start = np.array(kernel)
+    seen = {}
+
+    def of_replicas():
+        return np.array(strategy.experimental_local_results(strategy.run(lambda: kernel + 0.0))[0])
+
+    with strategy.gathered([kernel, kernel]):
+        kernel.assign(start + 1)
+    seen["twice"] = np.array(kernel) - start
+    with strategy.gathered(model.weights):
+        kernel.assign(start + 2)
+        with strategy.gathered(kernel):
+            kernel.assign_add(start * 0 + 1)
+        seen["replicas after the inner one"] = of_replicas() - start
+        seen["held after the inner one"] = np.array(kernel) - start
+        kernel.assign(start + 4)
+        seen["held in the end"] = np.array(kernel) - start
+    seen["after the outer one"] = np.array(kernel) - start
+    seen["replicas in the end"] = of_replicas() - start
+    with pytest.raises(ZeroDivisionError), strategy.gathered(kernel):
+        with strategy.gathered([kernel, kernel]):
+            kernel.assign(start + 5)
+        kernel.assign(start + 6)
+        raise ZeroDivisionError
+    seen["of the inner one only"] = np.array(kernel) - start
+    model.compile(keras.optimizers.SGD(0.0, momentum=0.5), "mse")
+    model.fit(np.ones((4, 7)), np.ones((4, 5)), verbose=0)
+    (slot,) = (v for v in model.optimizer.variables if v.shape == (7, 5))
+    with strategy.gathered(slot):
+        slot.assign(start)
+    seen["slot"] = np.array(slot) - start + 1
+    return {name: np.unique(values).tolist() for name, values in seen.items()}
+
+
+EXPECTED = {
+    "twice": [1.0], "replicas after the inner one": [3.0], "held after the inner one": [3.0], "held in the end": [4.0],
+    "after the outer one": [4.0], "replicas in the end": [4.0], "of the inner one only": [5.0], "slot": [1.0],
+}  # fmt: skip
+
+
+def hold_in_worker() -> dict:
+    warnings.simplefilter("ignore")  # replicas that read eagerly at stage 3
+    return {stage: hold_in_all_ways(tfzero.ZeroStrategy(stage, min_shard_elements=8)) for stage in (2, 3)}
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.filterwarnings("ignore:Eagerly")
+def test_on_logical_devices(stage):
+    strategy = tfzero.ZeroStrategy(stage, min_shard_elements=8, devices=["CPU:0", "CPU:1"])
+    seen = hold_in_all_ways(strategy)
+    if stage == 2:  # whole anyway: written at once, whatever happens after
+        seen["of the inner one only"] = [v - 1 for v in seen["of the inner one only"]]
+    assert seen == EXPECTED
+
+
+def test_on_two_workers():
+    for result in tfzero.run_local(hold_in_worker, workers=2, timeout_seconds=FLEET_SECONDS):
+        result[2]["of the inner one only"] = [v - 1 for v in result[2]["of the inner one only"]]
+        assert result == {2: EXPECTED, 3: EXPECTED}
+
+
+# Warnings are told once, however many replicas have met their reason.
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_warnings_are_told_once(eager):
+    strategy = tfzero.ZeroStrategy(3, min_shard_elements=8, devices=["CPU:0", "CPU:1"])
+
+    class Half(layers.Layer):
+        def build(self, shape):
+            self.used, self.unused = (self.add_weight(shape=(shape[-1], 3)) for _ in range(2))
+
+        def call(self, x):
+            return x @ self.used
+
+    with strategy.scope():
+        model = keras.Sequential([keras.Input((7,)), Half()])
+    model.compile("sgd", "mse", run_eagerly=eager)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.fit(np.ones((4, 7)), np.ones((4, 3)), verbose=0)
+    texts = [str(each.message) for each in caught]
+    assert sum("Gradients do not exist" in text for text in texts) == 1
+    assert sum("memory of stage 2" in text for text in texts) == eager

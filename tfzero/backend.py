@@ -1,0 +1,41 @@
+"""Refuses a Keras that does not run on TensorFlow, before anything of it is imported.
+
+On another backend Keras asks no `tf.distribute.Strategy`: every worker would train a model of its own, in silence.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+
+def chosen_backend() -> tuple[str, str]:
+    """The backend that Keras has, or will have once it is imported, and what says so."""
+    keras = sys.modules.get("keras")
+    if keras is not None and hasattr(keras, "backend"):
+        return keras.backend.backend(), "as it was imported"
+    if os.environ.get("KERAS_BACKEND"):
+        return os.environ["KERAS_BACKEND"], "by the environment variable KERAS_BACKEND"
+    file = Path(os.environ.get("KERAS_HOME") or Path.home() / ".keras", "keras.json")
+    try:
+        written = json.loads(file.read_text())
+    except (OSError, ValueError):  # Keras goes by its default then, too
+        written = None
+    backend = written.get("backend") if isinstance(written, dict) else None
+    return (backend, f"by {file}") if isinstance(backend, str) else ("tensorflow", "by default")
+
+
+def require_tensorflow() -> None:
+    """
+    Raises:
+        ImportError: if Keras has, or would have, another backend.
+    """
+    backend, source = chosen_backend()
+    if backend != "tensorflow":
+        raise ImportError(
+            f"tfzero works with Keras on TensorFlow, but Keras's backend is {backend!r}, {source}: set "
+            "KERAS_BACKEND=tensorflow in the environment before Python starts."
+        )
+
+
+require_tensorflow()
