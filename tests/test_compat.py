@@ -58,13 +58,8 @@ def test_what_is_called_has_these_arguments(owner, name, arguments):
 def test_private_methods_override_something(ours, base):
     """A hook that is renamed would never be called."""
     added = {
-        "_agree_on_variable",
-        "_replicate",
-        "_create_slot",
         "_spread",
         "_gatherer",
-        "_is_sharded",
-        "_make_parts",
         "_part_of",
     }
     mine = {

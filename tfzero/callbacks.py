@@ -254,7 +254,7 @@ def check_drift(model: keras.Model) -> None:
     strategy = model.distribute_strategy
     equal = {item.name: item.value for item in state_of(model) if item.is_equal_everywhere}
     known = {id(value) for value in equal.values()}
-    others = sorted(strategy.extended.layer_variables.items())
+    others = sorted(strategy.extended.creation.layer_variables.items())
     equal |= {f"{number}/{value.name}": value for number, value in others if id(value) not in known}
     digests = {name: [_digest(part) for part in getattr(value, "values", [value])] for name, value in equal.items()}
     answers = strategy.channel.all_gather("comparing replicas", digests)

@@ -1,19 +1,17 @@
 """What TensorFlow and Keras call when they meet replicas: collectives, variables and input."""
 
-import contextlib
-import itertools
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
-from tfzero import _compat, _compat_batches, _compat_graphs
+from tfzero import _compat, _compat_graphs
 from tfzero.channel import Channel
 from tfzero.cluster import Cluster
 from tfzero.collectives import Group
-from tfzero.components import component, initial_value, on_host
 from tfzero.compression import Codec
+from tfzero.creation import VariableCreation
 from tfzero.dependence import OTHER, ROWS, Dependence, mark_global
 from tfzero.digests import BatchComparison
 from tfzero.gathering import Gatherer
@@ -29,17 +27,8 @@ from tfzero.inputs import (
     rows_of,
 )
 from tfzero.network import DEFAULT_BUCKET_BYTES, Network, measure_network
-from tfzero.row_state import RowsVariable
 from tfzero.settings import Choice, Settings
-from tfzero.variables import (
-    LayerVariable,
-    OnReadVariable,
-    ReplicatedVariable,
-    ShardedParameter,
-    ShardedVariable,
-    VariableView,
-    local_part,
-)
+from tfzero.variables import ShardedParameter, VariableView
 
 _EAGER = (
     "Eagerly, stage 3 keeps every parameter that it has gathered until the step is over: the memory of stage 2. "
@@ -58,8 +47,6 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
 
     def __init__(self, strategy: tf.distribute.Strategy, cluster: Cluster | None, devices: Sequence[str]) -> None:
         self._local_devices = tuple(devices)
-        self._creating_optimizer_state = False
-        self.view_at_hand: VariableView | None = None
         # Called for each variable gathered outside replicas, on all workers.
         self.before_gathering: Callable[[], object] = lambda: None
         self.after_gathering: Callable[[], object] = lambda: None
@@ -74,9 +61,6 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
         options = tf.distribute.experimental.CommunicationOptions()
         super().__init__(strategy, resolver, options, devices=None if cluster else list(devices))
         self._cut_datasets: weakref.WeakSet = weakref.WeakSet()
-        # Those that are equal on all replicas, by numbers that are the same on all workers.
-        self.layer_variables: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
-        self._numbers = itertools.count()
         self.seats = Seats(self._id_in_cluster, self._num_workers, len(self.worker_devices))
         self.group = Group(
             self.worker_devices,
@@ -86,6 +70,7 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
             strategy.levels.value,
             strategy.links if len(self.worker_devices) == 1 and strategy.settings.device_type == "CPU" else (),
         )
+        self.creation = VariableCreation(strategy, self.group, self._num_workers)
         self._network: Network | None = None
         self._told_of_eager_memory = False
 
@@ -268,17 +253,6 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
 
     # Variables.
 
-    @contextlib.contextmanager
-    def creating_optimizer_state(self):
-        """Within it new variables are the strategy's, and an optimizer's: all replicas or one owner update them."""
-        self._creating_optimizer_state = True
-        try:
-            with tf.init_scope(), self._container_strategy().scope():
-                yield
-        finally:
-            self._creating_optimizer_state = False
-            self.view_at_hand = None
-
     def take_in(self, variables) -> None:
         """Makes Keras variables that were made outside the scope this strategy's, with their values, in place."""
         for variable in variables:
@@ -299,83 +273,7 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
         view = kwargs.pop("colocate_with", None)
         if view is not None and not isinstance(view, VariableView | _compat.DistributedVariable):
             return super()._create_variable(next_creator, colocate_with=view, **kwargs)
-        with tf.device(self.worker_devices[0]):
-            value = initial_value(kwargs)
-        if view is None and self.view_at_hand is not None and self.view_at_hand.owner is not None:
-            view = self.view_at_hand
-        if isinstance(view, VariableView):
-            return self._create_slot(next_creator, view, on_host(value), kwargs)
-        self._agree_on_variable(kwargs.get("name"), value)
-        if value.dtype != tf.string and self._num_workers > 1:
-            value = self.group.launch(self.group.broadcast, [value] * len(self.worker_devices))[0]
-        is_sharded = self._is_sharded(value, kwargs)
-        value = on_host(value)
-        if is_sharded:
-            parts = self._make_parts(next_creator, value, None, kwargs)
-            return ShardedParameter(self._container_strategy(), parts, tf.TensorShape(value.shape))
-        return self._replicate(next_creator, value, kwargs)
-
-    def _is_sharded(self, initial_value: tf.Tensor, kwargs: dict) -> bool:
-        """Whether a new variable is one that stage 3 shards: a layer's own state, made untrainable, is not."""
-        return (
-            self._settings.stage == 3
-            and not self._creating_optimizer_state
-            and initial_value.dtype.is_floating
-            and kwargs.get("trainable") is not False
-            and kwargs.get("synchronization") is not tf.VariableSynchronization.ON_READ
-            and initial_value.shape.num_elements() >= max(1, self._settings.min_shard_elements)
-        )
-
-    def _make_parts(self, next_creator, value, owner: int | None, kwargs: dict) -> list[tf.Variable]:
-        """One variable for each local replica, of its part of a value."""
-        kwargs.pop("shape", None)
-        parts: list[tf.Variable] = []
-        for replica, device in enumerate(self.worker_devices):
-            part = local_part(value, owner, self.group.rank(replica), self.group.world_size)
-            parts.append(component(next_creator, device, part, parts, kwargs))
-        return parts
-
-    def _agree_on_variable(self, name: str | None, initial_value: tf.Tensor) -> None:
-        what = {"shape": str(initial_value.shape), "dtype": initial_value.dtype.name}
-        self._channel.agree("creating a variable", what, f"models (at the variable {name!r})")
-
-    def _replicate(self, next_creator, value, kwargs: dict):
-        """A distributed variable of one component for each local replica."""
-
-        def components(**kwargs):
-            values: list[tf.Variable] = []
-            for device in self.worker_devices:
-                values.append(component(next_creator, device, value, values, kwargs))
-            return values
-
-        kind: type = ReplicatedVariable if self._creating_optimizer_state else LayerVariable
-        if _compat_batches.is_recurrent_state(kwargs) and not self._creating_optimizer_state:
-            kind = RowsVariable
-        classes = {
-            tf.VariableSynchronization.ON_WRITE: kind,
-            tf.VariableSynchronization.ON_READ: OnReadVariable,
-        }
-        variable = _compat.create_mirrored_variable(self._container_strategy(), components, classes, {}, **kwargs)
-        if isinstance(variable, LayerVariable | RowsVariable):
-            self.layer_variables[next(self._numbers)] = variable
-        return variable
-
-    def _create_slot(self, next_creator, view: VariableView, value, kwargs: dict):
-        """An optimizer's slot: as the plan places its variable, or a replica's own."""
-        adds_up = not getattr(view, "overwrite_with_gradient", False)
-        if adds_up and self._settings.stage < 2 and _compat.is_accumulator_name(kwargs.get("name") or ""):
-            kwargs |= {
-                "synchronization": tf.VariableSynchronization.ON_READ,
-                "aggregation": tf.VariableAggregation.SUM,
-            }
-        is_own = kwargs.get("synchronization") is tf.VariableSynchronization.ON_READ
-        if is_own or not view.sharded:
-            slot = self._replicate(next_creator, value, kwargs)
-        else:
-            parts = self._make_parts(next_creator, value, view.owner, kwargs)
-            slot = ShardedVariable(self._container_strategy(), parts, tf.TensorShape(value.shape), view.owner)
-        view.slots.append(slot)
-        return slot
+        return self.creation.create(next_creator, view, kwargs)
 
     # Input.
 

@@ -161,12 +161,12 @@ class ViewsAtHand(list):
     Adafactor makes slots of shapes of its own, without naming the variable that they belong to.
     """
 
-    def __init__(self, views, extended) -> None:
+    def __init__(self, views, creation) -> None:
         super().__init__(views)
-        self._extended = extended
+        self._creation = creation
 
     def __iter__(self):
         for view in super().__iter__():
-            self._extended.view_at_hand = view
+            self._creation.view_at_hand = view
             yield view
-        self._extended.view_at_hand = None
+        self._creation.view_at_hand = None

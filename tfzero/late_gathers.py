@@ -92,7 +92,7 @@ def make_pending(variables: int, strategy) -> keras.Variable | None:
     """Makes `Trained.pending` for so many variables, if the strategy's parameters are to be gathered late."""
     if not strategy.settings.overlap_param_gather:
         return None
-    with strategy.extended.creating_optimizer_state():
+    with strategy.extended.creation.of_optimizer_state():
         return keras.Variable("zeros", (variables,), "bool", trainable=False, name="pending")
 
 

@@ -271,11 +271,11 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
     def _build_slots(self, given, variables, plan, strategy) -> tuple[tuple, Wire]:
         """Slots of each of `variables`, those of `given` that are not overwritten, and how the variables travel."""
         codec = Codec.of(strategy.settings.compression) if strategy.num_replicas_in_sync > 1 else None
-        with strategy.extended.creating_optimizer_state():
+        with strategy.extended.creation.of_optimizer_state():
             views = [VariableView(variable, plan, index) for index, variable in enumerate(variables)]
             by_variable = {id(view.variable): view for view in views}
             all_views = [by_variable.get(id(variable)) or OverwrittenView(variable) for variable in given]
-            self._wrapped.build(ViewsAtHand(all_views, strategy.extended))
+            self._wrapped.build(ViewsAtHand(all_views, strategy.extended.creation))
             slots = tuple(tuple(view.slots) for view in views)
             return slots, make_wire(codec, views, plan, strategy, self.loss_scale_optimizer)
 

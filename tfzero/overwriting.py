@@ -51,7 +51,7 @@ def keep_whole(variables: Sequence[keras.Variable], strategy) -> None:
             f"At stage 3 call `optimizer.build(model.trainable_variables)` before the first step: the variables "
             f"{[variable.path for variable in sharded]} are overwritten by their gradients, and must be whole."
         )
-    with strategy.extended.creating_optimizer_state():
+    with strategy.extended.creation.of_optimizer_state():
         for variable in sharded:
             _compat.remake(variable)
 

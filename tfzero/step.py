@@ -74,7 +74,7 @@ class Trained:
 
 def with_norms(trained: Trained, strategy) -> Trained:
     """The same, but the step computes the gradient's norm too. All workers call it together."""
-    with strategy.extended.creating_optimizer_state():
+    with strategy.extended.creation.of_optimizer_state():
         norms = [keras.Variable("zeros", (), "float32", False, name="squared_norm") for _ in trained.optimizers]
     return replace(trained, squared_norms=tuple(norms))
 
