@@ -200,9 +200,10 @@ class ShardedParameter(ShardedVariable):
         return self._get()
 
     def _get_cross_replica(self):
-        # A tape cannot follow how it is made: it takes it for what was read of the first shard.
+        # A tape cannot follow how it is made: it takes it for what was read of the first shard. Where a tape is around
+        # the call of a function in which this is read, it is a constant.
         with _compat.unrecorded():
-            whole = super()._get_cross_replica()
+            whole = tf.stop_gradient(super()._get_cross_replica())
         _compat.record_read(self._values[0], whole)
         return whole
 
