@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 import tfzero
-from tfzero import _compat
+from tfzero import _compat, _compat_saved_model
 from tfzero.extended import ZeroExtended
 from tfzero.variables import AveragedVariable, OnReadVariable, ReplicatedVariable, ShardedVariable
 
@@ -49,6 +49,9 @@ def built(optimizer, variable):
         (_compat.saving_lib, "_save_state", "saveable weights_store assets_store inner_path visited_saveables"),
         (_compat.saving_lib, "is_memory_sufficient", "model"),
         (_compat.legacy_h5_format, "save_model_to_hdf5", "model filepath overwrite include_optimizer"),
+        (_compat_saved_model.saver, "save_and_return_nodes",
+         "obj export_dir signatures options experimental_skip_checkpoint"),
+        (keras.callbacks.TensorBoard, "_close_writers", "self"),
         (keras.callbacks.ModelCheckpoint, "_save_model", "self epoch batch logs"),
         (keras.callbacks.ModelCheckpoint, "_get_file_path", "self epoch batch logs"),
         (keras.callbacks.BackupAndRestore, "_save_model", "self"),
@@ -412,3 +415,31 @@ def test_an_array_shares_the_memory_of_its_tensor():
 
     for value in (np.arange(1.0, 4.0), np.ones([1], "float32"), np.ones([300, 300], "int64")):
         np.testing.assert_array_equal(doubled(tf.constant(value)), 2 * value)
+
+
+# SavedModels.
+
+
+def test_distributed_variables_of_what_is_saved(strategy):
+    with strategy.scope():
+        model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    archive = keras.export.ExportArchive()
+    archive.add_endpoint("serve", model, [tf.TensorSpec((None, 3))])
+    archive._filter_and_track_resources()  # what `write_out` does before it saves
+    root = archive._tf_trackable
+    assert root._all_variables
+    found = _compat_saved_model.distributed_variables(root)
+    assert {id(v) for v in found} == {id(v.value) for v in model.variables}
+    assert {id(v) for v in _compat_saved_model.distributed_variables(model)} == {id(v) for v in found}
+    assert _compat_saved_model.distributed_variables(tf.Module()) == []
+    plain = tf.Variable(1.0)
+    assert _compat_saved_model.container_of(plain) is plain
+    assert _compat_saved_model.container_of(found[0].values[1]) is found[0]
+    listed = _compat_saved_model.replace_listed(root, {id(v): plain for v in root._all_variables})
+    assert len(listed) == 2 and [id(v) for v in root._all_variables] == [id(plain)]
+    assert _compat_saved_model.replace_listed(tf.Module(), {}) is None
+
+
+def test_a_callback_says_where_it_writes(tmp_path):
+    assert vars(keras.callbacks.TensorBoard(tmp_path))["log_dir"] == str(tmp_path)
+    assert vars(keras.callbacks.CSVLogger(tmp_path / "log"))["filename"] == str(tmp_path / "log")
