@@ -10,7 +10,15 @@ import tensorflow as tf
 from tensorflow.python.framework import auto_control_deps
 
 import tfzero
-from tfzero import _compat, _compat_batches, _compat_data, _compat_graphs, _compat_optimizers
+from tfzero import (
+    _compat,
+    _compat_batches,
+    _compat_cluster,
+    _compat_data,
+    _compat_graphs,
+    _compat_optimizers,
+    _compat_saved_model,
+)
 from tfzero.extended import ZeroExtended
 from tfzero.variables import LayerVariable, OnReadVariable, ReplicatedVariable, ShardedVariable
 
@@ -34,6 +42,7 @@ def built(optimizer, variable):
     ("owner", "name", "arguments"),
     [
         (_compat.saving_lib, "_save_state", "saveable weights_store assets_store inner_path visited_saveables"),
+        (keras.callbacks.TensorBoard, "_close_writers", "self"),
         (keras.callbacks.ModelCheckpoint, "_get_file_path", "self epoch batch logs"),
         (_compat.keras_loss, "standardize_reduction", "reduction"),
         (_compat.keras_loss, "squeeze_or_expand_to_same_rank", "x1 x2 expand_rank_1"),
@@ -421,6 +430,7 @@ def test_an_array_shares_the_memory_of_its_tensor():
 
 
 def test_the_stock_strategy_leaves_a_coordination_service_that_is_configured():
+    assert callable(_compat_cluster.context.context().configure_coordination_service)
     source = inspect.getsource(_compat.CollectiveAllReduceExtended._initialize_multi_worker)
     assert "if context.context().coordination_service is None:" in source
 
@@ -494,3 +504,31 @@ def test_the_variable_of_a_handle(strategy):
         variable = tf.Variable(1.0)
     assert _compat_batches.container_of(variable.values[1].handle) is variable
     assert _compat_batches.container_of(tf.Variable(1.0).handle) is None
+
+
+# SavedModels.
+
+
+def test_distributed_variables_of_what_is_saved(strategy):
+    with strategy.scope():
+        model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    archive = keras.export.ExportArchive()
+    archive.add_endpoint("serve", model, [tf.TensorSpec((None, 3))])
+    archive._filter_and_track_resources()  # what `write_out` does before it saves
+    root = archive._tf_trackable
+    assert root._all_variables
+    found = _compat_saved_model.distributed_variables(root)
+    assert {id(v) for v in found} == {id(v.value) for v in model.variables}
+    assert {id(v) for v in _compat_saved_model.distributed_variables(model)} == {id(v) for v in found}
+    assert _compat_saved_model.distributed_variables(tf.Module()) == []
+    plain = tf.Variable(1.0)
+    assert _compat_saved_model.container_of(plain) is plain
+    assert _compat_saved_model.container_of(found[0].values[1]) is found[0]
+    listed = _compat_saved_model.replace_listed(root, {id(v): plain for v in root._all_variables})
+    assert len(listed) == 2 and [id(v) for v in root._all_variables] == [id(plain)]
+    assert _compat_saved_model.replace_listed(tf.Module(), {}) is None
+
+
+def test_a_callback_says_where_it_writes(tmp_path):
+    assert vars(keras.callbacks.TensorBoard(tmp_path))["log_dir"] == str(tmp_path)
+    assert vars(keras.callbacks.CSVLogger(tmp_path / "log"))["filename"] == str(tmp_path / "log")

@@ -5,6 +5,7 @@ As in `_compat.py`, `tests/test_compat.py` notices when a release changes one of
 
 from collections.abc import Mapping
 
+import keras
 import tensorflow as tf
 
 # What `tf.saved_model.save`, `model.export` and TFLite's converter come down to. No strategy is asked who writes.
@@ -17,7 +18,7 @@ def distributed_variables(root) -> list[tf.Variable]:
     """The distributed variables of an object that is to be saved, each once, in an order that depends on it alone."""
     found: dict[int, tf.Variable] = {}
     for each in [*tf.train.TrackableView(root).descendants(), *getattr(root, "_all_variables", ())]:
-        variable = container_of(getattr(each, "value", each) if hasattr(each, "_initializer") else each)
+        variable = container_of(each.value if isinstance(each, keras.Variable) else each)
         if hasattr(variable, "distribute_strategy") and hasattr(variable, "values"):
             found.setdefault(id(variable), variable)
     return list(found.values())
