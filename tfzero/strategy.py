@@ -9,6 +9,7 @@ from dataclasses import asdict
 import tensorflow as tf
 
 from tfzero import _compat, patches
+from tfzero.cluster import Cluster
 from tfzero.dependence import is_global
 from tfzero.digests import DEFAULT_COMPARE_BATCHES, BatchComparison
 from tfzero.extended import ZeroExtended
@@ -143,16 +144,20 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         self.announced: weakref.WeakSet = weakref.WeakSet()  # those that `fit` has printed a report of
         self._gives_first_values = False
         self.data_position: DataPosition | None = None  # for the next training data
-        joined = join(cluster, timeout_seconds)
+        self._join(cluster, local)
+
+    def _join(self, cluster: Cluster | None, devices: Sequence[str]) -> None:
+        """Meets the other workers, agrees with them on the settings, and forms the group of all replicas."""
+        joined = join(cluster, self.settings.timeout_seconds)
         self.channel, self.saving_channel, self.links = joined.channel, joined.saving_channel, joined.links
         self.stop = AgreedStop() if joined.pulse is None else joined.pulse.stop_together
         self.channel.agree("making a ZeroStrategy", asdict(self.settings), "settings")
-        joined.wait_at_most(timeout_seconds)
+        joined.wait_at_most(self.settings.timeout_seconds)
         workers, on_loss = (1, print) if joined.pulse is None else (cluster.size, joined.pulse.hear_of_loss)
-        self.comparison = BatchComparison(joined.batch_channel, workers, compare_batches, on_loss)
+        self.comparison = BatchComparison(joined.batch_channel, workers, self.settings.compare_batches, on_loss)
         self._check_batch = self.comparison.of_given("those given to `cut_batch`")
         # The stock constructor would make its own extended.
-        _compat.distribute_lib.Strategy.__init__(self, ZeroExtended(self, cluster, local))
+        _compat.distribute_lib.Strategy.__init__(self, ZeroExtended(self, cluster, devices))
         self.channel.all_gather("starting TensorFlow's servers", None)
         if joined.pulse is not None:
             joined.pulse.add(self.extended.group)
