@@ -27,7 +27,8 @@ def distributed_variables(root) -> list[tf.Variable]:
 def container_of(variable):
     """The distributed variable that another one is a component of, else the variable itself."""
     container = getattr(variable, "_distributed_container", None)
-    return (callable(container) and container()) or variable
+    found = container() if callable(container) else None
+    return variable if found is None else found
 
 
 def replace_listed(root, replacements: Mapping[int, tf.Variable]) -> list | None:

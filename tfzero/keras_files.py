@@ -12,6 +12,7 @@ import numpy as np
 
 from tfzero import _compat
 from tfzero.keras_hooks import patch, strategy_of
+from tfzero.optimizer import ZeroOptimizer
 from tfzero.progress import progress
 from tfzero.variables import ShardedVariable
 
@@ -86,6 +87,10 @@ def _save_model_to_hdf5(original, model, filepath, *args, **kwargs):
             f"Several workers cannot save in the legacy HDF5 format. Save as `.keras`. Received: {filepath}"
         )
     return original(model, filepath, *args, **kwargs)
+
+
+# Files that were written before the optimizer had a registered name call it so.
+keras.saving.get_custom_objects()["ZeroOptimizer"] = ZeroOptimizer
 
 
 # Callbacks that handle files themselves.
