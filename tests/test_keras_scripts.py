@@ -23,8 +23,6 @@ import tfzero
 SEED = 7
 CLOSE = {"rtol": 2e-4, "atol": 2e-5}
 CASES: dict[str, Callable] = {}
-# On several workers no gradient can be taken of a gradient at stage 3.
-NOT_ON_WORKERS = {("wgan_gp", 3)}
 
 
 def case(function):
@@ -467,8 +465,6 @@ def run_cases(cases: dict[str, Callable], stage: int) -> dict:
     strategy = tfzero.ZeroStrategy(stage, min_shard_elements=8)
     results: dict = {}
     for name, run in cases.items():
-        if (name, stage) in NOT_ON_WORKERS:
-            continue
         keras.utils.set_random_seed(SEED)
         try:
             results[name] = run(strategy)
@@ -519,8 +515,6 @@ def test_on_logical_devices(name, stage):
 @pytest.mark.parametrize(("stage", "devices"), [(2, 1), (3, 1), sweep(3, 2)])
 @pytest.mark.parametrize("name", CASES)
 def test_on_two_workers(name, stage, devices):
-    if (name, stage) in NOT_ON_WORKERS:
-        pytest.skip("no gradient of a gradient at stage 3 over workers' links")
     results = on_workers(stage, devices)
     if isinstance(results, str):
         pytest.fail(f"the fleet failed: {results}")

@@ -8,6 +8,9 @@ from collections.abc import Mapping
 import keras
 import tensorflow as tf
 
+# The distributed variable of a component, which notes it at its handle.
+from tensorflow.python.distribute.distribute_utils import value_container
+
 # What `tf.saved_model.save`, `model.export` and TFLite's converter come down to. No strategy is asked who writes.
 from tensorflow.python.saved_model import save as saver
 
@@ -26,8 +29,7 @@ def distributed_variables(root) -> list[tf.Variable]:
 
 def container_of(variable):
     """The distributed variable that another one is a component of, else the variable itself."""
-    container = getattr(variable, "_distributed_container", None)
-    return (callable(container) and container()) or variable
+    return value_container(variable)
 
 
 def replace_listed(root, replacements: Mapping[int, tf.Variable]) -> list | None:

@@ -1,5 +1,6 @@
 """What TensorFlow and Keras call when they meet replicas: collectives, variables and input."""
 
+import contextlib
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -71,6 +72,7 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
             strategy.links if len(self.worker_devices) == 1 and strategy.settings.device_type == "CPU" else (),
         )
         self.creation = VariableCreation(strategy, self.group, self._num_workers)
+        self.gives_first_values = False
         self._network: Network | None = None
         self._told_of_eager_memory = False
 
@@ -91,6 +93,15 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
         if self._network is None:
             self._network = measure_network(self.group, self._channel)
         return self._network.bucket_bytes(model_bytes)
+
+    @contextlib.contextmanager
+    def first_values(self):
+        """Within it `strategy.reduce` gives the first replica's values of a structure, of which Keras learns shapes."""
+        self.gives_first_values = True
+        try:
+            yield
+        finally:
+            self.gives_first_values = False
 
     # Collectives.
 

@@ -99,5 +99,5 @@ def _maybe_symbolic_build(original, self, iterator=None, data_batch=None):
         specs = _compat.replica_element_spec(_compat.dataset_of(iterator))
         if all(spec.shape.rank is not None for spec in tf.nest.flatten(specs) if spec is not None):
             iterator, data_batch = None, specs
-    with strategy.first_values():
+    with strategy.extended.first_values():
         return build_unless_the_step_does(lambda: original(self, iterator=iterator, data_batch=data_batch), self)

@@ -18,6 +18,7 @@ import numpy as np
 
 from tfzero import _compat
 from tfzero.keras_hooks import strategy_of
+from tfzero.optimizer import ZeroOptimizer
 from tfzero.patches import patch
 from tfzero.progress import progress
 from tfzero.teamwork import together
@@ -169,6 +170,10 @@ def _save_model_to_hdf5(original, model, filepath, *args, **kwargs):
             f"Several workers cannot save in the legacy HDF5 format. Save as `.keras`. Received: {filepath}"
         )
     return original(model, filepath, *args, **kwargs)
+
+
+# Files that were written before the optimizer had a registered name call it so.
+keras.saving.get_custom_objects()["ZeroOptimizer"] = ZeroOptimizer
 
 
 # Callbacks that handle files themselves.

@@ -142,7 +142,6 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         self.levels = choose_levels(self.settings, 1 if cluster is None else len(cluster.addresses))
         self.optimizers: weakref.WeakSet = weakref.WeakSet()  # that were built for its variables
         self.announced: weakref.WeakSet = weakref.WeakSet()  # those that `fit` has printed a report of
-        self._gives_first_values = False
         self.data_position: DataPosition | None = None  # for the next training data
         self._join(cluster, local)
 
@@ -167,7 +166,8 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         """One value from those of all replicas, as `tf.distribute.Strategy.reduce`. All workers call it.
 
         Of a structure each value is reduced. Keras's trainer (`keras/src/backend/tensorflow/trainer.py`) asks for two
-        things more: `first_values`, and scalars along axis 0 (`reduce_per_replica`), which can only mean over replicas.
+        things more: the first replica's values, of which it only learns shapes; and scalars along axis 0
+        (`reduce_per_replica`), which can only mean over replicas.
 
         Args:
             reduce_op: "SUM" or "MEAN", or a `tf.distribute.ReduceOp`.
@@ -185,7 +185,7 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         ```
         """
         if tf.nest.is_nested(value) and not isinstance(value, tf.distribute.DistributedValues):
-            if self._gives_first_values:
+            if self.extended.gives_first_values:
                 return tf.nest.map_structure(lambda v: self.experimental_local_results(v)[0], value)
             return tf.nest.map_structure(lambda v: None if v is None else self.reduce(reduce_op, v, axis), value)
         first = self.experimental_local_results(value)[0]
@@ -194,15 +194,6 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         if axis == 0 and getattr(getattr(first, "shape", None), "rank", None) == 0:
             axis = None
         return super().reduce(reduce_op, value, axis)
-
-    @contextlib.contextmanager
-    def first_values(self):
-        """Within it `reduce` gives the first replica's values of a structure, of which Keras only learns shapes."""
-        self._gives_first_values = True
-        try:
-            yield
-        finally:
-            self._gives_first_values = False
 
     def report(self) -> Report:
         """What this strategy does: settings, placements, bytes and messages. `print(strategy.report())` shows all.
