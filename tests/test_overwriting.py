@@ -42,7 +42,8 @@ def trained(name, strategy=None, **arguments):
     model.compile(OPTIMIZERS[name](), "mse", **arguments)
     model.fit(x, y, batch_size=15, epochs=2, shuffle=False, verbose=0)
     assert not any(isinstance(v.value, ShardedParameter) for v in model.variables if v.overwrite_with_gradient)
-    slots = {f"{place} {v.name.split('kernel')[-1]}": v for place, v in enumerate(model.optimizer.variables[2:])}
+    # The names of slots count models up.
+    slots = {f"slot {place} {v.shape}": v for place, v in enumerate(model.optimizer.variables[2:])}
     found = {f"{place} {v.name}": v for place, v in enumerate(model.variables)} | slots
     return {name: np.array(v.numpy()) for name, v in found.items()}
 
