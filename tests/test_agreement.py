@@ -104,7 +104,7 @@ DIFFERENT = [
 ]
 
 
-@pytest.mark.parametrize(("one", "other", "path"), DIFFERENT, ids=lambda value: str(value)[:30])
+@pytest.mark.parametrize(("one", "other", "path"), DIFFERENT, ids=[str(k) for k in range(len(DIFFERENT))])
 def test_what_differs_is_described_differently(one, other, path):
     mine, theirs = by_path(describe(one)), by_path(describe(other))
     differing = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
