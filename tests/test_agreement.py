@@ -85,7 +85,7 @@ DIFFERENT = [
     (keras.losses.Huber(0.1), keras.losses.Huber(0.2), "delta"),
     (keras.losses.MeanSquaredError(), keras.losses.MeanAbsoluteError(), "class"),
     (keras.metrics.TopKCategoricalAccuracy(1), keras.metrics.TopKCategoricalAccuracy(2), "k"),
-    (keras.metrics.AUC(from_logits=True), keras.metrics.AUC(), "from_logits"),
+    (keras.metrics.AUC(from_logits=True, name="area"), keras.metrics.AUC(name="area"), "from_logits"),
     (keras.optimizers.Adam(0.1), keras.optimizers.Adam(0.2), "learning_rate"),
     (keras.optimizers.SGD(Warm(0.1)), keras.optimizers.SGD(Warm(0.2)), "learning_rate.peak"),
     (

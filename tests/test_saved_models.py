@@ -50,7 +50,7 @@ def export_all(strategy, folder: Path) -> dict:
     lite = [tf.lite.TFLiteConverter.from_keras_model(model).convert()]
     with contextlib.nullcontext() if strategy is None else strategy.gathered(model.variables):
         function = tf.function(lambda x: model(x, training=False)).get_concrete_function(tf.TensorSpec((1, 8)))
-        lite.append(tf.lite.TFLiteConverter.from_concrete_functions([function], model).convert())
+        lite.append(tf.lite.TFLiteConverter.from_concrete_functions([function]).convert())
     if strategy is None or strategy.extended.seats.worker == 0:
         for name, content in zip(WAYS[3:], lite, strict=True):
             (folder / name).write_bytes(content)

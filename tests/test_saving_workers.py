@@ -20,7 +20,7 @@ import tfzero
 from tfzero import auditing, directories
 from tfzero.state import LAG, METRICS, RESIDUAL, state_of
 
-SECONDS = 15.0  # of the strategy
+SECONDS = 30.0  # of the strategy
 X, Y = oracle.Data().arrays()
 
 

@@ -25,4 +25,6 @@ __all__ = sorted(_HOMES)
 def __getattr__(name: str):
     if name not in _HOMES:
         raise AttributeError(f"module 'tfzero' has no attribute {name!r}")
+    if _HOMES[name] != "tfzero.launch":
+        importlib.import_module("tfzero.backend")  # before anything imports Keras
     return getattr(importlib.import_module(_HOMES[name]), name)
