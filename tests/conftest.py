@@ -22,8 +22,9 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS / "workers_path"), str(TES
 
 # The files that take longest, so that no process is left with one of them at the end.
 LONGEST = (
-    "test_workers", "test_step", "test_checkpoints", "test_survival", "test_examples", "test_bad_input",
-    "test_stage3", "test_compression", "test_optimizers",
+    "test_workers", "test_step", "test_checkpoints", "test_survival", "test_menagerie", "test_keras_scripts",
+    "test_recurrent_state", "test_examples", "test_bad_input", "test_workers_agree", "test_saving_workers",
+    "test_blame", "test_stalls", "test_layer_state", "test_stage3", "test_compression", "test_optimizers",
 )  # fmt: skip
 
 # A shell that starts the tests in the background has them, and all that they start, ignore it.
