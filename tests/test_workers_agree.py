@@ -392,7 +392,7 @@ def trust(strategy, index):
 
 def in_a_worker(stage):
     strategy = tfzero.ZeroStrategy(stage, min_shard_elements=8, timeout_seconds=60)
-    index = strategy.extended.seats.worker
+    index = int(strategy.extended.seats.worker == 1)  # of three workers, two have the same
     results = {}
     for act in (*REFUSED, *ALLOWED, doubts, trust):
         keras.utils.set_random_seed(index)
@@ -421,10 +421,10 @@ def fleet(request):
 def test_workers_that_differ_are_refused(fleet, act):
     """By the same sentence on all, which names who has what."""
     for result in fleet:
-        told = str(result[act.__name__])
+        told = str(result[act.__name__]).replace("workers 0, 2", "worker 0")
         assert told.startswith(("ValueError", "InvalidArgumentError")), told
         assert REFUSED[act] in told
-        assert "on worker 0 and" in told or "on workers 0" in told
+        assert "on worker 0 and" in told
 
 
 @pytest.mark.parametrize("act", ALLOWED, ids=lambda act: act.__name__)
