@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import keras
 import numpy as np
 
+from tfzero.state import components_of
 from tfzero.variables import ShardedVariable
 
 
@@ -38,11 +39,8 @@ class _ModelInParts:
         setattr(self.model, name, value)
 
     def get_weights(self) -> list[np.ndarray]:
-        return [part.numpy() for part in self._parts()]
+        return [part.numpy() for part in components_of(self.model.weights)]
 
     def set_weights(self, weights: list[np.ndarray]) -> None:
-        for part, weight in zip(self._parts(), weights, strict=True):
+        for part, weight in zip(components_of(self.model.weights), weights, strict=True):
             part.assign(weight)
-
-    def _parts(self) -> list:
-        return [part for variable in self.model.weights for part in variable.value.values]

@@ -231,10 +231,10 @@ class _Announcement(keras.callbacks.Callback):
 )
 def _fit(original, self, *args, **kwargs):
     """Adds the report, and tells a callback of checkpoints before data are prepared and after all others have ended."""
-    if strategy_of(self) is None:
+    strategy = strategy_of(self)
+    if strategy is None:
         return original(self, *args, **kwargs)
     call = _bind(original, self, args, kwargs)
-    strategy = strategy_of(self)
     with one_worker_writes(_callbacks_in(call), strategy), strategy.comparison.during("fit"):
         agree_on_call(strategy, "fit", call)
         return _fit_bound(original, self, call)

@@ -135,14 +135,15 @@ class LocalValues:
     """A copy of what this process holds of variables: of each replica's component, without a collective."""
 
     def __init__(self, variables: Iterable[keras.Variable]) -> None:
-        self._copies = [(component, component.numpy()) for component in _components(variables)]
+        self._copies = [(component, component.numpy()) for component in components_of(variables)]
 
     def restore(self) -> None:
         for component, copy in self._copies:
             component.assign(copy)
 
 
-def _components(variables: Iterable[keras.Variable]) -> Iterator[tf.Variable]:
+def components_of(variables: Iterable[keras.Variable]) -> Iterator[tf.Variable]:
+    """What this process holds of variables: each local replica's component."""
     for variable in variables:
         yield from getattr(variable.value, "values", [variable.value])
 
