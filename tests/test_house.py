@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 # Each module imports only modules before it: the list is the design.
 LINE = (
     "plan", "slices", "wire", "costs", "manifests", "commits", "directories", "progress", "differences", "cluster",
-    "stopping", "messages", "handshake", "meeting", "channel", "fleet", "launch", "backend", "_compat",
+    "stopping", "messages", "handshake", "meeting", "channel", "fleet", "gpus", "launch", "backend", "_compat",
     "_compat_data", "_compat_graphs", "_compat_batches", "_compat_cluster", "_compat_optimizers",
     "_compat_saved_model", "edges", "agreement", "digests", "teamwork", "patches", "settings", "links", "lanes",
     "collectives", "network", "compression", "pulse", "joining", "packing", "pacing", "gathering", "components",
@@ -99,7 +99,7 @@ def test_the_library_raises_and_never_asserts(module):
     assert [node.lineno for node in ast.walk(ast.parse(read(module))) if isinstance(node, ast.Assert)] == []
 
 
-@pytest.mark.parametrize("name", ["tfzero", "tfzero.plan", "tfzero.cluster", "tfzero.launch"])
+@pytest.mark.parametrize("name", ["tfzero", "tfzero.plan", "tfzero.cluster", "tfzero.gpus", "tfzero.launch"])
 def test_importing_does_not_load_tensorflow(name):
     code = f"import sys, {name}; sys.exit(any(heavy in sys.modules for heavy in ('tensorflow', 'keras')))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -3,8 +3,8 @@
     python -m tfzero.launch --workers 2 train.py --epochs 3     # a script, like torchrun
     losses = tfzero.run_local(train, workers=2, args=(3,))      # a function, like a call
 
-Each worker gets its `TF_CONFIG`, its output is passed on line by line, and the first failure ends all the
-others. With `--max-restarts` they are started again then, and go on from their last checkpoint. TensorFlow is
+Each worker gets its `TF_CONFIG` and GPUs of its own, its output is passed on line by line, and the first failure ends
+all the others. With `--max-restarts` they are started again then, and go on from their last checkpoint. TensorFlow is
 imported by the workers alone, never here. Linux and macOS.
 """
 
@@ -28,6 +28,7 @@ from pathlib import Path
 import cloudpickle
 
 from tfzero.fleet import Fleet, Worker
+from tfzero.gpus import divide_gpus
 from tfzero.handshake import SECRET_VARIABLE, make_secret
 from tfzero.progress import asking
 from tfzero.stopping import BLAME_VARIABLE, EXIT_STOPPED, EXIT_WORKER_LOST, read_blame
@@ -79,7 +80,9 @@ def held_ports(count: int) -> Iterator[list[int]]:
         yield [each.getsockname()[1] for each in sockets]
 
 
-def run_local(fn, workers=2, *, args=(), timeout_seconds=600, env=None, cpu_devices=None, echo=False) -> list:
+def run_local(
+    fn, workers=2, *, args=(), timeout_seconds=600, env=None, cpu_devices=None, gpus_per_worker=None, echo=False
+) -> list:
     """Calls `fn(*args)` in `workers` fresh local processes; returns their results in worker order.
 
     All travels by cloudpickle: closures and functions of notebooks work. A delivered result is what counts, not how
@@ -93,6 +96,8 @@ def run_local(fn, workers=2, *, args=(), timeout_seconds=600, env=None, cpu_devi
         timeout_seconds: for all results.
         env: environment variables to add.
         cpu_devices: logical CPU devices of each worker; by default one.
+        gpus_per_worker: GPUs of each worker, which no other sees; 0 for CPUs only. By default all GPUs that
+            `CUDA_VISIBLE_DEVICES` names, or that the machine has, are divided evenly.
         echo: whether to print the workers' output as it comes.
 
     Returns:
@@ -102,7 +107,7 @@ def run_local(fn, workers=2, *, args=(), timeout_seconds=600, env=None, cpu_devi
         WorkerError: a worker ended without a result; its traceback is in the message.
         TimeoutError: a result was missing after `timeout_seconds`.
         TypeError: `fn` or `args` cannot be pickled.
-        ValueError: a number that is not above 0.
+        ValueError: a number that is not above 0, or too few GPUs.
 
     Example:
 
@@ -116,8 +121,9 @@ def run_local(fn, workers=2, *, args=(), timeout_seconds=600, env=None, cpu_devi
     ```
     """
     _check_settings(workers, timeout_seconds, cpu_devices)
+    gpus = divide_gpus(workers, gpus_per_worker, {**os.environ, **(env or {})})
     with tempfile.TemporaryDirectory(prefix="tfzero_") as folder, held_ports(workers) as ports:
-        environments = _environments(ports, env or {}, cpu_devices)
+        environments = _environments(ports, env or {}, cpu_devices, gpus)
         Path(folder, "call").write_bytes(_pickle_call(fn, tuple(args)))
         results = [Path(folder, f"result_{index}") for index in range(workers)]
         serve = [sys.executable, "-c", _SERVE_CALL, json.dumps([str(entry) for entry in sys.path]), folder]
@@ -193,14 +199,21 @@ def _check_settings(workers: int, timeout_seconds: float | None, cpu_devices: in
             raise ValueError(f"{name} must be above 0. Received: {value}")
 
 
-def _environments(ports: list[int], env: dict[str, str], cpu_devices: int | None) -> list[dict[str, str]]:
-    """The environment of each worker: ours, a secret, unbuffered output, `env`, its place. The first shows progress."""
+def _environments(
+    ports: list[int], env: dict[str, str], cpu_devices: int | None, gpus: list[dict[str, str]]
+) -> list[dict[str, str]]:
+    """What each worker gets: our environment, a secret, unbuffered output, `env`, its place and its GPUs.
+
+    The first one shows progress.
+    """
     shared = {"TF_CPP_MIN_LOG_LEVEL": "2", SECRET_VARIABLE: make_secret(), **os.environ, "PYTHONUNBUFFERED": "1", **env}
     if cpu_devices is not None:
         shared[CPU_DEVICES_VARIABLE] = str(cpu_devices)
     cluster = {"worker": [f"127.0.0.1:{port}" for port in ports]}
     configs = [{"cluster": cluster, "task": {"type": "worker", "index": index}} for index in range(len(ports))]
-    environments = [{**shared, "TF_CONFIG": json.dumps(config)} for config in configs]
+    environments = [
+        {**shared, "TF_CONFIG": json.dumps(config), **own} for config, own in zip(configs, gpus, strict=True)
+    ]
     environments[0] |= asking()
     return environments
 
@@ -222,22 +235,23 @@ def main(arguments: list[str] | None = None) -> int:
     for number in _STOP_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # as it is under nohup
             signal.signal(number, _stop)
-    workers, former, quick = options.workers, _Outcome(), 0  # fleets in a row that failed at once
+    former, quick = _Outcome(), 0  # fleets in a row that failed at once
+    gpus = options.gpus  # one for each worker that is left
     for restarts in range(options.max_restarts + 1):
-        with held_ports(workers) as ports, tempfile.TemporaryDirectory(prefix="tfzero_") as folder:
-            outcome = _run_fleet(options, ports, restarts, Path(folder))
+        with held_ports(len(gpus)) as ports, tempfile.TemporaryDirectory(prefix="tfzero_") as folder:
+            outcome = _run_fleet(options, _environments_of(options, ports, gpus, restarts), Path(folder))
         if outcome.message:
             print(f"tfzero.launch: {outcome.message}", file=sys.stderr, flush=True)
         if outcome.lost is None or restarts == options.max_restarts:
             break
         again = f"restart {restarts + 1} of {options.max_restarts}"
-        if outcome.lost == former.lost and outcome.seconds < _COME_BACK_SECONDS and workers > options.min_workers:
-            workers -= 1
+        if outcome.lost == former.lost and outcome.seconds < _COME_BACK_SECONDS and len(gpus) > options.min_workers:
+            gpus = [*gpus[: outcome.lost], *gpus[outcome.lost + 1 :]]  # its GPUs may be why
             again = f"worker {outcome.lost} does not come back; {again}"
         quick = quick + 1 if outcome.seconds < _AT_ONCE_SECONDS else 0
         pause_seconds = min(_LONGEST_PAUSE_SECONDS, _PAUSE_SECONDS * 2 ** (quick - 1)) if quick else 0.0
         when = f" in {pause_seconds:g} s" if pause_seconds else ""
-        print(f"tfzero.launch: {again}{when}, with {workers} workers.", file=sys.stderr, flush=True)
+        print(f"tfzero.launch: {again}{when}, with {len(gpus)} workers.", file=sys.stderr, flush=True)
         try:
             time.sleep(pause_seconds)
         except KeyboardInterrupt as stop:
@@ -252,10 +266,14 @@ def _number_of(stop: KeyboardInterrupt) -> signal.Signals:
     return signal.Signals((*stop.args, signal.SIGINT)[0])
 
 
-def _run_fleet(options: argparse.Namespace, ports: list[int], restarts: int, folder: Path) -> _Outcome:
+def _environments_of(options: argparse.Namespace, ports: list[int], gpus: list[dict[str, str]], restarts: int) -> list:
+    return _environments(ports, {RESTARTS_VARIABLE: str(restarts)}, options.cpu_devices, gpus)
+
+
+def _run_fleet(options: argparse.Namespace, environments: list[dict[str, str]], folder: Path) -> _Outcome:
     target = ["-m", options.script] if options.module else [options.script]
-    commands = [[sys.executable, *target, *options.script_args]] * len(ports)
-    environments = _environments(ports, {RESTARTS_VARIABLE: str(restarts)}, options.cpu_devices)
+    count = len(environments)
+    commands = [[sys.executable, *target, *options.script_args]] * count
     for index, environment in enumerate(environments):
         environment[BLAME_VARIABLE] = str(folder / str(index))
     fleet = Fleet(echo=True)
@@ -283,8 +301,8 @@ def _run_fleet(options: argparse.Namespace, ports: list[int], restarts: int, fol
         return _Outcome()
     exit_code = failed.exit_code if failed.exit_code > 0 else 128 - failed.exit_code
     again = failed.show(failed.last_traceback())
-    blamed = read_blame(folder / str(failed.index), len(ports)) if exit_code == EXIT_WORKER_LOST else None
-    verdict = failed.verdict(len(ports)) + ("" if blamed is None else f", because of worker {blamed}")
+    blamed = read_blame(folder / str(failed.index), count) if exit_code == EXIT_WORKER_LOST else None
+    verdict = failed.verdict(count) + ("" if blamed is None else f", because of worker {blamed}")
     message = f"{verdict}; all have ended. Its last output again:\n{again}"
     return _Outcome(exit_code, message, fleet.culprit(failed, blamed).index, time.monotonic() - start)
 
@@ -301,12 +319,15 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     about = "for workers to save after SIGTERM (default: 30)"
     parser.add_argument("--grace-seconds", type=float, default=30.0, metavar="S", help=about)
     parser.add_argument("--cpu-devices", type=int, metavar="K", help="logical CPU devices of each worker")
+    about = "GPUs of each worker, which no other sees; 0 for CPUs only (default: all visible GPUs, divided evenly)"
+    parser.add_argument("--gpus-per-worker", type=int, metavar="G", help=about)
     parser.add_argument("-m", dest="module", action="store_true", help="script is a module, as in python -m")
     parser.add_argument("script", help="what each worker runs")
     parser.add_argument("script_args", nargs=argparse.REMAINDER, metavar="...", help="all the rest is its")
     options = parser.parse_args(arguments)
     try:
         _check_settings(options.workers, options.timeout_seconds, options.cpu_devices)
+        options.gpus = divide_gpus(options.workers, options.gpus_per_worker)
     except ValueError as error:
         parser.error(str(error))
     options.min_workers = options.workers if options.min_workers is None else options.min_workers
