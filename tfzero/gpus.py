@@ -48,9 +48,16 @@ def machine_gpus() -> Machine:
 
 def _lines_of(*command: str) -> list[str]:
     """What a program prints; nothing if it fails, as nvidia-smi does where there is a driver and no GPU."""
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "stdin": subprocess.DEVNULL}
     try:
-        done = subprocess.run(command, text=True, errors="replace", timeout=_SMI_SECONDS, **streams)
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            errors="replace",
+            timeout=_SMI_SECONDS,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return []
     return done.stdout.splitlines() if done.returncode == 0 else []

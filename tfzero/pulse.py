@@ -31,6 +31,8 @@ from tfzero.stopping import EXIT_WORKER_LOST, AgreedStop, blamed_by, note_blame
 _INTERVAL_SECONDS = 1.0
 # When a worker is lost, for a collective that has all it needs to end by itself.
 _GRACE_SECONDS = 2.0
+# What the pulse says where nobody is behind the others.
+NOT_FOR_THE_SAME = "All workers wait, but not for the same"
 # After so much of the timeout a worker that does not answer counts as lost, so that all know in time.
 _PATIENCE = 0.8
 # As which TensorFlow reports that another worker is gone; it may notice before the pulse does. What tfzero itself
@@ -221,7 +223,7 @@ class Pulse:
         behind = self._behind(beats, stuck)
         where = f"{self._cluster.name} has waited in a collective for {self.timeout_seconds:g} s."
         if not behind:
-            return f"{where} All workers wait, but not for the same: run the same program on every worker."
+            return f"{where} {NOT_FOR_THE_SAME}: run the same program on every worker."
         return (
             f"{where} {self._cluster.describe(*behind)} did not arrive there. "
             "Look there whether it is stuck or elsewhere in the program, or give a longer timeout."

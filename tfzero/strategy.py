@@ -11,10 +11,12 @@ import tensorflow as tf
 from tfzero import _compat, patches
 from tfzero.cluster import Cluster
 from tfzero.dependence import is_global
+from tfzero.device_agreement import agree_on_devices
 from tfzero.digests import DEFAULT_COMPARE_BATCHES, BatchComparison
 from tfzero.extended import ZeroExtended
 from tfzero.inputs import DataPosition
 from tfzero.joining import join
+from tfzero.nccl_failures import keep_log, naming_nccl
 from tfzero.network import DEFAULT_BUCKET_BYTES
 from tfzero.report import Report, make_report
 from tfzero.settings import (
@@ -150,17 +152,24 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         joined = join(cluster, self.settings.timeout_seconds)
         self.channel, self.saving_channel, self.links = joined.channel, joined.saving_channel, joined.links
         self.stop = AgreedStop() if joined.pulse is None else joined.pulse.stop_together
+        if cluster is not None:
+            agree_on_devices(self.channel, cluster, devices)
         self.channel.agree("making a ZeroStrategy", asdict(self.settings), "settings")
         joined.wait_at_most(self.settings.timeout_seconds)
         workers, on_loss = (1, print) if joined.pulse is None else (cluster.size, joined.pulse.hear_of_loss)
         self.comparison = BatchComparison(joined.batch_channel, workers, self.settings.compare_batches, on_loss)
         self._check_batch = self.comparison.of_given("those given to `cut_batch`")
+        is_on_gpus = self.settings.device_type == "GPU"
+        if is_on_gpus:
+            keep_log()
         # The stock constructor would make its own extended.
         _compat.distribute_lib.Strategy.__init__(self, ZeroExtended(self, cluster, devices))
         self.channel.all_gather("starting TensorFlow's servers", None)
         if joined.pulse is not None:
             joined.pulse.add(self.extended.group)
-        self.extended.meet()
+        name = "this process" if cluster is None else cluster.name
+        with naming_nccl(is_on_gpus, name, self.settings.timeout_seconds):
+            self.extended.meet()
 
     def reduce(self, reduce_op, value, axis=None):
         """One value from those of all replicas, as `tf.distribute.Strategy.reduce`. All workers call it.
