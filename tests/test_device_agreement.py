@@ -58,16 +58,18 @@ def test_hosts_are_those_of_nccl():
 
 
 def test_gpus_are_told_by_uuid(monkeypatch):
-    """Of logical GPUs that of their card."""
+    """Where NCCL will take them: that is, whole."""
+    logical = {"first": None, "second": None}
     monkeypatch.setattr(device_agreement, "cuda_devices", lambda: cuda_devices(Driver()))
-    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: ["first", "second"])
-    logical = {"first": [None, None], "second": None}
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: list(logical))
     monkeypatch.setattr(tf.config, "get_logical_device_configuration", logical.get)
-    described = describe_devices(["GPU:1", "GPU:2"])
-    assert described["gpus"] == {"GPU:1": FIRST, "GPU:2": SECOND}
+    described = describe_devices(["GPU:1", "GPU:0"])
+    assert described["gpus"] == {"GPU:1": SECOND, "GPU:0": FIRST}
     assert (described["kind"], described["count"], described["sees"]) == ("GPU", 2, 2)
-    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: ["first"])
-    assert describe_devices(["GPU:0"])["gpus"] == {}  # the driver sees others
+    logical["first"] = [None, None]
+    assert describe_devices(["GPU:1"])["gpus"] == {}
+    del logical["first"]  # the driver sees more than TensorFlow
+    assert describe_devices(["GPU:0"])["gpus"] == {}
 
 
 def _with_pretended_gpus():

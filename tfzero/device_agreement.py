@@ -45,14 +45,13 @@ def _count_gpus() -> int:
 
 
 def _uuids(devices: Sequence[str]) -> dict[str, str]:
-    """UUIDs by name of logical device; none if the driver sees other GPUs than TensorFlow."""
+    """UUIDs by name of device; none of GPUs in parts, which NCCL never gets, or if TensorFlow sees fewer than there are."""
     found = cuda_devices()
     physical = tf.config.list_physical_devices("GPU")
-    if len(found) != len(physical):
+    are_whole = all(len(tf.config.get_logical_device_configuration(gpu) or [None]) == 1 for gpu in physical)
+    if len(found) != len(physical) or not are_whole:
         return {}
-    counts = [len(tf.config.get_logical_device_configuration(device) or [None]) for device in physical]
-    uuids = [gpu.uuid for gpu, count in zip(found, counts, strict=True) for _ in range(count)]
-    return {device: uuids[int(device.split(":")[1])] for device in devices}
+    return {device: found[int(device.split(":")[1])].uuid for device in devices}
 
 
 def _host(environ: Mapping[str, str] = os.environ) -> str:

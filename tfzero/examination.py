@@ -30,7 +30,7 @@ def self_test_rows(group: Group, timeout_seconds: float) -> list:
     """What the transport's self-test finds among this worker's replicas, row by row; none without such a test."""
     if importlib.util.find_spec("tfzero.self_test") is None:
         return []
-    return importlib.import_module("tfzero.self_test").run(group, timeout_seconds)
+    return importlib.import_module("tfzero.self_test").run(group, timeout_seconds, every_dtype=True)
 
 
 def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -76,8 +76,8 @@ class Examination:
         if not self._quick:
             self._show_speeds()
         largest = self._try_models()
-        self._from_all("the verdict", None)  # so that nobody leaves earlier
         self._say(self._verdict(largest))
+        self._from_all("the verdict", None)  # nobody leaves before it is told
         return self._problems
 
     def _say(self, text: str) -> None:
@@ -96,19 +96,21 @@ class Examination:
         algorithm = self._strategy.report().options["algorithm"]
         self._say(f"\nTransport: {algorithm}")
         self._say(f"  because {self._why_this_transport()}.")
-        if self._is_on_gpus:
+        if self._uses_nccl:
             self._say(f"  NCCL {nccl_version()}. {_UNPROVEN}")
 
     @property
-    def _is_on_gpus(self) -> bool:
-        return self._strategy.settings.device_type == "GPU"
+    def _uses_nccl(self) -> bool:
+        return self._group.hint.lower() == "nccl"
 
     def _why_this_transport(self) -> str:
         group, workers = self._group, self._strategy.extended.seats.workers
         if group.world_size == 1:
             return "there is one replica: --cpu-devices 2, or two workers, would have something to send"
-        if self._is_on_gpus:
-            return "replicas compute on GPUs"
+        if self._uses_nccl:
+            return "replicas compute on GPUs of their own"
+        if self._strategy.settings.device_type == "GPU":
+            return "replicas share GPUs, which NCCL refuses"
         if group.links:
             return "each worker has one CPU device, and threads enough to wait for others"
         if workers == 1:
@@ -129,9 +131,9 @@ class Examination:
             same = [row for row in rows if (row["primitive"], row["dtype"]) == key]
             wrong = [row for row in same if not row["ok"]]
             told = [f"rank {r['rank']} received {r['received']} instead of {r['expected']}" for r in wrong]
-            cells.append([*key, "; ".join(told) or "right"])
+            cells.append([*key, same[0]["way"], "; ".join(told) or "right"])
             self._problems += [f"{key[0]} of {key[1]}: {each}" for each in told]
-        self._say(table(["primitive", "dtype", "result"], cells))
+        self._say(table(["primitive", "dtype", "way", "result"], cells))
 
     def _show_speeds(self) -> None:
         speeds = measure_speeds(self._group)

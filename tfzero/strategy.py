@@ -159,8 +159,7 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         workers, on_loss = (1, print) if joined.pulse is None else (cluster.size, joined.pulse.hear_of_loss)
         self.comparison = BatchComparison(joined.batch_channel, workers, self.settings.compare_batches, on_loss)
         self._check_batch = self.comparison.of_given("those given to `cut_batch`")
-        is_on_gpus = self.settings.device_type == "GPU"
-        if is_on_gpus:
+        if self.settings.device_type == "GPU":
             keep_log()
         # The stock constructor would make its own extended.
         _compat.distribute_lib.Strategy.__init__(self, ZeroExtended(self, cluster, devices))
@@ -168,7 +167,7 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         if joined.pulse is not None:
             joined.pulse.add(self.extended.group)
         name = "this process" if cluster is None else cluster.name
-        with naming_nccl(is_on_gpus, name, self.settings.timeout_seconds):
+        with naming_nccl(self.extended.group.hint.lower() == "nccl", name, self.settings.timeout_seconds):
             self.extended.meet()
 
     def reduce(self, reduce_op, value, axis=None):
