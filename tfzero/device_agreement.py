@@ -45,7 +45,7 @@ def _count_gpus() -> int:
 
 
 def _uuids(devices: Sequence[str]) -> dict[str, str]:
-    """UUIDs by name of device; none of GPUs in parts, which NCCL never gets, or if TensorFlow sees fewer than there are."""
+    """UUIDs by name of device; none of parts of GPUs, which NCCL never gets, or if TensorFlow sees other GPUs."""
     found = cuda_devices()
     physical = tf.config.list_physical_devices("GPU")
     are_whole = all(len(tf.config.get_logical_device_configuration(gpu) or [None]) == 1 for gpu in physical)
