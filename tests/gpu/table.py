@@ -172,7 +172,7 @@ def show(rows: list[Row]) -> str:
     lines = [f"{'':{width}}  stage  difference    limit  seconds  result"]
     for row in rows:
         result = "right" if row.is_right else f"WRONG {row.problem.splitlines()[0][:200] if row.problem else ''}"
-        figures = f"{row.stage:5}  {row.figure:10.1e}  {row.limit:7.0e}  {row.seconds:7.1f}"
+        figures = f"{row.stage:5}  {row.figure:10.1e}  {row.limit:7.2g}  {row.seconds:7.1f}"
         lines.append(f"{row.name:{width}}  {figures}  {result}".rstrip())
     return "\n".join(lines)
 
