@@ -16,6 +16,8 @@ WIDTH, DEPTH = 256, 6  # the largest variable is a sixth of the model
 
 def _train_and_save(folder: str) -> dict:
     """At stages 2 and 3: trains with Keras's callbacks, saves, and gives the values, and which files were written."""
+    import time
+
     import h5py
     import keras
     import numpy as np
@@ -38,6 +40,8 @@ def _train_and_save(folder: str) -> dict:
         def call(path, *args, **kwargs):
             if name != "File" or "w" in args:
                 written.append(f"{name} {path}")
+            if name == "rmtree":
+                time.sleep(0.5)  # the others wait for it
             return original(path, *args, **kwargs)
 
         setattr(file_utils, name, call)

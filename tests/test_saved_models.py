@@ -78,6 +78,12 @@ def export_in_worker(folder: str) -> dict:
         model.export(file / "model", verbose=False)
     except Exception as error:
         results["error"] = f"{type(error).__name__}: {error}"
+    with strategy.scope():
+        models = [keras.Sequential([keras.Input((8,)), layers.Dense(9, name=name)]) for name in ("one", "other")]
+    try:
+        models[not first].export(Path(folder, "whose"), verbose=False)
+    except ValueError as error:
+        results["differ"] = str(error)
     return results
 
 
@@ -177,6 +183,13 @@ def test_all_workers_are_told_that_it_could_not_be_written(fleet):
     first, second = (result["error"] for result in fleet[1])
     assert "file" in first and "RuntimeError" not in first
     assert second.startswith("RuntimeError: Worker 0 could not write the SavedModel. ") and first in second
+
+
+def test_workers_that_save_different_models_are_told(fleet):
+    for result in fleet[1]:
+        assert "workers' variables to save differ" in result["differ"]
+        assert "one/kernel" in result["differ"] and "other/kernel" in result["differ"]
+    assert not (fleet[0] / "whose").exists()
 
 
 def test_other_strategies_are_untouched(tmp_path):

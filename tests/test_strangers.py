@@ -1,6 +1,7 @@
 """Who calls a waiting worker and is none: told apart before anything is read of it, and in nobody's way."""
 
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -221,6 +222,35 @@ def test_workers_with_different_secrets_say_so(monkeypatch):
     given = iter([SECRET.encode(), b"another secret, and long enough"])
     monkeypatch.setattr("tfzero.channel.read_secret", lambda: next(given))
     assert_all_raise(join_all(make_clusters(2), 1), TimeoutError, "has another TFZERO_SECRET")
+
+
+def test_a_proof_that_is_sent_back_proves_nothing():
+    here, there = socket.socketpair()
+
+    def send_back():
+        there.sendall(b"tfzero worker 2\n" + bytes(32))
+        there.sendall(messages.read_bytes(there, 72, time.monotonic() + 5)[-32:])
+
+    with here, there:
+        call = functools.partial(handshake.call, here, SECRET.encode(), (1, 0), time.monotonic() + 5)
+        (outcome, _) = run_all([call, send_back])
+    assert type(outcome) is ConnectionError and "has another TFZERO_SECRET" in str(outcome)
+
+
+def test_what_a_caller_calls_for_cannot_be_changed_on_the_way():
+    (here, caller), (there, listener) = socket.socketpair(), socket.socketpair()
+    deadline = time.monotonic() + 5
+
+    def pass_on_as_worker_2():
+        here.sendall(messages.read_bytes(there, 48, deadline))
+        answer = messages.read_bytes(here, 72, deadline)
+        there.sendall(answer[:32] + struct.pack("!II", 2, 0) + answer[40:])
+        here.sendall(messages.read_bytes(there, 32, deadline))
+
+    with here, caller, there, listener:
+        call = functools.partial(handshake.call, caller, SECRET.encode(), (1, 0), deadline)
+        hear = functools.partial(handshake.hear, listener, SECRET.encode(), deadline)
+        assert_all_raise(run_all([call, hear, pass_on_as_worker_2])[:2], ConnectionError, "another TFZERO_SECRET")
 
 
 @pytest.mark.parametrize("short", ["", "x", "fifteen letters"])

@@ -53,7 +53,9 @@ def train(strategy, folder: Path, address: str) -> dict:
     model.fit(x, y, epochs=3, validation_data=(x[:10], y[:10]), callbacks=callbacks, **arguments)
     more = keras.callbacks.CSVLogger(str(folder / "log.csv"), append=True)
     model.fit(x, y, epochs=2, validation_data=(x[:10], y[:10]), callbacks=[more, monitor], **arguments)
-    listed = keras.callbacks.CallbackList([keras.callbacks.CSVLogger(str(folder / "list.csv"))], model=model)
+    listed_board = keras.callbacks.TensorBoard(folder / "listed", write_graph=False)
+    several = [keras.callbacks.CSVLogger(str(folder / "list.csv")), listed_board]
+    listed = keras.callbacks.CallbackList(several, model=model)  # which tells them of the model at once
     model.fit(x, y, epochs=1, callbacks=listed, **arguments)
     model.evaluate(x, y, batch_size=8, verbose=0, callbacks=[keras.callbacks.TensorBoard(folder / "evaluated")])
     model.predict(x, batch_size=8, verbose=0, callbacks=[board])

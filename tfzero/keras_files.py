@@ -215,22 +215,6 @@ def _save_backup(original, self):
         _exchange(strategy, None)
 
 
-@patch(
-    keras.callbacks.BackupAndRestore,
-    "on_train_end",
-    "self logs",
-    "one worker deletes the backup, when all have ended",
-    "test_keras_files.py::test_one_worker_writes",
-)
-def _end_backups(original, self, logs=None):
-    if (strategy := strategy_of(self.model)) is None:
-        return original(self, logs)
-    with _telling(strategy):
-        if _is_chief(self.model):
-            original(self, logs)
-        _exchange(strategy, None)
-
-
 def _is_chief(model) -> bool:
     strategy = strategy_of(model)
     return strategy is None or strategy.extended.seats.worker == 0

@@ -26,6 +26,8 @@ _NO_JIT = (
     "collectives on CPU. Leave jit_compile at 'auto'; the optimizer's update is compiled by XLA anyway."
 )
 
+_WRITING_SECONDS = 3600.0  # for the others to wait for the callbacks of the one that writes
+
 
 def strategy_of(model) -> ZeroStrategy | None:
     strategy = getattr(model, "_distribute_strategy", None)
@@ -237,7 +239,10 @@ def _fit(original, self, *args, **kwargs):
     call = _bind(original, self, args, kwargs)
     with one_worker_writes(_callbacks_in(call), strategy), strategy.comparison.during("fit"):
         agree_on_call(strategy, "fit", call)
-        return _fit_bound(original, self, call)
+        history = _fit_bound(original, self, call)
+    # What the first worker's callbacks write is there, and what they delete is not, when any worker goes on.
+    strategy.channel.all_gather("the end of `fit`", None, _WRITING_SECONDS)
+    return history
 
 
 def _fit_bound(original, self, call: inspect.BoundArguments):
