@@ -97,6 +97,32 @@ def test_what_is_no_hello_of_a_leader_is_turned_away(told):
     assert join_beside(make_clusters(2), lambda cluster: call_worker_1(cluster, told)) == b""
 
 
+TOO_LONG = header(messages.STRANGER_BYTES + 1)
+
+
+def test_nothing_is_read_of_a_caller_that_announces_too_much():
+    clusters = make_clusters(2)
+    outcome, _ = run_all([lambda: Channel.join(clusters[1], 1), lambda: call_worker_1(clusters[0], TOO_LONG)])
+    assert type(outcome) is TimeoutError and "announces 65,537 bytes, and may send 65,536" in str(outcome)
+
+
+def test_nothing_is_read_of_who_answers_a_leader_with_too_much():
+    clusters = make_clusters(2)
+
+    def answer():
+        with meeting.listen(clusters[1]) as listener, contextlib.suppress(TimeoutError):
+            listener.settimeout(0.5)
+            while True:
+                with listener.accept()[0] as connection, contextlib.suppress(ConnectionError):
+                    handshake.hear(connection, b"", time.monotonic() + 5)
+                    connection.sendall(TOO_LONG)
+                    connection.recv(1000)
+                    connection.recv(1000)
+
+    outcome, _ = run_all([lambda: Channel.join(clusters[0], 1), answer])
+    assert type(outcome) is TimeoutError and "announces 65,537 bytes, and may send 65,536" in str(outcome)
+
+
 @pytest.mark.parametrize("told", [struct.pack("!Q", 2**40) * 4, b"[" * 100_000, bytes(1000), b""])
 def test_who_does_not_shake_hands_is_turned_away(told):
     def disturb(cluster):

@@ -21,10 +21,9 @@ from tfzero.keras_hooks import strategy_of
 from tfzero.optimizer import ZeroOptimizer
 from tfzero.patches import patch
 from tfzero.progress import progress
-from tfzero.teamwork import together
+from tfzero.teamwork import SAVING_SECONDS, together
 from tfzero.variables import ShardedVariable
 
-_SAVING_SECONDS = 3600.0  # for the others to wait for the one that writes
 _TOPIC = "saving a model"
 
 
@@ -56,7 +55,7 @@ def _exchange(strategy, place, error: BaseException | None = None) -> list:
         return place
 
     try:
-        return together(strategy.channel, _TOPIC, tell, _SAVING_SECONDS)
+        return together(strategy.channel, _TOPIC, tell, SAVING_SECONDS)
     except BaseException as told:
         told._tfzero_told = True
         raise

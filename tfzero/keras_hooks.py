@@ -19,14 +19,13 @@ from tfzero.model_building import take_in_strays
 from tfzero.optimizer import Home, ZeroOptimizer
 from tfzero.patches import patch
 from tfzero.strategy import ZeroStrategy
+from tfzero.teamwork import SAVING_SECONDS
 from tfzero.writing_callbacks import one_worker_writes
 
 _NO_JIT = (
     "jit_compile=True cannot work under a ZeroStrategy: XLA would make one cluster of all replicas, and has no "
     "collectives on CPU. Leave jit_compile at 'auto'; the optimizer's update is compiled by XLA anyway."
 )
-
-_WRITING_SECONDS = 3600.0  # for the others to wait for the callbacks of the one that writes
 
 
 def strategy_of(model) -> ZeroStrategy | None:
@@ -241,7 +240,7 @@ def _fit(original, self, *args, **kwargs):
         agree_on_call(strategy, "fit", call)
         history = _fit_bound(original, self, call)
     # What the first worker's callbacks write is there, and what they delete is not, when any worker goes on.
-    strategy.channel.all_gather("the end of `fit`", None, _WRITING_SECONDS)
+    strategy.channel.all_gather("the end of `fit`", None, SAVING_SECONDS)
     return history
 
 
