@@ -164,8 +164,7 @@ def test_a_caller_that_speaks_in_drops_has_its_time_and_no_more():
     def drip():
         with contextlib.suppress(OSError):
             while True:
-                there.sendall(b"x")
-                time.sleep(0.0003)
+                there.sendall(b"x")  # so that there is always one to read
 
     dripping = threading.Thread(target=drip)
     dripping.start()
@@ -176,6 +175,20 @@ def test_a_caller_that_speaks_in_drops_has_its_time_and_no_more():
     here.close()
     dripping.join()
     there.close()
+
+
+def test_one_that_always_has_a_drop_more_has_no_more_time_either():
+    class Dripping:
+        def settimeout(self, seconds):
+            assert seconds > 0
+
+        def recv(self, count):
+            assert time.monotonic() < began + 2, "it is still read"
+            return b"x"
+
+    began = time.monotonic()
+    with pytest.raises(TimeoutError):
+        messages.read_bytes(Dripping(), 10**9, began + 0.1)
 
 
 def test_a_worker_that_is_slow_to_answer_is_called_again(monkeypatch):
