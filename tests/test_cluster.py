@@ -334,6 +334,14 @@ def test_different_clusters():
     assert_all_raise(outcomes, ValueError, "disagree", "worker 2 at elsewhere:7", first.addresses[2])
 
 
+def test_all_reasons_why_a_worker_could_not_be_called_are_told(monkeypatch):
+    """The last one, when its time is over, often tells nothing."""
+    reasons = iter(["refused", "no tfzero worker", "refused", "closed"])
+    monkeypatch.setattr(meeting, "dial", lambda *_: (_ for _ in ()).throw(ConnectionError(next(reasons, "closed"))))
+    with pytest.raises(TimeoutError, match=r"worker 1 at \S+ \(refused, then: no tfzero worker, then: closed\)"):
+        Channel.join(make_clusters(2)[0], 0.5)
+
+
 def test_two_processes_claim_one_index():
     ports = find_ports(2)
     addresses = (f"127.0.0.1:{ports[0]}", f"255.255.255.255:{ports[1]}", f"127.0.0.1:{ports[1]}")
@@ -371,6 +379,14 @@ def test_values_in_rank_order(channels):
     for _ in range(3):
         assert on_each(channels, lambda i, c: c.all_gather("values", values[i])) == [values] * len(channels)
         assert on_each(channels, lambda i, c: c.broadcast("first", i)) == [0] * len(channels)
+
+
+def test_threads_share_a_channel(channels):
+    def talk(channel):
+        return [channel.all_gather("x", number) for number in range(100)]
+
+    for told in run_all([lambda c=c: talk(c) for c in channels for _ in range(2)]):
+        assert [len(values) for values in told] == [len(channels)] * 100
 
 
 @pytest.mark.parametrize("channels", [2], indirect=True)

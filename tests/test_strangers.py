@@ -97,6 +97,16 @@ def test_what_is_no_hello_of_a_leader_is_turned_away(told):
     assert join_beside(make_clusters(2), lambda cluster: call_worker_1(cluster, told)) == b""
 
 
+def test_a_message_that_was_changed_on_the_way_is_not_read():
+    here, there = socket.socketpair()
+    with here, there:
+        messages.send(there, {"value": 12}, time.monotonic() + 5)
+        sent = messages.read_bytes(here, len(here.recv(1000, socket.MSG_PEEK)), time.monotonic() + 5)
+        there.sendall(sent.replace(b"12", b"13"))
+        with pytest.raises(ConnectionError, match="damaged"):
+            messages.receive(here, time.monotonic() + 5, 5)
+
+
 TOO_LONG = header(messages.STRANGER_BYTES + 1)
 
 
