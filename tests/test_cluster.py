@@ -381,6 +381,7 @@ def test_values_in_rank_order(channels):
         assert on_each(channels, lambda i, c: c.broadcast("first", i)) == [0] * len(channels)
 
 
+@pytest.mark.parametrize("channels", [3], indirect=True)
 def test_threads_share_a_channel(channels):
     def talk(channel):
         return [channel.all_gather("x", number) for number in range(100)]
