@@ -165,6 +165,23 @@ def test_the_best_weights_are_kept_in_parts_at_stage_3(fleet):
         assert result[3]["best"] == whole / 2
 
 
+@pytest.mark.filterwarnings("ignore:Eagerly")
+def test_a_subclass_of_early_stopping_has_the_model_itself():
+    class Own(keras.callbacks.EarlyStopping):
+        def on_epoch_end(self, epoch, logs=None):
+            models.append(self.model)
+            super().on_epoch_end(epoch, logs)
+
+    models: list = []
+    with tfzero.ZeroStrategy(3, devices=["CPU:0", "CPU:1"], min_shard_elements=1).scope():
+        model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    model.compile("sgd", "mse")
+    stop = Own("loss", restore_best_weights=True)
+    model.fit(np.ones((4, 3)), np.ones((4, 2)), verbose=0, callbacks=[stop])
+    assert models == [model]
+    assert [weight.shape for weight in stop.best_weights] == [(3, 2), (2,)]
+
+
 def test_a_folder_that_another_worker_has_just_made_is_no_error(tmp_path, monkeypatch):
     """Keras looks for it, finds none, and fails to make it if another worker is faster."""
 

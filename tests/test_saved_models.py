@@ -63,7 +63,16 @@ def export_all(strategy, folder: Path) -> dict:
 
 
 def export_in_worker(folder: str) -> dict:
-    results = {}
+    from tensorflow.python.lib.io import file_io  # of the test alone
+
+    results: dict = {"written": []}
+    original = file_io.atomic_write_string_to_file
+
+    def noting(path, *args, **kwargs):
+        results["written"].append(path)
+        return original(path, *args, **kwargs)
+
+    file_io.atomic_write_string_to_file = noting
     for stage in (2, 3):
         strategy = tfzero.ZeroStrategy(stage, min_shard_elements=8)
         results[stage] = export_all(strategy, Path(folder, str(stage)))
@@ -177,6 +186,11 @@ def test_training_goes_on(run, one_device):
         for name in ("weights", "after"):
             for mine, theirs in zip(result[name], one_device[1][name], strict=True):
                 np.testing.assert_allclose(mine, theirs, **CLOSE)
+
+
+def test_one_worker_writes(fleet):
+    first, second = (result["written"] for result in fleet[1])
+    assert len(first) >= 6 and second == []
 
 
 def test_all_workers_are_told_that_it_could_not_be_written(fleet):

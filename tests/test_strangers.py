@@ -107,6 +107,13 @@ def test_a_message_that_was_changed_on_the_way_is_not_read():
             messages.receive(here, time.monotonic() + 5, 5)
 
 
+def test_what_is_too_long_to_tell_is_not_sent(monkeypatch):
+    monkeypatch.setattr(messages, "MESSAGE_BYTES", 100)
+    with pytest.raises(ValueError, match="can tell each other 100 bytes at once. Received: 104 bytes"):
+        messages.encode({"x": "y" * 95})
+    assert len(messages.encode({"x": "y" * 91})) == 100
+
+
 TOO_LONG = header(messages.STRANGER_BYTES + 1)
 
 
@@ -194,6 +201,7 @@ def test_one_that_always_has_a_drop_more_has_no_more_time_either():
 
         def recv(self, count):
             assert time.monotonic() < began + 2, "it is still read"
+            assert count <= 2**20, "memory is taken for what has not come"
             return b"x"
 
     began = time.monotonic()

@@ -115,7 +115,7 @@ def _make_function(original, self, step_function):
 
 
 def _cut_checked(strategy: ZeroStrategy, check, batch):
-    """One batch of `train_on_batch` or `test_on_batch`, for the replicas."""
+    """One batch of `train_on_batch`, `test_on_batch` or `predict_on_batch`, for the replicas."""
     check(batch)
     return strategy.extended.cut_batch(batch)
 
@@ -132,7 +132,7 @@ def _predict_on_batch(original, self, x):
     if strategy is None:
         return original(self, x)
     with strategy.comparison.during("predict_on_batch"):
-        return original(self, strategy.cut_batch(x))
+        return original(self, _cut_checked(strategy, strategy.check_predicted, x))
 
 
 def _flat_metrics(metrics) -> list[keras.metrics.Metric]:

@@ -155,6 +155,7 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         workers, on_loss = (1, print) if joined.pulse is None else (cluster.size, joined.pulse.hear_of_loss)
         self.comparison = BatchComparison(joined.batch_channel, workers, self.settings.compare_batches, on_loss)
         self._check_batch = self.comparison.of_given("those given to `cut_batch`")
+        self.check_predicted = self.comparison.of_given("those given to `predict_on_batch`")
         # The stock constructor would make its own extended.
         _compat.distribute_lib.Strategy.__init__(self, ZeroExtended(self, cluster, devices))
         self.channel.all_gather("starting TensorFlow's servers", None)
