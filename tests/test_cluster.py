@@ -18,6 +18,7 @@ from tfzero import channel as channel_module
 from tfzero import handshake, meeting, messages
 from tfzero.channel import Channel
 from tfzero.cluster import Cluster, cluster_from_spec, read_tf_config
+from tfzero.stopping import blamed_by
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -427,6 +428,7 @@ def test_absent_worker(channels, absent, monkeypatch):
     present = [channel for index, channel in enumerate(channels) if index != absent]
     outcomes = on_each(present, lambda i, c: c.all_gather("fit", None, 0.7))
     assert_all_raise(outcomes, TimeoutError, f"worker {absent} at", "'fit'", "0.7 s")
+    assert [blamed_by(error) for error in outcomes] == [(absent,)] * 2
     outcomes = on_each(channels, lambda i, c: c.all_gather("fit", None, 0.5))  # also to the one that was late
     assert_all_raise(outcomes, TimeoutError, f"worker {absent} at")
 
@@ -455,6 +457,7 @@ def test_lost_worker(channels, lost):
     outcomes = on_each(channels, gather)
     del outcomes[lost]
     assert_all_raise(outcomes, ConnectionError, f"worker {lost} at", "'fit'")
+    assert [blamed_by(error) for error in outcomes] == [(lost,)] * 2
 
 
 @pytest.mark.parametrize("channels", [3], indirect=True)
