@@ -292,6 +292,16 @@ def test_who_is_lost_is_not_who_notices(script):
     assert "worker 1 does not come back" in done.stderr
 
 
+def test_who_is_blamed_is_dropped(script):
+    """Of those that did not end by themselves, and are ended alike."""
+    blame = "open(os.environ['TFZERO_BLAME'], 'w').write('[2]'); sys.exit(76)"
+    body = RESTARTS + f"if len(cluster) == 3 and index == 1: {blame}\nif len(cluster) == 3: time.sleep(60)\n"
+    done = launch("--workers", 3, "--max-restarts", 2, "--min-workers", 1, script(body))
+    assert done.returncode == 0
+    assert "worker 1 (of 3) failed first, with exit code 76, because of worker 2" in done.stderr
+    assert "worker 2 does not come back" in done.stderr
+
+
 def test_a_script_that_crashes_at_once_is_restarted_after_pauses_that_grow(script):
     began = time.monotonic()
     done = launch("--workers", 1, "--max-restarts", 3, script("sys.exit(9)"))

@@ -4,6 +4,8 @@ Plain TensorFlow loads and serves it, in a process that does not know tfzero.
 """
 
 import contextlib
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -69,10 +71,12 @@ def export_in_worker(folder: str) -> dict:
     original = file_io.atomic_write_string_to_file
 
     def noting(path, *args, **kwargs):
-        results["written"].append(path)
+        results["written"] += [path] if str(path).startswith(folder) else []  # TFLite has folders of its own
         return original(path, *args, **kwargs)
 
     file_io.atomic_write_string_to_file = noting
+    for _ in range(json.loads(os.environ["TF_CONFIG"])["task"]["index"]):  # names are counted up in each process
+        layers.Dense(3), layers.BatchNormalization()
     for stage in (2, 3):
         strategy = tfzero.ZeroStrategy(stage, min_shard_elements=8)
         results[stage] = export_all(strategy, Path(folder, str(stage)))
@@ -202,7 +206,7 @@ def test_all_workers_are_told_that_it_could_not_be_written(fleet):
 def test_workers_that_save_different_models_are_told(fleet):
     for result in fleet[1]:
         assert "workers' variables to save differ" in result["differ"]
-        assert "one/kernel" in result["differ"] and "other/kernel" in result["differ"]
+        assert "kernel [8, 9] on worker 0 and missing on worker 1" in result["differ"].replace("'", "")
     assert not (fleet[0] / "whose").exists()
 
 

@@ -33,6 +33,15 @@ def data():
     return x, x[:, :3] / 4 - 1
 
 
+def open_and_deleted() -> list[str]:
+    """Events that this process still writes into files that are not there any more."""
+    links = []
+    for path in Path("/proc/self/fd").glob("*"):
+        with contextlib.suppress(OSError):  # that of the listing itself
+            links.append(str(path.readlink()))
+    return [link for link in links if "tfevents" in link and "(deleted)" in link]
+
+
 def train(strategy, folder: Path, address: str) -> dict:
     """Trains with all of Keras's callbacks that write, at all of the moments when they do."""
     keras.utils.set_random_seed(3)
@@ -61,6 +70,7 @@ def train(strategy, folder: Path, address: str) -> dict:
     model.predict(x, batch_size=8, verbose=0, callbacks=[board])
     return {
         "weights": [np.array(w) for w in model.weights],
+        "lost": open_and_deleted(),
         "attributes": [log.filename, more.filename, board.log_dir, sorted(vars(monitor))],
     }
 
@@ -184,6 +194,7 @@ def test_training_is_as_ever(run, one_device):
     for result in results:
         for mine, theirs in zip(result["weights"], one_device[2]["weights"], strict=True):
             np.testing.assert_allclose(mine, theirs, **CLOSE)
+        assert result["lost"] == []
         # The callbacks are as their owner made them.
         log, more, board, monitor = result["attributes"]
         assert [log, more, board] == [str(folder / name) for name in ("log.csv", "log.csv", "board")]

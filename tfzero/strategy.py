@@ -1,6 +1,7 @@
 """ZeroStrategy: a `tf.distribute.Strategy` that shards optimizer state, gradients and parameters over its replicas."""
 
 import contextlib
+import itertools
 import os
 import weakref
 from collections.abc import Sequence
@@ -32,7 +33,7 @@ from tfzero.settings import (
     find_cluster,
 )
 from tfzero.stopping import AgreedStop
-from tfzero.variables import ShardedVariable
+from tfzero.variables import ShardedVariable, described
 
 
 class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
@@ -143,6 +144,7 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         self.optimizers: weakref.WeakSet = weakref.WeakSet()  # that were built for its variables
         self.announced: weakref.WeakSet = weakref.WeakSet()  # those that `fit` has printed a report of
         self.data_position: DataPosition | None = None  # for the next training data
+        self.sharded_numbers = itertools.count()  # of its variables in shards: the same on all workers
         self._join(cluster, local)
 
     def _join(self, cluster: Cluster | None, devices: Sequence[str]) -> None:
@@ -268,8 +270,9 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         strange = [v.name for v in values if getattr(v, "distribute_strategy", None) is not self]
         if strange:
             raise ValueError(f"`gathered` takes variables made under this strategy's scope, but received {strange}.")
-        self.channel.agree("gathering variables", [list(v.shape) for v in values], "variables to gather")
-        held = list({id(value): value for value in values if isinstance(value, ShardedVariable)}.values())
+        sharded = {value.number: value for value in values if isinstance(value, ShardedVariable)}
+        self.channel.agree("gathering variables", described(sharded.values()), "variables to gather")
+        held = [sharded[number] for number in sorted(sharded)]
         for value in held:
             value.hold()
         completed = False

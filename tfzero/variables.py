@@ -1,5 +1,7 @@
 """Variables of a ZeroStrategy: equal on all replicas, or in shards."""
 
+from collections.abc import Iterable
+
 import keras
 import numpy as np
 import tensorflow as tf
@@ -86,6 +88,7 @@ class ShardedVariable(ReplicatedVariable):
         self._owner = owner
         self._held: tf.Variable | None = None
         self._holders = 0
+        self.number = next(strategy.sharded_numbers)
         super().__init__(strategy, values, tf.VariableAggregation.NONE)
 
     @property
@@ -171,6 +174,11 @@ class ShardedVariable(ReplicatedVariable):
         if tf.convert_to_tensor(value).shape.rank == 0 and self._whole_shape.rank:
             return value
         return local_part(value, self._owner, rank, self.distribute_strategy.extended.group.world_size)
+
+
+def described(variables: Iterable[ShardedVariable]) -> dict[str, str]:
+    """Which ones they are, alike on all workers; names of layers are not, as each process counts them up."""
+    return {f"sharded variable {v.number}": f"{v.name.rpartition('/')[2]} {list(v.shape)}" for v in variables}
 
 
 class ShardedParameter(ShardedVariable):
