@@ -51,11 +51,13 @@ def _alive_of_a_dropped_model(strategy) -> list[str]:
     model.compile("adam", "mse", metrics=["mae"])
     model.fit(np.ones((32, 8), "f4"), np.ones((32, 4), "f4"), batch_size=8, verbose=0)
     variables = [variable.value for variable in (*model.variables, *model.optimizer.variables)]
-    left = {each.name: weakref.ref(each) for each in (model, model.optimizer, *variables)}
-    del model, normalized, variables
+    left = [(each.name, weakref.ref(each)) for each in (model, model.optimizer, *variables)]
+    parts = [part for variable in variables for part in getattr(variable, "values", [variable])]
+    left += [(f"memory of {part.name}", weakref.ref(part.handle)) for part in parts]
+    del model, normalized, variables, parts
     keras.backend.clear_session()
     gc.collect()
-    return [name for name, each in left.items() if each() is not None]
+    return [name for name, each in left if each() is not None]
 
 
 def _alive_in_worker() -> list[list[str]]:

@@ -206,7 +206,7 @@ def test_all_workers_are_told_that_it_could_not_be_written(fleet):
 def test_workers_that_save_different_models_are_told(fleet):
     for result in fleet[1]:
         assert "workers' variables to save differ" in result["differ"]
-        assert "kernel [8, 9] on worker 0 and missing on worker 1" in result["differ"].replace("'", "")
+        assert "[8, 9]' on worker 0 and missing on worker 1" in result["differ"] and "kernel" in result["differ"]
     assert not (fleet[0] / "whose").exists()
 
 

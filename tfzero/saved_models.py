@@ -13,7 +13,7 @@ from tfzero._compat_saved_model import distributed_variables, replace_listed, sa
 from tfzero.patches import patch
 from tfzero.strategy import ZeroStrategy
 from tfzero.teamwork import SAVING_SECONDS, together
-from tfzero.variables import ShardedVariable, described
+from tfzero.variables import ShardedVariable, agree_on_sharded
 
 
 @patch(
@@ -30,7 +30,7 @@ def _save_saved_model(original, obj, export_dir, *args, **kwargs):
         return original(obj, export_dir, *args, **kwargs)
     channel, worker = strategies[0].channel, strategies[0].extended.seats.worker
     sharded = [variable for variable in variables if isinstance(variable, ShardedVariable)]
-    channel.agree("saving a SavedModel", described(sharded), "variables to save")
+    agree_on_sharded(channel, "saving a SavedModel", sharded, "variables to save")
     path = os.path.abspath(os.fspath(export_dir))
     writes = channel.all_gather("naming a SavedModel", path).index(path) == worker
     saved = []

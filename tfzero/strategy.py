@@ -33,7 +33,7 @@ from tfzero.settings import (
     find_cluster,
 )
 from tfzero.stopping import AgreedStop
-from tfzero.variables import ShardedVariable, described
+from tfzero.variables import ShardedVariable, agree_on_sharded
 
 
 class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
@@ -271,8 +271,8 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         if strange:
             raise ValueError(f"`gathered` takes variables made under this strategy's scope, but received {strange}.")
         sharded = {value.number: value for value in values if isinstance(value, ShardedVariable)}
-        self.channel.agree("gathering variables", described(sharded.values()), "variables to gather")
         held = [sharded[number] for number in sorted(sharded)]
+        agree_on_sharded(self.channel, "gathering variables", held, "variables to gather")
         for value in held:
             value.hold()
         completed = False

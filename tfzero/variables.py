@@ -1,12 +1,13 @@
 """Variables of a ZeroStrategy: equal on all replicas, or in shards."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import keras
 import numpy as np
 import tensorflow as tf
 
 from tfzero import _compat
+from tfzero.channel import Channel
 from tfzero.combining import combined, is_eager_sum
 from tfzero.plan import Placement, Plan, shard_elements
 
@@ -176,9 +177,14 @@ class ShardedVariable(ReplicatedVariable):
         return local_part(value, self._owner, rank, self.distribute_strategy.extended.group.world_size)
 
 
-def described(variables: Iterable[ShardedVariable]) -> dict[str, str]:
-    """Which ones they are, alike on all workers; names of layers are not, as each process counts them up."""
-    return {f"sharded variable {v.number}": f"{v.name.rpartition('/')[2]} {list(v.shape)}" for v in variables}
+def agree_on_sharded(channel: Channel, topic: str, variables: Sequence[ShardedVariable], what: str) -> None:
+    """Raises ValueError on all workers unless all name the same ones; not by names, which each process counts up."""
+    _, differences = channel.compare(topic, {f"sharded variable {v.number}": str(list(v.shape)) for v in variables})
+    if differences:
+        names = ", ".join(variable.name for variable in variables) or "none"
+        raise ValueError(
+            f"The workers' {what} differ: {differences}. Give every worker the same {what}. Received here: {names}."
+        )
 
 
 class ShardedParameter(ShardedVariable):
