@@ -64,7 +64,9 @@ def hold_differently(strategy) -> dict:
         model = keras.Sequential([keras.Input((5,)), layers.Dense(5), layers.Dense(5)])
     first, second = (layer.kernel for layer in model.layers)
     with strategy.gathered([first, second][:: -1 if worker else 1]):
+        held = first.value.held
         with strategy.gathered(first):
+            assert first.value.held is held  # no second copy
             first.assign(np.full((5, 5), 3.0 + worker))
         seen = [np.array(first)]
         second.assign(np.full((5, 5), 7.0 + worker))
