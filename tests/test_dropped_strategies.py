@@ -52,9 +52,7 @@ def _alive_of_a_dropped_model(strategy) -> list[str]:
     model.fit(np.ones((32, 8), "f4"), np.ones((32, 4), "f4"), batch_size=8, verbose=0)
     variables = [variable.value for variable in (*model.variables, *model.optimizer.variables)]
     left = [(each.name, weakref.ref(each)) for each in (model, model.optimizer, *variables)]
-    parts = [part for variable in variables for part in getattr(variable, "values", [variable])]
-    left += [(f"memory of {part.name}", weakref.ref(part.handle)) for part in parts]
-    del model, normalized, variables, parts
+    del model, normalized, variables
     keras.backend.clear_session()
     gc.collect()
     return [name for name, each in left if each() is not None]
