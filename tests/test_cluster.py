@@ -18,6 +18,7 @@ from tfzero import channel as channel_module
 from tfzero import handshake, meeting, messages
 from tfzero.channel import Channel
 from tfzero.cluster import Cluster, cluster_from_spec, read_tf_config
+from tfzero.stopping import blamed_by
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -334,6 +335,14 @@ def test_different_clusters():
     assert_all_raise(outcomes, ValueError, "disagree", "worker 2 at elsewhere:7", first.addresses[2])
 
 
+def test_all_reasons_why_a_worker_could_not_be_called_are_told(monkeypatch):
+    """The last one, when its time is over, often tells nothing."""
+    reasons = iter(["refused", "no tfzero worker", "refused", "closed"])
+    monkeypatch.setattr(meeting, "dial", lambda *_: (_ for _ in ()).throw(ConnectionError(next(reasons, "closed"))))
+    with pytest.raises(TimeoutError, match=r"worker 1 at \S+ \(refused, then: no tfzero worker, then: closed\)"):
+        Channel.join(make_clusters(2)[0], 0.5)
+
+
 def test_two_processes_claim_one_index():
     ports = find_ports(2)
     addresses = (f"127.0.0.1:{ports[0]}", f"255.255.255.255:{ports[1]}", f"127.0.0.1:{ports[1]}")
@@ -373,6 +382,15 @@ def test_values_in_rank_order(channels):
         assert on_each(channels, lambda i, c: c.broadcast("first", i)) == [0] * len(channels)
 
 
+@pytest.mark.parametrize("channels", [3], indirect=True)
+def test_threads_share_a_channel(channels):
+    def talk(channel):
+        return [channel.all_gather("x", number) for number in range(100)]
+
+    for told in run_all([lambda c=c: talk(c) for c in channels for _ in range(2)]):
+        assert [len(values) for values in told] == [len(channels)] * 100
+
+
 @pytest.mark.parametrize("channels", [2], indirect=True)
 def test_round_trip_is_short(channels):
     def measure(index, channel):
@@ -410,6 +428,7 @@ def test_absent_worker(channels, absent, monkeypatch):
     present = [channel for index, channel in enumerate(channels) if index != absent]
     outcomes = on_each(present, lambda i, c: c.all_gather("fit", None, 0.7))
     assert_all_raise(outcomes, TimeoutError, f"worker {absent} at", "'fit'", "0.7 s")
+    assert [blamed_by(error) for error in outcomes] == [(absent,)] * 2
     outcomes = on_each(channels, lambda i, c: c.all_gather("fit", None, 0.5))  # also to the one that was late
     assert_all_raise(outcomes, TimeoutError, f"worker {absent} at")
 
@@ -438,6 +457,7 @@ def test_lost_worker(channels, lost):
     outcomes = on_each(channels, gather)
     del outcomes[lost]
     assert_all_raise(outcomes, ConnectionError, f"worker {lost} at", "'fit'")
+    assert [blamed_by(error) for error in outcomes] == [(lost,)] * 2
 
 
 @pytest.mark.parametrize("channels", [3], indirect=True)

@@ -20,6 +20,7 @@ from tfzero import (
     _compat_saved_model,
 )
 from tfzero.extended import ZeroExtended
+from tfzero.keras_data import _Epochs
 from tfzero.variables import LayerVariable, OnReadVariable, ReplicatedVariable, ShardedVariable
 
 
@@ -44,6 +45,8 @@ def built(optimizer, variable):
         (_compat.saving_lib, "_save_state", "saveable weights_store assets_store inner_path visited_saveables"),
         (keras.callbacks.TensorBoard, "_close_writers", "self"),
         (keras.callbacks.ModelCheckpoint, "_get_file_path", "self epoch batch logs"),
+        (_compat.keras_tensorflow_trainer.TFEpochIterator, "_enumerate_iterator", "self"),
+        (_compat.keras_tensorflow_trainer.TFEpochIterator, "catch_stop_iteration", "self"),
         (_compat.keras_loss, "standardize_reduction", "reduction"),
         (_compat.keras_loss, "squeeze_or_expand_to_same_rank", "x1 x2 expand_rank_1"),
         (_compat.BaseOptimizer, "update_step", "self gradient variable learning_rate"),
@@ -62,6 +65,7 @@ def test_what_is_called_has_these_arguments(owner, name, arguments):
         (LayerVariable, _compat.MirroredVariable),
         (ShardedVariable, _compat.MirroredVariable),
         (OnReadVariable, _compat.SyncOnReadVariable),
+        (_Epochs, _compat.keras_tensorflow_trainer.TFEpochIterator),
     ],
 )
 def test_private_methods_override_something(ours, base):

@@ -1,9 +1,11 @@
 """A strategy that nobody holds any more is let go, with its groups, variables and functions."""
 
 import gc
+import weakref
 
 import keras
 import numpy as np
+import pytest
 from marks import FLEET_SECONDS
 
 import tfzero
@@ -39,6 +41,36 @@ def _alive_after_each(strategies: int) -> list[int]:
         gc.collect()
         alive.append(sum(isinstance(each, ZeroExtended) for each in gc.get_objects()))
     return alive
+
+
+def _alive_of_a_dropped_model(strategy) -> list[str]:
+    """What is left of a model that was trained and dropped, while its strategy lives."""
+    with strategy.scope():
+        normalized = [keras.layers.Dense(17), keras.layers.BatchNormalization(synchronized=True)]
+        model = keras.Sequential([keras.Input((8,)), *normalized, keras.layers.Dense(4)])
+    model.compile("adam", "mse", metrics=["mae"])
+    model.fit(np.ones((32, 8), "f4"), np.ones((32, 4), "f4"), batch_size=8, verbose=0)
+    variables = [variable.value for variable in (*model.variables, *model.optimizer.variables)]
+    left = [(each.name, weakref.ref(each)) for each in (model, model.optimizer, *variables)]
+    del model, normalized, variables
+    keras.backend.clear_session()
+    gc.collect()
+    return [name for name, each in left if each() is not None]
+
+
+def _alive_in_worker() -> list[list[str]]:
+    return [_alive_of_a_dropped_model(tfzero.ZeroStrategy(stage, min_shard_elements=8)) for stage in (2, 3)]
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_strategy_lets_go_of_dropped_models(stage):
+    strategy = tfzero.ZeroStrategy(stage, min_shard_elements=8, devices=["CPU:0", "CPU:1"])
+    assert _alive_of_a_dropped_model(strategy) == []
+
+
+def test_workers_let_go_of_dropped_models():
+    results = tfzero.run_local(_alive_in_worker, workers=2, timeout_seconds=FLEET_SECONDS)
+    assert results == [[[], []]] * 2
 
 
 def test_workers_let_go_of_dropped_strategies():

@@ -57,9 +57,33 @@ EXPECTED = {
 }  # fmt: skip
 
 
+def hold_differently(strategy) -> dict:
+    """What workers see after each has assigned and named something else."""
+    worker = strategy.extended.seats.worker
+    with strategy.scope():
+        model = keras.Sequential([keras.Input((5,)), layers.Dense(5), layers.Dense(5)])
+    first, second = (layer.kernel for layer in model.layers)
+    with strategy.gathered([first, second][:: -1 if worker else 1]):
+        held = first.value.held
+        with strategy.gathered(first):
+            assert first.value.held is held  # no second copy
+            first.assign(np.full((5, 5), 3.0 + worker))
+        seen = [np.array(first)]
+        second.assign(np.full((5, 5), 7.0 + worker))
+    seen += [np.array(first), np.array(second)]
+    with (
+        pytest.raises(ValueError, match="variables to gather differ.*Received here: .*kernel") as raised,
+        strategy.gathered([first, second][worker]),
+    ):
+        pass
+    return {"seen": [np.unique(each).tolist() for each in seen], "told": str(raised.value)}
+
+
 def hold_in_worker() -> dict:
     warnings.simplefilter("ignore")  # replicas that read eagerly at stage 3
-    return {stage: hold_in_all_ways(tfzero.ZeroStrategy(stage, min_shard_elements=8)) for stage in (2, 3)}
+    strategies = {stage: tfzero.ZeroStrategy(stage, min_shard_elements=8) for stage in (2, 3)}
+    results = {stage: hold_in_all_ways(strategy) for stage, strategy in strategies.items()}
+    return results | {"differing": hold_differently(strategies[3])}
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -75,6 +99,9 @@ def test_on_logical_devices(stage):
 def test_on_two_workers():
     for result in tfzero.run_local(hold_in_worker, workers=2, timeout_seconds=FLEET_SECONDS):
         result[2]["of the inner one only"] = [v - 1 for v in result[2]["of the inner one only"]]
+        differing = result.pop("differing")
+        assert differing["seen"] == [[3.0], [3.0], [7.0]]
+        assert "[5, 5]' on worker 0 and missing on worker 1" in differing["told"]
         assert result == {2: EXPECTED, 3: EXPECTED}
 
 

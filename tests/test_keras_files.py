@@ -16,6 +16,8 @@ WIDTH, DEPTH = 256, 6  # the largest variable is a sixth of the model
 
 def _train_and_save(folder: str) -> dict:
     """At stages 2 and 3: trains with Keras's callbacks, saves, and gives the values, and which files were written."""
+    import time
+
     import h5py
     import keras
     import numpy as np
@@ -38,6 +40,8 @@ def _train_and_save(folder: str) -> dict:
         def call(path, *args, **kwargs):
             if name != "File" or "w" in args:
                 written.append(f"{name} {path}")
+            if name == "rmtree":
+                time.sleep(0.5)  # the others wait for it
             return original(path, *args, **kwargs)
 
         setattr(file_utils, name, call)
@@ -159,6 +163,23 @@ def test_the_best_weights_are_kept_in_parts_at_stage_3(fleet):
         whole = sum(weight.nbytes for weight in result[2]["weights"])
         assert result[2]["best"] == whole
         assert result[3]["best"] == whole / 2
+
+
+@pytest.mark.filterwarnings("ignore:Eagerly")
+def test_a_subclass_of_early_stopping_has_the_model_itself():
+    class Own(keras.callbacks.EarlyStopping):
+        def on_epoch_end(self, epoch, logs=None):
+            models.append(self.model)
+            super().on_epoch_end(epoch, logs)
+
+    models: list = []
+    with tfzero.ZeroStrategy(3, devices=["CPU:0", "CPU:1"], min_shard_elements=1).scope():
+        model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    model.compile("sgd", "mse")
+    stop = Own("loss", restore_best_weights=True)
+    model.fit(np.ones((4, 3)), np.ones((4, 2)), verbose=0, callbacks=[stop])
+    assert models == [model]
+    assert [weight.shape for weight in stop.best_weights] == [(3, 2), (2,)]
 
 
 def test_a_folder_that_another_worker_has_just_made_is_no_error(tmp_path, monkeypatch):

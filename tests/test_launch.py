@@ -120,7 +120,7 @@ def test_a_long_line_does_not_keep_the_others_waiting(script):
 NO_REPORTS = [
     "[" * 3000, "[" + "9" * 3900 + "]", "[1]", "[{}]", '[{"title": 1, "total": 2}]', '[{"title": "a", "total": "b"}]',
     '[{"title": "a", "total": true}]', '[{"title": "a", "total": 1' + "0" * 400 + "}]", '[{"title": "a"}]',
-    "[null, null]",
+    "[null, null]", '[{"title": "' + "a" * 4000 + '", "unit": "", "total": 2, "done": 1}]',
 ]  # fmt: skip
 
 
@@ -292,6 +292,16 @@ def test_who_is_lost_is_not_who_notices(script):
     assert "worker 1 does not come back" in done.stderr
 
 
+def test_who_is_blamed_is_dropped(script):
+    """Of those that did not end by themselves, and are ended alike."""
+    blame = "open(os.environ['TFZERO_BLAME'], 'w').write('[2]'); sys.exit(76)"
+    body = RESTARTS + f"if len(cluster) == 3 and index == 1: {blame}\nif len(cluster) == 3: time.sleep(60)\n"
+    done = launch("--workers", 3, "--max-restarts", 2, "--min-workers", 1, script(body))
+    assert done.returncode == 0
+    assert "worker 1 (of 3) failed first, with exit code 76, because of worker 2" in done.stderr
+    assert "worker 2 does not come back" in done.stderr
+
+
 def test_a_script_that_crashes_at_once_is_restarted_after_pauses_that_grow(script):
     began = time.monotonic()
     done = launch("--workers", 1, "--max-restarts", 3, script("sys.exit(9)"))
@@ -299,6 +309,14 @@ def test_a_script_that_crashes_at_once_is_restarted_after_pauses_that_grow(scrip
     for number, pause in ((1, "0.5"), (2, "1"), (3, "2")):
         assert f"restart {number} of 3 in {pause} s, with 1 workers" in done.stderr
     assert time.monotonic() - began > 3.5
+
+
+def test_a_fleet_that_ran_for_a_while_is_restarted_without_a_pause(script):
+    code = "import sys; from tfzero import launch; launch._AT_ONCE_SECONDS = 0; sys.exit(launch.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "--workers", "1", "--max-restarts", "2", str(script("sys.exit(9)"))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_SECONDS)
+    assert done.returncode == 9
+    assert [f"restart {number} of 2, with 1 workers" in done.stderr for number in (1, 2)] == [True, True]
 
 
 def test_a_signal_in_the_pause_before_a_restart_ends_the_launcher(script):

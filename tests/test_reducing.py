@@ -25,8 +25,10 @@ def reduced(strategy) -> dict:
 
     values = strategy.run(tf.function(lambda: {"a": tf.ones([3]), "none": None}))
     along = strategy.reduce("SUM", values, axis=0)
+    scalars = strategy.run(tf.function(lambda: {"a": tf.constant(2.0)}))
+    scalar = strategy.reduce("SUM", scalars, axis=0)["a"]  # as Keras asks for
     total, mean = tf.nest.map_structure(lambda leaf: leaf.numpy(), run())
-    return {"total": total, "mean": mean, "along": float(along["a"]), "none": along["none"]}
+    return {"total": total, "mean": mean, "along": [float(along["a"]), float(scalar)], "none": along["none"]}
 
 
 def assert_reduced(found: dict, replicas: int) -> None:
@@ -35,7 +37,7 @@ def assert_reduced(found: dict, replicas: int) -> None:
     assert found["total"]["counts"][0].tolist() == [ranks.sum()] * 2
     assert int(found["total"]["counts"][1]) == (ranks + 5).sum()
     assert float(found["mean"]["loss"]) == (ranks + 1).mean()
-    assert (found["along"], found["none"]) == (3 * replicas, None)
+    assert (found["along"], found["none"]) == ([3 * replicas, 2 * replicas], None)
 
 
 def test_each_value_of_a_structure_is_reduced():

@@ -4,6 +4,8 @@ Plain TensorFlow loads and serves it, in a process that does not know tfzero.
 """
 
 import contextlib
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -63,7 +65,18 @@ def export_all(strategy, folder: Path) -> dict:
 
 
 def export_in_worker(folder: str) -> dict:
-    results = {}
+    from tensorflow.python.lib.io import file_io  # of the test alone
+
+    results: dict = {"written": []}
+    original = file_io.atomic_write_string_to_file
+
+    def noting(path, *args, **kwargs):
+        results["written"] += [path] if str(path).startswith(folder) else []  # TFLite has folders of its own
+        return original(path, *args, **kwargs)
+
+    file_io.atomic_write_string_to_file = noting
+    for _ in range(json.loads(os.environ["TF_CONFIG"])["task"]["index"]):  # names are counted up in each process
+        layers.Dense(3), layers.BatchNormalization()
     for stage in (2, 3):
         strategy = tfzero.ZeroStrategy(stage, min_shard_elements=8)
         results[stage] = export_all(strategy, Path(folder, str(stage)))
@@ -78,6 +91,12 @@ def export_in_worker(folder: str) -> dict:
         model.export(file / "model", verbose=False)
     except Exception as error:
         results["error"] = f"{type(error).__name__}: {error}"
+    with strategy.scope():
+        models = [keras.Sequential([keras.Input((8,)), layers.Dense(9, name=name)]) for name in ("one", "other")]
+    try:
+        models[not first].export(Path(folder, "whose"), verbose=False)
+    except ValueError as error:
+        results["differ"] = str(error)
     return results
 
 
@@ -173,10 +192,22 @@ def test_training_goes_on(run, one_device):
                 np.testing.assert_allclose(mine, theirs, **CLOSE)
 
 
+def test_one_worker_writes(fleet):
+    first, second = (result["written"] for result in fleet[1])
+    assert len(first) >= 6 and second == []
+
+
 def test_all_workers_are_told_that_it_could_not_be_written(fleet):
     first, second = (result["error"] for result in fleet[1])
-    assert "file" in first and "RuntimeError" not in first
-    assert second.startswith("RuntimeError: Worker 0 could not write the SavedModel. ") and first in second
+    assert first == second
+    assert first.startswith("OSError: worker 0: ") and str(fleet[0] / "file") in first
+
+
+def test_workers_that_save_different_models_are_told(fleet):
+    for result in fleet[1]:
+        assert "workers' variables to save differ" in result["differ"]
+        assert "[8, 9]' on worker 0 and missing on worker 1" in result["differ"] and "kernel" in result["differ"]
+    assert not (fleet[0] / "whose").exists()
 
 
 def test_other_strategies_are_untouched(tmp_path):

@@ -1,6 +1,7 @@
 """Who calls a waiting worker and is none: told apart before anything is read of it, and in nobody's way."""
 
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -96,6 +97,49 @@ def test_what_is_no_hello_of_a_leader_is_turned_away(told):
     assert join_beside(make_clusters(2), lambda cluster: call_worker_1(cluster, told)) == b""
 
 
+def test_a_message_that_was_changed_on_the_way_is_not_read():
+    here, there = socket.socketpair()
+    with here, there:
+        messages.send(there, {"value": 12}, time.monotonic() + 5)
+        sent = messages.read_bytes(here, len(here.recv(1000, socket.MSG_PEEK)), time.monotonic() + 5)
+        there.sendall(sent.replace(b"12", b"13"))
+        with pytest.raises(ConnectionError, match="damaged"):
+            messages.receive(here, time.monotonic() + 5, 5)
+
+
+def test_what_is_too_long_to_tell_is_not_sent(monkeypatch):
+    monkeypatch.setattr(messages, "MESSAGE_BYTES", 100)
+    with pytest.raises(ValueError, match="can tell each other 100 bytes at once. Received: 104 bytes"):
+        messages.encode({"x": "y" * 95})
+    assert len(messages.encode({"x": "y" * 91})) == 100
+
+
+TOO_LONG = header(messages.STRANGER_BYTES + 1)
+
+
+def test_nothing_is_read_of_a_caller_that_announces_too_much():
+    clusters = make_clusters(2)
+    outcome, _ = run_all([lambda: Channel.join(clusters[1], 1), lambda: call_worker_1(clusters[0], TOO_LONG)])
+    assert type(outcome) is TimeoutError and "announces 65,537 bytes, and may send 65,536" in str(outcome)
+
+
+def test_nothing_is_read_of_who_answers_a_leader_with_too_much():
+    clusters = make_clusters(2)
+
+    def answer():
+        with meeting.listen(clusters[1]) as listener, contextlib.suppress(TimeoutError):
+            listener.settimeout(0.5)
+            while True:
+                with listener.accept()[0] as connection, contextlib.suppress(ConnectionError):
+                    handshake.hear(connection, b"", time.monotonic() + 5)
+                    connection.sendall(TOO_LONG)
+                    connection.recv(1000)
+                    connection.recv(1000)
+
+    outcome, _ = run_all([lambda: Channel.join(clusters[0], 1), answer])
+    assert type(outcome) is TimeoutError and "announces 65,537 bytes, and may send 65,536" in str(outcome)
+
+
 @pytest.mark.parametrize("told", [struct.pack("!Q", 2**40) * 4, b"[" * 100_000, bytes(1000), b""])
 def test_who_does_not_shake_hands_is_turned_away(told):
     def disturb(cluster):
@@ -137,8 +181,7 @@ def test_a_caller_that_speaks_in_drops_has_its_time_and_no_more():
     def drip():
         with contextlib.suppress(OSError):
             while True:
-                there.sendall(b"x")
-                time.sleep(0.0003)
+                there.sendall(b"x")  # so that there is always one to read
 
     dripping = threading.Thread(target=drip)
     dripping.start()
@@ -149,6 +192,21 @@ def test_a_caller_that_speaks_in_drops_has_its_time_and_no_more():
     here.close()
     dripping.join()
     there.close()
+
+
+def test_one_that_always_has_a_drop_more_has_no_more_time_either():
+    class Dripping:
+        def settimeout(self, seconds):
+            assert seconds > 0
+
+        def recv(self, count):
+            assert time.monotonic() < began + 2, "it is still read"
+            assert count <= 2**20, "memory is taken for what has not come"
+            return b"x"
+
+    began = time.monotonic()
+    with pytest.raises(TimeoutError):
+        messages.read_bytes(Dripping(), 10**9, began + 0.1)
 
 
 def test_a_worker_that_is_slow_to_answer_is_called_again(monkeypatch):
@@ -221,6 +279,35 @@ def test_workers_with_different_secrets_say_so(monkeypatch):
     given = iter([SECRET.encode(), b"another secret, and long enough"])
     monkeypatch.setattr("tfzero.channel.read_secret", lambda: next(given))
     assert_all_raise(join_all(make_clusters(2), 1), TimeoutError, "has another TFZERO_SECRET")
+
+
+def test_a_proof_that_is_sent_back_proves_nothing():
+    here, there = socket.socketpair()
+
+    def send_back():
+        there.sendall(b"tfzero worker 2\n" + bytes(32))
+        there.sendall(messages.read_bytes(there, 72, time.monotonic() + 5)[-32:])
+
+    with here, there:
+        call = functools.partial(handshake.call, here, SECRET.encode(), (1, 0), time.monotonic() + 5)
+        (outcome, _) = run_all([call, send_back])
+    assert type(outcome) is ConnectionError and "has another TFZERO_SECRET" in str(outcome)
+
+
+def test_what_a_caller_calls_for_cannot_be_changed_on_the_way():
+    (here, caller), (there, listener) = socket.socketpair(), socket.socketpair()
+    deadline = time.monotonic() + 5
+
+    def pass_on_as_worker_2():
+        here.sendall(messages.read_bytes(there, 48, deadline))
+        answer = messages.read_bytes(here, 72, deadline)
+        there.sendall(answer[:32] + struct.pack("!II", 2, 0) + answer[40:])
+        here.sendall(messages.read_bytes(there, 32, deadline))
+
+    with here, caller, there, listener:
+        call = functools.partial(handshake.call, caller, SECRET.encode(), (1, 0), deadline)
+        hear = functools.partial(handshake.hear, listener, SECRET.encode(), deadline)
+        assert_all_raise(run_all([call, hear, pass_on_as_worker_2])[:2], ConnectionError, "another TFZERO_SECRET")
 
 
 @pytest.mark.parametrize("short", ["", "x", "fifteen letters"])

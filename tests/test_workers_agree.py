@@ -359,7 +359,7 @@ ALLOWED = (
 def doubts(strategy, index):
     """Told by a warning: numbers drawn by Python, and other rows in `predict`."""
     told = []
-    for act in (augmented_in_python, other_rows_to_predict):
+    for act in (augmented_in_python, other_rows_to_predict, other_rows_to_predict_on_batch):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             act(strategy, index)
@@ -381,6 +381,13 @@ def augmented_in_python(strategy, index):
 
 def other_rows_to_predict(strategy, index):
     compiled(strategy).predict(arrays()[0][:: -1 if index else 1], batch_size=BATCH, verbose=0)
+
+
+def other_rows_to_predict_on_batch(strategy, index):
+    """Whatever has been cut by hand before."""
+    for _ in range(3):
+        strategy.cut_batch(arrays())
+    compiled(strategy).predict_on_batch(arrays()[0][:: -1 if index else 1])
 
 
 def trust(strategy, index):
@@ -439,9 +446,10 @@ def test_rows_in_no_order_are_seen_once(fleet):
 
 def test_doubts_are_told_once(fleet):
     for result in fleet:
-        (augmented,), (predicted,) = result["doubts"]
+        (augmented,), (predicted,), (given,) = result["doubts"]
         assert "Random operations may rightly draw other numbers" in augmented
-        assert "predictions are of the rows that each worker kept" in predicted
+        for told in (predicted, given):
+            assert "predictions are of the rows that each worker kept" in told
 
 
 def test_comparison_can_be_left_away(fleet):

@@ -33,6 +33,15 @@ def data():
     return x, x[:, :3] / 4 - 1
 
 
+def open_and_deleted() -> list[str]:
+    """Events that this process still writes into files that are not there any more."""
+    links = []
+    for path in Path("/proc/self/fd").glob("*"):
+        with contextlib.suppress(OSError):  # that of the listing itself
+            links.append(str(path.readlink()))
+    return [link for link in links if "tfevents" in link and "(deleted)" in link]
+
+
 def train(strategy, folder: Path, address: str) -> dict:
     """Trains with all of Keras's callbacks that write, at all of the moments when they do."""
     keras.utils.set_random_seed(3)
@@ -53,12 +62,15 @@ def train(strategy, folder: Path, address: str) -> dict:
     model.fit(x, y, epochs=3, validation_data=(x[:10], y[:10]), callbacks=callbacks, **arguments)
     more = keras.callbacks.CSVLogger(str(folder / "log.csv"), append=True)
     model.fit(x, y, epochs=2, validation_data=(x[:10], y[:10]), callbacks=[more, monitor], **arguments)
-    listed = keras.callbacks.CallbackList([keras.callbacks.CSVLogger(str(folder / "list.csv"))], model=model)
+    listed_board = keras.callbacks.TensorBoard(folder / "listed", write_graph=False)
+    several = [keras.callbacks.CSVLogger(str(folder / "list.csv")), listed_board]
+    listed = keras.callbacks.CallbackList(several, model=model)  # which tells them of the model at once
     model.fit(x, y, epochs=1, callbacks=listed, **arguments)
     model.evaluate(x, y, batch_size=8, verbose=0, callbacks=[keras.callbacks.TensorBoard(folder / "evaluated")])
     model.predict(x, batch_size=8, verbose=0, callbacks=[board])
     return {
         "weights": [np.array(w) for w in model.weights],
+        "lost": open_and_deleted(),
         "attributes": [log.filename, more.filename, board.log_dir, sorted(vars(monitor))],
     }
 
@@ -182,6 +194,7 @@ def test_training_is_as_ever(run, one_device):
     for result in results:
         for mine, theirs in zip(result["weights"], one_device[2]["weights"], strict=True):
             np.testing.assert_allclose(mine, theirs, **CLOSE)
+        assert result["lost"] == []
         # The callbacks are as their owner made them.
         log, more, board, monitor = result["attributes"]
         assert [log, more, board] == [str(folder / name) for name in ("log.csv", "log.csv", "board")]

@@ -17,11 +17,43 @@ from tfzero.strategy import ZeroStrategy
 _EMPTY = "The data set is empty: it has no batch. Pass at least one sample."
 
 
+class _Epochs(_compat.keras_tensorflow_trainer.TFEpochIterator):
+    """Keras's loop over the epochs of data, under a ZeroStrategy."""
+
+    place: DataPosition | None = None  # in the data, where the loop begins
+
+    def _enumerate_iterator(self):
+        """At first passes over the epochs and batches that a checkpoint has behind it."""
+        place, self.place = self.place or DataPosition(), None
+        for _ in range(place.epochs):
+            steps = super()._enumerate_iterator()
+            if self.steps_per_epoch:  # one iterator serves all epochs
+                _compat.draw_batches(self, steps, None)
+            else:  # a new one shuffles anew when it gives its first batch
+                _compat.draw_batches(self, steps, 1)
+                steps.close()
+                _compat.end_epoch(self, place.epoch_batches)
+        steps = super()._enumerate_iterator()
+        _compat.draw_batches(self, steps, place.batches)
+        yield from steps
+
+    @contextlib.contextmanager
+    def catch_stop_iteration(self):
+        """Data of unknown length without a batch are an error, not an epoch."""
+        with super().catch_stop_iteration():
+            try:
+                yield
+            except (StopIteration, tf.errors.OutOfRangeError):  # an execution that found no batch
+                if _compat.is_at_first_batch(self):
+                    raise ValueError(_EMPTY) from None
+                raise
+
+
 @patch(
     _compat.keras_tensorflow_trainer.TFEpochIterator,
     "__init__",
     "self distribute_strategy args kwargs",
-    "workers shuffle alike, and agree how much data there is",
+    "workers shuffle alike, and agree how much data there is; a run goes on from its place in them",
     "test_workers.py::test_every_sample_is_seen_once_in_an_epoch",
 )
 def _epoch_iterator(original, self, distribute_strategy=None, *args, **kwargs):
@@ -31,53 +63,12 @@ def _epoch_iterator(original, self, distribute_strategy=None, *args, **kwargs):
     position, distribute_strategy.data_position = distribute_strategy.data_position, None
     with distribute_strategy.agreed_randomness(position):
         original(self, distribute_strategy, *args, **kwargs)
-    self._tfzero_position = position
+    self.__class__, self.place = _Epochs, position
     if position is not None:
         position.note_batch_size(self.data_adapter)
     if self.num_batches == 0:
         raise ValueError(_EMPTY)
     distribute_strategy.channel.agree("reading data", _compat.length_of(self), "data sets")
-
-
-@patch(
-    _compat.keras_tensorflow_trainer.TFEpochIterator,
-    "_enumerate_iterator",
-    "self",
-    "a run goes on from its place in the data",
-    "test_checkpoints.py::test_a_run_goes_on_from_any_place_in_an_epoch",
-)
-def _enumerate_iterator(original, self):
-    """At first passes over the epochs and batches that a checkpoint has behind it."""
-    position = self.__dict__.pop("_tfzero_position", None) or DataPosition()
-    for _ in range(position.epochs):
-        steps = original(self)
-        if self.steps_per_epoch:  # one iterator serves all epochs
-            _compat.draw_batches(self, steps, None)
-        else:  # a new one shuffles anew when it gives its first batch
-            _compat.draw_batches(self, steps, 1)
-            steps.close()
-            _compat.end_epoch(self, position.epoch_batches)
-    steps = original(self)
-    _compat.draw_batches(self, steps, position.batches)
-    yield from steps
-
-
-@patch(
-    _compat.keras_tensorflow_trainer.TFEpochIterator,
-    "catch_stop_iteration",
-    "self",
-    "data of unknown length without a batch are an error, not an epoch",
-    "test_bad_input.py::test_a_dataset_of_unknown_length_without_a_batch",
-)
-@contextlib.contextmanager
-def _catch_stop_iteration(original, self):
-    with original(self):
-        try:
-            yield
-        except (StopIteration, tf.errors.OutOfRangeError):  # an execution that found no batch
-            if isinstance(self._distribute_strategy, ZeroStrategy) and _compat.is_at_first_batch(self):
-                raise ValueError(_EMPTY) from None
-            raise
 
 
 @patch(

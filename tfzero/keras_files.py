@@ -21,10 +21,9 @@ from tfzero.keras_hooks import strategy_of
 from tfzero.optimizer import ZeroOptimizer
 from tfzero.patches import patch
 from tfzero.progress import progress
-from tfzero.teamwork import together
+from tfzero.teamwork import SAVING_SECONDS, together
 from tfzero.variables import ShardedVariable
 
-_SAVING_SECONDS = 3600.0  # for the others to wait for the one that writes
 _TOPIC = "saving a model"
 
 
@@ -56,7 +55,7 @@ def _exchange(strategy, place, error: BaseException | None = None) -> list:
         return place
 
     try:
-        return together(strategy.channel, _TOPIC, tell, _SAVING_SECONDS)
+        return together(strategy.channel, _TOPIC, tell, SAVING_SECONDS)
     except BaseException as told:
         told._tfzero_told = True
         raise
@@ -212,22 +211,6 @@ def _save_backup(original, self):
             original(self)
         else:
             self.model.save_weights(self._weights_path, overwrite=True)
-        _exchange(strategy, None)
-
-
-@patch(
-    keras.callbacks.BackupAndRestore,
-    "on_train_end",
-    "self logs",
-    "one worker deletes the backup, when all have ended",
-    "test_keras_files.py::test_one_worker_writes",
-)
-def _end_backups(original, self, logs=None):
-    if (strategy := strategy_of(self.model)) is None:
-        return original(self, logs)
-    with _telling(strategy):
-        if _is_chief(self.model):
-            original(self, logs)
         _exchange(strategy, None)
 
 

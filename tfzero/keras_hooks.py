@@ -19,6 +19,7 @@ from tfzero.model_building import take_in_strays
 from tfzero.optimizer import Home, ZeroOptimizer
 from tfzero.patches import patch
 from tfzero.strategy import ZeroStrategy
+from tfzero.teamwork import SAVING_SECONDS
 from tfzero.writing_callbacks import one_worker_writes
 
 _NO_JIT = (
@@ -114,7 +115,7 @@ def _make_function(original, self, step_function):
 
 
 def _cut_checked(strategy: ZeroStrategy, check, batch):
-    """One batch of `train_on_batch` or `test_on_batch`, for the replicas."""
+    """One batch of `train_on_batch`, `test_on_batch` or `predict_on_batch`, for the replicas."""
     check(batch)
     return strategy.extended.cut_batch(batch)
 
@@ -131,7 +132,7 @@ def _predict_on_batch(original, self, x):
     if strategy is None:
         return original(self, x)
     with strategy.comparison.during("predict_on_batch"):
-        return original(self, strategy.cut_batch(x))
+        return original(self, _cut_checked(strategy, strategy.check_predicted, x))
 
 
 def _flat_metrics(metrics) -> list[keras.metrics.Metric]:
@@ -237,7 +238,10 @@ def _fit(original, self, *args, **kwargs):
     call = _bind(original, self, args, kwargs)
     with one_worker_writes(_callbacks_in(call), strategy), strategy.comparison.during("fit"):
         agree_on_call(strategy, "fit", call)
-        return _fit_bound(original, self, call)
+        history = _fit_bound(original, self, call)
+    # What the first worker's callbacks write is there, and what they delete is not, when any worker goes on.
+    strategy.channel.all_gather("the end of `fit`", None, SAVING_SECONDS)
+    return history
 
 
 def _fit_bound(original, self, call: inspect.BoundArguments):

@@ -12,7 +12,7 @@ import queue
 import select
 import socket
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import repeat
@@ -29,6 +29,7 @@ HELLO_SECONDS = 1.0  # for a caller to say who it is; strangers often say nothin
 RETRY_SECONDS = 0.1  # between two rounds of calls
 GRACE_SECONDS = 1.0  # how much longer than the leader a worker waits, to hear the leader's reason
 MOST_CALLERS = 256  # heard side by side
+_MOST_REASONS = 3  # why one worker could not be called
 _ADVICE = "Start each process with the same cluster and its own task index in TF_CONFIG."
 _ERRORS = {kind.__name__: kind for kind in (ConnectionError, TimeoutError, TypeError, ValueError)}
 
@@ -208,12 +209,15 @@ def call_all(cluster: Cluster, secret: bytes, timeout_seconds: float) -> dict[in
     deadline = monotonic() + timeout_seconds
     calls: dict[int, _Call] = {}
     connections, conflict, missing = {}, "", list(range(1, cluster.size))
+    reasons: dict[int, dict[str, None]] = {index: {} for index in missing}  # in their order; the last may tell least
     try:
         with ThreadPoolExecutor(cluster.size) as pool, progress("meeting", cluster.size, unit="workers") as bar:
             while missing and (not calls or monotonic() < deadline):
                 tries = pool.map(_call, repeat(cluster), repeat(secret), missing, repeat(deadline))
                 calls = dict(zip(missing, tries, strict=True))
                 connections |= {index: call.connection for index, call in calls.items() if call.connection}
+                for index, call in calls.items():
+                    reasons[index][call.reason] = None
                 bar.reach(1 + len(connections))
                 conflict = conflict or next((call.conflict for call in calls.values() if call.conflict), "")
                 if conflict:  # a little time to reach the rest, so that they are told too
@@ -223,13 +227,17 @@ def call_all(cluster: Cluster, secret: bytes, timeout_seconds: float) -> dict[in
         if conflict:
             raise ValueError(conflict)
         if missing:
-            who = "; ".join(f"{cluster.describe(index)} ({calls[index].reason})" for index in missing)
+            who = "; ".join(f"{cluster.describe(index)} ({_in_short(reasons[index])})" for index in missing)
             what = f"{len(missing)} of {cluster.size} workers missing after {timeout_seconds:g} s: {who}."
             raise TimeoutError(f"{what} {_ADVICE}")
     except BaseException as error:
         part(connections.values(), error)
         raise
     return connections
+
+
+def _in_short(reasons: Iterable[str]) -> str:
+    return ", then: ".join(list(reasons)[-_MOST_REASONS:])
 
 
 def _read_cluster(message: dict) -> Cluster:
@@ -285,7 +293,7 @@ def await_call(
                 return connection, message["seconds_left"]
             connection.close()
             raise error_of(message)
-    why = f" ({len(refusals)} callers were turned away, the last as {refusals[-1]})" if refusals else ""
+    why = f" ({len(refusals)} callers were turned away: {_in_short(dict.fromkeys(refusals))})" if refusals else ""
     what = f"{cluster.describe(0)} never called within {timeout_seconds:g} s{why}. Start it with the same cluster"
     raise TimeoutError(f"{what} in TF_CONFIG; it must reach {cluster.describe(cluster.index)}.")
 

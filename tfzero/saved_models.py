@@ -12,9 +12,8 @@ from collections.abc import Iterator, Sequence
 from tfzero._compat_saved_model import distributed_variables, replace_listed, saver
 from tfzero.patches import patch
 from tfzero.strategy import ZeroStrategy
-from tfzero.variables import ShardedVariable
-
-_SAVING_SECONDS = 3600.0  # for the others to wait for the one that writes
+from tfzero.teamwork import SAVING_SECONDS, together
+from tfzero.variables import ShardedVariable, agree_on_sharded
 
 
 @patch(
@@ -31,18 +30,18 @@ def _save_saved_model(original, obj, export_dir, *args, **kwargs):
         return original(obj, export_dir, *args, **kwargs)
     channel, worker = strategies[0].channel, strategies[0].extended.seats.worker
     sharded = [variable for variable in variables if isinstance(variable, ShardedVariable)]
-    channel.agree("saving a SavedModel", [variable.name for variable in sharded], "variables to save")
+    agree_on_sharded(channel, "saving a SavedModel", sharded, "variables to save")
     path = os.path.abspath(os.fspath(export_dir))
     writes = channel.all_gather("naming a SavedModel", path).index(path) == worker
-    result = error = None
-    with _held(obj, sharded, writes):
+    saved = []
+
+    def save() -> None:
         if writes:
-            try:
-                result = original(obj, export_dir, *args, **kwargs)
-            except Exception as caught:  # the others are told, and it is raised again
-                error = caught
-    _raise_together(channel, error)
-    return result
+            saved.append(original(obj, export_dir, *args, **kwargs))
+
+    with _held(obj, sharded, writes):
+        together(channel, "a SavedModel is saved", save, SAVING_SECONDS)
+    return saved[0] if saved else None
 
 
 @contextlib.contextmanager
@@ -64,14 +63,3 @@ def _held(obj, sharded: Sequence[ShardedVariable], keeps: bool) -> Iterator[None
             obj._all_variables = listed
         for variable in sharded:
             variable.let_go(write_back=False)
-
-
-def _raise_together(channel, error: Exception | None) -> None:
-    """Waits until all have saved; raises the first one's error, if there is one, on all workers."""
-    mine = None if error is None else f"{type(error).__name__}: {error}"
-    texts = channel.all_gather("a SavedModel is saved", mine, _SAVING_SECONDS)
-    if error is not None:
-        raise error
-    failed = next((worker for worker, text in enumerate(texts) if text is not None), None)
-    if failed is not None:
-        raise RuntimeError(f"Worker {failed} could not write the SavedModel. {texts[failed]}")

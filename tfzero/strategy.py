@@ -1,6 +1,7 @@
 """ZeroStrategy: a `tf.distribute.Strategy` that shards optimizer state, gradients and parameters over its replicas."""
 
 import contextlib
+import itertools
 import os
 import weakref
 from collections.abc import Sequence
@@ -34,7 +35,7 @@ from tfzero.settings import (
     find_cluster,
 )
 from tfzero.stopping import AgreedStop
-from tfzero.variables import ShardedVariable
+from tfzero.variables import ShardedVariable, agree_on_sharded
 
 
 class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
@@ -145,6 +146,7 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         self.optimizers: weakref.WeakSet = weakref.WeakSet()  # that were built for its variables
         self.announced: weakref.WeakSet = weakref.WeakSet()  # those that `fit` has printed a report of
         self.data_position: DataPosition | None = None  # for the next training data
+        self.sharded_numbers = itertools.count()  # of its variables in shards: the same on all workers
         self._join(cluster, local)
 
     def _join(self, cluster: Cluster | None, devices: Sequence[str]) -> None:
@@ -159,6 +161,7 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         workers, on_loss = (1, print) if joined.pulse is None else (cluster.size, joined.pulse.hear_of_loss)
         self.comparison = BatchComparison(joined.batch_channel, workers, self.settings.compare_batches, on_loss)
         self._check_batch = self.comparison.of_given("those given to `cut_batch`")
+        self.check_predicted = self.comparison.of_given("those given to `predict_on_batch`")
         if self.settings.device_type == "GPU":
             keep_log()
         # The stock constructor would make its own extended.
@@ -275,8 +278,9 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         strange = [v.name for v in values if getattr(v, "distribute_strategy", None) is not self]
         if strange:
             raise ValueError(f"`gathered` takes variables made under this strategy's scope, but received {strange}.")
-        self.channel.agree("gathering variables", [list(v.shape) for v in values], "variables to gather")
-        held = list({id(value): value for value in values if isinstance(value, ShardedVariable)}.values())
+        sharded = {value.number: value for value in values if isinstance(value, ShardedVariable)}
+        held = [sharded[number] for number in sorted(sharded)]
+        agree_on_sharded(self.channel, "gathering variables", held, "variables to gather")
         for value in held:
             value.hold()
         completed = False

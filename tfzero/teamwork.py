@@ -7,6 +7,8 @@ import tensorflow as tf
 from tfzero.channel import Channel
 from tfzero.commits import DamagedCheckpointError
 
+SAVING_SECONDS = 3600.0  # for the others to wait for the one that writes
+
 # As what the others raise an error of one worker. What else goes wrong is a RuntimeError.
 _KINDS: tuple[tuple[type[Exception], tuple[type[BaseException], ...]], ...] = (
     (DamagedCheckpointError, (DamagedCheckpointError,)),

@@ -1,10 +1,13 @@
 """Variables of a ZeroStrategy: equal on all replicas, or in shards."""
 
+from collections.abc import Sequence
+
 import keras
 import numpy as np
 import tensorflow as tf
 
 from tfzero import _compat
+from tfzero.channel import Channel
 from tfzero.combining import combined, is_eager_sum
 from tfzero.plan import Placement, Plan, shard_elements
 
@@ -86,6 +89,7 @@ class ShardedVariable(ReplicatedVariable):
         self._owner = owner
         self._held: tf.Variable | None = None
         self._holders = 0
+        self.number = next(strategy.sharded_numbers)
         super().__init__(strategy, values, tf.VariableAggregation.NONE)
 
     @property
@@ -171,6 +175,16 @@ class ShardedVariable(ReplicatedVariable):
         if tf.convert_to_tensor(value).shape.rank == 0 and self._whole_shape.rank:
             return value
         return local_part(value, self._owner, rank, self.distribute_strategy.extended.group.world_size)
+
+
+def agree_on_sharded(channel: Channel, topic: str, variables: Sequence[ShardedVariable], what: str) -> None:
+    """Raises ValueError on all workers unless all name the same ones; not by names, which each process counts up."""
+    _, differences = channel.compare(topic, {f"sharded variable {v.number}": str(list(v.shape)) for v in variables})
+    if differences:
+        names = ", ".join(variable.name for variable in variables) or "none"
+        raise ValueError(
+            f"The workers' {what} differ: {differences}. Give every worker the same {what}. Received here: {names}."
+        )
 
 
 class ShardedParameter(ShardedVariable):

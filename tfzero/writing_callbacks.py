@@ -2,7 +2,8 @@
 
 Logs are the same on all workers, so each would write the same file, all at once. Yet every worker must run them:
 histograms of weights, and whatever a subclass computes, may be collectives. So elsewhere than on the first worker they
-write where it is lost.
+write where it is lost. What a callback writes when it is told its model before, in a `CallbackList` of the user's own,
+as TensorBoard does with `write_graph`, each worker has written.
 """
 
 import contextlib
@@ -58,6 +59,9 @@ def _writes_lost(callback: keras.callbacks.Callback) -> Iterator[None]:
                 callback._close_writers()
         elif isinstance(callback, keras.callbacks.RemoteMonitor):
             with _replaced(callback, "on_epoch_end", lambda epoch, logs=None: None):
+                yield
+        elif isinstance(callback, keras.callbacks.BackupAndRestore):  # the rest: `keras_files.py`
+            with _replaced(callback, "delete_checkpoint", False):
                 yield
         else:
             yield
