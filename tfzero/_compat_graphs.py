@@ -15,10 +15,24 @@ import tensorflow as tf
 # Tells which operations will wait for which, once a function has been traced.
 from tensorflow.python.framework import auto_control_deps
 
+# The graphs of branches and loops.
+from tensorflow.python.ops.control_flow_v2_func_graphs import ControlFlowFuncGraph
+
 # TensorFlow's attribute of an operation that runs as soon as its inputs are there.
 _RUNS_FREELY = "_independent_side_effects"
 # Attribute of a graph: by device, what stands for the chain of the operations there.
 _CHAINS = "_tfzero_chains"
+
+
+def current_function():
+    """The graph of the function that is being traced, around all branches and loops.
+
+    Its `name` is that of the Python function; branches and loops have names that TensorFlow numbers.
+    """
+    graph = tf.compat.v1.get_default_graph()
+    while isinstance(graph, ControlFlowFuncGraph):
+        graph = graph.outer_graph
+    return graph
 
 
 def run_after(operation: tf.Operation, awaited: tf.Operation) -> None:

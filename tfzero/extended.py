@@ -67,7 +67,7 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
             self.worker_devices,
             self._num_replicas_in_sync,
             self._id_in_cluster * len(self.worker_devices),
-            "NCCL" if strategy.settings.device_type == "GPU" else "RING",
+            "nccl" if strategy.settings.device_type == "GPU" else "ring",
             strategy.levels.value,
             strategy.links if len(self.worker_devices) == 1 and strategy.settings.device_type == "CPU" else (),
         )
@@ -110,9 +110,10 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
         return tf.executing_eagerly()
 
     def _call_for_each_replica(self, fn, args, kwargs):
-        self.group.align_keys()
-        if len(self.worker_devices) > 1 and not tf.executing_eagerly():
-            _compat_graphs.chain_by_device(tf.compat.v1.get_default_graph(), self.worker_devices)
+        if not tf.executing_eagerly():
+            self.group.keys.align()
+            if len(self.worker_devices) > 1:
+                _compat_graphs.chain_by_device(tf.compat.v1.get_default_graph(), self.worker_devices)
         return super()._call_for_each_replica(fn, args, kwargs)
 
     def replica_collective(self, method, value, *args):
