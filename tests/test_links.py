@@ -114,7 +114,7 @@ def test_workers_at_different_collectives_are_told(pair):
     ])  # fmt: skip
     for outcome in outcomes:
         assert type(outcome) is RuntimeError
-        assert "number and bytes are" in str(outcome)
+        assert "number, bytes and key are" in str(outcome)
         assert re.search(r"\(1, \d+\) on worker [01], \(1, \d+\) on worker [01]", str(outcome))
         assert "Run the same program" in str(outcome)
 

@@ -276,7 +276,7 @@ class Group:
         content = (operation.__name__, value.dtype.name, shape)
         key, lane_of_key = self.keys.take(replica, content, lane, is_sized=size is not None)
         if self.links:
-            return self._emit_over_links(operation, value, replica, 0 if lane is None else lane)
+            return self._emit_over_links(operation, value, replica, 0 if lane is None else lane, key)
         lane = lane_of_key
         with tf.device(self.devices[replica]), self.lanes.counted(replica, lane, value) as ended:
             result = operation(
@@ -291,10 +291,10 @@ class Group:
             ended(result)
         return self.lanes.noted(result, replica, lane)
 
-    def _emit_over_links(self, operation: Callable, value: tf.Tensor, replica: int, lane: int) -> tf.Tensor:
+    def _emit_over_links(self, operation: Callable, value: tf.Tensor, replica: int, lane: int, key: int) -> tf.Tensor:
         """The same collective over links. Those of one lane are in order, as their counts are. [Note: links]"""
         method = _OVER_LINKS[operation]
-        run = functools.partial(method, self.links[lane])
+        run = functools.partial(method, self.links[lane], key=key)
         rows = [self.world_size] if operation is tf.raw_ops.CollectiveGatherV2 else []
         with tf.device(self.devices[replica]), self.lanes.counted(replica, lane, value) as ended:
             flat = tf.reshape(value, [-1])

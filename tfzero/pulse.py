@@ -53,6 +53,11 @@ class _Watched:
         self._counts = [count + count % 2 for count in self._counts] if group is None else group.lanes.counts()
         return self._counts
 
+    def traced(self) -> list[int | str]:
+        """How many functions with its collectives this worker has traced, and the latest's name. [Note: keys]"""
+        group = self._group()
+        return [0, ""] if group is None else [group.keys.traced.count, group.keys.traced.latest]
+
     def places(self) -> list[str]:
         """What its collectives in flight are for."""
         group = self._group()
@@ -134,7 +139,7 @@ class Pulse:
             if at_odds and not reason:
                 places = " ".join(beat.where for beat in beats if beat.where)
                 self.programs_differ = True
-                self._abort(self._note(f"{at_odds} {places}", ()))
+                self._abort(self._note(" ".join(filter(None, (at_odds, self._traced_alone(beats), places))), ()))
                 return
             if stuck:
                 reason = self._note(reason or self._describe(beats, stuck), self._blamed or self._behind(beats, stuck))
@@ -144,7 +149,7 @@ class Pulse:
     def _exchange(self, counts: list[int], where: str) -> list["_Beat"]:
         """The beats of all workers, in rank order."""
         at_odds = next((links.at_odds for links in self._links if links.at_odds), "")
-        beat = [counts, self.stop_together.tell(), at_odds, where]
+        beat = [counts, self.stop_together.tell(), at_odds, where, [watched.traced() for watched in self._groups]]
         told = self._channel.all_gather("the pulse", beat, _PATIENCE * self.timeout_seconds)
         beats = [_Beat.read(each, name) for each, name in zip(told, self._cluster.names, strict=True)]
         self.stop_together.hear([beat.stopping for beat in beats])
@@ -221,11 +226,26 @@ class Pulse:
         behind = self._behind(beats, stuck)
         where = f"{self._cluster.name} has waited in a collective for {self.timeout_seconds:g} s."
         if not behind:
-            return f"{where} All workers wait, but not for the same: run the same program on every worker."
+            what = f"{where} All workers wait, but not for the same: run the same program on every worker."
+            return " ".join(filter(None, (what, self._traced_alone(beats))))
         return (
             f"{where} {self._cluster.describe(*behind)} did not arrive there. "
             "Look there whether it is stuck or elsewhere in the program, or give a longer timeout."
         )
+
+    def _traced_alone(self, beats: list["_Beat"]) -> str:
+        """Who has traced functions with collectives that others have not, if anybody has; else "". [Note: keys]"""
+        for told in zip(*(beat.traced for beat in beats), strict=False):
+            counts = [count for count, _ in told]
+            if len(set(counts)) > 1:
+                most = counts.index(max(counts))
+                others = [index for index, count in enumerate(counts) if count < counts[most]]
+                return (
+                    f"{self._cluster.names[most]} has traced {counts[most]} functions with collectives, the latest "
+                    f"{told[most][1]!r}, and {self._cluster.group(others)} {min(counts)}: perhaps it alone met new shapes. "
+                    "Let a function exchange the same, in the same order, for all shapes."
+                )
+        return ""
 
     def _abort(self, reason: str) -> None:
         for links in self._links:
@@ -243,13 +263,16 @@ class _Beat:
     stopping: list[bool | int]  # `AgreedStop.tell`
     at_odds: str  # how another worker's collective differs from its own
     where: str  # what it waits for
+    traced: list[tuple[int, str]]  # for each group: functions with its collectives, and the latest's name
 
     @classmethod
     def read(cls, told, name: str) -> "_Beat":
         """What was received of a worker; ValueError if it is no beat."""
-        if isinstance(told, list) and [type(each) for each in told] == [list, list, str, str]:
-            counts, stopping, at_odds, where = told
+        if isinstance(told, list) and [type(each) for each in told] == [list, list, str, str, list]:
+            counts, stopping, at_odds, where, traced = told
             kinds = [type(each) for each in stopping]
-            if kinds == [bool, bool, int] and all(type(count) is int for count in counts):
-                return cls(counts, stopping, at_odds, where)
+            pairs = [tuple(pair) for pair in traced if isinstance(pair, list)]
+            are_pairs = len(pairs) == len(traced) and all(tuple(map(type, pair)) == (int, str) for pair in pairs)
+            if kinds == [bool, bool, int] and all(type(count) is int for count in counts) and are_pairs:
+                return cls(counts, stopping, at_odds, where, pairs)
         raise ValueError(f"{name} sent a beat that cannot be read: {str(told)[:200]}. Start all workers again.")
