@@ -117,8 +117,8 @@ class Links:
         except _AtOddsError as error:
             names = self._cluster.names
             self.at_odds = (
-                f"The workers are at different collectives: number, bytes and key are {error.found} on {names[error.rank]}, "
-                f"{error.expected} on {self._cluster.name}. Run the same program on every worker."
+                f"The workers are at different collectives: number, bytes and key are {error.found} on "
+                f"{names[error.rank]}, {error.expected} on {self._cluster.name}. Run the same program on every worker."
             )
             self._closed.wait(self.timeout_seconds)
             raise RuntimeError(self._reason or self.at_odds) from None

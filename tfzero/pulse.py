@@ -242,8 +242,8 @@ class Pulse:
                 others = [index for index, count in enumerate(counts) if count < counts[most]]
                 return (
                     f"{self._cluster.names[most]} has traced {counts[most]} functions with collectives, the latest "
-                    f"{told[most][1]!r}, and {self._cluster.group(others)} {min(counts)}: perhaps it alone met new shapes. "
-                    "Let a function exchange the same, in the same order, for all shapes."
+                    f"{told[most][1]!r}, and {self._cluster.group(others)} {min(counts)}: perhaps it alone met new "
+                    "shapes. Let a function exchange the same, in the same order, for all shapes."
                 )
         return ""
 

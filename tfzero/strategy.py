@@ -22,11 +22,13 @@ from tfzero.settings import (
     Settings,
     check_bucket_bytes,
     check_compression,
+    check_exchange,
     check_number,
     check_overlap,
     check_reshard,
     check_stage,
     choose_devices,
+    choose_hint,
     choose_levels,
     configure_cpu_devices,
     find_cluster,
@@ -139,7 +141,9 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
             overlap_param_gather,
             compare_batches,
         )
-        self.levels = choose_levels(self.settings, 1 if cluster is None else len(cluster.addresses))
+        workers, self.hint = 1 if cluster is None else cluster.size, choose_hint(self.settings.device_type)
+        self.levels = choose_levels(self.settings, workers)
+        check_exchange(self.settings, workers, self.hint)
         self.optimizers: weakref.WeakSet = weakref.WeakSet()  # that were built for its variables
         self.announced: weakref.WeakSet = weakref.WeakSet()  # those that `fit` has printed a report of
         self.data_position: DataPosition | None = None  # for the next training data
@@ -150,7 +154,7 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         joined = join(cluster, self.settings.timeout_seconds)
         self.channel, self.saving_channel, self.links = joined.channel, joined.saving_channel, joined.links
         self.stop = AgreedStop() if joined.pulse is None else joined.pulse.stop_together
-        self.channel.agree("making a ZeroStrategy", asdict(self.settings), "settings")
+        self.channel.agree("making a ZeroStrategy", {**asdict(self.settings), "transport": self.hint}, "settings")
         joined.wait_at_most(self.settings.timeout_seconds)
         workers, on_loss = (1, print) if joined.pulse is None else (cluster.size, joined.pulse.hear_of_loss)
         self.comparison = BatchComparison(joined.batch_channel, workers, self.settings.compare_batches, on_loss)
