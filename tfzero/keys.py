@@ -15,7 +15,7 @@ the value travels flat, padded to the next of a fixed list of sizes, and each si
 
 import hashlib
 import weakref
-from dataclasses import dataclass
+from collections import Counter
 
 from tfzero import _compat_graphs
 
@@ -23,14 +23,6 @@ from tfzero import _compat_graphs
 SIZES = (0, *(2**k for k in range(63)))
 # Keys are positive int32: those of one shape below this, those of all sizes above.
 _SIZED = 2**30
-
-
-@dataclass(frozen=True)
-class Traced:
-    """How many functions with collectives a process has traced, and the name of the latest."""
-
-    count: int = 0
-    latest: str = ""
 
 
 class Keys:
@@ -47,7 +39,7 @@ class Keys:
         # How many collectives each local replica has put into a function.
         self._counts: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
         self._contents: dict[int, tuple] = {}  # what each key is for
-        self.traced = Traced()
+        self.traced: Counter[str] = Counter()  # how often functions with collectives were traced, by name
 
     def align(self) -> None:
         """Brings the local replicas' counts together, should an error within a function have left them apart."""
@@ -79,5 +71,5 @@ class Keys:
     def _counts_of(self, function) -> list[int]:
         if function not in self._counts:
             self._counts[function] = [0] * self._replicas
-            self.traced = Traced(self.traced.count + 1, getattr(function, "name", ""))
+            self.traced[getattr(function, "name", "")] += 1
         return self._counts[function]

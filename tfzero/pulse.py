@@ -53,10 +53,10 @@ class _Watched:
         self._counts = [count + count % 2 for count in self._counts] if group is None else group.lanes.counts()
         return self._counts
 
-    def traced(self) -> list[int | str]:
-        """How many functions with its collectives this worker has traced, and the latest's name. [Note: keys]"""
+    def traced(self) -> dict[str, int]:
+        """How often this worker has traced functions with its collectives, by name. [Note: keys]"""
         group = self._group()
-        return [0, ""] if group is None else [group.keys.traced.count, group.keys.traced.latest]
+        return {} if group is None else dict(group.keys.traced)
 
     def places(self) -> list[str]:
         """What its collectives in flight are for."""
@@ -226,25 +226,25 @@ class Pulse:
         behind = self._behind(beats, stuck)
         where = f"{self._cluster.name} has waited in a collective for {self.timeout_seconds:g} s."
         if not behind:
-            what = f"{where} All workers wait, but not for the same: run the same program on every worker."
-            return " ".join(filter(None, (what, self._traced_alone(beats))))
-        return (
-            f"{where} {self._cluster.describe(*behind)} did not arrive there. "
-            "Look there whether it is stuck or elsewhere in the program, or give a longer timeout."
-        )
+            what = "All workers wait, but not for the same: run the same program on every worker."
+        else:
+            what = (
+                f"{self._cluster.describe(*behind)} did not arrive there. "
+                "Look there whether it is stuck or elsewhere in the program, or give a longer timeout."
+            )
+        return " ".join(filter(None, (where, what, self._traced_alone(beats))))
 
     def _traced_alone(self, beats: list["_Beat"]) -> str:
-        """Who has traced functions with collectives that others have not, if anybody has; else "". [Note: keys]"""
+        """Which function one worker has traced more often than another, if there is one; else "". [Note: keys]"""
         for told in zip(*(beat.traced for beat in beats), strict=False):
-            counts = [count for count, _ in told]
-            if len(set(counts)) > 1:
-                most = counts.index(max(counts))
-                others = [index for index, count in enumerate(counts) if count < counts[most]]
-                return (
-                    f"{self._cluster.names[most]} has traced {counts[most]} functions with collectives, the latest "
-                    f"{told[most][1]!r}, and {self._cluster.group(others)} {min(counts)}: perhaps it alone met new "
-                    "shapes. Let a function exchange the same, in the same order, for all shapes."
-                )
+            for name in told[0]:
+                counts = [traced.get(name, 0) for traced in told]
+                if 0 < min(counts) < max(counts):
+                    who = ", ".join(f"{n} on {w}" for n, w in zip(counts, self._cluster.names, strict=True))
+                    return (
+                        f"The function {name!r} was traced so often: {who}. Where one worker alone meets new shapes, "
+                        "a function must exchange the same, in the same order, as before."
+                    )
         return ""
 
     def _abort(self, reason: str) -> None:
@@ -263,7 +263,7 @@ class _Beat:
     stopping: list[bool | int]  # `AgreedStop.tell`
     at_odds: str  # how another worker's collective differs from its own
     where: str  # what it waits for
-    traced: list[tuple[int, str]]  # for each group: functions with its collectives, and the latest's name
+    traced: list[dict[str, int]]  # `_Watched.traced`, of each group
 
     @classmethod
     def read(cls, told, name: str) -> "_Beat":
@@ -271,8 +271,8 @@ class _Beat:
         if isinstance(told, list) and [type(each) for each in told] == [list, list, str, str, list]:
             counts, stopping, at_odds, where, traced = told
             kinds = [type(each) for each in stopping]
-            pairs = [tuple(pair) for pair in traced if isinstance(pair, list)]
-            are_pairs = len(pairs) == len(traced) and all(tuple(map(type, pair)) == (int, str) for pair in pairs)
-            if kinds == [bool, bool, int] and all(type(count) is int for count in counts) and are_pairs:
-                return cls(counts, stopping, at_odds, where, pairs)
+            are_dicts = all(isinstance(each, dict) for each in traced)
+            numbers = [*counts, *(number for each in traced for number in each.values())] if are_dicts else [None]
+            if kinds == [bool, bool, int] and all(type(number) is int for number in numbers):
+                return cls(counts, stopping, at_odds, where, traced)
         raise ValueError(f"{name} sent a beat that cannot be read: {str(told)[:200]}. Start all workers again.")
