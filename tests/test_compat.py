@@ -443,8 +443,35 @@ def test_the_function_around_branches_and_loops_and_its_name():
         return tf.function(look)(x)
 
     step.get_concrete_function(tf.constant(1.0))
-    assert [graph.name for graph in found] == ["step", "step", "step", "look"], "the name of the Python function"
+    names = [_compat_graphs.name_of_function(graph) for graph in found]
+    assert names == ["step", "step", "step", "look"], "the name of the Python function"
     assert found[0] is found[1] is found[2] is not found[3]
+
+
+def test_functions_of_gradients_are_named_alike_in_all_processes():
+    """They hold the collectives of stage 3's gradients, where a replica calls a `tf.function`."""
+    found = []
+
+    @tf.custom_gradient
+    def look(x):
+        def gradient(upstream):
+            found.append(_compat_graphs.current_function())
+            return upstream
+
+        return x, gradient
+
+    for _ in range(2):
+
+        @tf.function(autograph=False)
+        def step(x):
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                y = tf.function(look, autograph=False)(x)
+            return tape.gradient(y, x)
+
+        step.get_concrete_function(tf.constant(1.0))
+    assert len({graph.name for graph in found}) == len(found) > 1, "TensorFlow numbers them"
+    assert {_compat_graphs.name_of_function(graph) for graph in found} == {found[0].name.split("_")[-2] + "'"}
 
 
 def test_the_stock_strategy_leaves_a_coordination_service_that_is_configured():

@@ -43,8 +43,8 @@ class Keys:
 
     def align(self) -> None:
         """Brings the local replicas' counts together, should an error within a function have left them apart."""
-        counts = self._counts_of(_compat_graphs.current_function())
-        counts[:] = [max(counts)] * self._replicas
+        counts = self._counts.get(_compat_graphs.current_function(), [])
+        counts[:] = [max(counts, default=0)] * len(counts)
 
     def take(self, replica: int, content: tuple, lane: int | None = None, is_sized: bool = False) -> tuple[int, int]:
         """Key and lane of a local replica's next collective in the function that is being traced.
@@ -60,7 +60,7 @@ class Keys:
         place = counts[replica]
         counts[replica] += 1
         lane = place % max(1, self._lanes - 1) if lane is None else lane % self._lanes
-        content = (getattr(function, "name", ""), place, lane, *content)
+        content = (_compat_graphs.name_of_function(function), place, lane, *content)
         number = int.from_bytes(hashlib.blake2b(repr(content).encode(), digest_size=8).digest())
         first, step = (_SIZED, len(SIZES)) if is_sized else (1, 1)
         count = (_SIZED - first % _SIZED) // step
@@ -71,5 +71,5 @@ class Keys:
     def _counts_of(self, function) -> list[int]:
         if function not in self._counts:
             self._counts[function] = [0] * self._replicas
-            self.traced[getattr(function, "name", "")] += 1
+            self.traced[_compat_graphs.name_of_function(function)] += 1
         return self._counts[function]
