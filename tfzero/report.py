@@ -207,9 +207,8 @@ def _compression(settings: Settings, group: Group) -> str:
         return "none"
     if not group.exchanges_encoded:
         return (
-            f"parameters travel as {settings.compression} where they are float32 matrices; gradients as they are, as "
-            "TensorFlow's NCCL cannot exchange what is encoded between processes"
-            + ("; sums are sent back encoded" if settings.stage == 0 else "")
+            f"{'sums of gradients' if settings.stage == 0 else 'parameters'} travel as {settings.compression} where "
+            f"they are float32 matrices; gradients as they are, which NCCL adds on the way"
         )
     parameters = {0: "", 3: "; replicas compute with encoded weights"}.get(
         settings.stage, "; parameters travel as differences, and owners keep 4/N bytes a parameter more"

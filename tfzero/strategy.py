@@ -71,7 +71,8 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
             with one scale for each 256 elements). Gradients are summed in float32. At stages 1 and 2 parameters travel
             as differences, and owners keep float32 master values (4/N bytes a parameter more); at stage 3 replicas
             compute with encoded weights, as in ZeRO++ (https://arxiv.org/abs/2306.10209). Vectors travel as they are,
-            and up to stage 2 also variables with a constraint and those that an owner updates whole.
+            and up to stage 2 also variables with a constraint and those that an owner updates whole. Between GPUs of
+            several processes only parameters travel encoded, gradients as they are.
         error_feedback: with "int8", whether replicas keep what the encoding of gradients has lost and add it to the
             next ones (4 bytes a parameter more).
         hierarchical: with several devices in each of several workers, whether gradients are summed within each worker
