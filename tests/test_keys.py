@@ -154,9 +154,9 @@ def gradients_of_functions(strategy):
 
 
 CASES = {
-    read_owned_slots: (1, 3),
-    save_and_audit: (3,),
-    batches_on_their_own: (1, 3),
+    read_owned_slots: (3,),
+    save_and_audit: (1,),
+    batches_on_their_own: (3,),
     gather_ragged_parts: (2,),
     functions_traced_by_one_worker_alone: (2,),
     gradients_of_functions: (3,),
