@@ -111,7 +111,7 @@ def test_collectives_at_odds_are_told_with_workers_and_places(tmp_path):
     assert time.monotonic() - began < 40
     assert done.returncode == 1, done.stdout + done.stderr
     for told in (
-        r"number and bytes are \(\d+, \d+\) on worker [01], \(\d+, \d+\) on worker [01]",
+        r"number, bytes and key are \(\d+, \d+, \d+\) on worker [01], \(\d+, \d+, \d+\) on worker [01]",
         "worker 0 was at the gradient of kernel",
         "worker 1 was at the norm of all gradients",
     ):

@@ -433,10 +433,73 @@ def test_an_array_shares_the_memory_of_its_tensor():
         np.testing.assert_array_equal(doubled(tf.constant(value)), 2 * value)
 
 
+def test_the_function_around_branches_and_loops_and_its_name():
+    found = []
+
+    def look(x):
+        found.append(_compat_graphs.current_function())
+        return x
+
+    @tf.function(autograph=False)
+    def step(x):
+        look(x)
+        tf.cond(x > 1, lambda: look(x), lambda: tf.while_loop(lambda i: i < 2, lambda i: look(i) + 1, [x])[0])
+        return tf.function(look)(x)
+
+    step.get_concrete_function(tf.constant(1.0))
+    names = [_compat_graphs.name_of_function(graph) for graph in found]
+    assert names == ["step", "step", "step", "look"], "the name of the Python function"
+    assert found[0] is found[1] is found[2] is not found[3]
+
+
+def test_functions_of_gradients_are_named_alike_in_all_processes():
+    """They hold the collectives of stage 3's gradients, where a replica calls a `tf.function`."""
+    found = []
+
+    @tf.custom_gradient
+    def look(x):
+        def gradient(upstream):
+            found.append(_compat_graphs.current_function())
+            return upstream
+
+        return x, gradient
+
+    for _ in range(2):
+
+        @tf.function(autograph=False)
+        def step(x):
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                y = tf.function(look, autograph=False)(x)
+            return tape.gradient(y, x)
+
+        step.get_concrete_function(tf.constant(1.0))
+    assert len({graph.name for graph in found}) == len(found) > 1, "TensorFlow numbers them"
+    assert {_compat_graphs.name_of_function(graph) for graph in found} == {found[0].name.split("_")[-2] + "'"}
+
+
 def test_the_stock_strategy_leaves_a_coordination_service_that_is_configured():
     assert callable(_compat_cluster.context.context().configure_coordination_service)
     source = inspect.getsource(_compat.CollectiveAllReduceExtended._initialize_multi_worker)
     assert "if context.context().coordination_service is None:" in source
+
+
+def test_nccl_is_configured_by_way_of_the_stock_strategy():
+    target = _compat_cluster.context.context()
+    source = inspect.getsource(_compat.CollectiveAllReduceExtended._initialize_multi_worker)
+    configured, started = (
+        source.index(f"context.context().{name}(") for name in ("configure_collective_ops", "enable_collective_ops")
+    )
+    assert configured < started, "before the server starts"
+    assert "use_nccl_communication" in inspect.signature(target.configure_collective_ops).parameters
+    assert "config.experimental.collective_nccl = True" in inspect.getsource(type(target).config.fget)
+    original = target.configure_collective_ops
+    with _compat_cluster.with_nccl(False):
+        assert target.configure_collective_ops == original
+    with _compat_cluster.with_nccl(True):
+        assert target.configure_collective_ops.keywords == {"use_nccl_communication": True}
+    assert target.configure_collective_ops == original
+    assert not _compat_cluster.uses_nccl()
 
 
 # `_compat_data.py`.

@@ -180,8 +180,8 @@ def test_links(cases):
     for case in cases:
         chance = random.Random(case)
         # The first exchange of a sum: their part of this worker's half, and then the sum of their half.
-        first = [links_module._HEADER.pack(1, 24), theirs[:3].tobytes()]
-        second = [links_module._HEADER.pack(2, 24), (mine + theirs)[3:].tobytes()]
+        first = [links_module._HEADER.pack(1, 24, 0), theirs[:3].tobytes()]
+        second = [links_module._HEADER.pack(2, 24, 0), (mine + theirs)[3:].tobytes()]
         pieces = [*first, *second]
         place = chance.choice((0, 2))  # of headers: payloads are guarded by TCP alone
         changed = draw(chance, pieces[place])
@@ -246,11 +246,11 @@ def test_a_pulse(cases, is_leader, monkeypatch):
     monkeypatch.setattr(threading, "excepthook", failed.append)
     clusters = make_clusters(2)
     own = 0 if is_leader else 1
-    beat = [[], [False, False, 0], "", ""]
+    beat = [[], [False, False, 0], "", "", []]
     for case in cases:
         chance = random.Random(case)
         strange = chance.choice(
-            (draw_json(chance), [[], [True, 5], "", ""], [*beat[:1], draw_json(chance), "", ""], beat)
+            (draw_json(chance), [[], [True, 5], "", "", []], [*beat[:1], draw_json(chance), "", "", []], beat)
         )
         value = strange if is_leader else [strange, beat]
         answer = {"topic": "the pulse", "value": value} if is_leader else {"values": value}

@@ -114,9 +114,20 @@ def test_workers_at_different_collectives_are_told(pair):
     ])  # fmt: skip
     for outcome in outcomes:
         assert type(outcome) is RuntimeError
-        assert "number and bytes are" in str(outcome)
-        assert re.search(r"\(1, \d+\) on worker [01], \(1, \d+\) on worker [01]", str(outcome))
+        assert "number, bytes and key are" in str(outcome)
+        assert re.search(r"\(1, \d+, 0\) on worker [01], \(1, \d+, 0\) on worker [01]", str(outcome))
         assert "Run the same program" in str(outcome)
+
+
+def test_workers_at_different_collectives_of_one_size_are_told(pair):
+    first, second = pair
+    outcomes = run_all([
+        lambda: first.all_gather(np.ones(10), np.empty((2, 10)), key=5),
+        lambda: second.all_gather(np.ones(10), np.empty((2, 10)), key=6),
+    ])  # fmt: skip
+    for outcome in outcomes:
+        assert type(outcome) is RuntimeError
+        assert re.search(r"\(1, 80, [56]\) on worker [01], \(1, 80, [56]\) on worker [01]", str(outcome))
 
 
 def test_a_lost_worker_is_named_by_who_closes(pair):

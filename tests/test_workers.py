@@ -515,8 +515,8 @@ def broken_reduction(strategy):
     group = type(strategy.extended.group)
     originals = group.reduce_scatter, group._reduce
 
-    def reduce(self, value, key, replica):
-        return value * self.world_size if value.dtype.is_floating else originals[1](self, value, key, replica)
+    def reduce(self, value, replica, size=None):
+        return value * self.world_size if value.dtype.is_floating else originals[1](self, value, replica, size)
 
     group.reduce_scatter = lambda self, rows, replica, *dtype: rows[self.rank(replica)] * self.world_size
     group._reduce = reduce

@@ -8,6 +8,7 @@ second one's first layer would wait for the first one's last layer, and that for
 """
 
 import contextlib
+import re
 from collections.abc import Callable, Sequence
 
 import tensorflow as tf
@@ -15,10 +16,35 @@ import tensorflow as tf
 # Tells which operations will wait for which, once a function has been traced.
 from tensorflow.python.framework import auto_control_deps
 
+# The graphs of branches and loops.
+from tensorflow.python.ops.control_flow_v2_func_graphs import ControlFlowFuncGraph
+
 # TensorFlow's attribute of an operation that runs as soon as its inputs are there.
 _RUNS_FREELY = "_independent_side_effects"
+# TensorFlow's name of a function that it makes for the gradient of another, which it numbers in each process
+# (`_backward_name` in tensorflow/python/eager/polymorphic_function/concrete_function.py).
+_NUMBERED = re.compile(r"__(?:forward|backward|inference)_(.+)_\d+")
 # Attribute of a graph: by device, what stands for the chain of the operations there.
 _CHAINS = "_tfzero_chains"
+
+
+def current_function():
+    """The graph of the function that is being traced, around all branches and loops."""
+    graph = tf.compat.v1.get_default_graph()
+    while isinstance(graph, ControlFlowFuncGraph):
+        graph = graph.outer_graph
+    return graph
+
+
+def name_of_function(graph) -> str:
+    """The name of a Python function, from what `current_function` gave; the same in all processes.
+
+    That of its gradient's function is marked by a prime. Of branches and loops TensorFlow's names have numbers.
+    """
+    name, primes = getattr(graph, "name", ""), ""
+    while match := _NUMBERED.fullmatch(name):
+        name, primes = match[1], primes + "'"
+    return name + primes
 
 
 def run_after(operation: tf.Operation, awaited: tf.Operation) -> None:

@@ -2,16 +2,7 @@
 
 The raw operations are TensorFlow's (`tensorflow/core/ops/collective_ops.cc`). What this module knows about them:
 
-[Note: keys] TensorFlow binds an instance key to operation, dtype and shape for the life of the process, and all
-members must use the same key for the same collective. Each replica takes keys from a counter of its own while it
-is traced; replicas trace the same program, so the counters agree. Keys are constants in the graph, therefore they
-work inside `tf.while_loop` and `tf.cond`. Where the shape is only known when the graph runs, the value travels flat,
-padded to the next of a fixed list of sizes, and each size has a key of its own.
-
-[Note: reduce-scatter] `CollectiveReduceScatterV2` exists for NCCL only, and adds 16-bit floats in 16 bits. Elsewhere,
-and for those, it is an all-to-all and a local sum: the same bytes on the wire. TensorFlow's CPU all-to-all fails with
-12 or more members in one process (its rendezvous keys become ambiguous); such groups reduce or gather everything and
-keep their row.
+Which of them carries what, and in which dtype, is the table of `ways.py`; their keys are `keys.py`'s.
 
 [Note: two levels] Of an all-to-all each of a worker's K replicas sends its rows to all other workers. With two levels
 the replicas of a worker first add up their rows: each those of the ranks that have its own place in their workers
@@ -38,19 +29,16 @@ from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
-from tfzero import _compat_graphs
+from tfzero import _compat_graphs, ways
+from tfzero.keys import SIZES, Keys
 from tfzero.lanes import LANES, Lanes
 from tfzero.links import Links
+from tfzero.ways import Place, Way
 
 # Far from the keys that TensorFlow's own collectives count up from 1.
 _group_keys = itertools.count(1_000_000)
-_MAX_ALL_TO_ALL_MEMBERS_PER_PROCESS = 11
-# Dtypes that travel as they are; all others travel in disguise. All-gather has no bfloat16.
-_REDUCED_DTYPES = (tf.bfloat16, tf.float16, tf.float32, tf.float64, tf.int32, tf.int64)
-_GATHERED_DTYPES = (tf.float16, tf.float32, tf.float64, tf.int32, tf.int64)
-_DISGUISES = {1: tf.uint8, 2: tf.float16, 4: tf.int32, 8: tf.int64}
-# [Note: keys] 64 sizes for values of unknown shape: powers of two from 1 to 2^62, and 0.
-_SIZES = 64
+# Rings exchange among so many members of one process. [Note: ways]
+_MOST_EXCHANGING = 11
 # [Note: small sums]
 _MOST_GATHERED_BYTES, _MOST_RECEIVED_BYTES = 2**16, 2**18
 # As many `Links`: for the usual lane and the backward one.
@@ -72,9 +60,10 @@ class Group:
         devices: this process's devices, one per local replica.
         world_size: number of replicas in all processes.
         first_rank: rank of this process's first replica.
-        hint: "RING" or "NCCL".
+        hint: "ring" or "nccl": TensorFlow compares it in lower case, and takes all else for "ring".
         two_level: whether sums are taken within each worker first. [Note: two levels]
         links: two `Links` that carry the collectives instead of TensorFlow's own, or none.
+        transport: whose ways of `ways.py` are taken; by default those of the hint.
     """
 
     def __init__(
@@ -85,17 +74,19 @@ class Group:
         hint: str,
         two_level: bool = False,
         links: Sequence[Links] = (),
+        transport: str = "",
     ) -> None:
         self.devices = tuple(devices)
         self.world_size = world_size
-        self.hint = hint
+        self.hint = hint.lower()
         self.links = tuple(links)
+        self.transport = transport or (ways.NCCL if self.hint == "nccl" else ways.RINGS)
         self._members_here = len(self.devices)
         self._ranks = [first_rank + replica for replica in range(len(self.devices))]
         self._group_keys = [next(_group_keys)] * len(self.devices)
-        self._next_keys = [1] * len(self.devices)
         self._launchers: dict = {}
-        lanes = 1 if hint == "NCCL" else LANES + 1
+        lanes = 1 if self.transport == ways.NCCL else LANES + 1
+        self.keys = Keys(len(self.devices), lanes)
         self.lanes = Lanes(self.devices, lanes, is_counted=len(self.devices) < world_size)
         self._is_silent = False
         self.within: Group | None = None
@@ -120,9 +111,21 @@ class Group:
         """Rank of a local replica."""
         return self._ranks[replica]
 
-    def align_keys(self) -> None:
-        """Brings the local replicas' key counters together, should a failed trace have left them apart."""
-        self._next_keys[:] = [max(self._next_keys)] * len(self.devices)
+    @property
+    def place(self) -> Place:
+        """Where its collectives run. [Note: ways]"""
+        is_crowded = self.transport == ways.RINGS and self._members_here > _MOST_EXCHANGING
+        processes = ways.SEVERAL if self.world_size > self._members_here else ways.ONE
+        return Place(ways.CROWDED if is_crowded else self.transport, processes)
+
+    @property
+    def exchanges_encoded(self) -> bool:
+        """Whether gradients can be exchanged encoded. [Note: ways]"""
+        return self.across.place.exchanges_encoded
+
+    def way(self, primitive: str, dtype: tf.DType) -> Way:
+        """The way that one of `ways.PRIMITIVES` takes here."""
+        return ways.choose(primitive, dtype.name, self.place)
 
     @contextlib.contextmanager
     def silenced(self):
@@ -149,14 +152,17 @@ class Group:
         """Sum over replicas of a tensor of any dtype, with the same shape on all of them."""
         if self._is_alone or value.shape.num_elements() == 0:
             return tf.identity(value)
-        if value.dtype not in _REDUCED_DTYPES:
-            wide = tf.int64 if value.dtype.is_integer or value.dtype.is_bool else tf.float64
-            return tf.cast(self.all_reduce(tf.cast(value, wide), replica), value.dtype)
+        if value.dtype.is_complex:
+            parts = self.all_reduce(tf.stack([tf.math.real(value), tf.math.imag(value)]), replica)
+            return tf.complex(parts[0], parts[1])
+        way = self.way(ways.ALL_REDUCE, value.dtype)
+        carried = _carried(value, way)
         if value.shape.is_fully_defined():
-            return self._reduce(value, self._take_key(replica), replica)
-        flat, key = self._pad_to_size(value, tf.size(value, tf.int64), replica)
-        summed = self._reduce(flat, key, replica)[: tf.size(value, tf.int64)]
-        return tf.ensure_shape(tf.reshape(summed, tf.shape(value)), value.shape)
+            return _restored(self._reduce(carried, replica), way, value.dtype)
+        flat, size = _pad_to_size(carried, tf.size(value, tf.int64))
+        summed = self._reduce(flat, replica, size)[: tf.size(value, tf.int64)]
+        whole = tf.ensure_shape(tf.reshape(summed, tf.shape(value)), value.shape)
+        return _restored(whole, way, value.dtype)
 
     def reduce_scatter(self, rows: tf.Tensor, replica: int, dtype: tf.DType | None = None) -> tf.Tensor:
         """Sum over replicas of this rank's row: `[world_size, n]` to `[n]`. Adds 16-bit floats in float32.
@@ -171,15 +177,15 @@ class Group:
             return tf.cast(rows[self.rank(replica)], dtype)
         if self.within is not None:
             return self.across.reduce_scatter(self.sum_within(rows, replica), replica, dtype)
-        is_narrow = rows.dtype in (tf.bfloat16, tf.float16)
-        if self.hint == "NCCL" and not is_narrow:
-            flat = tf.reshape(rows, [-1])
-            row = self._emit(tf.raw_ops.CollectiveReduceScatterV2, flat, replica, merge_op="Add", final_op="Id")
-            return tf.cast(tf.reshape(row, rows.shape[1:]), dtype)
-        if self._lacks_all_to_all:
-            return tf.cast(self.all_reduce(rows, replica)[self.rank(replica)], dtype)
-        received = self.all_to_all(rows, replica)
-        return tf.cast(tf.reduce_sum(tf.cast(received, tf.float32) if is_narrow else received, 0), dtype)
+        way = self.way(ways.REDUCE_SCATTER, rows.dtype)
+        if way.operation == ways.ALL_TO_ALL:
+            received = self.all_to_all(rows, replica)
+            is_narrow = rows.dtype in (tf.bfloat16, tf.float16)
+            return tf.cast(tf.reduce_sum(tf.cast(received, tf.float32) if is_narrow else received, 0), dtype)
+        carried = _carried(rows, way)
+        if way.operation == ways.ALL_REDUCE:
+            return tf.cast(self.all_reduce(carried, replica)[self.rank(replica)], dtype)
+        return tf.cast(self._scatter_sum(carried, replica), dtype)
 
     def sum_within(self, rows: tf.Tensor, replica: int) -> tf.Tensor:
         """The first of two levels: `[world_size, n]` to the rows that are left to be exchanged by `across`.
@@ -197,9 +203,11 @@ class Group:
         """Row `r` goes to rank `r`; the row that comes from rank `r` takes its place: `[world_size, n]` to the same."""
         if self._is_alone:
             return rows
-        if self._lacks_all_to_all:
+        way = self.way(ways.ALL_TO_ALL, rows.dtype)
+        if way.operation == ways.ALL_GATHER:
             return self.all_gather(rows, replica)[:, self.rank(replica)]
-        return self._emit(tf.raw_ops.CollectiveAllToAllV2, rows, replica)
+        received = self._emit(tf.raw_ops.CollectiveAllToAllV2, _carried(rows, way), replica)
+        return _restored(received, way, rows.dtype)
 
     def all_gather(self, row: tf.Tensor, replica: int, backward: bool = False) -> tf.Tensor:
         """Every rank's row: `[n]` to `[world_size, n]`, for a static shape and any dtype.
@@ -208,41 +216,31 @@ class Group:
         """
         if self._is_alone:
             return tf.stack([row] * self.world_size)
-        if row.dtype not in _GATHERED_DTYPES:
-            return self._gather_disguised(row, replica, backward)
-        gathered = self._emit(tf.raw_ops.CollectiveGatherV2, row, replica, lane=-1 if backward else None)
-        return tf.reshape(gathered, [self.world_size, *row.shape])
+        way = self.way(ways.ALL_GATHER, row.dtype)
+        carried, lane = _carried(row, way), -1 if backward else None
+        gathered = self._emit(tf.raw_ops.CollectiveGatherV2, carried, replica, lane=lane)
+        return _restored(tf.reshape(gathered, [self.world_size, *row.shape]), way, row.dtype)
 
     def all_gather_parts(self, value: tf.Tensor, replica: int) -> list[tf.Tensor]:
         """Every rank's tensor, in rank order; their shapes may differ, also from step to step, but not the rank."""
         if self._is_alone:
             return [value] * self.world_size
-        if value.dtype.size is not None and value.dtype.size == 1:
-            wide = self.all_gather_parts(tf.cast(value, tf.int32), replica)
-            return [tf.cast(part, value.dtype) for part in wide]
+        way = self.way(ways.ALL_GATHER, value.dtype)
         shapes = self.all_gather(tf.reshape(tf.shape(value, tf.int64), [-1]), replica)  # [world_size, rank]
         sizes = tf.reduce_prod(shapes, 1)
-        disguise = value.dtype if value.dtype in _GATHERED_DTYPES else _DISGUISES[value.dtype.size]
-        flat, key = self._pad_to_size(tf.bitcast(value, disguise), tf.reduce_max(sizes), replica)
-        gathered = self._emit(tf.raw_ops.CollectiveGatherV2, flat, replica, key=key)
+        flat, size = _pad_to_size(_carried(value, way), tf.reduce_max(sizes))
+        gathered = self._emit(tf.raw_ops.CollectiveGatherV2, flat, replica, size)
         rows = tf.reshape(gathered, [self.world_size, -1])
         parts = [tf.reshape(rows[k, : sizes[k]], shapes[k]) for k in range(self.world_size)]
         static = [None, *value.shape[1:]] if value.shape.rank else []
-        return [tf.ensure_shape(tf.bitcast(part, value.dtype), static) for part in parts]
+        return [tf.ensure_shape(_restored(part, way, value.dtype), static) for part in parts]
 
     def broadcast(self, value: tf.Tensor, replica: int) -> tf.Tensor:
         """Rank 0's value on all, for a static shape and any dtype."""
         if self._is_alone or value.shape.num_elements() == 0:
             return tf.identity(value)
-        if value.dtype in (tf.float16, tf.float32, tf.float64, tf.int32, tf.int64):
-            return self._broadcast(value, replica)
-        if value.dtype.size == 1:
-            return tf.cast(self._broadcast(tf.cast(value, tf.int32), replica), value.dtype)
-        return tf.bitcast(self._broadcast(tf.bitcast(value, _DISGUISES[value.dtype.size]), replica), value.dtype)
-
-    @property
-    def _lacks_all_to_all(self) -> bool:
-        return self.hint != "NCCL" and self._members_here > _MAX_ALL_TO_ALL_MEMBERS_PER_PROCESS
+        way = self.way(ways.BROADCAST, value.dtype)
+        return _restored(self._broadcast(_carried(value, way), replica), way, value.dtype)
 
     def launch(self, method: Callable, values: Sequence, *args) -> list:
         """Runs one collective for all local replicas at once, from outside a replica; gives one result for each.
@@ -252,8 +250,8 @@ class Group:
             values: one tensor per local replica.
         """
 
-        def parts(*tensors):
-            self.align_keys()
+        def collective(*tensors):
+            self.keys.align()
             results = []
             for replica, tensor in enumerate(tensors):
                 with tf.device(self.devices[replica]):
@@ -261,40 +259,31 @@ class Group:
             return results
 
         if not tf.executing_eagerly():
-            return parts(*values)
+            return collective(*values)
         tensors = [tf.convert_to_tensor(value) for value in values]
-        signature = (method, args, self._is_silent, tuple((t.dtype, tuple(t.shape)) for t in tensors))
+        is_ragged = method == self.all_gather_parts  # of a size that another worker may have seen before
+        specs = tuple(tf.TensorSpec([None] * t.shape.rank if is_ragged else t.shape, t.dtype) for t in tensors)
+        signature = (method, args, self._is_silent, specs)
         if signature not in self._launchers:
-            specs = [tf.TensorSpec(t.shape, t.dtype) for t in tensors]
-            self._launchers[signature] = tf.function(parts, autograph=False).get_concrete_function(*specs)
+            self._launchers[signature] = tf.function(collective, autograph=False).get_concrete_function(*specs)
         return self._launchers[signature](*tensors)
 
-    def _take_key(self, replica: int, count: int = 1) -> int:
-        key = self._next_keys[replica]
-        self._next_keys[replica] += count
-        return key
-
-    def _pad_to_size(self, value: tf.Tensor, elements: tf.Tensor, replica: int) -> tuple[tf.Tensor, tf.Tensor]:
-        """Flattens and pads to a power of two of at least `elements`; also the key of that size. [Note: keys]"""
-        sizes = tf.constant([0, *(2**k for k in range(_SIZES - 1))], tf.int64)
-        size_index = tf.searchsorted(sizes, elements[tf.newaxis])[0]
-        flat = tf.reshape(value, [-1])
-        padded = tf.pad(flat, [[0, sizes[size_index] - tf.size(flat, tf.int64)]])
-        return padded, self._take_key(replica, _SIZES) + size_index
-
     def _emit(
-        self, operation: Callable, value: tf.Tensor, replica: int, key=None, lane: int | None = None, **attributes
+        self, operation: Callable, value: tf.Tensor, replica: int, size=None, lane: int | None = None, **attributes
     ) -> tf.Tensor:
+        """Puts an operation into the graph. `size` is the index of that of `SIZES` to which a value is padded."""
+        shape = None if size is not None else tuple(value.shape)
+        content = (operation.__name__, value.dtype.name, shape)
+        key, lane_of_key = self.keys.take(replica, content, lane, is_sized=size is not None)
         if self.links:
-            return self._emit_over_links(operation, value, replica, 0 if lane is None else lane)
-        if lane is None:
-            lane = self._next_keys[replica] % max(1, len(self.lanes.tokens[replica]) - 1)
+            return self._emit_over_links(operation, value, replica, 0 if lane is None else lane, key)
+        lane = lane_of_key
         with tf.device(self.devices[replica]), self.lanes.counted(replica, lane, value) as ended:
             result = operation(
                 input=value,
                 group_size=self.world_size,
                 group_key=self._group_keys[replica],
-                instance_key=self._take_key(replica) if key is None else key,
+                instance_key=key if size is None else key + size,
                 ordering_token=[self.lanes.tokens[replica][lane].handle],
                 communication_hint=self.hint,
                 **attributes,
@@ -302,10 +291,10 @@ class Group:
             ended(result)
         return self.lanes.noted(result, replica, lane)
 
-    def _emit_over_links(self, operation: Callable, value: tf.Tensor, replica: int, lane: int) -> tf.Tensor:
+    def _emit_over_links(self, operation: Callable, value: tf.Tensor, replica: int, lane: int, key: int) -> tf.Tensor:
         """The same collective over links. Those of one lane are in order, as their counts are. [Note: links]"""
         method = _OVER_LINKS[operation]
-        run = functools.partial(method, self.links[lane])
+        run = functools.partial(method, self.links[lane], key=key)
         rows = [self.world_size] if operation is tf.raw_ops.CollectiveGatherV2 else []
         with tf.device(self.devices[replica]), self.lanes.counted(replica, lane, value) as ended:
             flat = tf.reshape(value, [-1])
@@ -317,33 +306,56 @@ class Group:
     def sums_by_gathering(self, size_bytes: int) -> bool:
         """Whether so many bytes are summed without a ring. [Note: small sums]"""
         limit = min(_MOST_GATHERED_BYTES, _MOST_RECEIVED_BYTES // max(1, self.world_size - 1))
-        return self.lanes.is_counted and self.hint != "NCCL" and size_bytes <= limit
+        return self.lanes.is_counted and self.transport != ways.NCCL and size_bytes <= limit
 
-    def _reduce(self, value: tf.Tensor, key, replica: int) -> tf.Tensor:
+    def _reduce(self, value: tf.Tensor, replica: int, size=None) -> tf.Tensor:
         elements = value.shape.num_elements() or 1
-        gathers = value.dtype in _GATHERED_DTYPES and self.sums_by_gathering(elements * value.dtype.size)
-        if gathers and elements > 1:
-            flat = tf.reshape(value, [-1])
-            rows = self._emit(tf.raw_ops.CollectiveGatherV2, flat, replica, key=key)
+        is_gathered_as_it_is = not self.way(ways.ALL_GATHER, value.dtype).dtype
+        if elements > 1 and is_gathered_as_it_is and self.sums_by_gathering(elements * value.dtype.size):
+            rows = self._emit(tf.raw_ops.CollectiveGatherV2, tf.reshape(value, [-1]), replica)
             return tf.reduce_sum(tf.reshape(rows, [self.world_size, *value.shape]), 0)
-        return self._emit(tf.raw_ops.CollectiveReduceV2, value, replica, key=key, merge_op="Add", final_op="Id")
+        return self._emit(tf.raw_ops.CollectiveReduceV2, value, replica, size, merge_op="Add", final_op="Id")
 
-    def _gather_disguised(self, row: tf.Tensor, replica: int, backward: bool) -> tf.Tensor:
-        if row.dtype.size == 1:
-            return tf.cast(self.all_gather(tf.cast(row, tf.int32), replica, backward), row.dtype)
-        return tf.bitcast(self.all_gather(tf.bitcast(row, _DISGUISES[row.dtype.size]), replica, backward), row.dtype)
+    def _scatter_sum(self, rows: tf.Tensor, replica: int) -> tf.Tensor:
+        """TensorFlow's own reduce-scatter, which NCCL alone has."""
+        flat = tf.reshape(rows, [-1])
+        row = self._emit(tf.raw_ops.CollectiveReduceScatterV2, flat, replica, merge_op="Add", final_op="Id")
+        return tf.reshape(row, rows.shape[1:])
 
     def _broadcast(self, value: tf.Tensor, replica: int) -> tf.Tensor:
+        key, lane = self.keys.take(replica, ("Broadcast", value.dtype.name, tuple(value.shape)), lane=0)
         attributes = {
             "group_size": self.world_size,
             "group_key": self._group_keys[replica],
-            "instance_key": self._take_key(replica),
+            "instance_key": key,
             "communication_hint": self.hint,
         }
-        with tf.device(self.devices[replica]), self.lanes.counted(replica, 0, value) as ended:
+        with tf.device(self.devices[replica]), self.lanes.counted(replica, lane, value) as ended:
             if self.rank(replica) == 0:
                 result = tf.raw_ops.CollectiveBcastSendV2(input=value, **attributes)
             else:
                 result = tf.raw_ops.CollectiveBcastRecvV2(T=value.dtype, shape=value.shape, **attributes)
             ended(result)
         return result
+
+
+def _carried(value: tf.Tensor, way: Way) -> tf.Tensor:
+    """A value in the dtype in which it is carried."""
+    if not way.dtype:
+        return value
+    return tf.bitcast(value, way.dtype) if way.is_disguise else tf.cast(value, way.dtype)
+
+
+def _restored(value: tf.Tensor, way: Way, dtype: tf.DType) -> tf.Tensor:
+    """What was carried, in its own dtype again."""
+    if not way.dtype:
+        return value
+    return tf.bitcast(value, dtype) if way.is_disguise else tf.cast(value, dtype)
+
+
+def _pad_to_size(value: tf.Tensor, elements: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Flattens and pads to the least of `SIZES` that is at least `elements`; also that one's index. [Note: keys]"""
+    sizes = tf.constant(SIZES, tf.int64)
+    index = tf.searchsorted(sizes, elements[tf.newaxis])[0]
+    flat = tf.reshape(value, [-1])
+    return tf.pad(flat, [[0, sizes[index] - tf.size(flat, tf.int64)]]), index

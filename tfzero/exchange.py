@@ -118,15 +118,22 @@ class Exchange:
             return payload
 
         own = {s.index: gradients[s.index] for s in bucket.segments if s.index in gradients}
+        if not self.group.exchanges_encoded:
+            row = self.group.reduce_scatter(as_rows_of_ranks(own), self.replica)
+            return self._gathered_encoded(bucket, row) if is_whole else row
         if self.group.within is None:
             payload = tf.function(encode, jit_compile=True, autograph=False)(own)
         else:
             payload = codec.encode(self.group.sum_within(as_rows_of_ranks(own), self.replica))
         row = codec.decode_sum(self.group.across.all_to_all(payload, self.replica), width)
-        if is_whole:
-            gathered = self.group.all_gather(codec.encode(row[tf.newaxis])[0], self.replica)
-            row = tf.reshape(codec.decode(gathered, width), [-1])[: bucket.row_elements]
+        row = self._gathered_encoded(bucket, row) if is_whole else row
         return tf.cast(row, tf.as_dtype(bucket.dtype))
+
+    def _gathered_encoded(self, bucket: Bucket, row: tf.Tensor) -> tf.Tensor:
+        """All of a whole bucket, of which each replica has summed up a row."""
+        gathered = self.group.all_gather(self.wire.codec.encode(row[tf.newaxis])[0], self.replica)
+        flat = tf.reshape(self.wire.codec.decode(gathered, row.shape[0], row.dtype), [-1])
+        return flat[: bucket.row_elements]
 
     # Parameters.
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
-from tfzero import _compat, _compat_graphs
+from tfzero import _compat, _compat_cluster, _compat_graphs
 from tfzero.channel import Channel
 from tfzero.cluster import Cluster
 from tfzero.collectives import Group
@@ -28,7 +28,7 @@ from tfzero.inputs import (
     rows_of,
 )
 from tfzero.network import DEFAULT_BUCKET_BYTES, Network, measure_network
-from tfzero.settings import Choice, Settings
+from tfzero.settings import Choice, Settings, gpus_have_nccl
 from tfzero.variables import ShardedParameter, VariableView
 
 _EAGER = (
@@ -60,14 +60,16 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
         self._enable_check_health = False
         resolver = None if cluster is None else _resolver(cluster)
         options = tf.distribute.experimental.CommunicationOptions()
-        super().__init__(strategy, resolver, options, devices=None if cluster else list(devices))
+        # The process is configured once, whichever devices its first strategy takes.
+        with _compat_cluster.with_nccl(cluster is not None and gpus_have_nccl()):
+            super().__init__(strategy, resolver, options, devices=None if cluster else list(devices))
         self._cut_datasets: weakref.WeakSet = weakref.WeakSet()
         self.seats = Seats(self._id_in_cluster, self._num_workers, len(self.worker_devices))
         self.group = Group(
             self.worker_devices,
             self._num_replicas_in_sync,
             self._id_in_cluster * len(self.worker_devices),
-            "NCCL" if strategy.settings.device_type == "GPU" else "RING",
+            strategy.hint,
             strategy.levels.value,
             strategy.links if len(self.worker_devices) == 1 and strategy.settings.device_type == "CPU" else (),
         )
@@ -110,9 +112,10 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
         return tf.executing_eagerly()
 
     def _call_for_each_replica(self, fn, args, kwargs):
-        self.group.align_keys()
-        if len(self.worker_devices) > 1 and not tf.executing_eagerly():
-            _compat_graphs.chain_by_device(tf.compat.v1.get_default_graph(), self.worker_devices)
+        if not tf.executing_eagerly():
+            self.group.keys.align()
+            if len(self.worker_devices) > 1:
+                _compat_graphs.chain_by_device(tf.compat.v1.get_default_graph(), self.worker_devices)
         return super()._call_for_each_replica(fn, args, kwargs)
 
     def replica_collective(self, method, value, *args):

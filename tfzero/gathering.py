@@ -134,7 +134,7 @@ class Gatherer:
         @tf.custom_gradient
         def scatter(whole):
             rows = as_rows(whole, self._group.world_size)
-            if codec is None:
+            if codec is None or not self._group.exchanges_encoded:
                 summed = self._collective(self._group.reduce_scatter, rows, shard.dtype)
             else:
                 rows = self._collective(self._group.sum_within, rows)

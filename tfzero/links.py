@@ -26,7 +26,7 @@ from tfzero.handshake import call, hear, make_secret, read_secret
 from tfzero.meeting import HELLO_SECONDS, RETRY_SECONDS, callers, dial, listen
 from tfzero.messages import seconds_left
 
-_HEADER = struct.Struct("!QQ")  # number of the exchange, bytes
+_HEADER = struct.Struct("!QQI")  # number of the exchange, bytes, key
 _CHUNK_BYTES = 2**21  # as many are received before they are added
 _PART_BYTES = 2**19  # handed to the kernel at once
 
@@ -66,33 +66,34 @@ class Links:
             for connection in self._connections.values():
                 connection.close()
 
-    # Arrays are contiguous, of the same shape and dtype on all workers, and may be flattened. Each method raises
-    # ConnectionError if a worker is lost, and RuntimeError if another is at a different collective.
+    # Arrays are contiguous, of the same shape and dtype on all workers, and may be flattened; `key` tells which
+    # collective it is. Each method raises ConnectionError if a worker is lost, and RuntimeError if another is at a
+    # different collective.
 
-    def all_reduce(self, value: np.ndarray, out: np.ndarray) -> None:
+    def all_reduce(self, value: np.ndarray, out: np.ndarray, key: int = 0) -> None:
         """Sum over workers, always added in rank order, into `out` of the same shape."""
         parts, sums = (np.array_split(array.reshape(-1), self._cluster.size) for array in (value, out))
-        self._sum(parts, sums[self._cluster.index])
-        self._gather(sums)
+        self._sum(parts, sums[self._cluster.index], key)
+        self._gather(sums, key)
 
-    def all_gather(self, value: np.ndarray, out: np.ndarray) -> None:
+    def all_gather(self, value: np.ndarray, out: np.ndarray, key: int = 0) -> None:
         """Every worker's value, into `out` of shape `[workers, *value.shape]`."""
         parts = out.reshape(self._cluster.size, value.size)
         parts[self._cluster.index] = value.reshape(-1)
-        self._gather(list(parts))
+        self._gather(list(parts), key)
 
-    def all_to_all(self, value: np.ndarray, out: np.ndarray) -> None:
+    def all_to_all(self, value: np.ndarray, out: np.ndarray, key: int = 0) -> None:
         """Row `r` goes to worker `r`, into its `out`, of the same shape, at this worker's place."""
         rank, size = self._cluster.index, self._cluster.size
         sent, received = (array.reshape(size, value.size // size) for array in (value, out))
         received[rank] = sent[rank]
-        self._exchange(sent, received)
+        self._exchange(sent, received, key)
 
-    def _gather(self, parts: Sequence[np.ndarray]) -> None:
+    def _gather(self, parts: Sequence[np.ndarray], key: int) -> None:
         """Each worker's part goes to all others, to the same place."""
-        self._exchange([parts[self._cluster.index]] * len(parts), parts)
+        self._exchange([parts[self._cluster.index]] * len(parts), parts, key)
 
-    def _sum(self, parts: Sequence[np.ndarray], out: np.ndarray) -> None:
+    def _sum(self, parts: Sequence[np.ndarray], out: np.ndarray, key: int) -> None:
         """Each worker's sum of the parts that are its own; part `r` is that of worker `r`."""
         rank, size = self._cluster.index, self._cluster.size
         step = max(1, _CHUNK_BYTES // out.itemsize // (size - 1))
@@ -102,22 +103,22 @@ class Links:
         for begin in range(0, max(part.size for part in parts), step):
             total = out[begin : begin + step]
             received = [row[: total.size] for row in scratch]
-            self._exchange([part[begin : begin + step] for part in parts], received)
+            self._exchange([part[begin : begin + step] for part in parts], received, key)
             received[rank] = parts[rank][begin : begin + step]
             np.add(received[0], received[1], out=total)
             for term in received[2:]:
                 np.add(total, term, out=total)
 
-    def _exchange(self, sent: Sequence[np.ndarray], received: Sequence[np.ndarray]) -> None:
+    def _exchange(self, sent: Sequence[np.ndarray], received: Sequence[np.ndarray], key: int) -> None:
         """Sends each other worker its array of `sent`, and fills that worker's of `received`; places are ranks."""
         try:
             with self._in_use:
-                self._move(sent, received)
+                self._move(sent, received, key)
         except _AtOddsError as error:
             names = self._cluster.names
             self.at_odds = (
-                f"The workers are at different collectives: number and bytes are {error.found} on {names[error.rank]}, "
-                f"{error.expected} on {self._cluster.name}. Run the same program on every worker."
+                f"The workers are at different collectives: number, bytes and key are {error.found} on "
+                f"{names[error.rank]}, {error.expected} on {self._cluster.name}. Run the same program on every worker."
             )
             self._closed.wait(self.timeout_seconds)
             raise RuntimeError(self._reason or self.at_odds) from None
@@ -126,10 +127,10 @@ class Links:
             self._closed.wait(self.timeout_seconds)
             raise ConnectionError(self._reason or f"{self._cluster.name} lost another worker: {error}") from None
 
-    def _move(self, sent: Sequence[np.ndarray], received: Sequence[np.ndarray]) -> None:
+    def _move(self, sent: Sequence[np.ndarray], received: Sequence[np.ndarray], key: int) -> None:
         self._exchanges += 1
-        connections = self._connections.items()
-        flows = [_Flow(each, rank, self._exchanges, sent[rank], received[rank]) for rank, each in connections]
+        place = (self._exchanges, key)
+        flows = [_Flow(each, rank, place, sent[rank], received[rank]) for rank, each in self._connections.items()]
         while flows := [flow for flow in flows if flow.events]:
             if not any([flow.move() for flow in flows]):
                 self._wait(flows)
@@ -155,13 +156,14 @@ class _Flow:
     """What one exchange sends to another worker and receives from it."""
 
     def __init__(
-        self, connection: socket.socket, rank: int, number: int, sent: np.ndarray, received: np.ndarray
+        self, connection: socket.socket, rank: int, place: tuple[int, int], sent: np.ndarray, received: np.ndarray
     ) -> None:
         self.connection = connection
         self._rank = rank
-        self._out = [_HEADER.pack(number, sent.nbytes), _bytes(sent)] if sent.size else []
+        number, key = place
+        self._out = [_HEADER.pack(number, sent.nbytes, key), _bytes(sent)] if sent.size else []
         self._in = [memoryview(bytearray(_HEADER.size)), _bytes(received)] if received.size else []
-        self._expected = _HEADER.pack(number, received.nbytes)
+        self._expected = _HEADER.pack(number, received.nbytes, key)
         self._header = self._in[0] if self._in else None
 
     @property

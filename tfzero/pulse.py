@@ -55,6 +55,11 @@ class _Watched:
         self._counts = [count + count % 2 for count in self._counts] if group is None else group.lanes.counts()
         return self._counts
 
+    def traced(self) -> dict[str, int]:
+        """How often this worker has traced functions with its collectives, by name. [Note: keys]"""
+        group = self._group()
+        return {} if group is None else dict(group.keys.traced)
+
     def places(self) -> list[str]:
         """What its collectives in flight are for."""
         group = self._group()
@@ -136,7 +141,7 @@ class Pulse:
             if at_odds and not reason:
                 places = " ".join(beat.where for beat in beats if beat.where)
                 self.programs_differ = True
-                self._abort(self._note(f"{at_odds} {places}", ()))
+                self._abort(self._note(" ".join(filter(None, (at_odds, self._traced_alone(beats), places))), ()))
                 return
             if stuck:
                 reason = self._note(reason or self._describe(beats, stuck), self._blamed or self._behind(beats, stuck))
@@ -146,7 +151,7 @@ class Pulse:
     def _exchange(self, counts: list[int], where: str) -> list["_Beat"]:
         """The beats of all workers, in rank order."""
         at_odds = next((links.at_odds for links in self._links if links.at_odds), "")
-        beat = [counts, self.stop_together.tell(), at_odds, where]
+        beat = [counts, self.stop_together.tell(), at_odds, where, [watched.traced() for watched in self._groups]]
         told = self._channel.all_gather("the pulse", beat, _PATIENCE * self.timeout_seconds)
         beats = [_Beat.read(each, name) for each, name in zip(told, self._cluster.names, strict=True)]
         self.stop_together.hear([beat.stopping for beat in beats])
@@ -223,11 +228,26 @@ class Pulse:
         behind = self._behind(beats, stuck)
         where = f"{self._cluster.name} has waited in a collective for {self.timeout_seconds:g} s."
         if not behind:
-            return f"{where} {NOT_FOR_THE_SAME}: run the same program on every worker."
-        return (
-            f"{where} {self._cluster.describe(*behind)} did not arrive there. "
-            "Look there whether it is stuck or elsewhere in the program, or give a longer timeout."
-        )
+            what = f"{NOT_FOR_THE_SAME}: run the same program on every worker."
+        else:
+            what = (
+                f"{self._cluster.describe(*behind)} did not arrive there. "
+                "Look there whether it is stuck or elsewhere in the program, or give a longer timeout."
+            )
+        return " ".join(filter(None, (where, what, self._traced_alone(beats))))
+
+    def _traced_alone(self, beats: list["_Beat"]) -> str:
+        """Which function one worker has traced more often than another, if there is one; else "". [Note: keys]"""
+        for told in zip(*(beat.traced for beat in beats), strict=False):
+            for name in told[0]:
+                counts = [traced.get(name, 0) for traced in told]
+                if 0 < min(counts) < max(counts):
+                    who = ", ".join(f"{n} on {w}" for n, w in zip(counts, self._cluster.names, strict=True))
+                    return (
+                        f"The function {name!r} was traced so often: {who}. Where one worker alone meets new shapes, "
+                        "a function must exchange the same, in the same order, as before."
+                    )
+        return ""
 
     def _abort(self, reason: str) -> None:
         for links in self._links:
@@ -245,13 +265,16 @@ class _Beat:
     stopping: list[bool | int]  # `AgreedStop.tell`
     at_odds: str  # how another worker's collective differs from its own
     where: str  # what it waits for
+    traced: list[dict[str, int]]  # `_Watched.traced`, of each group
 
     @classmethod
     def read(cls, told, name: str) -> "_Beat":
         """What was received of a worker; ValueError if it is no beat."""
-        if isinstance(told, list) and [type(each) for each in told] == [list, list, str, str]:
-            counts, stopping, at_odds, where = told
+        if isinstance(told, list) and [type(each) for each in told] == [list, list, str, str, list]:
+            counts, stopping, at_odds, where, traced = told
             kinds = [type(each) for each in stopping]
-            if kinds == [bool, bool, int] and all(type(count) is int for count in counts):
-                return cls(counts, stopping, at_odds, where)
+            are_dicts = all(isinstance(each, dict) for each in traced)
+            numbers = [*counts, *(number for each in traced for number in each.values())] if are_dicts else [None]
+            if kinds == [bool, bool, int] and all(type(number) is int for number in numbers):
+                return cls(counts, stopping, at_odds, where, traced)
         raise ValueError(f"{name} sent a beat that cannot be read: {str(told)[:200]}. Start all workers again.")

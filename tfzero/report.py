@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import keras
 import tensorflow as tf
 
+from tfzero import ways
 from tfzero.collectives import Group
 from tfzero.packing import owned_columns
 from tfzero.plan import Bucket, Placement, shard_elements
@@ -146,7 +147,7 @@ def _effects(settings: Settings, group: Group, levels: Choice, worker: str, trai
         "min_shard_elements": f"{settings.min_shard_elements}; {len(whole)} smaller variables stay whole",
         "timeout_seconds": f"workers wait {settings.timeout_seconds:g} s for each other",
         "reshard_after_forward": _resharding(settings),
-        "compression": _compression(settings),
+        "compression": _compression(settings, group),
         "error_feedback": feedback if settings.error_feedback else "off",
         "hierarchical": f"{'two levels' if levels.value else 'one level'}: {levels.reason}",
         "overlap_param_gather": _LATE if settings.overlap_param_gather else "off",
@@ -175,8 +176,9 @@ def _resharding(settings: Settings) -> str:
 def _algorithm(group: Group) -> str:
     if group.world_size == 1:
         return "one replica exchanges nothing"
-    if group.hint == "NCCL":
-        return "NCCL; reduce-scatter is its own, of 16-bit floats an all-to-all and a sum in float32"
+    if group.transport == ways.NCCL:
+        narrow = "an all-to-all and a sum" if group.across.place.processes == ways.ONE else "its own too,"
+        return f"NCCL; reduce-scatter is its own, of 16-bit floats {narrow} in float32"
     if group.links:
         return "all-to-all and all-gather over connections between every two workers, sums in rank order"
     between = "" if group.world_size == len(group.devices) else "; sums of up to 64 KiB are gathered and added"
@@ -200,9 +202,14 @@ def _whole_names(trained: Trained, settings: Settings) -> list[str]:
     ]
 
 
-def _compression(settings: Settings) -> str:
+def _compression(settings: Settings, group: Group) -> str:
     if settings.compression is None:
         return "none"
+    if not group.exchanges_encoded:
+        return (
+            f"{'sums of gradients' if settings.stage == 0 else 'parameters'} travel as {settings.compression} where "
+            f"they are float32 matrices; gradients as they are, which NCCL adds on the way"
+        )
     parameters = {0: "", 3: "; replicas compute with encoded weights"}.get(
         settings.stage, "; parameters travel as differences, and owners keep 4/N bytes a parameter more"
     )
@@ -219,6 +226,7 @@ def _bytes(value, replica: int | None = 0) -> int:
 
 
 def _variables(settings: Settings, group: Group, trained: Sequence[Trained]) -> Iterator[VariableReport]:
+    exchanges = group.exchanges_encoded
     for each in trained:
         encoded = {s.index for bucket in each.plan.buckets if bucket.compressed for s in bucket.segments}
         for index, variable in enumerate(each.variables):
@@ -233,7 +241,7 @@ def _variables(settings: Settings, group: Group, trained: Sequence[Trained]) -> 
                 shape=tuple(variable.shape),
                 placement=placement.value if owner is None else f"owned by rank {owner}",
                 reason=each.plan.reasons[index],
-                wire=settings.compression if is_encoded and group.world_size > 1 else variable.dtype,
+                wire=settings.compression if is_encoded and group.world_size > 1 and exchanges else variable.dtype,
                 parameter_bytes=_bytes(variable.value),
                 slot_bytes=sum(map(_bytes, slots)),
                 whole_bytes=_bytes(variable.value, None) + sum(_bytes(slot, None) for slot in each.slots[index]),
@@ -272,9 +280,9 @@ def _sent(settings: Settings, group: Group, trained: Trained) -> Iterator[tuple[
             width = bucket.row_elements
             if bucket.placement is Placement.WHOLE:
                 width = shard_elements(width, group.world_size)
-            plain = width * tf.as_dtype(bucket.dtype).size
-            sent = trained.wire.codec.format.size_bytes(width) if bucket.compressed else plain
-            yield _reduce_scatter(group, plain, sent)
+            dtype = tf.as_dtype(bucket.dtype)
+            sent = trained.wire.codec.format.size_bytes(width) if bucket.compressed else width * dtype.size
+            yield _reduce_scatter(group, width, dtype, sent)
             yield _to_all(group, sent)
 
 
@@ -290,11 +298,11 @@ def _sent_of_shards(settings, group, trained, bucket: Bucket) -> Iterator[tuple[
         sent = codec.format.size_bytes(width) if is_encoded else width * dtype.size
         for _ in range(2 if settings.reshard_after_forward else 1):
             yield _to_all(group, sent)
-        yield _reduce_scatter(group, width * (4 if is_encoded else dtype.size), sent)
+        yield _reduce_scatter(group, width, tf.float32 if is_encoded else dtype, sent)
     if bucket.placement is Placement.OWNED:
         columns = owned_columns(bucket, group.world_size)
         for _ in range(3):  # gradients and parameters to their owners, parameters back
-            yield _to_all(group, columns * tf.as_dtype(bucket.dtype).size)
+            yield _exchange(group, columns, tf.as_dtype(bucket.dtype))
 
 
 def _to_all(group: Group, row_bytes: int) -> tuple[int, int]:
@@ -302,8 +310,17 @@ def _to_all(group: Group, row_bytes: int) -> tuple[int, int]:
     return others * row_bytes, others
 
 
-def _reduce_scatter(group: Group, plain_bytes: int, sent_bytes: int) -> tuple[int, int]:
-    """Of a row of so many bytes, as it is and as it travels."""
+def _exchange(group: Group, row_elements: int, dtype: tf.DType) -> tuple[int, int]:
+    """An all-to-all of rows of so many elements, for which all rows may be gathered. [Note: ways]"""
+    is_gathered = group.way(ways.ALL_TO_ALL, dtype).operation == ways.ALL_GATHER
+    return _to_all(group, row_elements * dtype.size * (group.world_size if is_gathered else 1))
+
+
+def _reduce_scatter(group: Group, row_elements: int, dtype: tf.DType, sent_bytes: int) -> tuple[int, int]:
+    """Of a row of so many elements, and so many bytes if it travels encoded or as it is."""
+    carried = group.across.way(ways.REDUCE_SCATTER, dtype)
+    plain_bytes = row_elements * (tf.as_dtype(carried.dtype).size if carried.dtype else dtype.size)
+    sent_bytes = sent_bytes if group.exchanges_encoded else plain_bytes
     if group.within is None:
         return _to_all(group, sent_bytes)
     here, workers = group.within.world_size, group.across.world_size

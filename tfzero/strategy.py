@@ -25,11 +25,13 @@ from tfzero.settings import (
     Settings,
     check_bucket_bytes,
     check_compression,
+    check_exchange,
     check_number,
     check_overlap,
     check_reshard,
     check_stage,
     choose_devices,
+    choose_hint,
     choose_levels,
     configure_cpu_devices,
     find_cluster,
@@ -72,7 +74,8 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
             with one scale for each 256 elements). Gradients are summed in float32. At stages 1 and 2 parameters travel
             as differences, and owners keep float32 master values (4/N bytes a parameter more); at stage 3 replicas
             compute with encoded weights, as in ZeRO++ (https://arxiv.org/abs/2306.10209). Vectors travel as they are,
-            and up to stage 2 also variables with a constraint and those that an owner updates whole.
+            and up to stage 2 also variables with a constraint and those that an owner updates whole. Between GPUs of
+            several processes only parameters travel encoded, gradients as they are.
         error_feedback: with "int8", whether replicas keep what the encoding of gradients has lost and add it to the
             next ones (4 bytes a parameter more).
         hierarchical: with several devices in each of several workers, whether gradients are summed within each worker
@@ -142,7 +145,9 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
             overlap_param_gather,
             compare_batches,
         )
-        self.levels = choose_levels(self.settings, 1 if cluster is None else len(cluster.addresses))
+        workers, self.hint = 1 if cluster is None else cluster.size, choose_hint(self.settings.device_type)
+        self.levels = choose_levels(self.settings, workers)
+        check_exchange(self.settings, workers, self.hint)
         self.optimizers: weakref.WeakSet = weakref.WeakSet()  # that were built for its variables
         self.announced: weakref.WeakSet = weakref.WeakSet()  # those that `fit` has printed a report of
         self.data_position: DataPosition | None = None  # for the next training data
@@ -156,7 +161,7 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         self.stop = AgreedStop() if joined.pulse is None else joined.pulse.stop_together
         if cluster is not None:
             agree_on_devices(self.channel, cluster, devices)
-        self.channel.agree("making a ZeroStrategy", asdict(self.settings), "settings")
+        self.channel.agree("making a ZeroStrategy", {**asdict(self.settings), "transport": self.hint}, "settings")
         joined.wait_at_most(self.settings.timeout_seconds)
         workers, on_loss = (1, print) if joined.pulse is None else (cluster.size, joined.pulse.hear_of_loss)
         self.comparison = BatchComparison(joined.batch_channel, workers, self.settings.compare_batches, on_loss)
