@@ -215,7 +215,7 @@ def test_each_dtype_is_named_when_it_alone_is_wrong(monkeypatch):
     ("operation", "named"),
     [
         ("CollectiveReduceV2", {"all_reduce of float32", "all_reduce of int64"}),
-        ("CollectiveGatherV2", {"all_gather of float32", "all_gather of bool", "all_gather_parts of float32"}),
+        ("CollectiveGatherV2", {"all_gather of float32", "all_gather of bool"}),
         ("CollectiveAllToAllV2", {"all_to_all of int32", "reduce_scatter of float32", "reduce_scatter of bfloat16"}),
         ("CollectiveBcastRecvV2", {"broadcast of float32", "broadcast of bool"}),
     ],
