@@ -293,9 +293,10 @@ def test_the_comparison_notices_a_missing_sum(monkeypatch, stage, method):
 
 
 def test_the_oracle_notices_a_missing_sum(monkeypatch):
+    strategy = make_strategy(2)  # which tests its collectives
     monkeypatch.setattr(Group, "reduce_scatter", lambda self, rows, replica, *dtype: rows[self.rank(replica)])
     ours, reference = oracle.train_both(
-        make_strategy(2), oracle.dense_model, lambda: {"optimizer": "adam", "loss": "categorical_crossentropy"},
+        strategy, oracle.dense_model, lambda: {"optimizer": "adam", "loss": "categorical_crossentropy"},
         oracle.Data(), epochs=1,
     )  # fmt: skip
     with pytest.raises(AssertionError, match="Not equal to tolerance"):

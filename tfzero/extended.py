@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
-from tfzero import _compat, _compat_cluster, _compat_graphs
+from tfzero import _compat, _compat_cluster, _compat_graphs, self_test
 from tfzero.channel import Channel
 from tfzero.cluster import Cluster
 from tfzero.collectives import Group
@@ -79,11 +79,8 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
         self._told_of_eager_memory = False
 
     def meet(self) -> None:
-        """Forms the collective group, and makes sure that TensorFlow numbers its members as tfzero does."""
-        ranks = [tf.constant([self.group.rank(k)]) for k in range(len(self.worker_devices))]
-        seen = self.group.launch(self.group.all_gather, ranks)[0]
-        if seen.numpy().ravel().tolist() != list(range(self.group.world_size)):
-            raise RuntimeError(f"TensorFlow ordered the replicas {seen.numpy().ravel().tolist()}, not by rank.")
+        """Forms the collective group, and makes sure that each of its primitives gives what it should."""
+        self_test.check(self.group, self._channel)
 
     def choose_bucket_bytes(self, model_bytes: int) -> Choice:
         """The bytes of a bucket, for a model of so many bytes of gradients. All workers call it together."""
