@@ -15,10 +15,20 @@ import tensorflow as tf
 # Tells which operations will wait for which, once a function has been traced.
 from tensorflow.python.framework import auto_control_deps
 
+# Branches and loops are traced in graphs of their own, which have no public class.
+from tensorflow.python.ops.control_flow_v2_func_graphs import ControlFlowFuncGraph
+
 # TensorFlow's attribute of an operation that runs as soon as its inputs are there.
 _RUNS_FREELY = "_independent_side_effects"
 # Attribute of a graph: by device, what stands for the chain of the operations there.
 _CHAINS = "_tfzero_chains"
+# Attributes of operations that name the functions they call; of "Case" a list.
+CALLS = {
+    **dict.fromkeys(("PartitionedCall", "StatefulPartitionedCall"), ("f",)),
+    **dict.fromkeys(("If", "StatelessIf"), ("then_branch", "else_branch")),
+    **dict.fromkeys(("Case", "StatelessCase"), ("branches",)),
+    **dict.fromkeys(("While", "StatelessWhile"), ("cond", "body")),
+}
 
 
 def run_after(operation: tf.Operation, awaited: tf.Operation) -> None:
@@ -111,3 +121,32 @@ def fill(function: Callable, value: tf.Tensor, shape: tf.Tensor, name: str) -> t
     run_freely(filled)
     with tf.control_dependencies([filled]):
         return tf.identity(out)
+
+
+def functions_of(operation: tf.Operation) -> list:
+    """The graphs of the functions that an operation calls, of those of `CALLS`.
+
+    TensorFlow keeps a function by its name in the graph that calls it, or in one around.
+    """
+    return [_function(operation.graph, name).graph for name in _names_of_functions(operation)]
+
+
+def calls_around(graph) -> list[tf.Operation]:
+    """The branches and loops within which a graph is, from the inside; those that have been traced to their end."""
+    calls = []
+    while isinstance(graph, ControlFlowFuncGraph):
+        around = graph.outer_graph.get_operations()
+        calls += [each for each in around if each.type in CALLS and graph.name in _names_of_functions(each)]
+        graph = graph.outer_graph
+    return calls
+
+
+def _names_of_functions(operation: tf.Operation) -> list[str]:
+    attributes = [operation.get_attr(name) for name in CALLS[operation.type]]
+    return [each.name for each in (attributes[0] if isinstance(attributes[0], list) else attributes)]
+
+
+def _function(graph, name: str):
+    while (found := graph._get_function(name)) is None:
+        graph = graph.outer_graph
+    return found

@@ -37,6 +37,7 @@ def combined(variable, value: tf.Tensor, extended) -> tf.Tensor:
     if tf.executing_eagerly():
         return _combined_eagerly(variable, value, extended)
     dependence: Dependence = extended.dependence()
+    dependence.note_update(variable.name)
     parts = dependence.split(value)
     same = parts.pop(SAME.name, None)
     if not parts:
