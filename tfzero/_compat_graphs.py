@@ -16,7 +16,7 @@ import tensorflow as tf
 from tensorflow.python.framework import auto_control_deps
 
 # Branches and loops are traced in graphs of their own, which have no public class.
-from tensorflow.python.ops.control_flow_v2_func_graphs import ControlFlowFuncGraph
+from tensorflow.python.ops.control_flow_v2_func_graphs import ControlFlowFuncGraph, WhileBodyFuncGraph
 
 # TensorFlow's attribute of an operation that runs as soon as its inputs are there.
 _RUNS_FREELY = "_independent_side_effects"
@@ -139,6 +139,14 @@ def calls_around(graph) -> list[tf.Operation]:
         calls += [each for each in around if each.type in CALLS and graph.name in _names_of_functions(each)]
         graph = graph.outer_graph
     return calls
+
+
+def is_in_a_loop(outermost) -> bool:
+    """Whether a loop is traced, within the graph `outermost`."""
+    graph = tf.compat.v1.get_default_graph()
+    while graph is not outermost and not isinstance(graph, WhileBodyFuncGraph) and hasattr(graph, "outer_graph"):
+        graph = graph.outer_graph
+    return graph is not outermost and isinstance(graph, WhileBodyFuncGraph)
 
 
 def _names_of_functions(operation: tf.Operation) -> list[str]:

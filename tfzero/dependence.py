@@ -181,7 +181,9 @@ def _of_function(graph, kinds: list[Kind]) -> list[Kind]:
 def _of_branches(functions: list, kinds: list[Kind]) -> list[Kind]:
     """Which branch is taken must be the same everywhere."""
     found = [_of_function(function, kinds[1:]) for function in functions]
-    return [each[0] if kinds[0] == SAME and len(set(each)) == 1 else OTHER for each in zip(*found, strict=True)]
+    # A number of rows is a sum.
+    alike = [{SUM if kind == COUNT else kind for kind in each} for each in zip(*found, strict=True)]
+    return [each.pop() if kinds[0] == SAME and len(each) == 1 else OTHER for each in alike]
 
 
 def _of_loop(condition, body, kinds: list[Kind]) -> list[Kind]:
