@@ -36,24 +36,23 @@ def bincount(x, is_binary=False):
     return tf.raw_ops.DenseBincount(input=x, size=CODES, weights=tf.zeros([0]), binary_output=is_binary)
 
 
-@tf.function
+# `tf.function`s are made where they are called: they cannot be sent to workers.
+
+
 def doubled(x):
-    return 2 * x
+    return tf.function(lambda x: 2 * x)(x)
 
 
-@tf.function
 def steps_between(x):
-    return x[1:] - x[:-1]
+    return tf.function(lambda x: x[1:] - x[:-1])(x)
 
 
-@tf.function
 def drawn():
-    return tf.random.normal([])
+    return tf.function(lambda: tf.random.normal([]))()
 
 
-@tf.function
 def mean_of(x):
-    return tf.reduce_mean(x, 0)
+    return tf.function(lambda x: tf.reduce_mean(x, 0))(x)
 
 
 def looped(x):

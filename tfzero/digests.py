@@ -195,7 +195,7 @@ def _values(array: np.ndarray) -> str:
 
 def _has_same_rows(array: np.ndarray) -> bool:
     """Whether nothing can be told from it about an order: all rows are equal."""
-    if array.ndim == 0 or len(array) < 2 or array[0].size == 0:
+    if array.ndim == 0 or len(array) < 2 or array.size == 0:
         return True
     rows = array.reshape(len(array), -1)
     rows = rows if array.dtype == object else np.ascontiguousarray(rows).view(np.uint8)
