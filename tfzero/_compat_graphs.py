@@ -124,11 +124,19 @@ def fill(function: Callable, value: tf.Tensor, shape: tf.Tensor, name: str) -> t
 
 
 def functions_of(operation: tf.Operation) -> list:
-    """The graphs of the functions that an operation calls, of those of `CALLS`.
+    """The graphs of the functions that an operation calls, of those of `CALLS`; none if they are not known.
 
-    TensorFlow keeps a function by its name in the graph that calls it, or in one around.
+    TensorFlow keeps a function by its name in the graph that calls it, or in one around. Their inputs and outputs are
+    those of the operation, but for what chooses a branch and what a loop's condition gives.
     """
-    return [_function(operation.graph, name).graph for name in _names_of_functions(operation)]
+    functions = [_function(operation.graph, name) for name in _names_of_functions(operation)]
+    graphs = [function.graph for function in functions if function is not None]
+    inputs = len(operation.inputs) - operation.type.endswith(("If", "Case"))
+    outputs = [len(operation.outputs)] * len(functions)
+    if operation.type.endswith("While"):
+        outputs[0] = 1
+    found = [(len(graph.inputs), len(graph.outputs)) for graph in graphs]
+    return graphs if found == [(inputs, each) for each in outputs] else []
 
 
 def calls_around(graph) -> list[tf.Operation]:
@@ -155,6 +163,6 @@ def _names_of_functions(operation: tf.Operation) -> list[str]:
 
 
 def _function(graph, name: str):
-    while (found := graph._get_function(name)) is None:
-        graph = graph.outer_graph
-    return found
+    while graph is not None and (found := graph._get_function(name)) is None:
+        graph = getattr(graph, "outer_graph", None)
+    return None if graph is None else found

@@ -72,7 +72,9 @@ class Dependence:
         if key not in self._within:
             functions = _compat_graphs.functions_of(operation)
             kinds = [SAME if each.dtype == tf.resource else self._known[_key(each)] for each in operation.inputs]
-            if operation.type in _LOOPS:
+            if not functions:
+                found = [OTHER] * len(operation.outputs)
+            elif operation.type in _LOOPS:
                 found = _of_loop(*functions, kinds)
             elif operation.type in _BRANCHES:
                 found = _of_branches(functions, kinds)
@@ -104,7 +106,10 @@ class Dependence:
     def _is_taken_everywhere(self, operation: tf.Operation) -> bool:
         if operation.type not in _LOOPS:
             return self.kind(operation.inputs[0]) == SAME
-        condition, body = _compat_graphs.functions_of(operation)
+        functions = _compat_graphs.functions_of(operation)
+        if not functions:
+            return False
+        condition, body = functions
         kinds = [SAME if each.dtype == tf.resource else self.kind(each) for each in operation.inputs]
         return _is_round_for_all(condition, _before_a_round(body, kinds))
 
