@@ -1,11 +1,14 @@
 """Descriptions by which workers compare what they were given: alike for equal things, other for things that differ."""
 
 import functools
+import inspect
 import json
 import os
 import re
 import subprocess
 import sys
+import threading
+import types
 from pathlib import Path
 
 import keras
@@ -15,6 +18,7 @@ import tensorflow as tf
 
 from tfzero import _compat_data, agreement, digests
 from tfzero.agreement import by_path, describe
+from tfzero.channel import Channel
 from tfzero.differences import MOST_SHOWN, differences_of
 from tfzero.digests import DOUBTED, REFUSED, TAKEN, Source, digest, judge
 
@@ -287,3 +291,96 @@ def test_large_tensors_are_sampled(monkeypatch):
         assert digest(["x"], 0, changed) != first
     array[-1, -1] = 1
     assert digest(["x"], 0, array) != first
+
+
+# What workers do with descriptions.
+
+
+class Side(Channel):
+    """A worker's end of a channel between two threads."""
+
+    def __init__(self, index, said, barrier):
+        self.index, self.said, self.barrier = index, said, barrier
+        self._cluster = types.SimpleNamespace(group=lambda indexes: f"worker {indexes[0]}")
+
+    def all_gather(self, topic, value, timeout_seconds=None):
+        self.said[self.index] = (topic, json.loads(json.dumps(value)))
+        self.barrier.wait(20)
+        said = list(self.said)
+        self.barrier.wait(20)
+        assert len({topic for topic, _ in said}) == 1
+        return [value for _, value in said]
+
+
+def both(act, *arguments) -> list[str]:
+    """What two workers are told that do something with their strategy and each its argument; "" for nothing."""
+    said, barrier, told = [None, None], threading.Barrier(2), ["", ""]
+    seats = types.SimpleNamespace(seats=types.SimpleNamespace(workers=2))
+
+    def run(index):
+        try:
+            act(types.SimpleNamespace(channel=Side(index, said, barrier), extended=seats), arguments[index])
+        except ValueError as error:
+            told[index] = str(error)
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(2)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    return told
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "told"),
+    [
+        ({"a": 1, "b": [1, {"c": 2}]}, {"b": [1, {"c": 2}], "a": 1}, None),
+        ({"a": 1, "b": 2}, {"a": 1, "b": 3}, "b is 2 on worker 0 and 3 on worker 1"),
+        ({"a": 2, "b": 2}, {"a": 1, "b": 2}, "a is 2 on worker 0 and 1 on worker 1"),
+        ({"a": [1, {"c": 2}]}, {"a": [1, {"c": 3}]}, "a[1].c is 2 on worker 0 and 3 on worker 1"),
+        ({"a": 1}, {"a": 1, "b": None}, "b is missing on worker 0 and None on worker 1"),
+        ({"a": True}, {"a": 1}, "a is True on worker 0 and 1 on worker 1"),
+    ],
+)
+def test_workers_agree_on_each_part(mine, theirs, told):
+    found = both(lambda strategy, what: agreement.agree_on(strategy.channel, "topic", what, "things"), mine, theirs)
+    assert found == ["", ""] if told is None else all(f"The workers' things differ: {told}." in each for each in found)
+
+
+def fitted(model=None, rate=0.1, **arguments):
+    model = model or dense()
+    model.compile(keras.optimizers.SGD(rate), "mse")
+    return inspect.signature(keras.Model.fit).bind(model, ROWS, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "told"),
+    [
+        (fitted, lambda: fitted(verbose=0, callbacks=[keras.callbacks.TerminateOnNaN()]), None),
+        (fitted, lambda: fitted(epochs=2), "epochs is 1 on worker 0 and 2 on worker 1"),
+        (fitted, lambda: fitted(class_weight={0: 2.0}), "class_weight is None on worker 0"),
+        (fitted, lambda: fitted(validation_data=(ROWS, ROWS)), "validation_data is 'missing' on worker 0"),
+        (fitted, lambda: fitted(rate=0.2), "optimizer.learning_rate is 0.1"),
+        (fitted, lambda: fitted(dense(activation="relu")), "layers[1].activation is 'linear' on worker 0"),
+        (fitted, lambda: fitted(dense(trainable=False)), "layers[1].trainable is True on worker 0"),
+    ],
+)
+def test_workers_agree_on_a_call_and_its_model(mine, theirs, told):
+    found = both(lambda strategy, call: agreement.agree_on_call(strategy, "fit", call), mine(), theirs())
+    assert found == ["", ""] if told is None else all(told in each for each in found), found
+
+
+def test_keras_itself_must_be_set_alike():
+    calls = [fitted(), fitted()]
+    described = agreement.of_model(calls[0].args[0])["keras.config"]
+    assert described == {"floatx": "float32", "epsilon": 1e-7, "image_data_format": "channels_last"}
+
+
+def test_workers_agree_on_what_is_compiled():
+    def call(**arguments):
+        return inspect.signature(keras.Model.compile).bind(dense(), **{"optimizer": "sgd", "loss": "mse"} | arguments)
+
+    assert both(agreement.agree_on_compile, call(), call()) == ["", ""]
+    for name, value in {"loss": "mae", "optimizer": "adam", "metrics": ["mae"], "steps_per_execution": 2}.items():
+        for told in both(agreement.agree_on_compile, call(), call(**{name: value})):
+            assert f"The workers' arguments of `compile` differ: {name}" in told

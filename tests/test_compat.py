@@ -478,6 +478,61 @@ def test_functions_of_gradients_are_named_alike_in_all_processes():
     assert {_compat_graphs.name_of_function(graph) for graph in found} == {found[0].name.split("_")[-2] + "'"}
 
 
+@pytest.mark.parametrize("kind", list(_compat_graphs.CALLS))
+def test_functions_of_operations(kind):
+    """Of an operation that calls functions their graphs are found, with inputs and outputs in its order."""
+    is_stateful = not kind.startswith("Stateless") and kind != "PartitionedCall"
+    counter, outer = tf.Variable(0.0), []
+
+    def branch(x):
+        if is_stateful:
+            counter.assign_add(1.0)
+        outer.append(tf.compat.v1.get_default_graph())
+        return 2 * x
+
+    makes = {
+        "Call": lambda x: tf.function(branch)(x),
+        "If": lambda x: tf.cond(x > 0, lambda: branch(x), lambda: branch(x)),
+        "Case": lambda x: tf.switch_case(tf.cast(x, tf.int32), [lambda: branch(x), lambda: branch(x)]),
+        "While": lambda x: tf.while_loop(lambda y: y < 9, branch, [x])[0],
+    }
+
+    @tf.function
+    def run(x):
+        makes[next(name for name in makes if kind.endswith(name))](x)
+        calls = [each for each in x.graph.get_operations() if each.type in _compat_graphs.CALLS]
+        assert [each.type for each in calls] == [kind]
+        functions = _compat_graphs.functions_of(calls[0])
+        assert len(functions) == (1 if kind.endswith("Call") else 2)
+        own = len(calls[0].inputs) - kind.endswith(("If", "Case"))
+        assert all(len(graph.inputs) == own for graph in functions)
+        assert all(len(graph.outputs) == len(calls[0].outputs) for graph in functions if graph in outer)
+        assert any(graph in outer for graph in functions)
+        is_control_flow = not kind.endswith("Call")
+        assert _compat_graphs.calls_around(outer[0]) == [calls[0]] * is_control_flow
+        return x
+
+    run(tf.constant(1.0))
+
+
+def test_a_loop_is_known_where_it_is_traced():
+    found = []
+
+    @tf.function
+    def run(x):
+        def note(y):
+            found.append(_compat_graphs.is_in_a_loop(x.graph))
+            return y + 1
+
+        note(x)
+        tf.cond(x > 0, lambda: note(x), lambda: x)
+        tf.while_loop(lambda y: y < 9, note, [x])
+        tf.while_loop(lambda y: y < 9, lambda y: tf.cond(y > 0, lambda: note(y), lambda: y + 1), [x])
+
+    run(tf.constant(1.0))
+    assert found == [False, False, True, True]
+
+
 def test_the_stock_strategy_leaves_a_coordination_service_that_is_configured():
     assert callable(_compat_cluster.context.context().configure_coordination_service)
     source = inspect.getsource(_compat.CollectiveAllReduceExtended._initialize_multi_worker)

@@ -16,8 +16,8 @@ import tensorflow as tf
 # Tells which operations will wait for which, once a function has been traced.
 from tensorflow.python.framework import auto_control_deps
 
-# The graphs of branches and loops.
-from tensorflow.python.ops.control_flow_v2_func_graphs import ControlFlowFuncGraph
+# Branches and loops are traced in graphs of their own, which have no public class.
+from tensorflow.python.ops.control_flow_v2_func_graphs import ControlFlowFuncGraph, WhileBodyFuncGraph
 
 # TensorFlow's attribute of an operation that runs as soon as its inputs are there.
 _RUNS_FREELY = "_independent_side_effects"
@@ -26,6 +26,13 @@ _RUNS_FREELY = "_independent_side_effects"
 _NUMBERED = re.compile(r"__(?:forward|backward|inference)_(.+)_\d+")
 # Attribute of a graph: by device, what stands for the chain of the operations there.
 _CHAINS = "_tfzero_chains"
+# Attributes of operations that name the functions they call; of "Case" a list.
+CALLS = {
+    **dict.fromkeys(("PartitionedCall", "StatefulPartitionedCall"), ("f",)),
+    **dict.fromkeys(("If", "StatelessIf"), ("then_branch", "else_branch")),
+    **dict.fromkeys(("Case", "StatelessCase"), ("branches",)),
+    **dict.fromkeys(("While", "StatelessWhile"), ("cond", "body")),
+}
 
 
 def current_function():
@@ -137,3 +144,48 @@ def fill(function: Callable, value: tf.Tensor, shape: tf.Tensor, name: str) -> t
     run_freely(filled)
     with tf.control_dependencies([filled]):
         return tf.identity(out)
+
+
+def functions_of(operation: tf.Operation) -> list:
+    """The graphs of the functions that an operation calls, of those of `CALLS`; none if they are not known.
+
+    TensorFlow keeps a function by its name in the graph that calls it, or in one around. Their inputs and outputs are
+    those of the operation, but for what chooses a branch and what a loop's condition gives.
+    """
+    functions = [_function(operation.graph, name) for name in _names_of_functions(operation)]
+    graphs = [function.graph for function in functions if function is not None]
+    inputs = len(operation.inputs) - operation.type.endswith(("If", "Case"))
+    outputs = [len(operation.outputs)] * len(functions)
+    if operation.type.endswith("While"):
+        outputs[0] = 1
+    found = [(len(graph.inputs), len(graph.outputs)) for graph in graphs]
+    return graphs if found == [(inputs, each) for each in outputs] else []
+
+
+def calls_around(graph) -> list[tf.Operation]:
+    """The branches and loops within which a graph is, from the inside; those that have been traced to their end."""
+    calls = []
+    while isinstance(graph, ControlFlowFuncGraph):
+        around = graph.outer_graph.get_operations()
+        calls += [each for each in around if each.type in CALLS and graph.name in _names_of_functions(each)]
+        graph = graph.outer_graph
+    return calls
+
+
+def is_in_a_loop(outermost) -> bool:
+    """Whether a loop is traced, within the graph `outermost`."""
+    graph = tf.compat.v1.get_default_graph()
+    while graph is not outermost and not isinstance(graph, WhileBodyFuncGraph) and hasattr(graph, "outer_graph"):
+        graph = graph.outer_graph
+    return graph is not outermost and isinstance(graph, WhileBodyFuncGraph)
+
+
+def _names_of_functions(operation: tf.Operation) -> list[str]:
+    attributes = [operation.get_attr(name) for name in CALLS[operation.type]]
+    return [each.name for each in (attributes[0] if isinstance(attributes[0], list) else attributes)]
+
+
+def _function(graph, name: str):
+    while graph is not None and (found := graph._get_function(name)) is None:
+        graph = getattr(graph, "outer_graph", None)
+    return None if graph is None else found

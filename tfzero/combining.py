@@ -14,7 +14,7 @@ import warnings
 
 import tensorflow as tf
 
-from tfzero import _compat
+from tfzero import _compat, _compat_graphs
 from tfzero.dependence import MEAN, OTHER, ROWS, SAME, SUM, Dependence
 
 _DECLARE = 'Declare how replicas combine: `self.add_weight(..., aggregation="sum")` for what adds up over samples'
@@ -37,6 +37,7 @@ def combined(variable, value: tf.Tensor, extended) -> tf.Tensor:
     if tf.executing_eagerly():
         return _combined_eagerly(variable, value, extended)
     dependence: Dependence = extended.dependence()
+    dependence.note_update(variable.name)
     parts = dependence.split(value)
     same = parts.pop(SAME.name, None)
     if not parts:
@@ -66,6 +67,13 @@ def summed(value: tf.Tensor, extended) -> tf.Tensor:
 
 def _check(variable, dtype: tf.DType, parts: dict[str, tf.Tensor]) -> None:
     """Refuses what cannot be combined; `parts` depend on the replica's rows."""
+    thread = _compat.replica_thread()
+    if thread is not None and _compat_graphs.is_in_a_loop(thread.graph):
+        raise ValueError(
+            f"The variable {variable.name!r} is updated in a loop (`tf.while_loop`, `tf.scan`) by what depends on the "
+            "replica's rows of the batch, which replicas cannot exchange there. Carry it through the loop, and update "
+            "it once, after the loop."
+        )
     if ROWS.name in parts:
         raise ValueError(
             f"The variable {variable.name!r} of shape {tuple(variable.shape)} is assigned a value with a row for each "

@@ -28,9 +28,11 @@ from tfzero.channel import Channel
 DEFAULT_COMPARE_BATCHES = 2
 MOST_BYTES = 2**24  # of a tensor that are hashed; of a larger one evenly spaced parts
 _PART_BYTES = 64
+_SCATTER = 0x9E3779B9  # the golden ratio in 32 bits, whose multiples are spread evenly
 _SHOWN = 3  # first values of a tensor, for messages
 _NAMES = ("x", "y", "sample_weight")
 _SHAPE, _VALUES, _SAME_ROWS = " (shape)", " (values)", "in every row "
+_OF_SPARSE = (".indices", ".shape")  # of a sparse tensor, which look alike in any order of its rows
 # Operations of `Dataset.map` that draw random numbers; shuffling in there is a matter of order.
 _RANDOM = ("Random", "Multinomial", "TruncatedNormal", "StatefulUniform", "StatefulStandardNormal", "RngRead")
 TAKEN, DOUBTED, REFUSED = "taken", "doubted", "refused"
@@ -163,8 +165,9 @@ def judge(values: Sequence[Mapping], source: Source) -> str:
         return TAKEN
     if any(name.endswith(_SHAPE) for name in differing):
         return REFUSED
-    agreeing = [values[0][name] for name in parts if name.endswith(_VALUES) and name not in differing]
-    is_in_order = any(not text.startswith(_SAME_ROWS) for text in agreeing)
+    agreeing = [name for name in parts if name.endswith(_VALUES) and name not in differing]
+    telling = [name for name in agreeing if not name.removesuffix(_VALUES).endswith(_OF_SPARSE)]
+    is_in_order = any(not values[0][name].startswith(_SAME_ROWS) for name in telling)
     if source.draws and is_in_order:
         return TAKEN
     return DOUBTED if source.draws or source.may_warn or (source.is_python and is_in_order) else REFUSED
@@ -192,11 +195,19 @@ def _values(array: np.ndarray) -> str:
 
 def _has_same_rows(array: np.ndarray) -> bool:
     """Whether nothing can be told from it about an order: all rows are equal."""
-    return array.ndim == 0 or len(array) < 2 or all(np.array_equal(row, array[0]) for row in array[1:])
+    if array.ndim == 0 or len(array) < 2 or array.size == 0:
+        return True
+    rows = array.reshape(len(array), -1)
+    rows = rows if array.dtype == object else np.ascontiguousarray(rows).view(np.uint8)
+    return np.array_equal(rows[0], rows[1]) and bool(np.all(rows == rows[0]))
 
 
 def _parts(array: np.ndarray):
-    """The bytes of an array, or of a large one evenly spaced parts."""
+    """The bytes of an array, or of a large one parts of it.
+
+    One part lies somewhere in each of many equal stretches: at the same place in each, all might be of the margins of
+    images.
+    """
     if array.dtype == object:
         for each in array.reshape(-1):
             text = each if isinstance(each, bytes) else str(each).encode()
@@ -207,7 +218,9 @@ def _parts(array: np.ndarray):
         yield raw.data
         return
     step = -(-raw.size * _PART_BYTES // MOST_BYTES)
-    yield np.ascontiguousarray(raw[: raw.size // step * step].reshape(-1, step)[:, :_PART_BYTES]).data
+    stretches = np.arange(raw.size // step)
+    places = stretches * step + (stretches * _SCATTER % 2**32 * (step - _PART_BYTES + 1) >> 32)
+    yield np.ascontiguousarray(np.lib.stride_tricks.sliding_window_view(raw, _PART_BYTES)[places]).data
     yield raw[-_PART_BYTES:].data
 
 
@@ -236,7 +249,7 @@ def _walk(name: str, value) -> list[tuple[str, object]]:
             (f"{name}.shape", value.dense_shape),
         ]
     if isinstance(value, tf.RaggedTensor):
-        splits = [(f"{name}.splits[{k}]", each) for k, each in enumerate(value.nested_row_splits)]
-        return [(f"{name}.values", value.flat_values), *splits]
+        lengths = [(f"{name}.lengths[{k}]", each) for k, each in enumerate(value.nested_row_lengths())]
+        return [(f"{name}.values", value.flat_values), *lengths]
     is_array = value is not None and (not tf.is_tensor(value) or value.dtype not in (tf.variant, tf.resource))
     return [(name, value)] if is_array else []

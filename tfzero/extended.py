@@ -77,6 +77,7 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
         self.gives_first_values = False
         self._network: Network | None = None
         self._told_of_eager_memory = False
+        self._traced: list[Dependence] = []  # of the replicas that are traced now
 
     def meet(self) -> None:
         """Forms the collective group, and makes sure that each of its primitives gives what it should."""
@@ -113,7 +114,11 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
             self.group.keys.align()
             if len(self.worker_devices) > 1:
                 _compat_graphs.chain_by_device(tf.compat.v1.get_default_graph(), self.worker_devices)
-        return super()._call_for_each_replica(fn, args, kwargs)
+        self._traced = traced = []
+        results = super()._call_for_each_replica(fn, args, kwargs)
+        for dependence in traced:
+            dependence.check_updates()
+        return results
 
     def replica_collective(self, method, value, *args):
         """One of the group's collectives from within a replica, in a graph or eagerly."""
@@ -189,11 +194,12 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
         if "_tfzero_dependence" not in thread.__dict__:
             rows = {id(leaf) for leaf in batch_leaves(arguments)}
             thread._tfzero_dependence = Dependence(
-                (tensor, ROWS if id(leaf) in rows else OTHER)
+                (tensor, ROWS if id(leaf) in rows and isinstance(leaf, tf.Tensor) else OTHER)
                 for leaf in tf.nest.flatten(arguments)
                 for tensor in tf.nest.flatten(leaf, expand_composites=True)
                 if tf.is_tensor(tensor) and tensor.shape.rank != 0
             )
+            self._traced.append(thread._tfzero_dependence)
         return thread._tfzero_dependence
 
     def average(self, value: tf.Tensor) -> tf.Tensor:
