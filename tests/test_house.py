@@ -15,7 +15,7 @@ LINE = (
     "_compat_data", "_compat_graphs", "_compat_batches", "_compat_cluster", "_compat_optimizers",
     "_compat_saved_model", "edges", "agreement", "digests", "teamwork", "patches", "settings", "links", "lanes",
     "collectives", "network", "compression", "pulse", "joining", "packing", "pacing", "gathering", "components",
-    "dependence", "combining", "variables", "inputs", "row_state", "creation", "extended", "losses", "exchange",
+    "dependence", "inputs", "padding", "combining", "variables", "row_state", "creation", "extended", "losses", "exchange",
     "overwriting", "step", "late_gathers", "inner", "optimizer", "report", "liveness", "memory", "strategy", "state",
     "auditing", "checkpoint", "checkpointing", "callbacks", "gradient_time", "picture", "tensorboard",
     "model_building", "best_weights", "writing_callbacks", "keras_hooks", "keras_data", "keras_losses",

@@ -8,6 +8,7 @@ the traced step it can be told, from the operations that made it, how the one fo
     sum    one device has the sum over replicas (a sum over rows; `count` is a number of rows)
     mean   one device has the mean over replicas, weighted by their rows (a mean over rows)
     mixed  a sum of tensors of several kinds, into which `split` takes it apart
+    own    what a replica has counted up by itself, in a variable of its own
     other  none of these, such as a maximum
 
 What is not known to be anything else is `other`.
@@ -34,7 +35,7 @@ class Kind(NamedTuple):
 
 
 SAME, SUM, COUNT, MEAN = Kind("same"), Kind("sum"), Kind("count"), Kind("mean")
-MIXED, OTHER = Kind("mixed"), Kind("other")
+OWN, MIXED, OTHER = Kind("own"), Kind("mixed"), Kind("other")
 ROWS = Kind("rows", 0)
 
 _PASSED = {"Identity", "IdentityN", "StopGradient", "PreventGradient", "CheckNumerics", "EnsureShape", "Snapshot"}
@@ -104,7 +105,7 @@ class Dependence:
                 waiting += unknown
             else:
                 kinds = [self._known[_key(source)] for source in sources]
-                self._known[_key(each)] = OTHER if self._is_own(each) else _kind(each, kinds)
+                self._known[_key(each)] = OWN if self._is_own(each) else _kind(each, kinds)
                 waiting.pop()
         return self._known[_key(tensor)]
 
@@ -212,7 +213,7 @@ def _of_sum(tensor, operation, kinds: list[Kind]) -> Kind:
         return _of_elements(tensor, operation, kinds)
     if set(kinds) <= {SUM, COUNT}:
         return SUM
-    return MEAN if set(kinds) == {MEAN} else MIXED
+    return kinds[0] if set(kinds) in ({MEAN}, {OWN}) else MIXED
 
 
 def _of_product(tensor, operation, kinds: list[Kind]) -> Kind:
