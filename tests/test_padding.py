@@ -194,7 +194,7 @@ def test_results_of_a_replica(is_function):
     assert [part.numpy() for part in local["largest"]] == [2, 4, 0, 0]
     assert [part.numpy() for part in local["same"]] == [17] * 4
     assert tf.concat(local["ragged"], 0).to_list() == x.tolist()
-    np.testing.assert_array_equal(tf.sparse.to_dense(tf.sparse.concat(0, local["sparse"])), x)
+    np.testing.assert_array_equal(tf.sparse.to_dense(tf.sparse.concat(0, list(local["sparse"]))), x)
     for part in local["gathered"]:
         np.testing.assert_array_equal(part, x)
     np.testing.assert_array_equal(tf.concat(local["slope"], 0), 4 * 2 * x * [1, 2])
@@ -216,9 +216,7 @@ def test_a_batch_of_several_kinds_of_tensors():
         return parts["words"], tf.ensure_shape(lengths, [3]), tf.reduce_sum(parts["ragged"])
 
     results = strategy.run(step, args=(strategy.cut_batch(batch),))
-    words, lengths, sums = map(
-        strategy.experimental_local_results, strategy.run(step, args=(strategy.cut_batch(batch),))
-    )
+    words, lengths, sums = map(strategy.experimental_local_results, results)
     assert [part.numpy().tolist() for part in words] == [[b"a"], [b"b"], []]
     assert [part.numpy().tolist() for part in lengths] == [[1, 1, 1], [1, 1, 1], [0, 0, 0]]
     assert [part.numpy() for part in sums] == [3, 3, 0]

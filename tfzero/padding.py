@@ -19,6 +19,7 @@ from tfzero.inputs import rows_of, take_rows
 _LARGE_BYTES = 2**20
 
 
+@tf.autograph.experimental.do_not_convert
 def counted(value: tf.Tensor, extended) -> tf.Tensor:
     """Within a replica: a value, or what does not depend on rows of it if the replica has none. [Note: padding row]
 
@@ -41,6 +42,7 @@ def counted(value: tf.Tensor, extended) -> tf.Tensor:
     return tf.add_n([p if (k := dependence.kind(p)) in (SAME, OWN) else mark(_if_any(has_rows, p), k) for p in parts])
 
 
+@tf.autograph.experimental.do_not_convert
 def kept(variable: tf.Variable, value: tf.Tensor, extended) -> tf.Tensor:
     """Within a replica: what of a value counts that it assigns to a variable of its own. [Note: padding row]
 
@@ -79,14 +81,16 @@ def _exchange_own_rows() -> None:
         return
     all_reduce = replica.all_reduce
 
+    @tf.autograph.experimental.do_not_convert
     def all_reduce_counted(reduce_op, value, options=None):
         value = tf.nest.map_structure(lambda each: counted(tf.convert_to_tensor(each), extended), value)
         return tf.nest.map_structure(mark_global, all_reduce(reduce_op, value, options))
 
+    @tf.autograph.experimental.do_not_convert
     def all_gather(value, axis, options=None):
         del options
-        gathered = lambda each: mark_global(_gather(_own_along(each, axis, has_rows), axis, extended))  # noqa: E731
-        return tf.nest.map_structure(gathered, value)
+        own = tf.nest.map_structure(lambda each: _own_along(each, axis, has_rows), value)
+        return tf.nest.map_structure(lambda each: mark_global(_gather(each, axis, extended)), own)
 
     replica.all_reduce, replica.all_gather = all_reduce_counted, all_gather
 
@@ -149,9 +153,11 @@ def _axis_of_rows(result, has_rows: tf.Tensor, extended) -> int | None:
         is_padding = not bool(has_rows) and not is_global(result) and result.shape.rank and result.shape[0] == 1
         return 0 if is_padding else None
     kind = extended.dependence().kind(result)
-    if kind.name == "rows" and result.shape.rank:
+    if kind in (SAME, OWN) or not result.shape.rank:
+        return None
+    if kind.name == "rows":
         return kind.axis
-    return 0 if result.shape.rank and result.shape[0] is None else None
+    return 0 if result.shape[0] is None else None
 
 
 def _if_any(has_rows: tf.Tensor, value: tf.Tensor) -> tf.Tensor:
