@@ -239,6 +239,24 @@ def test_no_layer_meets_a_batch_without_rows():
     assert set(seen) == {1, 2}
 
 
+def test_a_data_set_of_parts_of_the_users_own():
+    """Parts of two samples for each of three replicas; the last ones are of two, one and none."""
+    strategy, (x, y) = make_strategy(), DATA.arrays()
+
+    def parts(context):
+        return tf.data.Dataset.from_tensor_slices((x, y)).batch(2)
+
+    model = make_model_of(strategy, kernels)
+    reference = sequential(kernels)()
+    reference.set_weights(model.get_weights())
+    model.compile(**arguments())
+    model.fit(strategy.distribute_datasets_from_function(parts), epochs=1, shuffle=False, verbose=0)
+    reference.compile(**arguments(), jit_compile=False)
+    reference.fit(x, y, batch_size=6, epochs=1, shuffle=False, verbose=0)
+    for mine, theirs in zip(model.get_weights(), reference.get_weights(), strict=True):
+        np.testing.assert_allclose(mine, theirs, **EXACT)
+
+
 def make_model_of(strategy, make_layers):
     with strategy.scope():
         return sequential(make_layers)()

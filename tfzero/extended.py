@@ -196,7 +196,11 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
             leaves = tf.nest.flatten([thread.main_args, thread.main_kwargs])
             rows = next((rows for leaf in leaves if (rows := own_rows(leaf)) is not None), None)
             static = None if rows is None else tf.get_static_value(rows)
-            known[graph] = None if rows is None or (static is not None and static > 0) else rows > 0
+            found = thread.__dict__.get("_tfzero_found_rows")
+            if found is not None:
+                known[graph] = tf.identity(found)
+            else:
+                known[graph] = None if rows is None or (static is not None and static > 0) else rows > 0
         return known[graph]
 
     def dependence(self) -> Dependence:

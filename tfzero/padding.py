@@ -12,7 +12,8 @@ from collections.abc import Callable
 import tensorflow as tf
 
 from tfzero import _compat, _compat_graphs
-from tfzero.dependence import MIXED, OWN, SAME, is_global, mark, mark_global
+from tfzero._compat_batches import own_rows
+from tfzero.dependence import MIXED, OWN, ROWS, SAME, is_global, mark, mark_global
 from tfzero.inputs import rows_of, take_rows
 
 # To choose between two values copies one of them; a branch, which is slower to trace, does not.
@@ -63,6 +64,7 @@ def with_own_results(function: Callable) -> Callable:
         return _compat_graphs.cloned(function, with_own_results)
 
     def of_own_rows(*args, **kwargs):
+        args, kwargs = _padded((args, kwargs))
         _exchange_own_rows()
         return _own_results(function(*args, **kwargs))
 
@@ -70,6 +72,30 @@ def with_own_results(function: Callable) -> Callable:
         return of_own_rows
     function = _compat_graphs.converted(function)
     return tf.autograph.experimental.do_not_convert(of_own_rows)
+
+
+@tf.autograph.experimental.do_not_convert
+def _padded(arguments):
+    """A replica's arguments, with a row of zeros in each tensor if none that may be of a batch has rows.
+
+    What was cut has its padding already; a user's own data set gives the last replicas empty tensors.
+    """
+    tensors = [each for each in tf.nest.flatten(arguments) if isinstance(each, tf.Tensor) and each.shape.rank]
+    unpadded = [each for each in tensors if own_rows(each) is None]
+    if not unpadded or any(each.shape[0] for each in unpadded):
+        return arguments
+    numbers = [rows_of(each) if (rows := own_rows(each)) is None else rows for each in tensors]
+    has_rows = tf.reduce_any(tf.stack(numbers) > 0)
+    _compat.replica_thread()._tfzero_found_rows = has_rows
+
+    def padded(leaf):
+        if not any(leaf is each for each in unpadded):
+            return leaf
+        shape = tf.concat([[1], tf.shape(leaf)[1:]], 0)
+        result = tf.cond(has_rows, lambda: tf.identity(leaf), lambda: tf.zeros(shape, leaf.dtype))
+        return mark(tf.ensure_shape(result, [None, *leaf.shape[1:]]), ROWS)
+
+    return tf.nest.map_structure(padded, arguments)
 
 
 @tf.autograph.experimental.do_not_convert
