@@ -11,29 +11,43 @@ EagerTensor = tf.__internal__.EagerTensor
 
 
 class BatchParts(PerReplica):
-    """Each local replica's rows of a tensor of the batch. In a `tf.function` their number is not static."""
+    """Each local replica's rows of a tensor of the batch. In a `tf.function` their number is not static.
+
+    Args:
+        values: one for each local replica; that of a replica without rows is padding. [Note: padding row]
+        rows: for each its number of rows without padding, an int64 scalar.
+    """
+
+    def __init__(self, values, rows) -> None:
+        super().__init__(values)
+        self._rows = tuple(rows)
 
     @property
     def values(self):
-        """One value for each local replica, which is known to be rows of the batch by `is_part`."""
-        for value in self._values:
-            value._tfzero_is_part = True
+        """One value for each local replica, whose rows `own_rows` tells."""
+        for value, rows in zip(self._values, self._rows, strict=True):
+            value._tfzero_rows = rows
         return self._values
 
     @property
     def _type_spec(self):
-        return BatchPartsSpec(*(_without_rows(tf.type_spec_from_value(value)) for value in self._values))
+        values = (_without_rows(tf.type_spec_from_value(value)) for value in self._values)
+        return BatchPartsSpec(*values, *(tf.TensorSpec([], tf.int64) for _ in self._rows))
 
 
 class BatchPartsSpec(PerReplicaSpec):
-    """Type specification of `BatchParts`."""
+    """Type specification of `BatchParts`: of all values, then of all numbers of rows."""
 
     __slots__ = ()
 
     value_type = property(lambda self: BatchParts)
 
+    def _to_components(self, value):
+        return (*super()._to_components(value), *value._rows)
+
     def _from_components(self, tensor_list):
-        return BatchParts(tensor_list)
+        replicas = len(tensor_list) // 2
+        return BatchParts(tensor_list[:replicas], tensor_list[replicas:])
 
 
 def container_of(handle):
@@ -42,9 +56,9 @@ def container_of(handle):
     return None if container is None else container()
 
 
-def is_part(value) -> bool:
-    """Whether what a replica was given is its rows of a tensor of the batch."""
-    return getattr(value, "_tfzero_is_part", False)
+def own_rows(value) -> tf.Tensor | None:
+    """How many rows of the batch a replica was given with its part of a tensor; None of what is no such part."""
+    return getattr(value, "_tfzero_rows", None)
 
 
 def _without_rows(spec: tf.TypeSpec) -> tf.TypeSpec:
@@ -57,6 +71,14 @@ def _without_rows(spec: tf.TypeSpec) -> tf.TypeSpec:
 def is_recurrent_state(arguments: dict) -> bool:
     """Whether a variable made with these arguments is a stateful layer's (`keras/src/layers/rnn/rnn.py`)."""
     return arguments.get("name") == "rnn_state" and arguments.get("trainable") is False
+
+
+def is_moving_statistic(arguments: dict) -> bool:
+    """Whether a variable made with these arguments averages over batches, as BatchNormalization's do.
+
+    (`keras/src/layers/normalization/batch_normalization.py`, which declares no aggregation.)
+    """
+    return arguments.get("name") in ("moving_mean", "moving_variance") and arguments.get("trainable") is False
 
 
 def recurrent_states(model: keras.Model) -> list[keras.Variable]:

@@ -33,6 +33,8 @@ CALLS = {
     **dict.fromkeys(("Case", "StatelessCase"), ("branches",)),
     **dict.fromkeys(("While", "StatelessWhile"), ("cond", "body")),
 }
+# Attribute of a `tf.function`: its clone of another Python function.
+_CHANGED = "_tfzero_changed"
 
 
 def current_function():
@@ -52,6 +54,21 @@ def name_of_function(graph) -> str:
     while match := _NUMBERED.fullmatch(name):
         name, primes = match[1], primes + "'"
     return name + primes
+
+
+def cloned(function, change: Callable):
+    """A `tf.function` of the changed Python function with all other options the same; made once for a function."""
+    if _CHANGED not in vars(function):
+        setattr(function, _CHANGED, function._clone(python_function=change(function.python_function)))
+    return getattr(function, _CHANGED)
+
+
+def converted(function: Callable) -> Callable:
+    """A function that AutoGraph converts when it is called, if it converts what is traced now.
+
+    `mirrored_run.py` asks for the same, but not for what a function of ours calls.
+    """
+    return tf.__internal__.autograph.tf_convert(function, tf.__internal__.autograph.control_status_ctx())
 
 
 def run_after(operation: tf.Operation, awaited: tf.Operation) -> None:

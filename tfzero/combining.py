@@ -15,7 +15,8 @@ import warnings
 import tensorflow as tf
 
 from tfzero import _compat, _compat_graphs
-from tfzero.dependence import MEAN, OTHER, ROWS, SAME, SUM, Dependence
+from tfzero.dependence import MEAN, OTHER, OWN, ROWS, SAME, SUM, Dependence
+from tfzero.padding import counted
 
 _DECLARE = 'Declare how replicas combine: `self.add_weight(..., aggregation="sum")` for what adds up over samples'
 _OR_MEAN = _DECLARE + ', `aggregation="mean"` for averages.'
@@ -40,6 +41,9 @@ def combined(variable, value: tf.Tensor, extended) -> tf.Tensor:
     dependence.note_update(variable.name)
     parts = dependence.split(value)
     same = parts.pop(SAME.name, None)
+    if OWN.name in parts:
+        own = parts.pop(OWN.name)
+        parts[OTHER.name] = own + parts[OTHER.name] if OTHER.name in parts else own
     if not parts:
         return value
     _check(variable, value.dtype, parts)
@@ -52,7 +56,7 @@ def combined(variable, value: tf.Tensor, extended) -> tf.Tensor:
         parts = {MEAN.name: tf.add_n(list(parts.values()))}
     totals = [] if same is None else [same]
     if SUM.name in parts:
-        totals.append(summed(parts[SUM.name], extended))
+        totals.append(summed(counted(parts[SUM.name], extended), extended))
     if MEAN.name in parts:
         totals.append(extended.average(parts[MEAN.name]))
     return tf.reshape(tf.add_n(totals), tf.shape(value))
@@ -101,7 +105,7 @@ def _undecided(variable) -> str:
 
 def _combined_eagerly(variable, value: tf.Tensor, extended) -> tf.Tensor:
     if variable.aggregation == tf.VariableAggregation.SUM:
-        return summed(value, extended)
+        return summed(counted(value, extended), extended)
     if value.dtype.is_floating:
         if variable.aggregation == tf.VariableAggregation.NONE:
             warnings.warn(

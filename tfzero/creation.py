@@ -115,6 +115,9 @@ class VariableCreation:
             return values
 
         kind: type = ReplicatedVariable if self._creating_optimizer_state else LayerVariable
+        if _compat_batches.is_moving_statistic(kwargs) and kind is LayerVariable:
+            # The variance is one about the replica's own mean; README.md names it among the exceptions.
+            kwargs["aggregation"] = tf.VariableAggregation.MEAN
         if _compat_batches.is_recurrent_state(kwargs) and not self._creating_optimizer_state:
             kind = RowsVariable
         classes = {

@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterable
 import tensorflow as tf
 
 from tfzero import _compat, _compat_batches, _compat_graphs
-from tfzero.kinds import COUNT, MEAN, MIXED, OTHER, ROWS, SAME, SUM, Kind, is_global, mark, mark_global
+from tfzero.kinds import COUNT, MEAN, MIXED, OTHER, OWN, ROWS, SAME, SUM, Kind, is_global, mark, mark_global
 from tfzero.sums import ADDED, SCATTERED, kind_of_result
 
-__all__ = ["COUNT", "MEAN", "OTHER", "ROWS", "SAME", "SUM", "Dependence", "is_global", "mark", "mark_global"]
+__all__ = [
+    "COUNT", "MEAN", "MIXED", "OTHER", "OWN", "ROWS", "SAME", "SUM", "Dependence", "is_global", "mark", "mark_global",
+]  # fmt: skip
 
 _PASSED = {"Identity", "IdentityN", "StopGradient", "PreventGradient", "CheckNumerics", "EnsureShape", "Snapshot"}
 _COLLECTIVES = {
@@ -60,7 +62,7 @@ class Dependence:
     def _kind_from(self, tensor, kinds: list[Kind]) -> Kind:
         """The kind of a tensor, from those of the tensors that it depends on."""
         if self._is_own(tensor):
-            return OTHER
+            return OWN
         is_made = not isinstance(tensor, _compat_batches.EagerTensor) and not hasattr(tensor, "_tfzero_kind")
         if is_made and tensor.op.type in _compat_graphs.CALLS:
             return self._kinds_of_call(tensor.op)[tensor.value_index]

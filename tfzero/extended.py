@@ -1,6 +1,7 @@
 """What TensorFlow and Keras call when they meet replicas: collectives, variables and input."""
 
 import contextlib
+import functools
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -8,12 +9,13 @@ from collections.abc import Callable, Sequence
 import tensorflow as tf
 
 from tfzero import _compat, _compat_cluster, _compat_graphs, self_test
+from tfzero._compat_batches import own_rows
 from tfzero.channel import Channel
 from tfzero.cluster import Cluster
 from tfzero.collectives import Group
 from tfzero.compression import Codec
 from tfzero.creation import VariableCreation
-from tfzero.dependence import OTHER, ROWS, Dependence, mark_global
+from tfzero.dependence import COUNT, OTHER, ROWS, Dependence, mark_global
 from tfzero.digests import BatchComparison
 from tfzero.gathering import Gatherer
 from tfzero.inputs import (
@@ -24,10 +26,10 @@ from tfzero.inputs import (
     cut_dataset,
     describe_dataset,
     in_order,
-    one_batch_leaf,
-    rows_of,
+    own_rows_of,
 )
 from tfzero.network import DEFAULT_BUCKET_BYTES, Network, measure_network
+from tfzero.padding import counted, with_own_results
 from tfzero.settings import Choice, Settings, gpus_have_nccl
 from tfzero.variables import ShardedParameter, VariableView
 
@@ -115,7 +117,8 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
             if len(self.worker_devices) > 1:
                 _compat_graphs.chain_by_device(tf.compat.v1.get_default_graph(), self.worker_devices)
         self._traced = traced = []
-        results = super()._call_for_each_replica(fn, args, kwargs)
+        function = fn if self.group.world_size == 1 else with_own_results(fn)
+        results = super()._call_for_each_replica(function, args, kwargs)
         for dependence in traced:
             dependence.check_updates()
         return results
@@ -160,7 +163,9 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
         known = _compat.replica_thread().__dict__.setdefault("_tfzero_gatherers", {})
         if graph not in known:
             codec = Codec.of(self._settings.compression)
-            known[graph] = Gatherer(self.group, self.replica_collective, self._settings.reshard_after_forward, codec)
+            own = functools.partial(counted, extended=self)
+            reshard = self._settings.reshard_after_forward
+            known[graph] = Gatherer(self.group, self.replica_collective, own, reshard, codec)
         return known[graph]
 
     def share(self) -> tf.Tensor:
@@ -176,13 +181,31 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
         graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
         known = thread.__dict__.setdefault("_tfzero_shares", {})
         if graph not in known:
-            rows = rows_of(one_batch_leaf([thread.main_args, thread.main_kwargs]))
+            rows = own_rows_of([thread.main_args, thread.main_kwargs])
             if rows is None:
                 return unknown
             total = self.replica_collective(self.group.all_reduce, rows)
             known[graph] = tf.cast(
                 tf.math.divide_no_nan(tf.cast(rows, tf.float64), tf.cast(total, tf.float64)), tf.float32
             )
+        return known[graph]
+
+    def has_rows(self) -> tf.Tensor | None:
+        """Within a replica: whether it has rows of the batch; None if it has for certain, or if that is not known."""
+        thread = _compat.replica_thread()
+        if thread is None or self.group.world_size == 1:
+            return None
+        graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+        known = thread.__dict__.setdefault("_tfzero_has_rows", {})
+        if graph not in known:
+            leaves = tf.nest.flatten([thread.main_args, thread.main_kwargs])
+            rows = next((rows for leaf in leaves if (rows := own_rows(leaf)) is not None), None)
+            static = None if rows is None else tf.get_static_value(rows)
+            found = thread.__dict__.get("_tfzero_found_rows")
+            if found is not None:
+                known[graph] = tf.identity(found)
+            else:
+                known[graph] = None if rows is None or (static is not None and static > 0) else rows > 0
         return known[graph]
 
     def dependence(self) -> Dependence:
@@ -193,12 +216,15 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
         arguments = [thread.main_args, thread.main_kwargs]
         if "_tfzero_dependence" not in thread.__dict__:
             rows = {id(leaf) for leaf in batch_leaves(arguments)}
-            thread._tfzero_dependence = Dependence(
+            leaves = tf.nest.flatten(arguments)
+            kinds = [
                 (tensor, ROWS if id(leaf) in rows and isinstance(leaf, tf.Tensor) else OTHER)
-                for leaf in tf.nest.flatten(arguments)
+                for leaf in leaves
                 for tensor in tf.nest.flatten(leaf, expand_composites=True)
                 if tf.is_tensor(tensor) and tensor.shape.rank != 0
-            )
+            ]
+            counts = [(own_rows(leaf), COUNT) for leaf in leaves if own_rows(leaf) is not None]
+            thread._tfzero_dependence = Dependence([*kinds, *counts])
             self._traced.append(thread._tfzero_dependence)
         return thread._tfzero_dependence
 

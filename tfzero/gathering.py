@@ -61,16 +61,23 @@ class Gatherer:
     Args:
         group: the replicas.
         collective: runs one of the group's methods within a replica (`ZeroExtended.replica_collective`).
+        counted: gives what of a replica's gradient counts. [Note: padding row]
         reshard_after_forward: whether the backward pass gathers again instead of keeping values.
         codec: how matrices travel; None for as they are.
     """
 
     def __init__(
-        self, group: Group, collective: Callable, reshard_after_forward: bool, codec: Codec | None = None
+        self,
+        group: Group,
+        collective: Callable,
+        counted: Callable,
+        reshard_after_forward: bool,
+        codec: Codec | None = None,
     ) -> None:
         self._group = group
         self._codec = codec if group.world_size > 1 else None
         self._collective = collective
+        self._counted = counted
         self._reshard = reshard_after_forward
         self._values: dict = {}
         self._gathered: list[tf.Tensor] = []
@@ -107,7 +114,7 @@ class Gatherer:
                             self._gather_again(whole, part, dtype, waits)
                 purpose = self._group.lanes.purpose(_compat.replica_index(), f"the gradient of {shard.name}")
                 with purpose, tf.control_dependencies(waits):
-                    scattered = self._scatter_gradient(tf.reshape(upstream, shape), shard)
+                    scattered = self._scatter_gradient(self._counted(tf.reshape(upstream, shape)), shard)
                 self._scattered.append(scattered)
                 return scattered
 

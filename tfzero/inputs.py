@@ -13,6 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfzero import _compat, _compat_batches, _compat_data
+from tfzero._compat_batches import own_rows
 from tfzero.digests import BatchComparison
 
 
@@ -77,21 +78,27 @@ def rows_of(value):
     return None
 
 
-def cut(value, part: int, parts: int):
-    """Part `part` of `parts` of a batched tensor, dealt as evenly as possible (`plan.split_rows`, in a graph)."""
-    if isinstance(value, np.ndarray):
-        value = tf.convert_to_tensor(value)
+def cut(value, part: int, parts: int) -> tuple:
+    """Part `part` of `parts` of a batched tensor, dealt as evenly as possible (`plan.split_rows`, in a graph).
+
+    Returns:
+        The part, and the number of its rows, int64. A part without rows is one row of padding. [Note: padding row]
+    """
     rows = rows_of(value)
-    if rows is None:
-        return value
     size, rest = rows // parts, rows % parts
     begin = part * size + tf.minimum(tf.constant(part, tf.int64), rest)
-    end = begin + size + tf.cast(part < rest, tf.int64)
+    own = size + tf.cast(part < rest, tf.int64)
+    first = tf.where(own > 0, begin, 0)
+    return take_rows(value, first, tf.minimum(first + tf.maximum(own, 1), rows)), own
+
+
+def take_rows(value, begin, end):
+    """The rows from `begin` to `end` of a dense, ragged or sparse tensor, int64; their number is not static."""
     if isinstance(value, tf.SparseTensor):
         start = tf.concat([[begin], tf.zeros_like(value.dense_shape[1:])], 0)
         return tf.sparse.slice(value, start, tf.concat([[end - begin], value.dense_shape[1:]], 0))
     part = value[begin:end]
-    if isinstance(part, tf.RaggedTensor) or part.shape[0] is None or tf.executing_eagerly() or parts == 1:
+    if isinstance(part, tf.RaggedTensor) or part.shape[0] is None or tf.executing_eagerly():
         return part
     # A number of rows that is a constant of the graph could not be told from other numbers. [Note: kinds]
     return tf.compat.v1.placeholder_with_default(part, [None, *part.shape[1:]])
@@ -101,9 +108,11 @@ def cut_batch(batch, seats: Seats):
     """The structure of a batch with per-replica values: the rows of each of this worker's replicas."""
 
     def of_replicas(leaf):
+        leaf = tf.convert_to_tensor(leaf) if isinstance(leaf, np.ndarray) else leaf
+        if seats.parts == 1 or rows_of(leaf) is None:
+            return _compat.per_replica([leaf] * seats.replicas_per_worker)
         parts = [cut(leaf, seats.part(replica), seats.parts) for replica in range(seats.replicas_per_worker)]
-        has_rows = seats.parts > 1 and rows_of(parts[0]) is not None
-        return _compat_batches.BatchParts(parts) if has_rows else _compat.per_replica(parts)
+        return _compat_batches.BatchParts(*zip(*parts, strict=True))
 
     return tf.nest.map_structure(of_replicas, batch)
 
@@ -114,25 +123,29 @@ def batch_leaves(arguments) -> list:
     What was cut by rows is known. If nothing was, it can be any tensor with an axis.
     """
     leaves = tf.nest.flatten(arguments)
-    known = [leaf for leaf in leaves if _compat_batches.is_part(leaf)]
+    known = [leaf for leaf in leaves if own_rows(leaf) is not None]
     return known or [leaf for leaf in leaves if rows_of(leaf) is not None]
 
 
-def one_batch_leaf(arguments):
-    """One of `batch_leaves`, by whose rows a replica's part of the batch is weighed; None if there is none.
+def own_rows_of(arguments) -> tf.Tensor | None:
+    """How many rows of the batch a replica has, by whose share its part is weighed, int64; None if there is no batch.
+
+    Args:
+        arguments: those of the replica's function.
 
     Raises:
         ValueError: if it cannot be told which argument is of the batch.
     """
     leaves = batch_leaves(arguments)
-    sizes = {leaf.shape[0] for leaf in leaves}
-    if len(sizes) > 1 and not _compat_batches.is_part(leaves[0]):
+    if not leaves or (rows := own_rows(leaves[0])) is not None:
+        return rows if leaves else None
+    if len({leaf.shape[0] for leaf in leaves}) > 1:
         raise ValueError(
             f"`strategy.run` was given tensors of shapes {[tuple(leaf.shape) for leaf in leaves]}, and it cannot be "
             "told which of them holds the replica's rows of the batch, by which it is weighed. Pass an element of a "
             "data set of `strategy.experimental_distribute_dataset`, or what `strategy.cut_batch(batch)` gives."
         )
-    return leaves[0] if leaves else None
+    return rows_of(leaves[0])
 
 
 def check_shardable(dataset: tf.data.Dataset, workers: int) -> None:

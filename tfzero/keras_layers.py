@@ -1,4 +1,4 @@
-"""The places where Keras's layers must be told about replicas: randomness, dtypes, and batches without samples.
+"""The places where Keras's layers must be told about replicas: randomness and dtypes.
 
 They are patched as the training's are (`patches.py`).
 """
@@ -9,7 +9,7 @@ import keras
 import tensorflow as tf
 
 from tfzero import _compat, losses
-from tfzero.dependence import MEAN, OTHER, mark
+from tfzero.dependence import OTHER, mark
 from tfzero.patches import patch
 from tfzero.strategy import ZeroStrategy
 from tfzero.variables import ShardedParameter
@@ -71,55 +71,3 @@ def _remat(original, function):
         return original(functools.partial(function, **kwargs))(*args)
 
     return recomputed
-
-
-# A replica without samples: oneDNN's convolutions and poolings give a wrong shape for an empty batch.
-
-
-def _on_samples(original, inputs, *args, **kwargs):
-    """Lets an empty batch on a CPU pass as one sample that is dropped again."""
-    extended = losses.current_extended()
-    if extended is None or extended.group.hint == "NCCL" or tf.executing_eagerly() or inputs.shape[0] is not None:
-        return original(inputs, *args, **kwargs)
-    args = [tf.convert_to_tensor(each) if isinstance(each, keras.Variable) else each for each in args]
-
-    def on_one_sample():
-        return original(tf.zeros([1, *tf.unstack(tf.shape(inputs))[1:]], inputs.dtype), *args, **kwargs)[:0]
-
-    return tf.cond(tf.shape(inputs)[0] > 0, lambda: original(inputs, *args, **kwargs), on_one_sample)
-
-
-_KERNELS = {
-    "conv": "inputs kernel strides padding data_format dilation_rate",
-    "depthwise_conv": "inputs kernel strides padding data_format dilation_rate",
-    "separable_conv": "inputs depthwise_kernel pointwise_kernel strides padding data_format dilation_rate",
-    "conv_transpose": "inputs kernel strides padding output_padding data_format dilation_rate",
-    "max_pool": "inputs pool_size strides padding data_format",
-    "average_pool": "inputs pool_size strides padding data_format",
-}
-for _name, _arguments in _KERNELS.items():
-    patch(
-        _compat.keras_nn,
-        _name,
-        _arguments,
-        "of a batch without samples oneDNN gives a wrong shape",
-        "test_step.py::test_a_replica_without_samples_convolves_nothing",
-    )(_on_samples)
-
-
-@patch(
-    _compat.keras_nn,
-    "moments",
-    "x axes keepdims synchronized",
-    "the moments of no samples are NaN",
-    "test_step.py::test_a_replica_without_samples_normalizes_nothing",
-)
-def _moments(original, x, axes, keepdims=False, synchronized=False):
-    """The moments of no samples are 0, not NaN, which would spread in the sum of gradients."""
-    result = original(x, axes, keepdims=keepdims, synchronized=synchronized)
-    if losses.current_extended() is None or synchronized or tf.executing_eagerly():
-        return result
-    if x.shape[0] is None:
-        result = tuple(tf.where(tf.size(x) > 0, moment, tf.zeros_like(moment)) for moment in result)
-    # The variance is one about the replica's own mean; README.md names it among the exceptions.
-    return tuple(mark(tf.identity(moment), MEAN) for moment in result)

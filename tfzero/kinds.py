@@ -8,6 +8,7 @@ the traced step it can be told, from the operations that made it, how the one fo
     sum    one device has the sum over replicas (a sum over rows; `count` is a number of rows)
     mean   one device has the mean over replicas, weighted by their rows (a mean over rows)
     mixed  a sum of tensors of several kinds, into which `Dependence.split` takes it apart
+    own    what a replica has counted up by itself, in a variable of its own
     other  none of these, such as a maximum
 
 What is not known to be anything else is `other`: a value of `other` is never taken for one device's without a word.
@@ -31,7 +32,7 @@ class Kind(NamedTuple):
 
 
 SAME, SUM, COUNT, MEAN = Kind("same"), Kind("sum"), Kind("count"), Kind("mean")
-MIXED, OTHER = Kind("mixed"), Kind("other")
+OWN, MIXED, OTHER = Kind("own"), Kind("mixed"), Kind("other")
 ROWS = Kind("rows", 0)
 
 

@@ -16,6 +16,7 @@ import tensorflow as tf
 from keras import ops
 
 from tfzero import _compat
+from tfzero.padding import counted
 
 _scope = threading.local()
 
@@ -68,8 +69,8 @@ def reduce_loss(values, sample_weight, mask, reduction, dtype, extended):
     reduction = _compat.keras_loss.standardize_reduction(reduction)
     values = ops.convert_to_tensor(values, dtype=dtype)
     sample_weight = None if sample_weight is None else ops.convert_to_tensor(sample_weight, dtype=values.dtype)
-    counted = tf.size(values, tf.int64) if mask is None else tf.math.count_nonzero(mask)
-    maskable = counted if mask is None else tf.size(mask, tf.int64)
+    unmasked = tf.size(values, tf.int64) if mask is None else tf.math.count_nonzero(mask)
+    maskable = unmasked if mask is None else tf.size(mask, tf.int64)
     if mask is not None:
         mask = ops.cast(mask, values.dtype)
         if sample_weight is None:
@@ -84,13 +85,13 @@ def reduce_loss(values, sample_weight, mask, reduction, dtype, extended):
         return values
     if values.shape.rank == 0:
         return scale(values, extended)
-    total = ops.sum(values)
+    total = counted(ops.sum(values), extended)
     if reduction != "sum":
         weighs = reduction == "mean_with_sample_weight" and sample_weight is not None
         if weighs:
             counts = [ops.sum(sample_weight)]
         else:
-            counts = [tf.size(values, tf.int64), counted, maskable]
+            counts = [tf.size(values, tf.int64), unmasked, maskable]
         total = ops.divide_no_nan(total, _global_divisor(counts, total.dtype, extended))
     if getattr(_scope, "static", None) is not None:
         total = ops.divide_no_nan(total, ops.cast(extended.share(), total.dtype))
@@ -99,7 +100,7 @@ def reduce_loss(values, sample_weight, mask, reduction, dtype, extended):
 
 def _global_divisor(counts, dtype, extended):
     """Keras's divisor `elements * unmasked / maskable`, or the sum of weights, of the whole batch."""
-    local = tf.stack([tf.stop_gradient(tf.cast(count, tf.float64)) for count in counts])
+    local = tf.stack([tf.stop_gradient(tf.cast(counted(count, extended), tf.float64)) for count in counts])
     total = extended.replica_collective(extended.group.all_reduce, local)
     if len(counts) == 1:
         return tf.cast(total[0], dtype)

@@ -30,10 +30,11 @@ from tfzero.inner import (
 )
 from tfzero.late_gathers import is_late, make_pending
 from tfzero.overwriting import OverwrittenView, is_overwritten, keep_whole
+from tfzero.padding import counted
 from tfzero.plan import make_plan
 from tfzero.settings import Choice
 from tfzero.step import ReplicaStep, Trained, with_norms
-from tfzero.variables import VariableView
+from tfzero.variables import ShardedParameter, VariableView
 
 # Settings of Keras's optimizer base class that would hide those of the inner optimizer.
 _INNER_SETTINGS = (
@@ -344,7 +345,7 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
                 )
             to_build = list(trainable_variables)
             replica.merge_call(lambda strategy: self.build(to_build))
-        gradients = self._by_index(grads, trainable_variables)
+        gradients = self._counted(self._by_index(grads, trainable_variables), replica.strategy.extended)
         replica.strategy.extended.forget_gathered()
         gathers_late = self._trained.pending is not None and is_late()
         if tf.executing_eagerly():
@@ -372,6 +373,11 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
             warnings.warn(f"Gradients do not exist for variables {missing} when minimizing the loss.", stacklevel=4)
         pairs = zip(grads, variables, strict=True)
         return {places[id(v)]: tf.convert_to_tensor(g) for g, v in pairs if g is not None}
+
+    def _counted(self, gradients: dict[int, tf.Tensor], extended) -> dict[int, tf.Tensor]:
+        """What is still to be summed over replicas, without what a replica without rows has. [Note: padding row]"""
+        summed = {i for i, v in enumerate(self._trained.variables) if not isinstance(v.value, ShardedParameter)}
+        return {i: counted(g, extended) if i in summed else g for i, g in gradients.items()}
 
     def _apply_eagerly(self, replica, gradients: dict[int, tf.Tensor]) -> None:
         """Eager replicas run one after the other, so they meet here and step together in a graph."""

@@ -4,7 +4,7 @@ import tensorflow as tf
 
 from tfzero import _compat
 from tfzero.dependence import ROWS, mark
-from tfzero.inputs import one_batch_leaf, rows_of
+from tfzero.inputs import own_rows_of
 from tfzero.plan import split_rows
 from tfzero.variables import ReplicatedVariable
 
@@ -41,9 +41,9 @@ class RowsVariable(ReplicatedVariable):
     def _own_rows(self) -> tf.Tensor:
         replica, thread = self._replica(), _compat.replica_thread()
         begin, end = self._span(self.distribute_strategy.extended.seats.part(replica))
-        batch = one_batch_leaf([thread.main_args, thread.main_kwargs])
-        with self._checked(rows_of(batch), end - begin):
-            rows = tf.identity(self._values[replica][begin:end])
+        with self._checked(own_rows_of([thread.main_args, thread.main_kwargs]), end - begin):
+            begin = min(begin, self.shape[0] - 1)  # [Note: padding row]
+            rows = tf.identity(self._values[replica][begin : max(begin + 1, end)])
         if tf.executing_eagerly():
             return rows
         return mark(tf.compat.v1.placeholder_with_default(rows, [None, *rows.shape[1:]]), ROWS)
@@ -56,8 +56,9 @@ class RowsVariable(ReplicatedVariable):
         spans = [self._span(part) for part in range(extended.seats.parts)]
         begin, end = spans[extended.seats.part(replica)]
         most = spans[0][1]  # the first part has as many rows as any
-        with self._checked(tf.shape(value, tf.int64)[0], end - begin):
-            padded = tf.pad(value, [[0, most - (end - begin)], *([0, 0] for _ in self.shape[1:])])
+        rows = max(1, end - begin)  # [Note: padding row]
+        with self._checked(tf.shape(value, tf.int64)[0], rows):
+            padded = tf.pad(value, [[0, most - rows], *([0, 0] for _ in self.shape[1:])])
         padded = tf.ensure_shape(padded, [most, *self.shape[1:]])
         gathered = extended.replica_collective(extended.group.all_gather, padded)  # [world_size, most, ...]
         by_part = sorted((extended.seats.part_of_rank(rank), rank) for rank in range(len(spans)))

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
-from tfzero.kinds import COUNT, MEAN, MIXED, OTHER, ROWS, SAME, SUM, Kind, rows_along
+from tfzero.kinds import COUNT, MEAN, MIXED, OTHER, OWN, ROWS, SAME, SUM, Kind, rows_along
 from tfzero.row_moves import MOVES, of_axes_moved, of_reshape, of_sliced_shape, of_strided_slice
 
 # Of their first input, if the others are the same everywhere.
@@ -51,7 +51,7 @@ def _of_sum(tensor, operation, kinds: list[Kind]) -> Kind:
         return _of_elements(tensor, operation, kinds)
     if set(kinds) <= {SUM, COUNT}:
         return SUM
-    return MEAN if set(kinds) == {MEAN} else MIXED
+    return kinds[0] if set(kinds) in ({MEAN}, {OWN}) else MIXED
 
 
 def _of_product(tensor, operation, kinds: list[Kind]) -> Kind:

@@ -9,6 +9,7 @@ import tensorflow as tf
 from tfzero import _compat
 from tfzero.channel import Channel
 from tfzero.combining import combined, is_eager_sum
+from tfzero.padding import counted, kept
 from tfzero.plan import Placement, Plan, shard_elements
 
 
@@ -68,7 +69,27 @@ class LayerVariable(ReplicatedVariable):
 
 
 class OnReadVariable(_compat.SyncOnReadVariable):
-    """A variable that each replica counts up by itself and that is combined when read: metrics and such."""
+    """A variable that each replica counts up by itself and that is combined when read: metrics and such.
+
+    A replica without rows of the batch counts nothing. [Note: padding row]
+    """
+
+    def assign(self, value, *args, **kwargs):
+        if _compat.replica_index() is not None:
+            own = self._get_on_device_or_primary()
+            value = kept(own, tf.convert_to_tensor(value, self.dtype), self.distribute_strategy.extended)
+        return super().assign(value, *args, **kwargs)
+
+    def assign_add(self, value, *args, **kwargs):
+        return super().assign_add(self._counted(value), *args, **kwargs)
+
+    def assign_sub(self, value, *args, **kwargs):
+        return super().assign_sub(self._counted(value), *args, **kwargs)
+
+    def _counted(self, value):
+        if _compat.replica_index() is None:
+            return value
+        return counted(tf.convert_to_tensor(value, self.dtype), self.distribute_strategy.extended)
 
     def __int__(self) -> int:
         return int(self.numpy())

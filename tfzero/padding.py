@@ -1,0 +1,194 @@
+"""What becomes of a replica that gets no rows of a batch.
+
+[Note: padding row] Kernels of cuDNN and oneDNN take no batch without rows, and the mean of no rows is NaN. So a replica
+without rows is given one row of padding, a copy of the batch's first, which is as good as a real one. It computes, and
+meets the others in their collectives, but nothing of that row counts: what leaves a replica (results, gradients, what
+it adds to variables, sums over replicas) is zero, or has no rows, as far as it depends on rows ([Note: kinds]).
+Eagerly there is no graph that could tell: there all of it is dropped that is not known to be the same on all replicas.
+"""
+
+from collections.abc import Callable
+
+import tensorflow as tf
+
+from tfzero import _compat, _compat_graphs
+from tfzero._compat_batches import own_rows
+from tfzero.dependence import MIXED, OWN, ROWS, SAME, is_global, mark, mark_global
+from tfzero.inputs import rows_of, take_rows
+
+# To choose between two values copies one of them; a branch, which is slower to trace, does not.
+_LARGE_BYTES = 2**20
+
+
+@tf.autograph.experimental.do_not_convert
+def counted(value: tf.Tensor, extended) -> tf.Tensor:
+    """Within a replica: a value, or what does not depend on rows of it if the replica has none. [Note: padding row]
+
+    Args:
+        value: any tensor.
+        extended: the strategy's.
+    """
+    has_rows = extended.has_rows()
+    if has_rows is None:
+        return value
+    if tf.executing_eagerly():
+        return value if bool(has_rows) or is_global(value) else _if_any(has_rows, value)
+    dependence = extended.dependence()
+    kind = dependence.kind(value)
+    if kind in (SAME, OWN):
+        return value
+    if kind != MIXED:
+        return mark(_if_any(has_rows, value), kind)
+    parts = dependence.split(value).values()
+    return tf.add_n([p if (k := dependence.kind(p)) in (SAME, OWN) else mark(_if_any(has_rows, p), k) for p in parts])
+
+
+@tf.autograph.experimental.do_not_convert
+def kept(variable: tf.Variable, value: tf.Tensor, extended) -> tf.Tensor:
+    """Within a replica: what of a value counts that it assigns to a variable of its own. [Note: padding row]
+
+    Where the value does not tell, the variable stays as it is.
+    """
+    has_rows = extended.has_rows()
+    if has_rows is None:
+        return value
+    if not tf.executing_eagerly() and extended.dependence().kind(value) in (SAME, OWN, MIXED):
+        return counted(value, extended)
+    return tf.where(has_rows, value, tf.cast(variable, value.dtype))
+
+
+def with_own_results(function: Callable) -> Callable:
+    """A replica's function, of whose results only that remains which counts. [Note: padding row]"""
+    if isinstance(function, tf.types.experimental.PolymorphicFunction):
+        # It must stay one: TensorFlow traces all replicas within it.
+        return _compat_graphs.cloned(function, with_own_results)
+
+    def of_own_rows(*args, **kwargs):
+        args, kwargs = _padded((args, kwargs))
+        _exchange_own_rows()
+        return _own_results(function(*args, **kwargs))
+
+    if tf.executing_eagerly():  # perhaps the Python function of a `tf.function`, which TensorFlow converts later
+        return of_own_rows
+    function = _compat_graphs.converted(function)
+    return tf.autograph.experimental.do_not_convert(of_own_rows)
+
+
+@tf.autograph.experimental.do_not_convert
+def _padded(arguments):
+    """A replica's arguments, with a row of zeros in each tensor if none that may be of a batch has rows.
+
+    What was cut has its padding already; a user's own data set gives the last replicas empty tensors.
+    """
+    tensors = [each for each in tf.nest.flatten(arguments) if isinstance(each, tf.Tensor) and each.shape.rank]
+    unpadded = [each for each in tensors if own_rows(each) is None]
+    if not unpadded or any(each.shape[0] for each in unpadded):
+        return arguments
+    numbers = [rows_of(each) if (rows := own_rows(each)) is None else rows for each in tensors]
+    has_rows = tf.reduce_any(tf.stack(numbers) > 0)
+    _compat.replica_thread()._tfzero_found_rows = has_rows
+
+    def padded(leaf):
+        if not any(leaf is each for each in unpadded):
+            return leaf
+        shape = tf.concat([[1], tf.shape(leaf)[1:]], 0)
+        result = tf.cond(has_rows, lambda: tf.identity(leaf), lambda: tf.zeros(shape, leaf.dtype))
+        return mark(tf.ensure_shape(result, [None, *leaf.shape[1:]]), ROWS)
+
+    return tf.nest.map_structure(padded, arguments)
+
+
+@tf.autograph.experimental.do_not_convert
+def _exchange_own_rows() -> None:
+    """Lets the replica's context reduce and gather what counts. Each run of a function has a context of its own."""
+    replica = tf.distribute.get_replica_context()
+    extended = replica.strategy.extended
+    if (has_rows := extended.has_rows()) is None:
+        return
+    all_reduce = replica.all_reduce
+
+    @tf.autograph.experimental.do_not_convert
+    def all_reduce_counted(reduce_op, value, options=None):
+        value = tf.nest.map_structure(lambda each: counted(tf.convert_to_tensor(each), extended), value)
+        return tf.nest.map_structure(mark_global, all_reduce(reduce_op, value, options))
+
+    @tf.autograph.experimental.do_not_convert
+    def all_gather(value, axis, options=None):
+        del options
+        own = tf.nest.map_structure(lambda each: _own_along(each, axis, has_rows), value)
+        return tf.nest.map_structure(lambda each: mark_global(_gather(each, axis, extended)), own)
+
+    replica.all_reduce, replica.all_gather = all_reduce_counted, all_gather
+
+
+def _own_along(value, axis: int, has_rows: tf.Tensor) -> tf.Tensor:
+    """A replica's own rows along an axis along which replicas may differ."""
+    value = tf.convert_to_tensor(value)
+    may_differ = value.shape[axis] == 1 if tf.executing_eagerly() else value.shape[axis] is None
+    return _without_padding(value, axis % value.shape.rank, has_rows) if may_differ else value
+
+
+def _gather(value: tf.Tensor, axis: int, extended) -> tf.Tensor:
+    """As `tf.distribute.ReplicaContext.all_gather`, also where replicas cannot be merged."""
+    rank = extended.group.rank(_compat.replica_index())
+
+    @tf.custom_gradient
+    def gather(own):
+        parts = extended.replica_collective(extended.group.all_gather_parts, own)
+
+        def gradient(upstream):
+            total = extended.replica_collective(extended.group.all_reduce, upstream)
+            sizes = [tf.shape(part)[axis] for part in parts]
+            return tf.ensure_shape(tf.split(total, sizes, axis, num=len(sizes))[rank], own.shape)
+
+        return tf.concat(parts, axis), gradient
+
+    return gather(value)
+
+
+@tf.autograph.experimental.do_not_convert
+def _own_results(results):
+    extended = tf.distribute.get_replica_context().strategy.extended
+    has_rows = extended.has_rows()
+    return results if has_rows is None else tf.nest.map_structure(lambda each: _own(each, has_rows, extended), results)
+
+
+def _own(result, has_rows: tf.Tensor, extended):
+    if not tf.is_tensor(result) or isinstance(result, tf.Variable | tf.distribute.DistributedValues):
+        return result
+    axis = _axis_of_rows(result, has_rows, extended)
+    if axis is None:
+        return counted(result, extended)
+    if isinstance(result, tf.SparseTensor | tf.RaggedTensor):
+        return take_rows(result, tf.constant(0, tf.int64), tf.where(has_rows, rows_of(result), 0))
+    return _without_padding(result, axis, has_rows)
+
+
+def _without_padding(value: tf.Tensor, axis: int, has_rows: tf.Tensor) -> tf.Tensor:
+    """A tensor with rows along an axis, or with none there if the replica has none."""
+    size = tf.shape(value, tf.int64)
+    others = tf.constant([int(k != axis) for k in range(value.shape.rank)], tf.int64)
+    return tf.slice(value, tf.zeros_like(size), tf.where(has_rows, size, size * others))
+
+
+def _axis_of_rows(result, has_rows: tf.Tensor, extended) -> int | None:
+    """The axis along which a result has rows, as far as that can be told."""
+    if isinstance(result, tf.SparseTensor | tf.RaggedTensor):
+        return 0
+    if tf.executing_eagerly():
+        is_padding = not bool(has_rows) and not is_global(result) and result.shape.rank and result.shape[0] == 1
+        return 0 if is_padding else None
+    kind = extended.dependence().kind(result)
+    if kind in (SAME, OWN) or not result.shape.rank:
+        return None
+    if kind.name == "rows":
+        return kind.axis
+    return 0 if result.shape[0] is None else None
+
+
+def _if_any(has_rows: tf.Tensor, value: tf.Tensor) -> tf.Tensor:
+    """A value, or zeros without rows, to which no gradient leads."""
+    elements = value.shape.num_elements()
+    if elements is not None and elements * value.dtype.size >= _LARGE_BYTES:
+        return tf.cond(has_rows, lambda: tf.identity(value), lambda: tf.zeros(value.shape, value.dtype))
+    return tf.where(has_rows, value, tf.zeros_like(value))
