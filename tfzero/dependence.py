@@ -70,7 +70,7 @@ class Dependence:
 
     def _kinds_of_call(self, operation: tf.Operation) -> list[Kind]:
         """The kinds of what an operation gives that calls functions: a `tf.function`, a branch or a loop."""
-        key = id(operation.graph), operation.name
+        key = id(operation.graph), operation.name, len(operation.outputs)  # a gradient adds to what a loop gives
         if key not in self._within:
             functions = _compat_graphs.functions_of(operation)
             kinds = [SAME if each.dtype == tf.resource else self._known[_key(each)] for each in operation.inputs]

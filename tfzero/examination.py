@@ -3,12 +3,11 @@
 All workers do the same, tell each other what they found, and come to the same verdict; the first one prints it.
 """
 
-import importlib
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from tfzero import backend  # noqa: F401 - before anything imports Keras
+from tfzero import backend  # noqa: F401, I001 - before anything imports Keras
+from tfzero import self_test
 from tfzero.cluster import read_tf_config
 from tfzero.collectives import Group
 from tfzero.facts import describe_devices, library_versions, nccl_version, unseen_gpus
@@ -24,13 +23,6 @@ _UNPROVEN = (
     "Unproven by tfzero's own tests, which have had one card at a time: several GPUs in one process, and GPUs of "
     "several machines. There this command is the proof."
 )
-
-
-def self_test_rows(group: Group, timeout_seconds: float) -> list:
-    """What the transport's self-test finds among this worker's replicas, row by row; none without such a test."""
-    if importlib.util.find_spec("tfzero.self_test") is None:
-        return []
-    return importlib.import_module("tfzero.self_test").run(group, timeout_seconds, every_dtype=True)
 
 
 def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -120,7 +112,7 @@ class Examination:
         return "a worker has too few threads to wait in connections of its own"
 
     def _test_transport(self) -> None:
-        found = [asdict(row) for row in self_test_rows(self._group, self._timeout_seconds)]
+        found = [asdict(row) for row in self_test.run(self._group, self._timeout_seconds, every_dtype=True)]
         by_worker = self._from_all("the transport", found)
         rows = [row for told in by_worker for row in told]
         if not rows:
