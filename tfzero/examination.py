@@ -6,8 +6,7 @@ All workers do the same, tell each other what they found, and come to the same v
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from tfzero import backend  # noqa: F401, I001 - before anything imports Keras
-from tfzero import self_test
+from tfzero import backend, self_test  # noqa: F401 - the backend before anything imports Keras
 from tfzero.cluster import read_tf_config
 from tfzero.collectives import Group
 from tfzero.facts import describe_devices, library_versions, nccl_version, unseen_gpus
