@@ -19,8 +19,8 @@ from tfzero.trials import LIMIT, MODELS, run_trials
 
 _STEP_SECONDS = 600.0  # for the others to come to the end of a part
 _UNPROVEN = (
-    "Unproven by tfzero's own tests, which have had one card at a time: several GPUs in one process, and GPUs of "
-    "several machines. There this command is the proof."
+    "Unproven by tfzero's own tests, which have been run on CPUs only: GPUs, of one process and of several. "
+    "There this command is the proof."
 )
 
 
@@ -92,7 +92,7 @@ class Examination:
 
     @property
     def _uses_nccl(self) -> bool:
-        return self._group.hint.lower() == "nccl"
+        return self._group.hint == "nccl"
 
     def _why_this_transport(self) -> str:
         group, workers = self._group, self._strategy.extended.seats.workers

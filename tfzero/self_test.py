@@ -49,7 +49,7 @@ class Row:
 
     primitive: str  # such as "all_reduce", or "reduce_scatter within workers" for a level of two
     dtype: str
-    way: str  # "RING", "NCCL" or "links"
+    way: str  # "ring", "nccl" or "links"
     ok: bool
     rank: int
     expected: str  # "" if it is right
@@ -116,7 +116,7 @@ def run(group: Group, timeout_seconds: float = 60.0, every_dtype: bool = False) 
     if group.world_size == 1:
         return []
     start = perf_counter()
-    cases = _cases(group, every_dtype or group.hint.upper() == "NCCL")
+    cases = _cases(group, every_dtype or group.hint == "nccl")
     received = _received(group, cases, timeout_seconds)
     seconds = perf_counter() - start
     way = "links" if group.links else group.hint

@@ -78,7 +78,7 @@ class _Stock:
         self._group = group
         self._group_key = next(_group_keys)
         self._instance_keys = itertools.count(1)
-        self._is_nccl = group.hint.lower() == "nccl"
+        self._is_nccl = group.hint == "nccl"
         self._operations: dict[str, tuple[Callable, dict]] = {
             "all_reduce": (tf.raw_ops.CollectiveReduceV2, sums),
             "all_gather": (tf.raw_ops.CollectiveGatherV2, {}),

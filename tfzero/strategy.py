@@ -175,7 +175,7 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         if joined.pulse is not None:
             joined.pulse.add(self.extended.group)
         name = "this process" if cluster is None else cluster.name
-        with naming_nccl(self.extended.group.hint.lower() == "nccl", name, self.settings.timeout_seconds):
+        with naming_nccl(self.extended.group.hint == "nccl", name, self.settings.timeout_seconds):
             self.extended.meet()
 
     def reduce(self, reduce_op, value, axis=None):
