@@ -99,6 +99,19 @@ def test_the_first_step_on_a_single_sample():
     np.testing.assert_allclose(*[model.test_on_batch(x[:1], y[:1]) for model in (ours, reference)], **EXACT)
 
 
+def test_a_loss_for_each_sample():
+    """On one device the gradient is that of the sum, to which replicas add up without a scale."""
+
+    def make_arguments():
+        return {"optimizer": keras.optimizers.SGD(0.1), "loss": keras.losses.MeanSquaredError(reduction="none")}
+
+    def make_layers():
+        return [layers.Dense(7, kernel_regularizer="l2", activity_regularizer="l2"), layers.Dense(3)]
+
+    outcomes = oracle.train_both(make_strategy(), sequential(make_layers), make_arguments, DATA, batch_size=BATCH)
+    oracle.assert_same(*outcomes, **EXACT)
+
+
 def test_eagerly():
     options = {"run_eagerly": True}
     outcomes = oracle.train_both(
@@ -220,6 +233,190 @@ def test_a_batch_of_several_kinds_of_tensors():
     assert [part.numpy().tolist() for part in words] == [[b"a"], [b"b"], []]
     assert [part.numpy().tolist() for part in lengths] == [[1, 1, 1], [1, 1, 1], [0, 0, 0]]
     assert [part.numpy() for part in sums] == [3, 3, 0]
+
+
+def on_each(strategy, function, *arguments, **keywords):
+    """Results of a replica's function by replica: where TensorFlow traces around the run, and within it."""
+    around = tf.function(lambda *arguments: strategy.run(function, args=arguments, kwargs=keywords))
+    for results in (around(*arguments), strategy.run(tf.function(function), args=arguments, kwargs=keywords)):
+        yield tf.nest.map_structure(
+            lambda each: [part.numpy() for part in strategy.experimental_local_results(each)], results
+        )
+
+
+def test_what_is_gathered():
+    """Numbers of rows, means, and what does not depend on rows, where every replica has as many elements."""
+    strategy = make_strategy()
+    x = np.arange(1, 3, dtype="float32").reshape(1, 2)
+
+    def gather(x):
+        parts = tf.shape(x)[:1], tf.reduce_mean(x, 0, keepdims=True), tf.ones([1])
+        return [tf.distribute.get_replica_context().all_gather(part, 0) for part in parts]
+
+    for counts, means, same in on_each(strategy, gather, strategy.cut_batch(x)):
+        np.testing.assert_array_equal(counts, [[1, 0, 0]] * 3)
+        np.testing.assert_array_equal(means, [[[1, 2], [0, 0], [0, 0]]] * 3)
+        np.testing.assert_array_equal(same, [[1, 1, 1]] * 3)
+
+
+def compare_rows(kernel, x, gather, reduce):
+    """A loss in which each row is compared with all rows, and its gradient, both of the whole batch."""
+    with tf.GradientTape() as tape:
+        tape.watch(kernel)
+        mine = tf.tanh(x @ kernel)
+        loss = tf.reduce_sum(tf.reduce_logsumexp(mine @ tf.transpose(gather(mine)), 1))
+    return reduce(loss), reduce(tape.gradient(loss, kernel))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_a_loss_that_compares_rows(rows):
+    strategy, x = make_strategy(), DATA.arrays()[0][:rows]
+    kernel = tf.constant(np.linspace(-1, 1, 36, dtype="float32").reshape(12, 3))
+
+    def compare(x):
+        replica = tf.distribute.get_replica_context()
+        return compare_rows(kernel, x, lambda each: replica.all_gather(each, 0), lambda e: replica.all_reduce("SUM", e))
+
+    expected = compare_rows(kernel, tf.constant(x), tf.identity, tf.identity)
+    for results in on_each(strategy, compare, strategy.cut_batch(x)):
+        for mine, theirs in zip(results, expected, strict=True):
+            np.testing.assert_allclose(mine, [theirs] * 3, **EXACT)
+    if rows == 1:  # eagerly, where the first replica has rows for certain
+        for mine, theirs in zip(strategy.run(compare, args=(strategy.cut_batch(x),)), expected, strict=True):
+            np.testing.assert_allclose(strategy.experimental_local_results(mine)[0], theirs, **EXACT)
+
+
+def test_parts_of_the_users_own_that_are_gathered():
+    """Some replicas have rows for certain; what they do must still be what the others do."""
+    strategy, rows = make_strategy(), [2, 1, 0]
+    parts = strategy.experimental_distribute_values_from_function(
+        lambda context: tf.ones([rows[context.replica_id_in_sync_group], 2])
+    )
+
+    def gather(part):
+        return tf.distribute.get_replica_context().all_gather(part, 0)
+
+    for results in on_each(strategy, gather, parts):
+        np.testing.assert_array_equal(results, np.ones([3, 3, 2]))
+
+
+def test_parts_beside_what_is_no_part():
+    """What an earlier run gave: rows, and a vector that every replica has."""
+    strategy = make_strategy()
+
+    def first(x):
+        return x, x[0]
+
+    def second(x, vector):
+        return tf.reduce_mean(x) + 0 * tf.reduce_sum(vector)
+
+    step = tf.function(lambda batch: strategy.run(second, args=strategy.run(first, args=(batch,))))
+    results = strategy.experimental_local_results(step(strategy.cut_batch(np.ones([1, 2], "float32"))))
+    np.testing.assert_array_equal([part.numpy() for part in results], [1, 0, 0])
+
+
+def test_a_batch_that_a_function_captures():
+    strategy = make_strategy()
+    batch = strategy.cut_batch(np.ones([1, 2], "float32"))
+
+    def count(x):
+        replica = tf.distribute.get_replica_context()
+        return tf.shape(x)[0], replica.all_reduce("SUM", tf.shape(x)[0]), replica.all_gather(x, 0)
+
+    counts, total, gathered = tf.function(lambda: strategy.run(count, args=(batch,)))()
+    assert [int(part) for part in strategy.experimental_local_results(counts)] == [1, 0, 0]
+    assert [int(part) for part in strategy.experimental_local_results(total)] == [1, 1, 1]
+    assert [part.shape for part in strategy.experimental_local_results(gathered)] == [(1, 2)] * 3
+
+
+def test_numbers_of_ragged_and_sparse_rows():
+    strategy = make_strategy()
+    batch = {"ragged": tf.ragged.constant([[1, 2]]), "sparse": tf.sparse.from_dense([[0, 4]])}
+
+    def count(batch):
+        ragged, sparse = batch["ragged"], batch["sparse"]
+        return ragged.nrows(), tf.shape(ragged.to_tensor())[0], tf.shape(tf.sparse.to_dense(sparse))[0]
+
+    for results in on_each(strategy, count, strategy.cut_batch(batch)):
+        assert results == (([1, 0, 0],) * 3)
+
+
+def test_a_coefficient_that_is_given():
+    """What all replicas are given, as an argument or from the function around, is no part of the batch."""
+    strategy, x = make_strategy(), DATA.arrays()[0][:1]
+
+    def slope(x, weight):
+        with tf.GradientTape() as tape:
+            kernel = tf.ones([12])
+            tape.watch(kernel)
+            loss = tf.reduce_sum(x * kernel) + weight * tf.reduce_sum(kernel**2) / 3
+        return tf.distribute.get_replica_context().all_reduce("SUM", tape.gradient(loss, kernel))
+
+    batch, weight = strategy.cut_batch(x), tf.constant(0.5)
+    around = tf.function(lambda batch, weight: strategy.run(lambda x: slope(x, weight), args=(batch,)))
+    results = [*on_each(strategy, slope, batch, weight), *on_each(strategy, slope, batch, weight=weight)]
+    results.append([part.numpy() for part in strategy.experimental_local_results(around(batch, weight))])
+    for each in results:
+        np.testing.assert_allclose(each, [x[0] + 1] * 3, **EXACT)
+
+
+def test_a_loop_over_rows_counts_them():
+    strategy = make_strategy()
+    on_read = {"synchronization": tf.VariableSynchronization.ON_READ, "aggregation": tf.VariableAggregation.SUM}
+    with strategy.scope():
+        count, twice, mean = tf.Variable(0, **on_read), tf.Variable(0.0, **on_read), keras.metrics.Mean()
+
+    def step(x):
+        for row in x:
+            count.assign_add(1)
+            twice.assign(twice + 2)
+            mean.update_state(row)
+
+    x = np.arange(10, dtype="float32").reshape(5, 2)
+    for batch in (x[:1], x[1:]):
+        strategy.run(tf.function(step), args=(strategy.cut_batch(batch),))
+    assert (count.numpy(), twice.numpy(), mean.result().numpy()) == (5, 10, 4.5)
+
+
+class Pair(tf.experimental.ExtensionType):
+    rows: tf.Tensor
+    total: tf.Tensor
+
+
+def test_results_of_other_kinds():
+    strategy = make_strategy()
+    with strategy.scope():
+        table = tf.Variable(tf.ones([5, 2]))
+
+    def results(x):
+        with tf.GradientTape() as tape:
+            total = tf.reduce_sum(tf.gather(table, tf.zeros([tf.shape(x)[0]], tf.int32)))
+        slices = tape.gradient(total, table)
+        unknown = tf.numpy_function(lambda x: 2 * x, [x], tf.float32)
+        return {"slices": slices.values, "of slices": slices, "unknown": unknown, "pair": Pair(x, total)}
+
+    batch = strategy.cut_batch(np.ones([1, 2], "float32"))
+    found = tf.function(lambda batch: strategy.run(results, args=(batch,)))(batch)
+    local = {name: strategy.experimental_local_results(each) for name, each in found.items()}
+    assert [part.shape[0] for part in local["slices"]] == [1, 0, 0]
+    assert [part.values.shape[0] for part in local["of slices"]] == [1, 0, 0]
+    assert [part.shape[0] for part in local["unknown"]] == [1, 0, 0]
+    assert [part.rows.shape[0] for part in local["pair"]] == [1, 0, 0]
+    assert [float(part.total) for part in local["pair"]] == [2, 0, 0]
+
+
+def test_autograph_converts_what_the_function_asks_for():
+    strategy = make_strategy()
+
+    @tf.function
+    def branch(x):
+        if tf.reduce_sum(x) > 100:
+            x = -x
+        return x
+
+    around = tf.function(lambda batch: strategy.run(branch, args=(batch,)), autograph=False)
+    results = strategy.experimental_local_results(around(strategy.cut_batch(np.ones([1, 2], "float32"))))
+    assert [part.shape for part in results] == [(1, 2), (0, 2), (0, 2)]
 
 
 def test_no_layer_meets_a_batch_without_rows():

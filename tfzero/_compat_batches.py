@@ -62,10 +62,17 @@ def own_rows(value) -> tf.Tensor | None:
 
 
 def _without_rows(spec: tf.TypeSpec) -> tf.TypeSpec:
-    """The spec of any number of rows; of ragged and sparse tensors it is what it was."""
-    if not isinstance(spec, tf.TensorSpec) or not spec.shape.rank:
+    """The spec of any number of rows."""
+    if getattr(spec, "shape", None) is None or not spec.shape.rank:
         return spec
-    return tf.TensorSpec([None, *spec.shape[1:]], spec.dtype, spec.name)
+    shape = [None, *spec.shape[1:]]
+    if isinstance(spec, tf.TensorSpec):
+        return tf.TensorSpec(shape, spec.dtype, spec.name)
+    if isinstance(spec, tf.SparseTensorSpec):
+        return tf.SparseTensorSpec(shape, spec.dtype)
+    if isinstance(spec, tf.RaggedTensorSpec):
+        return tf.RaggedTensorSpec(shape, spec.dtype, spec.ragged_rank, spec.row_splits_dtype, spec.flat_values_spec)
+    return spec
 
 
 def is_recurrent_state(arguments: dict) -> bool:

@@ -45,6 +45,15 @@ def current_function():
     return graph
 
 
+def graphs_around(graph) -> list:
+    """A graph, and those within which it is traced; none of None."""
+    found = []
+    while graph is not None:
+        found.append(graph)
+        graph = getattr(graph, "outer_graph", None)
+    return found
+
+
 def name_of_function(graph) -> str:
     """The name of a Python function, from what `current_function` gave; the same in all processes.
 

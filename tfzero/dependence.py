@@ -32,11 +32,13 @@ class Dependence:
 
     Args:
         given: the tensors that the replica's function was given, and their kinds.
+        graph: the graph that the replicas are traced in: else what a function is given is the same for all.
     """
 
-    def __init__(self, given: Iterable[tuple[tf.Tensor, Kind]]) -> None:
+    def __init__(self, given: Iterable[tuple[tf.Tensor, Kind]], graph=None) -> None:
         self._given = list(given)  # held, as they are known by their identity
         self._known = {_key(tensor): kind for tensor, kind in self._given}
+        self._around = _compat_graphs.graphs_around(graph)
         self._captures: dict[int, tuple] = {}
         self._within: dict[tuple, list[Kind]] = {}
         self._updates: list[tuple[str, object]] = []
@@ -66,6 +68,8 @@ class Dependence:
         is_made = not isinstance(tensor, _compat_batches.EagerTensor) and not hasattr(tensor, "_tfzero_kind")
         if is_made and tensor.op.type in _compat_graphs.CALLS:
             return self._kinds_of_call(tensor.op)[tensor.value_index]
+        if is_made and tensor.op.type == "Placeholder" and any(tensor.graph is each for each in self._around):
+            return SAME
         return _kind(tensor, kinds)
 
     def _kinds_of_call(self, operation: tf.Operation) -> list[Kind]:

@@ -15,7 +15,7 @@ from tfzero.cluster import Cluster
 from tfzero.collectives import Group
 from tfzero.compression import Codec
 from tfzero.creation import VariableCreation
-from tfzero.dependence import COUNT, OTHER, ROWS, Dependence, mark_global
+from tfzero.dependence import COUNT, OTHER, ROWS, SAME, Dependence, mark_global
 from tfzero.digests import BatchComparison
 from tfzero.gathering import Gatherer
 from tfzero.inputs import (
@@ -80,6 +80,7 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
         self._network: Network | None = None
         self._told_of_eager_memory = False
         self._traced: list[Dependence] = []  # of the replicas that are traced now
+        self._is_for_all: list[bool] = []  # of each argument that is run now, whether all replicas are given the same
 
     def meet(self) -> None:
         """Forms the collective group, and makes sure that each of its primitives gives what it should."""
@@ -117,6 +118,8 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
             if len(self.worker_devices) > 1:
                 _compat_graphs.chain_by_device(tf.compat.v1.get_default_graph(), self.worker_devices)
         self._traced = traced = []
+        leaves = tf.nest.flatten([args, kwargs])
+        self._is_for_all = [not isinstance(leaf, tf.distribute.DistributedValues) for leaf in leaves]
         function = fn if self.group.world_size == 1 else with_own_results(fn)
         results = super()._call_for_each_replica(function, args, kwargs)
         for dependence in traced:
@@ -218,13 +221,13 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
             rows = {id(leaf) for leaf in batch_leaves(arguments)}
             leaves = tf.nest.flatten(arguments)
             kinds = [
-                (tensor, ROWS if id(leaf) in rows and isinstance(leaf, tf.Tensor) else OTHER)
-                for leaf in leaves
+                (tensor, ROWS if id(leaf) in rows and isinstance(leaf, tf.Tensor) else SAME if is_for_all else OTHER)
+                for leaf, is_for_all in zip(leaves, self._is_for_all, strict=True)
                 for tensor in tf.nest.flatten(leaf, expand_composites=True)
-                if tf.is_tensor(tensor) and tensor.shape.rank != 0
+                if tf.is_tensor(tensor)
             ]
             counts = [(own_rows(leaf), COUNT) for leaf in leaves if own_rows(leaf) is not None]
-            thread._tfzero_dependence = Dependence([*kinds, *counts])
+            thread._tfzero_dependence = Dependence([*kinds, *counts], thread.graph)
             self._traced.append(thread._tfzero_dependence)
         return thread._tfzero_dependence
 

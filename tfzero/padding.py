@@ -11,9 +11,9 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
-from tfzero import _compat, _compat_graphs
+from tfzero import _compat, _compat_batches, _compat_graphs
 from tfzero._compat_batches import own_rows
-from tfzero.dependence import MIXED, OWN, ROWS, SAME, is_global, mark, mark_global
+from tfzero.dependence import COUNT, MIXED, OWN, ROWS, SAME, is_global, mark, mark_global
 from tfzero.inputs import rows_of, take_rows
 
 # To choose between two values copies one of them; a branch, which is slower to trace, does not.
@@ -52,26 +52,44 @@ def kept(variable: tf.Variable, value: tf.Tensor, extended) -> tf.Tensor:
     has_rows = extended.has_rows()
     if has_rows is None:
         return value
-    if not tf.executing_eagerly() and extended.dependence().kind(value) in (SAME, OWN, MIXED):
+    is_apart = not tf.executing_eagerly() and extended.dependence().kind(value) in (SAME, OWN, MIXED)
+    if is_apart and not _is_in_a_loop():
         return counted(value, extended)
     return tf.where(has_rows, value, tf.cast(variable, value.dtype))
+
+
+@tf.autograph.experimental.do_not_convert
+def added(value: tf.Tensor, extended) -> tf.Tensor:
+    """Within a replica: what of a value counts that it adds to a variable of its own. [Note: padding row]
+
+    In a loop that may be one over rows, of which there are as many rounds: then also what is the same in each.
+    """
+    has_rows = extended.has_rows()
+    is_of_rows = has_rows is not None and not tf.executing_eagerly() and _is_in_a_loop()
+    return _if_any(has_rows, value) if is_of_rows else counted(value, extended)
+
+
+def _is_in_a_loop() -> bool:
+    return _compat_graphs.is_in_a_loop(_compat.replica_thread().graph)
 
 
 def with_own_results(function: Callable) -> Callable:
     """A replica's function, of whose results only that remains which counts. [Note: padding row]"""
     if isinstance(function, tf.types.experimental.PolymorphicFunction):
-        # It must stay one: TensorFlow traces all replicas within it.
-        return _compat_graphs.cloned(function, with_own_results)
+        # It must stay one: TensorFlow traces all replicas within it, and converts its Python function there.
+        return _compat_graphs.cloned(function, _of_own_rows)
+    if tf.executing_eagerly():
+        return _of_own_rows(function)
+    return tf.autograph.experimental.do_not_convert(_of_own_rows(_compat_graphs.converted(function)))
 
+
+def _of_own_rows(function: Callable) -> Callable:
     def of_own_rows(*args, **kwargs):
         args, kwargs = _padded((args, kwargs))
         _exchange_own_rows()
         return _own_results(function(*args, **kwargs))
 
-    if tf.executing_eagerly():  # perhaps the Python function of a `tf.function`, which TensorFlow converts later
-        return of_own_rows
-    function = _compat_graphs.converted(function)
-    return tf.autograph.experimental.do_not_convert(of_own_rows)
+    return of_own_rows
 
 
 @tf.autograph.experimental.do_not_convert
@@ -80,10 +98,14 @@ def _padded(arguments):
 
     What was cut has its padding already; a user's own data set gives the last replicas empty tensors.
     """
+    arguments = tf.nest.map_structure(_of_unknown_rows, arguments)
     tensors = [each for each in tf.nest.flatten(arguments) if isinstance(each, tf.Tensor) and each.shape.rank]
     unpadded = [each for each in tensors if own_rows(each) is None]
+    # Beside tensors of an unknown number of rows, those of a known one are no rows.
+    unpadded = [each for each in unpadded if each.shape[0] is None] or unpadded
     if not unpadded or any(each.shape[0] for each in unpadded):
         return arguments
+    tensors = [each for each in tensors if own_rows(each) is not None or any(each is other for other in unpadded)]
     numbers = [rows_of(each) if (rows := own_rows(each)) is None else rows for each in tensors]
     has_rows = tf.reduce_any(tf.stack(numbers) > 0)
     _compat.replica_thread()._tfzero_found_rows = has_rows
@@ -98,13 +120,28 @@ def _padded(arguments):
     return tf.nest.map_structure(padded, arguments)
 
 
+def _of_unknown_rows(leaf):
+    """A part of a batch as its number of rows is known to depend on the replica. [Note: kinds]"""
+    if tf.executing_eagerly() or (rows := own_rows(leaf)) is None:
+        return leaf
+    result = leaf
+    if isinstance(leaf, _compat_batches.EagerTensor):  # captured: it would be a constant of the graph
+        result = mark(tf.compat.v1.placeholder_with_default(leaf, [None, *leaf.shape[1:]]), ROWS)
+    elif isinstance(leaf, tf.RaggedTensor) and leaf.uniform_row_length is None:  # else it counts splits, less one
+        count = mark(tf.maximum(rows, 1), COUNT)
+        result = tf.RaggedTensor.from_value_rowids(leaf.values, leaf.value_rowids(), count, validate=False)
+    result._tfzero_rows = rows
+    return result
+
+
 @tf.autograph.experimental.do_not_convert
 def _exchange_own_rows() -> None:
-    """Lets the replica's context reduce and gather what counts. Each run of a function has a context of its own."""
+    """Lets the replica's context reduce and gather what counts. Each run of a function has a context of its own.
+
+    Also of a replica that has rows for certain: others may not have, and all must do the same.
+    """
     replica = tf.distribute.get_replica_context()
     extended = replica.strategy.extended
-    if (has_rows := extended.has_rows()) is None:
-        return
     all_reduce = replica.all_reduce
 
     @tf.autograph.experimental.do_not_convert
@@ -115,17 +152,19 @@ def _exchange_own_rows() -> None:
     @tf.autograph.experimental.do_not_convert
     def all_gather(value, axis, options=None):
         del options
-        own = tf.nest.map_structure(lambda each: _own_along(each, axis, has_rows), value)
+        own = tf.nest.map_structure(lambda each: _own_along(each, axis, extended), value)
         return tf.nest.map_structure(lambda each: mark_global(_gather(each, axis, extended)), own)
 
     replica.all_reduce, replica.all_gather = all_reduce_counted, all_gather
 
 
-def _own_along(value, axis: int, has_rows: tf.Tensor) -> tf.Tensor:
-    """A replica's own rows along an axis along which replicas may differ."""
-    value = tf.convert_to_tensor(value)
+def _own_along(value, axis: int, extended) -> tf.Tensor:
+    """What counts of a replica's value: its own rows, if they lie along an axis along which replicas may differ."""
+    value, has_rows = tf.convert_to_tensor(value), extended.has_rows()
+    if has_rows is None:
+        return value
     may_differ = value.shape[axis] == 1 if tf.executing_eagerly() else value.shape[axis] is None
-    return _without_padding(value, axis % value.shape.rank, has_rows) if may_differ else value
+    return _without_padding(value, axis % value.shape.rank, has_rows) if may_differ else counted(value, extended)
 
 
 def _gather(value: tf.Tensor, axis: int, extended) -> tf.Tensor:
@@ -137,7 +176,7 @@ def _gather(value: tf.Tensor, axis: int, extended) -> tf.Tensor:
         parts = extended.replica_collective(extended.group.all_gather_parts, own)
 
         def gradient(upstream):
-            total = extended.replica_collective(extended.group.all_reduce, upstream)
+            total = extended.replica_collective(extended.group.all_reduce, counted(upstream, extended))
             sizes = [tf.shape(part)[axis] for part in parts]
             return tf.ensure_shape(tf.split(total, sizes, axis, num=len(sizes))[rank], own.shape)
 
@@ -154,14 +193,31 @@ def _own_results(results):
 
 
 def _own(result, has_rows: tf.Tensor, extended):
-    if not tf.is_tensor(result) or isinstance(result, tf.Variable | tf.distribute.DistributedValues):
+    if isinstance(result, tf.Variable | tf.distribute.DistributedValues):
         return result
+    if isinstance(result, tf.__internal__.CompositeTensor) and not isinstance(
+        result, tf.SparseTensor | tf.RaggedTensor
+    ):
+        return tf.nest.map_structure(lambda each: _own(each, has_rows, extended), result, expand_composites=True)
+    if not tf.is_tensor(result) or result.dtype in (tf.resource, tf.variant):
+        return result
+    if isinstance(result, tf.Tensor) and result.shape.rank is None:
+        return _own_of_unknown_rank(result, has_rows, extended)
     axis = _axis_of_rows(result, has_rows, extended)
     if axis is None:
         return counted(result, extended)
     if isinstance(result, tf.SparseTensor | tf.RaggedTensor):
         return take_rows(result, tf.constant(0, tf.int64), tf.where(has_rows, rows_of(result), 0))
     return _without_padding(result, axis, has_rows)
+
+
+def _own_of_unknown_rank(result: tf.Tensor, has_rows: tf.Tensor, extended) -> tf.Tensor:
+    """A result that has rows along its first axis, if it has any axis, as far as can be told."""
+    if extended.dependence().kind(result) in (SAME, OWN):
+        return result
+    shape = tf.shape(result)
+    empty = tf.concat([tf.zeros_like(shape[:1]), shape[1:]], 0)
+    return tf.cond(has_rows, lambda: tf.identity(result), lambda: tf.zeros(empty, result.dtype))
 
 
 def _without_padding(value: tf.Tensor, axis: int, has_rows: tf.Tensor) -> tf.Tensor:

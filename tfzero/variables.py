@@ -9,7 +9,7 @@ import tensorflow as tf
 from tfzero import _compat
 from tfzero.channel import Channel
 from tfzero.combining import combined, is_eager_sum
-from tfzero.padding import counted, kept
+from tfzero.padding import added, kept
 from tfzero.plan import Placement, Plan, shard_elements
 
 
@@ -89,7 +89,7 @@ class OnReadVariable(_compat.SyncOnReadVariable):
     def _counted(self, value):
         if _compat.replica_index() is None:
             return value
-        return counted(tf.convert_to_tensor(value, self.dtype), self.distribute_strategy.extended)
+        return added(tf.convert_to_tensor(value, self.dtype), self.distribute_strategy.extended)
 
     def __int__(self) -> int:
         return int(self.numpy())
