@@ -41,10 +41,15 @@ def local_unit(batch_is_static: bool):
 
 
 def scale(value, extended):
-    """A mean over this replica's samples as its part of the mean over all."""
+    """A mean over this replica's samples as its part of the mean over all.
+
+    A loss for each sample (`reduction="none"`) is no mean: on one device its gradient is that of the sum.
+    """
     if getattr(_scope, "static", None) is not None:
         return value
     value = ops.convert_to_tensor(value)
+    if value.shape.rank:
+        return value
     share = ops.cast(extended.share(), value.dtype)
     return ops.where(share > 0, value * share, ops.zeros_like(value))
 
@@ -56,7 +61,7 @@ def unscale(value, extended):
     the parts must add up to `world_size` times the batch's mean.
     """
     static = getattr(_scope, "static", None)
-    if static is True:
+    if static is True or ops.convert_to_tensor(value).shape.rank:
         return value
     share = ops.cast(extended.share(), value.dtype)
     if static is False:
