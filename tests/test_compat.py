@@ -217,7 +217,7 @@ def test_what_a_second_gather_is_made_of():
         gradient = tape.gradient(y, x)
         assert _compat.is_backward(gradient.op) and not _compat.is_backward(y.op)
         assert _compat.creation_order(gradient.op) > _compat.creation_order(y.op)
-        copy = _compat_graphs.copy_operation(y.op.inputs[0].op, 2 * x)
+        copy = _compat_graphs.copy_operation(y.op.inputs[0].op, {0: 2 * x})
         _compat_graphs.replace_input(y.op, 0, copy)
         assert y.op.inputs[0] is copy
         return y

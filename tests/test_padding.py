@@ -339,6 +339,18 @@ def test_numbers_of_ragged_and_sparse_rows():
         assert results == (([1, 0, 0],) * 3)
 
 
+def test_numbers_of_elements_that_are_picked():
+    """Sums of what rows are picked from have as many elements as a replica has picked."""
+    strategy, x = make_strategy(), np.arange(1, 3, dtype="float32").reshape(1, 2)
+
+    def count(x):
+        picked = tf.boolean_mask(x, x > 0)
+        return tf.size(picked + picked), tf.shape(tf.concat([picked + picked, picked - picked], 0))[0]
+
+    for results in on_each(strategy, count, strategy.cut_batch(x)):
+        assert results == ([2, 0, 0], [4, 0, 0])
+
+
 def test_a_coefficient_that_is_given():
     """What all replicas are given, as an argument or from the function around, is no part of the batch."""
     strategy, x = make_strategy(), DATA.arrays()[0][:1]
@@ -356,6 +368,42 @@ def test_a_coefficient_that_is_given():
     results.append([part.numpy() for part in strategy.experimental_local_results(around(batch, weight))])
     for each in results:
         np.testing.assert_allclose(each, [x[0] + 1] * 3, **EXACT)
+
+
+MATRIX = tf.reshape(tf.linspace(-0.5, 0.9, 144), [12, 12])
+FORMS = {
+    "tanh": tf.tanh,
+    "relu": tf.nn.relu,
+    "sigmoid": tf.sigmoid,
+    "product": lambda kernel: tf.reshape(tf.matmul(MATRIX, kernel[:, None]), [12]),
+    "einsum": lambda kernel: tf.einsum("ij,j->i", MATRIX, kernel),
+    "norm": lambda kernel: kernel / tf.norm(kernel),
+    "clipped": lambda kernel: tf.clip_by_value(kernel, -0.5, 0.5),
+    "picked": lambda kernel: tf.gather(kernel, [1, *range(1, 12)]),
+    "joined": lambda kernel: tf.concat([kernel[:6], 2 * kernel[6:]], 0),
+    "stacked": lambda kernel: tf.reshape(tf.stack(tf.unstack(kernel)), [12]),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_penalty_on_what_is_made_of_a_variable(form):
+    """The gradients of losses and of the penalty come together before they reach the variable."""
+    strategy, x = make_strategy(), DATA.arrays()[0][:1]
+    variable = tf.linspace(-1.0, 1.0, 12)
+
+    def slope(x, replicas=3):
+        with tf.GradientTape() as tape:
+            tape.watch(variable)
+            kernel = FORMS[form](variable)
+            loss = tf.reduce_sum(tf.linalg.matvec(x, kernel) ** 2) + tf.reduce_sum(kernel**2) / replicas
+        return tf.convert_to_tensor(tape.gradient(loss, variable))
+
+    def summed(x):
+        return tf.distribute.get_replica_context().all_reduce("SUM", slope(x))
+
+    results = strategy.run(tf.function(summed), args=(strategy.cut_batch(x),))
+    expected = slope(tf.constant(x), replicas=1)
+    np.testing.assert_allclose(strategy.experimental_local_results(results)[0], expected, **EXACT)
 
 
 def test_a_loop_over_rows_counts_them():

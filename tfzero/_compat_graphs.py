@@ -90,17 +90,17 @@ def replace_input(operation: tf.Operation, place: int, value: tf.Tensor) -> None
     operation._update_input(place, value)
 
 
-def copy_operation(operation: tf.Operation, value: tf.Tensor) -> tf.Tensor:
-    """The first output of a copy that takes `value` as its first input."""
+def copy_operation(operation: tf.Operation, values: dict[int, tf.Tensor], output: int = 0) -> tf.Tensor:
+    """An output of a copy that takes `values` as its inputs at these places."""
     with tf.device(operation.device):
         copy = operation.graph.create_op(
             operation.type,
-            [value, *operation.inputs[1:]],
-            [output.dtype for output in operation.outputs],
+            [values.get(place, each) for place, each in enumerate(operation.inputs)],
+            [each.dtype for each in operation.outputs],
             attrs=dict(operation.node_def.attr),
             op_def=operation.op_def,
         )
-    return copy.outputs[0]
+    return copy.outputs[output]
 
 
 def run_freely(operation: tf.Operation) -> None:

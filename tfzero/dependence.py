@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from tfzero import _compat, _compat_batches, _compat_graphs
 from tfzero.kinds import COUNT, MEAN, MIXED, OTHER, OWN, ROWS, SAME, SUM, Kind, is_global, mark, mark_global
-from tfzero.sums import ADDED, SCATTERED, kind_of_result
+from tfzero.sums import ADDED, LINEAR_IN, SCATTERED, kind_of_result, linear_places
 
 __all__ = [
     "COUNT", "MEAN", "MIXED", "OTHER", "OWN", "ROWS", "SAME", "SUM", "Dependence", "is_global", "mark", "mark_global",
@@ -141,6 +141,8 @@ class Dependence:
             return self._split_sum(operation.type, inputs, tensor)
         if operation.type in SCATTERED:
             return self._split_scattered(operation.type, inputs)
+        if operation.type in LINEAR_IN:
+            return self._split_linear(operation, tensor.value_index)
         place = next(k for k, each in enumerate(inputs) if self.kind(each) == MIXED)
         rebuild = _rebuilder(operation, place)
         return {name: rebuild(part) for name, part in self.split(inputs[place]).items()}
@@ -159,6 +161,15 @@ class Dependence:
         parts = self.split(inputs[0])
         added = -added if operation_type == "TensorScatterSub" else added
         return parts | {SUM.name: parts[SUM.name] + added if SUM.name in parts else added}
+
+    def _split_linear(self, operation: tf.Operation, output: int) -> dict[str, tf.Tensor]:
+        inputs = list(operation.inputs)
+        parts = {place: self.split(inputs[place]) for place in linear_places(operation, [self.kind(t) for t in inputs])}
+        found = {}
+        for name in dict.fromkeys(name for each in parts.values() for name in each):
+            taken = {k: each[name] if name in each else tf.zeros_like(inputs[k]) for k, each in parts.items()}
+            found[name] = _compat_graphs.copy_operation(operation, taken, output)
+        return found
 
     def _sources(self, tensor) -> list:
         """The tensors on which a tensor depends, variables aside."""
@@ -252,4 +263,4 @@ def _rebuilder(operation: tf.Operation, place: int) -> Callable[[tf.Tensor], tf.
     inputs = list(operation.inputs)
     if operation.type == "Mul":
         return lambda part: part * inputs[1 - place]
-    return lambda part: _compat_graphs.copy_operation(operation, part)
+    return lambda part: _compat_graphs.copy_operation(operation, {0: part})

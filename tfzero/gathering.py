@@ -51,7 +51,7 @@ class Use:
     def replace(self, value: tf.Tensor) -> None:
         """Makes the operation take another value, by copies of the views, unless that waits for it."""
         for view in self.views:
-            value = _compat_graphs.copy_operation(view, value)
+            value = _compat_graphs.copy_operation(view, {0: value})
         Edges.of(self.operation.graph).replace_input(self.operation, self.place, value)
 
 

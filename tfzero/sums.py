@@ -12,6 +12,18 @@ _LINEAR = {"Neg", "Reshape", "ExpandDims", "Squeeze", "Transpose", "Sum", "Mean"
 ADDED = {"AddV2", "Add", "AddN", "Sub"}
 _DIVIDED = {"RealDiv", "Div", "DivNoNan"}
 SCATTERED = {"TensorScatterAdd", "TensorScatterSub"}
+_PRODUCTS = {"MatMul", "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3", "Einsum"}
+# Linear in the inputs at these places together (in one of a product), if the others are the same everywhere.
+LINEAR_IN = {
+    **dict.fromkeys(("ReluGrad", "Relu6Grad", "LeakyReluGrad", "EluGrad", "SeluGrad"), slice(0, 1)),
+    **dict.fromkeys(("SoftplusGrad", "SoftsignGrad", "GatherV2", "Slice", "Pad", "UnsortedSegmentSum"), slice(0, 1)),
+    **dict.fromkeys(("TanhGrad", "SigmoidGrad", "SqrtGrad", "RsqrtGrad", "ReciprocalGrad", "InvGrad"), slice(1, 2)),
+    **dict.fromkeys(("Pack", "Unpack", *_PRODUCTS), slice(0, None)),
+    "ConcatV2": slice(0, -1),
+    "SelectV2": slice(1, 3),
+    "Split": slice(1, 2),
+    "StridedSliceGrad": slice(4, 5),
+}
 _REDUCED = {"Sum", "Mean", "Max", "Min", "Prod", "All", "Any", "EuclideanNorm"}
 # Of an element each, broadcast.
 _ELEMENTWISE = {
@@ -31,9 +43,29 @@ _ELEMENTWISE = {
 def kind_of_result(tensor, kinds: list[Kind]) -> Kind:
     """The kind of what an operation gives, from those of its inputs; of an operation that is not known, "other"."""
     operation = tensor.op
+    kind = OTHER
     if operation.type in _RULES:
-        return _RULES[operation.type](tensor, operation, kinds)
-    return _of_elements(tensor, operation, kinds) if operation.type in _ELEMENTWISE else OTHER
+        kind = _RULES[operation.type](tensor, operation, kinds)
+    elif operation.type in _ELEMENTWISE:
+        kind = _of_elements(tensor, operation, kinds)
+    return _of_parts(operation, kinds) if kind == OTHER and operation.type in LINEAR_IN else kind
+
+
+def linear_places(operation, kinds: list[Kind]) -> list[int]:
+    """The inputs in which an operation of `LINEAR_IN` is linear together; none if another depends on rows."""
+    depending = [place for place, kind in enumerate(kinds) if kind != SAME]
+    places = list(range(len(kinds)))[LINEAR_IN[operation.type]]
+    if operation.type in _PRODUCTS:
+        places = depending if len(depending) == 1 else []
+    return places if set(depending) <= set(places) else []
+
+
+def _of_parts(operation, kinds: list[Kind]) -> Kind:
+    """Of what adds up: the kind of the inputs in which an operation is linear."""
+    found = {SUM if kinds[place] == COUNT else kinds[place] for place in linear_places(operation, kinds)}
+    if not found or not found <= {SAME, SUM, MEAN, MIXED}:
+        return OTHER
+    return found.pop() if len(found) == 1 else MIXED
 
 
 def _of_elements(tensor, operation, kinds: list[Kind]) -> Kind:
@@ -166,7 +198,7 @@ def _of_shape(tensor, operation, kinds: list[Kind]) -> Kind:
     kind = kinds[0]
     if kind.name == "rows":
         return Kind("shape", kind.axis)
-    return OTHER if kind == OTHER and not operation.inputs[0].shape.is_fully_defined() else SAME
+    return OTHER if kind in (OTHER, MIXED) and not operation.inputs[0].shape.is_fully_defined() else SAME
 
 
 def _of_size(tensor, operation, kinds: list[Kind]) -> Kind:
