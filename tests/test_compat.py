@@ -604,12 +604,24 @@ def test_parts_of_a_batch_stay_so_through_functions_and_data_sets(strategy):
 
     @tf.function
     def look(parts):
-        seen.append((type(parts), parts.values[0].shape[0], _compat_batches.is_part(parts.values[0])))
+        seen.append((type(parts), parts.values[0].shape[0], _compat_batches.own_rows(parts.values[0]).dtype))
 
     for parts in [*dataset, strategy.cut_batch(np.arange(6))]:
         look(parts)
-    assert set(seen) == {(_compat_batches.BatchParts, None, True)}
-    assert not _compat_batches.is_part(tf.zeros([2]))
+    assert set(seen) == {(_compat_batches.BatchParts, None, tf.int64)}
+    assert _compat_batches.own_rows(tf.zeros([2])) is None
+
+
+def test_gradient_tapes_know_of_operations_that_are_repeated():
+    @tf.function(autograph=False)
+    def slopes(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = tf.reduce_sum(tf.transpose(x), 1)
+            again = _compat_graphs.repeat_operation(y.op, {0: 3 * x if y.op.inputs[0] is x else 3 * y.op.inputs[0]})
+        return tape.gradient(again, x)
+
+    np.testing.assert_array_equal(slopes(tf.ones([2, 3])), np.full([2, 3], 3.0))
 
 
 def test_states_of_stateful_layers(strategy):

@@ -25,7 +25,7 @@ SHORT_SECONDS = 5
 
 
 def make_group(world_size):
-    return Group([f"/CPU:{k}" for k in range(world_size)], world_size, 0, "RING")
+    return Group([f"/CPU:{k}" for k in range(world_size)], world_size, 0, "ring")
 
 
 # What is right.
@@ -193,7 +193,7 @@ def test_a_wrong_primitive_is_named(name):
     with broken(name), pytest.raises(RuntimeError, match="went wrong") as raised:
         tfzero.ZeroStrategy(devices=["CPU:0", "CPU:1", "CPU:2"])
     told = str(raised.value)
-    assert f"{method} of {dtype} over RING gave rank " in told and " instead of " in told and "Give all" in told
+    assert f"{method} of {dtype} over ring gave rank " in told and " instead of " in told and "Give all" in told
 
 
 def test_each_dtype_is_named_when_it_alone_is_wrong(monkeypatch):
@@ -343,5 +343,5 @@ def test_all_workers_end_when_one_receives_something_wrong(cpu_devices):
         for rows, levels in zip(both, ({"all_to_all across workers"}, LEVELS | {"all_gather_parts"}), strict=True):
             levels = levels if cpu_devices == 2 else levels - LEVELS
             assert_right(rows, FEW | {"all_reduce in a ring"} | levels)
-            assert {row.way for row in rows} == {"links" if cpu_devices == 1 else "RING"}
+            assert {row.way for row in rows} == {"links" if cpu_devices == 1 else "ring"}
     assert found[0][0] == found[1][0]

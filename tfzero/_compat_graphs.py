@@ -13,6 +13,9 @@ from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
+# Tells gradient tapes of an operation that was made without its function.
+from tensorflow.python.eager import execute
+
 # Tells which operations will wait for which, once a function has been traced.
 from tensorflow.python.framework import auto_control_deps
 
@@ -100,6 +103,15 @@ def copy_operation(operation: tf.Operation, values: dict[int, tf.Tensor], output
             attrs=dict(operation.node_def.attr),
             op_def=operation.op_def,
         )
+    return copy.outputs[output]
+
+
+def repeat_operation(operation: tf.Operation, values: dict[int, tf.Tensor], output: int = 0) -> tf.Tensor:
+    """As `copy_operation`, of which gradient tapes know as of any operation (as in `gen_math_ops.py`)."""
+    copy = copy_operation(operation, values, output).op
+    if execute.must_record_gradient():
+        attributes = [each for attr in copy.op_def.attr for each in (attr.name, copy.get_attr(attr.name))]
+        execute.record_gradient(copy.type, tuple(copy.inputs), tuple(attributes), copy.outputs)
     return copy.outputs[output]
 
 

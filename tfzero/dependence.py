@@ -16,6 +16,8 @@ __all__ = [
     "COUNT", "MEAN", "MIXED", "OTHER", "OWN", "ROWS", "SAME", "SUM", "Dependence", "is_global", "mark", "mark_global",
 ]  # fmt: skip
 
+# Through which no gradient goes.
+_STOPPED = {"StopGradient", "PreventGradient"}
 _PASSED = {"Identity", "IdentityN", "StopGradient", "PreventGradient", "CheckNumerics", "EnsureShape", "Snapshot"}
 _COLLECTIVES = {
     "CollectiveReduce", "CollectiveReduceV2", "CollectiveGather", "CollectiveGatherV2", "CollectiveBcastRecvV2",
@@ -135,7 +137,8 @@ class Dependence:
             return {{COUNT.name: SUM.name, "shape": OTHER.name}.get(kind.name, kind.name): tensor}
         operation = tensor.op
         if operation.type in ("Placeholder", *_PASSED):
-            return self.split(self._sources(tensor)[0])
+            parts = self.split(self._sources(tensor)[0])
+            return parts if operation.type not in _STOPPED else {k: tf.stop_gradient(v) for k, v in parts.items()}
         inputs = list(operation.inputs)
         if operation.type in ADDED:
             return self._split_sum(operation.type, inputs, tensor)
@@ -168,7 +171,7 @@ class Dependence:
         found = {}
         for name in dict.fromkeys(name for each in parts.values() for name in each):
             taken = {k: each[name] if name in each else tf.zeros_like(inputs[k]) for k, each in parts.items()}
-            found[name] = _compat_graphs.copy_operation(operation, taken, output)
+            found[name] = _compat_graphs.repeat_operation(operation, taken, output)
         return found
 
     def _sources(self, tensor) -> list:
@@ -263,4 +266,4 @@ def _rebuilder(operation: tf.Operation, place: int) -> Callable[[tf.Tensor], tf.
     inputs = list(operation.inputs)
     if operation.type == "Mul":
         return lambda part: part * inputs[1 - place]
-    return lambda part: _compat_graphs.copy_operation(operation, {0: part})
+    return lambda part: _compat_graphs.repeat_operation(operation, {0: part})

@@ -81,21 +81,22 @@ class OnReadVariable(_compat.SyncOnReadVariable):
         return super().assign(value, *args, **kwargs)
 
     def assign_add(self, value, *args, **kwargs):
-        return super().assign_add(self._counted(value), *args, **kwargs)
+        return super().assign_add(_added_to(self, value), *args, **kwargs)
 
     def assign_sub(self, value, *args, **kwargs):
-        return super().assign_sub(self._counted(value), *args, **kwargs)
-
-    def _counted(self, value):
-        if _compat.replica_index() is None:
-            return value
-        return added(tf.convert_to_tensor(value, self.dtype), self.distribute_strategy.extended)
+        return super().assign_sub(_added_to(self, value), *args, **kwargs)
 
     def __int__(self) -> int:
         return int(self.numpy())
 
     def __float__(self) -> float:
         return float(self.numpy())
+
+
+def _added_to(variable: OnReadVariable, value):
+    if _compat.replica_index() is None:
+        return value
+    return added(tf.convert_to_tensor(value, variable.dtype), variable.distribute_strategy.extended)
 
 
 class ShardedVariable(ReplicatedVariable):
