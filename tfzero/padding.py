@@ -244,7 +244,12 @@ def _axis_of_rows(result, has_rows: tf.Tensor, extended) -> int | None:
 
 def _if_any(has_rows: tf.Tensor, value: tf.Tensor) -> tf.Tensor:
     """A value, or zeros without rows, to which no gradient leads."""
+
+    def chosen():
+        # Of a tensor of zeros TensorFlow would make a constant, and hold it for ever.
+        return tf.where(has_rows, value, tf.zeros([], value.dtype))
+
     elements = value.shape.num_elements()
     if elements is not None and elements * value.dtype.size >= _LARGE_BYTES:
-        return tf.cond(has_rows, lambda: tf.identity(value), lambda: tf.zeros(value.shape, value.dtype))
-    return tf.where(has_rows, value, tf.zeros_like(value))
+        return tf.cond(has_rows, lambda: tf.identity(value), chosen)
+    return chosen()

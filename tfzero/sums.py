@@ -48,7 +48,10 @@ def kind_of_result(tensor, kinds: list[Kind]) -> Kind:
         kind = _RULES[operation.type](tensor, operation, kinds)
     elif operation.type in _ELEMENTWISE:
         kind = _of_elements(tensor, operation, kinds)
-    return _of_parts(operation, kinds) if kind == OTHER and operation.type in LINEAR_IN else kind
+    if kind == OTHER and operation.type in LINEAR_IN:
+        kind = _of_parts(operation, kinds)
+    # What is the same for each of an unknown number of rows is not the same once it is summed over them.
+    return OTHER if kind == MIXED and not tensor.shape.is_fully_defined() else kind
 
 
 def linear_places(operation, kinds: list[Kind]) -> list[int]:
