@@ -1,5 +1,6 @@
 """Stage 3: parameters lie in shards, and are whole only while a layer needs them."""
 
+import contextlib
 import warnings
 from collections import Counter
 
@@ -172,17 +173,23 @@ def test_a_model_does_as_on_one_device(name, reshard):
     assert_same(ours, reference)
 
 
-def rematerialized():
-    with keras.RematScope(mode="full"):
+def rematerialized(around_the_model):
+    scope = keras.RematScope(mode="full")
+    with scope:
         dense = [layers.Dense(16, activation="gelu") for _ in range(3)]
-    return embedded(layers.Flatten(), *dense)
+    with scope if around_the_model else contextlib.nullcontext():
+        return embedded(layers.Flatten(), *dense)
 
 
-def test_remat_composes_with_stage_3():
-    """Keras's own remat fails in a graph on TensorFlow if a layer takes keyword arguments: one device goes without."""
+@pytest.mark.parametrize("around_the_model", [False, True])
+def test_remat_composes_with_stage_3(around_the_model):
+    """Keras's own remat fails in a graph on TensorFlow if a layer takes keyword arguments: one device goes without.
+
+    A model and its layers recompute one within the other.
+    """
     strategy = make_strategy()
     with strategy.scope():
-        ours = rematerialized()
+        ours = rematerialized(around_the_model)
     reference = embedded(layers.Flatten(), *[layers.Dense(16, activation="gelu") for _ in range(3)])
     reference.set_weights(ours.get_weights())
     assert_same(compile_it(ours), compile_it(reference))

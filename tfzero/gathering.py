@@ -87,7 +87,9 @@ class Gatherer:
     def whole(self, shard: tf.Variable, shape: tf.TensorShape, dtype: tf.DType) -> tf.Tensor:
         """The whole value of a parameter in `dtype`, from this replica's flat shard `[shard_elements]`."""
         key = (id(shard), dtype)
-        if key not in self._values or not _compat.is_recorded(self._values[key]):
+        if key in self._values and _compat.is_recorded(self._values[key]):
+            _compat.note_read(shard)
+        else:
             self._values[key] = self._gather(shard, shape, dtype)
         return self._values[key]
 
