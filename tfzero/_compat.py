@@ -258,13 +258,13 @@ def unrecorded():
 
 def note_read(variable: tf.Variable) -> None:
     """Lets what looks for variables that are read (tapes, `tf.recompute_grad` within another) know of one."""
-    tape.variable_accessed(variable)
+    if variable.trainable:
+        tape.variable_accessed(variable)
 
 
 def record_read(variable: tf.Variable, value: tf.Tensor) -> None:
     """Has gradient tapes take a new value for what was read of a variable: the gradient has then that value's shape."""
-    if variable.trainable:
-        tape.variable_accessed(variable)
+    note_read(variable)
     record.record_operation("ReadVariableOp", [value], [variable.handle], lambda upstream: [upstream])
 
 
