@@ -8,6 +8,7 @@ second one's first layer would wait for the first one's last layer, and that for
 """
 
 import contextlib
+import itertools
 import re
 from collections.abc import Callable, Sequence
 
@@ -212,10 +213,9 @@ def calls_around(graph) -> list[tf.Operation]:
 
 def is_in_a_loop(outermost) -> bool:
     """Whether a loop is traced, within the graph `outermost`."""
-    graph = tf.compat.v1.get_default_graph()
-    while graph is not outermost and not isinstance(graph, WhileBodyFuncGraph) and hasattr(graph, "outer_graph"):
-        graph = graph.outer_graph
-    return graph is not outermost and isinstance(graph, WhileBodyFuncGraph)
+    around = graphs_around(tf.compat.v1.get_default_graph())
+    within = itertools.takewhile(lambda graph: graph is not outermost, around)
+    return any(isinstance(graph, WhileBodyFuncGraph) for graph in within)
 
 
 def _names_of_functions(operation: tf.Operation) -> list[str]:
@@ -224,6 +224,5 @@ def _names_of_functions(operation: tf.Operation) -> list[str]:
 
 
 def _function(graph, name: str):
-    while graph is not None and (found := graph._get_function(name)) is None:
-        graph = getattr(graph, "outer_graph", None)
-    return None if graph is None else found
+    found = (each._get_function(name) for each in graphs_around(graph))
+    return next((function for function in found if function is not None), None)

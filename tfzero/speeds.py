@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import tensorflow as tf
 
 from tfzero.collectives import Group
+from tfzero.ways import CROWDED
 
 SIZES_BYTES = tuple(2**k for k in (10, 14, 18, 22, 26))  # 1 KiB to 64 MiB
 _LARGE_BYTES = 2**22
-_MOST_MEMBERS_OF_ALL_TO_ALL = 11  # in one process, on CPU
 # Far from the keys of tfzero's own groups, and from those that TensorFlow counts up from 1.
 _group_keys = itertools.count(900_000)
 
@@ -78,14 +78,13 @@ class _Stock:
         self._group = group
         self._group_key = next(_group_keys)
         self._instance_keys = itertools.count(1)
-        self._is_nccl = group.hint == "nccl"
         self._operations: dict[str, tuple[Callable, dict]] = {
             "all_reduce": (tf.raw_ops.CollectiveReduceV2, sums),
             "all_gather": (tf.raw_ops.CollectiveGatherV2, {}),
         }
-        if self._is_nccl:
+        if group.hint == "nccl":
             self._operations["reduce_scatter"] = (tf.raw_ops.CollectiveReduceScatterV2, sums)
-        elif len(group.devices) <= _MOST_MEMBERS_OF_ALL_TO_ALL:
+        elif group.place.transport != CROWDED:
             self._operations["all_to_all"] = (tf.raw_ops.CollectiveAllToAllV2, {})
 
     def ways(self, primitive: str) -> list[Callable]:
@@ -103,7 +102,7 @@ class _Stock:
                     group_key=self._group_key,
                     instance_key=key,
                     ordering_token=[group.lanes.tokens[replica][0].handle],
-                    communication_hint="nccl" if self._is_nccl else "ring",
+                    communication_hint=group.hint,
                     **attributes,
                 )
                 ended(result)

@@ -12,7 +12,8 @@ _LINEAR = {"Neg", "Reshape", "ExpandDims", "Squeeze", "Transpose", "Sum", "Mean"
 ADDED = {"AddV2", "Add", "AddN", "Sub"}
 _DIVIDED = {"RealDiv", "Div", "DivNoNan"}
 SCATTERED = {"TensorScatterAdd", "TensorScatterSub"}
-_PRODUCTS = {"MatMul", "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3", "Einsum"}
+_MATMULS = ("MatMul", "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3")
+_PRODUCTS = {*_MATMULS, "Einsum"}
 # Linear in the inputs at these places together (in one of a product), if the others are the same everywhere.
 LINEAR_IN = {
     **dict.fromkeys(("ReluGrad", "Relu6Grad", "LeakyReluGrad", "EluGrad", "SeluGrad"), slice(0, 1)),
@@ -215,7 +216,7 @@ _RULES: dict[str, Callable[..., Kind]] = {
     **dict.fromkeys(_REDUCED, _of_reduction),
     **dict.fromkeys(ADDED, _of_sum),
     **dict.fromkeys(_DIVIDED, _of_quotient),
-    **dict.fromkeys(("MatMul", "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3"), _of_matmul),
+    **dict.fromkeys(_MATMULS, _of_matmul),
     **dict.fromkeys(("DenseBincount", "Bincount"), _of_counted),
     **dict.fromkeys(("UnsortedSegmentSum", "ScatterNd"), _of_added_by_number),
     **dict.fromkeys(SCATTERED, _of_scattered),

@@ -89,7 +89,7 @@ def run_trials(
         x, y, batch_size = _data(MODELS[name], world_size)
         with tf.device(f"/device:{devices[0]}"):
             alone = MODELS[name]()
-            initial = _initial_weights(alone)
+            initial = initial_weights(alone)
             expected = _trained(alone, initial, x, y, batch_size)
         paths = [weight.path for weight in alone.weights]
         for stage in STAGES:
@@ -111,7 +111,7 @@ def _data(make_model: Callable[[], keras.Model], world_size: int) -> tuple[np.nd
     return x, np.eye(_CLASSES, dtype="float32")[random.integers(0, _CLASSES, len(x))], batch_size
 
 
-def _initial_weights(model: keras.Model) -> list[np.ndarray]:
+def initial_weights(model: keras.Model) -> list[np.ndarray]:
     """The same on all workers, whatever each one's model begins with."""
     random = np.random.default_rng(1)
     return [

@@ -3,13 +3,14 @@
 Imported where TensorFlow has been told already which devices there are.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import keras
 import numpy as np
 from keras import layers, ops
+
+from tfzero.trials import initial_weights
 
 CLASSES, BATCH, EPOCHS = 5, 15, 2
 # 53 samples: the last batch has 8 of 15. 46: it has one, and of two replicas one is left without.
@@ -157,17 +158,6 @@ def batches_of(case: Case, model: keras.Model) -> tuple[np.ndarray, np.ndarray]:
     random = np.random.default_rng(0)
     x = random.integers(0, 29, shape).astype("int32") if tokens else random.normal(size=shape).astype("float32")
     return x, np.eye(CLASSES, dtype="float32")[random.integers(0, CLASSES, case.samples)]
-
-
-def initial_weights(model: keras.Model) -> list[np.ndarray]:
-    """The same in every process, whatever a model begins with."""
-    random = np.random.default_rng(1)
-    return [
-        random.normal(0, 1 / math.sqrt(np.prod(weight.shape[:-1])), weight.shape).astype(weight.dtype)
-        if len(weight.shape) > 1 and weight.dtype == "float32"
-        else np.array(weight)
-        for weight in model.weights
-    ]
 
 
 def trained(case: Case, scope) -> tuple[keras.Model, list[np.ndarray]]:
