@@ -330,6 +330,16 @@ def test_a_signal_in_the_pause_before_a_restart_ends_the_launcher(script):
     assert "received SIGTERM; no worker was running" in errors
 
 
+def test_a_signal_between_two_fleets_ends_the_launcher_too(script):
+    """Before the pause has begun: while the launcher says that there will be one."""
+    told = "lambda text, **options: (print(text, **options), 'restart 1' in text and os.kill(os.getpid(), 15))"
+    code = f"import os, sys; from tfzero import launch; launch.print = {told}; sys.exit(launch.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "--workers", "1", "--max-restarts", "2", str(script("sys.exit(9)"))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_SECONDS)
+    assert done.returncode == 128 + signal.SIGTERM
+    assert "received SIGTERM; no worker was running" in done.stderr and "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize(
     "arguments", [("--min-workers", 3), ("--min-workers", 0), ("--max-restarts", -1), ("--grace-seconds", -1)]
 )

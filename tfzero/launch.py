@@ -235,6 +235,16 @@ def main(arguments: list[str] | None = None) -> int:
     for number in _STOP_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # as it is under nohup
             signal.signal(number, _stop)
+    try:
+        return _run_fleets(options)
+    except KeyboardInterrupt as stop:
+        number = _number_of(stop)
+        print(f"tfzero.launch: received {number.name}; no worker was running.", file=sys.stderr, flush=True)
+        return 128 + number
+
+
+def _run_fleets(options: argparse.Namespace) -> int:
+    """Fleet after fleet, until one ends well or none is left. Returns the last one's exit code."""
     former, quick = _Outcome(), 0  # fleets in a row that failed at once
     gpus = options.gpus  # one for each worker that is left
     for restarts in range(options.max_restarts + 1):
@@ -252,12 +262,7 @@ def main(arguments: list[str] | None = None) -> int:
         pause_seconds = min(_LONGEST_PAUSE_SECONDS, _PAUSE_SECONDS * 2 ** (quick - 1)) if quick else 0.0
         when = f" in {pause_seconds:g} s" if pause_seconds else ""
         print(f"tfzero.launch: {again}{when}, with {len(gpus)} workers.", file=sys.stderr, flush=True)
-        try:
-            time.sleep(pause_seconds)
-        except KeyboardInterrupt as stop:
-            number = _number_of(stop)
-            print(f"tfzero.launch: received {number.name}; no worker was running.", file=sys.stderr, flush=True)
-            return 128 + number
+        time.sleep(pause_seconds)
         former = outcome
     return outcome.exit_code
 
