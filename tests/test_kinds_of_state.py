@@ -12,6 +12,7 @@ from keras import ops
 from marks import FLEET_SECONDS
 
 import tfzero
+from tfzero.dependence import MIXED, OTHER, ROWS, SUM, Dependence
 
 SAMPLES, BATCH, WIDTH, CODES = 38, 11, 8, 5  # of no batch replicas have as many rows
 
@@ -394,3 +395,15 @@ def refused_in_a_worker():
 def test_an_update_that_only_some_workers_make_is_refused():
     for told in tfzero.run_local(refused_in_a_worker, workers=2, timeout_seconds=FLEET_SECONDS):
         assert "times:0' is updated in a branch or a loop" in told
+
+
+def test_what_depends_on_rows_as_a_whole_is_not_taken_apart():
+    """Each part would be computed by operations of its own; zeros are of any kind."""
+    with tf.Graph().as_default() as graph:
+        rows = tf.compat.v1.placeholder(tf.float32, [None, 3])
+        known = Dependence([(rows, ROWS)], graph)
+        most, total, flag = tf.reduce_max(rows, 0), tf.reduce_sum(rows, 0), tf.constant([True, False, True])
+        assert known.kind(most + tf.reduce_min(rows, 0)) == OTHER
+        assert known.kind(tf.where(flag, most, tf.zeros([3]))) == OTHER
+        assert known.kind(tf.where(flag, total, tf.zeros([3]))) == SUM
+        assert known.kind(tf.where(flag, total, tf.ones([3]))) == known.kind(most + total) == MIXED

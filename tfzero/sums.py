@@ -65,11 +65,17 @@ def linear_places(operation, kinds: list[Kind]) -> list[int]:
 
 
 def _of_parts(operation, kinds: list[Kind]) -> Kind:
-    """Of what adds up: the kind of the inputs in which an operation is linear."""
-    found = {SUM if kinds[place] == COUNT else kinds[place] for place in linear_places(operation, kinds)}
+    """Of what adds up: the kind of the inputs in which an operation is linear; zeros are of any kind."""
+    places = [place for place in linear_places(operation, kinds) if not _is_zero(operation.inputs[place])]
+    found = {SUM if kinds[place] == COUNT else kinds[place] for place in places}
     if not found or not found <= {SAME, SUM, MEAN, MIXED}:
         return OTHER
     return found.pop() if len(found) == 1 else MIXED
+
+
+def _is_zero(tensor) -> bool:
+    value = tf.get_static_value(tensor)
+    return value is not None and not value.any()
 
 
 def _of_elements(tensor, operation, kinds: list[Kind]) -> Kind:
@@ -87,7 +93,7 @@ def _of_sum(tensor, operation, kinds: list[Kind]) -> Kind:
         return _of_elements(tensor, operation, kinds)
     if set(kinds) <= {SUM, COUNT}:
         return SUM
-    return kinds[0] if set(kinds) in ({MEAN}, {OWN}) else MIXED
+    return kinds[0] if set(kinds) in ({MEAN}, {OWN}, {OTHER}) else MIXED
 
 
 def _of_product(tensor, operation, kinds: list[Kind]) -> Kind:
