@@ -104,7 +104,7 @@ def run(stage: int, dim: int, layers: int, directory: str, saves: int) -> dict:
 
 
 def _sharded(model):
-    from tfzero.variables import ShardedVariable
+    from tfzero.variables.classes import ShardedVariable
 
     variables = (v.value for v in (*model.variables, *model.optimizer.variables))
     return [v for v in variables if isinstance(v, ShardedVariable)]
@@ -112,8 +112,8 @@ def _sharded(model):
 
 def _written(model, strategy) -> int:
     """Bytes that this worker writes into a checkpoint."""
-    from tfzero.checkpoint import pieces_to_write
-    from tfzero.state import World, state_of
+    from tfzero.checkpoint.pieces import pieces_to_write
+    from tfzero.checkpoint.state import World, state_of
 
     pieces = pieces_to_write(state_of(model), World.of(strategy), lambda size_bytes: None)
     return sum(piece.rectangle.elements * piece.value.dtype.size for piece in pieces)

@@ -3,7 +3,7 @@
     python benchmarks/collectives.py --fleets 2x1 2x2 1x4      # workers x logical CPU devices in each
 
 `ring` is TensorFlow's all-reduce; `gather` all-gathers and adds; `scatter` reduce-scatters and all-gathers. The rule in
-`tfzero/collectives.py` follows from it.
+`tfzero/collectives/group.py` follows from it.
 """
 
 import argparse

@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tfzero import _compat_data, agreement, digests
-from tfzero.agreement import by_path, describe
-from tfzero.channel import Channel
-from tfzero.differences import MOST_SHOWN, differences_of
-from tfzero.digests import DOUBTED, REFUSED, TAKEN, Source, digest, judge
+from tfzero.host import datasets
+from tfzero.workers import agreement, digests
+from tfzero.workers.agreement import by_path, describe
+from tfzero.workers.channel import Channel
+from tfzero.workers.differences import MOST_SHOWN, differences_of
+from tfzero.workers.digests import DOUBTED, REFUSED, TAKEN, Source, digest, judge
 
 FACTOR = 0.5
 FLIP = keras.layers.RandomFlip()
@@ -250,7 +251,7 @@ def test_parts_that_one_worker_lacks_are_refused():
 )
 def test_pipelines_that_draw(operation, draws, is_python):
     dataset = tf.data.Dataset.range(9).map(operation)
-    source = Source.of_operations("data", _compat_data.operations_of(dataset), False)
+    source = Source.of_operations("data", datasets.operations_of(dataset), False)
     assert (source.draws, source.is_python) == (draws, is_python)
 
 

@@ -8,7 +8,7 @@ from keras import layers
 from marks import FLEET_SECONDS
 
 import tfzero
-from tfzero.collectives import Group
+from tfzero.collectives.group import Group
 
 X, Y = oracle.Data(samples=15).arrays()
 

@@ -51,7 +51,7 @@ def test_the_configuration_file(tmp_path):
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"backend": 3}', "\x00"])
 def test_a_configuration_file_that_says_nothing(tmp_path, content):
     (tmp_path / "keras.json").write_text(content)
-    code = "from tfzero.backend import chosen_backend\ntry: print(chosen_backend())"
+    code = "from tfzero.host.backend import chosen_backend\ntry: print(chosen_backend())"
     assert told(code, KERAS_HOME=str(tmp_path)) == "('tensorflow', 'by default')"
 
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tfzero import digests
-from tfzero.differences import differences_of
-from tfzero.digests import DOUBTED, REFUSED, TAKEN, BatchComparison, Source, digest, judge
+from tfzero.workers import digests
+from tfzero.workers.differences import differences_of
+from tfzero.workers.digests import DOUBTED, REFUSED, TAKEN, BatchComparison, Source, digest, judge
 
 RANDOM = np.random.default_rng(0)
 ROWS = RANDOM.normal(size=(4, 3)).astype("f4")

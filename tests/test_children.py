@@ -11,7 +11,7 @@ import pytest
 from marks import FLEET_SECONDS, sweep
 
 import tfzero
-from tfzero import stopping
+from tfzero.workers import stopping
 
 SCRIPT = """
 import multiprocessing, os, signal, sys, time

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from tfzero import channel as channel_module
-from tfzero import handshake, meeting, messages
-from tfzero.channel import Channel
-from tfzero.cluster import Cluster, cluster_from_spec, read_tf_config
-from tfzero.stopping import blamed_by
+from tfzero.workers import channel as channel_module
+from tfzero.workers import handshake, meeting, messages
+from tfzero.workers.channel import Channel
+from tfzero.workers.cluster import Cluster, cluster_from_spec, read_tf_config
+from tfzero.workers.stopping import blamed_by
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -511,8 +511,8 @@ def test_close_twice(channels):
 SCRIPT = """
 import os, sys, time
 sys.path.insert(0, sys.argv[1])
-from tfzero.channel import Channel
-from tfzero.cluster import read_tf_config
+from tfzero.workers.channel import Channel
+from tfzero.workers.cluster import read_tf_config
 channel = Channel.join(read_tf_config(), 10)
 index = channel.broadcast("hello", 0) + read_tf_config().index
 start = time.perf_counter()

@@ -6,9 +6,9 @@ import tensorflow as tf
 from marks import FLEET_SECONDS
 
 import tfzero
-from tfzero.collectives import Group
-from tfzero.packing import pack, unpack
-from tfzero.plan import VariableSpec, make_plan
+from tfzero.collectives.group import Group
+from tfzero.collectives.packing import pack, unpack
+from tfzero.plan.placement import VariableSpec, make_plan
 
 DTYPES = [tf.float32, tf.float64, tf.float16, tf.bfloat16, tf.int32, tf.int64, tf.int8, tf.uint8, tf.bool]
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tfzero import commits, directories
-from tfzero.slices import rectangles
+from tfzero.checkpoint import commits, directories
+from tfzero.checkpoint.slices import rectangles
 
 SHAPES = [(), (7,), (3, 5), (2, 3, 4), (5, 1, 3), (1, 1), (2, 3, 2, 3), (0, 3)]
 
@@ -36,7 +36,7 @@ def test_a_rectangle_is_named_as_tensorflow_does():
 
 
 def write(directory: Path, step: int, content: bytes = b"values") -> Path:
-    """A checkpoint of two data files, as `checkpoint.py` makes them."""
+    """A checkpoint of two data files, as `checkpoint/pieces.py` makes them."""
     final = directories.step_folder(directory, step)
     folder = commits.begin(final)
     (folder / "state.index").write_bytes(b"index")
@@ -165,7 +165,9 @@ def test_a_disk_without_room_is_refused(tmp_path):
 
 
 def test_a_second_run_is_kept_out_until_the_first_ends(tmp_path):
-    program = "import sys; from pathlib import Path; from tfzero.directories import Lock; Lock(Path(sys.argv[1]))"
+    program = (
+        "import sys; from pathlib import Path; from tfzero.checkpoint.directories import Lock; Lock(Path(sys.argv[1]))"
+    )
     command = [sys.executable, "-c", program, str(tmp_path)]
     lock = directories.Lock(tmp_path)
     second = subprocess.run(command, capture_output=True, text=True, timeout=60)

@@ -1,4 +1,4 @@
-"""A release of TensorFlow or Keras that changes what `tfzero/_compat.py` stands on is noticed here."""
+"""A release of TensorFlow or Keras that changes what `tfzero/host/runtime.py` stands on is noticed here."""
 
 import inspect
 import random
@@ -10,18 +10,10 @@ import tensorflow as tf
 from tensorflow.python.framework import auto_control_deps
 
 import tfzero
-from tfzero import (
-    _compat,
-    _compat_batches,
-    _compat_cluster,
-    _compat_data,
-    _compat_graphs,
-    _compat_optimizers,
-    _compat_saved_model,
-)
 from tfzero.extended import ZeroExtended
-from tfzero.keras_data import _Epochs
-from tfzero.variables import LayerVariable, OnReadVariable, ReplicatedVariable, ShardedVariable
+from tfzero.host import batch_rows, datasets, distributed, graphs, keras_optimizers, runtime, saved_model
+from tfzero.keras.data import _Epochs
+from tfzero.variables.classes import LayerVariable, OnReadVariable, ReplicatedVariable, ShardedVariable
 
 
 @pytest.fixture(scope="module")
@@ -42,14 +34,14 @@ def built(optimizer, variable):
 @pytest.mark.parametrize(
     ("owner", "name", "arguments"),
     [
-        (_compat.saving_lib, "_save_state", "saveable weights_store assets_store inner_path visited_saveables"),
+        (runtime.saving_lib, "_save_state", "saveable weights_store assets_store inner_path visited_saveables"),
         (keras.callbacks.TensorBoard, "_close_writers", "self"),
         (keras.callbacks.ModelCheckpoint, "_get_file_path", "self epoch batch logs"),
-        (_compat.keras_tensorflow_trainer.TFEpochIterator, "_enumerate_iterator", "self"),
-        (_compat.keras_tensorflow_trainer.TFEpochIterator, "catch_stop_iteration", "self"),
-        (_compat.keras_loss, "standardize_reduction", "reduction"),
-        (_compat.keras_loss, "squeeze_or_expand_to_same_rank", "x1 x2 expand_rank_1"),
-        (_compat.BaseOptimizer, "update_step", "self gradient variable learning_rate"),
+        (runtime.keras_tensorflow_trainer.TFEpochIterator, "_enumerate_iterator", "self"),
+        (runtime.keras_tensorflow_trainer.TFEpochIterator, "catch_stop_iteration", "self"),
+        (runtime.keras_loss, "standardize_reduction", "reduction"),
+        (runtime.keras_loss, "squeeze_or_expand_to_same_rank", "x1 x2 expand_rank_1"),
+        (runtime.BaseOptimizer, "update_step", "self gradient variable learning_rate"),
     ],
 )
 def test_what_is_called_has_these_arguments(owner, name, arguments):
@@ -60,12 +52,12 @@ def test_what_is_called_has_these_arguments(owner, name, arguments):
 @pytest.mark.parametrize(
     ("ours", "base"),
     [
-        (ZeroExtended, _compat.CollectiveAllReduceExtended),
-        (ReplicatedVariable, _compat.MirroredVariable),
-        (LayerVariable, _compat.MirroredVariable),
-        (ShardedVariable, _compat.MirroredVariable),
-        (OnReadVariable, _compat.SyncOnReadVariable),
-        (_Epochs, _compat.keras_tensorflow_trainer.TFEpochIterator),
+        (ZeroExtended, runtime.CollectiveAllReduceExtended),
+        (ReplicatedVariable, runtime.MirroredVariable),
+        (LayerVariable, runtime.MirroredVariable),
+        (ShardedVariable, runtime.MirroredVariable),
+        (OnReadVariable, runtime.SyncOnReadVariable),
+        (_Epochs, runtime.keras_tensorflow_trainer.TFEpochIterator),
     ],
 )
 def test_private_methods_override_something(ours, base):
@@ -87,75 +79,75 @@ def test_private_methods_override_something(ours, base):
 def test_attributes_of_the_extended(strategy):
     names = ("_id_in_cluster", "_num_workers", "_num_replicas_in_sync", "_std_server_started")
     assert all(hasattr(strategy.extended, name) for name in names)
-    assert _compat.CollectiveAllReduceExtended._enable_check_health is True
+    assert runtime.CollectiveAllReduceExtended._enable_check_health is True
     assert strategy.extended._enable_check_health is False
 
 
 def test_places_of_replicas(strategy):
-    assert _compat.replica_index() is None and _compat.replica_thread() is None
+    assert runtime.replica_index() is None and runtime.replica_thread() is None
     seen = []
 
     def note(value):
-        seen.append((_compat.replica_index(), _compat.replica_thread().main_args))
+        seen.append((runtime.replica_index(), runtime.replica_thread().main_args))
 
     strategy.run(note, args=(5,))
     assert seen == [(0, (5,)), (1, (5,))]
 
 
 def test_values_of_replicas(strategy):
-    values = _compat.per_replica([tf.constant(1), tf.constant(2)])
+    values = runtime.per_replica([tf.constant(1), tf.constant(2)])
     assert [int(v) for v in strategy.experimental_local_results(values)] == [1, 2]
     assert isinstance(values, tf.distribute.DistributedValues)
-    mirrored = _compat.mirrored([tf.constant(1), tf.constant(1)])
+    mirrored = runtime.mirrored([tf.constant(1), tf.constant(1)])
     assert isinstance(mirrored, tf.types.experimental.distributed.Mirrored)
 
 
 def test_state_of_the_runtime(strategy):
-    assert _compat.runtime_is_initialized() is True
-    assert _compat.collectives_are_configured() is False
-    assert callable(_compat.context.context().abort_collective_ops)
+    assert runtime.runtime_is_initialized() is True
+    assert runtime.collectives_are_configured() is False
+    assert callable(runtime.context.context().abort_collective_ops)
 
 
 def test_random_state():
     keras.utils.set_random_seed(5)
-    state = _compat.random_state()
+    state = runtime.random_state()
     assert state["seed"] == 5
     drawn = random.random()
     keras.utils.set_random_seed(6)
-    _compat.set_random_state(state)
+    runtime.set_random_state(state)
     assert random.random() == drawn
-    assert _compat.context.global_seed() == 5
+    assert runtime.context.global_seed() == 5
 
 
 def test_shuffle_seeds():
     tf.random.set_seed(None)
     dataset = tf.data.Dataset.range(4)
-    assert _compat.shuffle_seeds(dataset.batch(2)) == []
-    assert _compat.shuffle_seeds(dataset.shuffle(4).batch(2)) == [[0, 0]]
+    assert runtime.shuffle_seeds(dataset.batch(2)) == []
+    assert runtime.shuffle_seeds(dataset.shuffle(4).batch(2)) == [[0, 0]]
     zipped = tf.data.Dataset.zip((dataset.shuffle(4, seed=3), dataset.shuffle(4)))
-    (_, seed), unseeded = _compat.shuffle_seeds(zipped.prefetch(1))
+    (_, seed), unseeded = runtime.shuffle_seeds(zipped.prefetch(1))
     assert seed == 3 and unseeded == [0, 0]
 
 
 def test_specs_of_elements(strategy):
     dataset = tf.data.Dataset.from_tensor_slices((np.ones((4, 3), "float32"), {"a": np.ones(4)})).batch(2)
-    x, y = _compat.replica_element_spec(strategy.experimental_distribute_dataset(dataset))
+    x, y = runtime.replica_element_spec(strategy.experimental_distribute_dataset(dataset))
     assert x.shape.as_list() == [None, 3] and x.dtype == tf.float32
     assert y["a"].shape.as_list() == [None] and y["a"].dtype == tf.float64
     of_each = strategy.distribute_datasets_from_function(lambda context: dataset)
-    assert _compat.replica_element_spec(of_each)[0].shape.as_list() == [None, 3]
+    assert runtime.replica_element_spec(of_each)[0].shape.as_list() == [None, 3]
 
 
 def test_the_loop_over_epochs(strategy):
     dataset = tf.data.Dataset.range(6).filter(lambda k: k < 4).batch(2)
-    loop = _compat.keras_tensorflow_trainer.TFEpochIterator(x=dataset, distribute_strategy=strategy)
-    assert _compat.dataset_of(loop).element_spec is not None
-    assert _compat.length_of(loop) == {"number of batches": None, "size of the last batch": None}
+    loop = runtime.keras_tensorflow_trainer.TFEpochIterator(x=dataset, distribute_strategy=strategy)
+    assert runtime.dataset_of(loop).element_spec is not None
+    assert runtime.length_of(loop) == {"number of batches": None, "size of the last batch": None}
     steps = iter(loop)
     next(steps)
-    assert _compat.is_at_first_batch(loop) is True
+    assert runtime.is_at_first_batch(loop) is True
     next(steps)
-    assert _compat.is_at_first_batch(loop) is False
+    assert runtime.is_at_first_batch(loop) is False
 
 
 def test_batches_that_are_passed_over(strategy):
@@ -168,31 +160,31 @@ def test_batches_that_are_passed_over(strategy):
 
     def make():
         data = tf.data.Dataset.range(6).shuffle(6, seed=1).batch(2)
-        return _compat.keras_tensorflow_trainer.TFEpochIterator(strategy, x=data)
+        return runtime.keras_tensorflow_trainer.TFEpochIterator(strategy, x=data)
 
     expected = list(epochs(make(), 3))
     iterator = make()
     steps = iterator._enumerate_iterator()
-    _compat.draw_batches(iterator, steps, 1)
+    runtime.draw_batches(iterator, steps, 1)
     steps.close()
-    _compat.end_epoch(iterator, 3)
+    runtime.end_epoch(iterator, 3)
     assert next(epochs(iterator, 1)) == expected[1] != expected[0]
     steps = iterator._enumerate_iterator()
-    _compat.draw_batches(iterator, steps, 2)
+    runtime.draw_batches(iterator, steps, 2)
     rest = [next(batches).values[0].numpy().tolist() for _, _, batches in steps]
     assert rest == expected[2][2:]
     steps = iterator._enumerate_iterator()
-    _compat.draw_batches(iterator, steps, None)
+    runtime.draw_batches(iterator, steps, None)
     assert list(steps) == []
 
 
 def test_where_fit_begins():
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
     model.compile("sgd", "mse")
-    _compat.set_initial_epoch(model, 2)
+    runtime.set_initial_epoch(model, 2)
     x = np.ones((4, 2))
     assert model.fit(x, x[:, :1], epochs=3, verbose=0).epoch == [2]
-    _compat.set_initial_epoch(model, None)
+    runtime.set_initial_epoch(model, None)
     assert model.fit(x, x[:, :1], epochs=2, verbose=0).epoch == [0, 1]
 
 
@@ -200,7 +192,7 @@ def test_run_after():
     @tf.function(autograph=False)
     def function(x):
         first, second = tf.exp(x), tf.sin(x)
-        _compat_graphs.run_after(first.op, second.op)
+        graphs.run_after(first.op, second.op)
         return first, second
 
     graph = function.get_concrete_function(tf.constant(1.0)).graph
@@ -215,10 +207,10 @@ def test_what_a_second_gather_is_made_of():
             tape.watch(x)
             y = tf.matmul(tf.reshape(x, [2, 2]), tf.constant([[1.0, 2.0], [3.0, 4.0]]))
         gradient = tape.gradient(y, x)
-        assert _compat.is_backward(gradient.op) and not _compat.is_backward(y.op)
-        assert _compat.creation_order(gradient.op) > _compat.creation_order(y.op)
-        copy = _compat_graphs.copy_operation(y.op.inputs[0].op, {0: 2 * x})
-        _compat_graphs.replace_input(y.op, 0, copy)
+        assert runtime.is_backward(gradient.op) and not runtime.is_backward(y.op)
+        assert runtime.creation_order(gradient.op) > runtime.creation_order(y.op)
+        copy = graphs.copy_operation(y.op.inputs[0].op, {0: 2 * x})
+        graphs.replace_input(y.op, 0, copy)
         assert y.op.inputs[0] is copy
         return y
 
@@ -234,7 +226,7 @@ def test_uses_of_a_variable():
     def function():
         tf.cond(other > 0, lambda: variable.assign(2.0), lambda: variable.assign(3.0))
         value = variable.read_value()
-        types.extend(use.type for use in _compat.uses_of_variable(variable))
+        types.extend(use.type for use in runtime.uses_of_variable(variable))
         return value
 
     function.get_concrete_function()
@@ -243,24 +235,24 @@ def test_uses_of_a_variable():
 
 def test_is_recorded():
     x = tf.constant(1.0)
-    assert _compat.is_recorded(x)  # no tape asks
+    assert runtime.is_recorded(x)  # no tape asks
     with tf.GradientTape() as tape:
-        assert not _compat.is_recorded(x)
+        assert not runtime.is_recorded(x)
         tape.watch(x)
-        assert _compat.is_recorded(x + 1)
+        assert runtime.is_recorded(x + 1)
 
 
 def test_a_tape_takes_a_value_for_what_was_read():
     variable = tf.Variable([1.0, 2.0])
     with tf.GradientTape() as tape:
-        with _compat.unrecorded():
+        with runtime.unrecorded():
             value = tf.concat([variable, [3.0]], 0)
         assert tape.watched_variables() == ()
-        _compat.record_read(variable, value)
+        runtime.record_read(variable, value)
         total = tf.reduce_sum(value**2)
     np.testing.assert_array_equal(tape.gradient(total, variable), [2, 4, 6])
     with tf.GradientTape() as tape:
-        _compat.record_read(tf.Variable(1.0, trainable=False), value)
+        runtime.record_read(tf.Variable(1.0, trainable=False), value)
     assert tape.watched_variables() == ()
 
 
@@ -272,12 +264,12 @@ def test_what_orders_an_operation():
     def function(x):
         read, written = variable.read_value(), variable.assign(x, read_value=False)
         own, free = (tf.numpy_function(lambda x: x, [x], tf.float32) for _ in range(2))
-        _compat_graphs.run_freely(free.op)
+        graphs.run_freely(free.op)
         handle = auto_control_deps.ops.tensor_id(written.inputs[0])
-        assert _compat_graphs.ordered_by(read.op.inputs[0].op) == [(handle, False)]
-        assert _compat_graphs.ordered_by(written) == [(handle, True)]
-        assert _compat_graphs.ordered_by(own.op) == [(None, True)]
-        assert _compat_graphs.ordered_by(free.op) == _compat_graphs.ordered_by((x + 1).op) == []
+        assert graphs.ordered_by(read.op.inputs[0].op) == [(handle, False)]
+        assert graphs.ordered_by(written) == [(handle, True)]
+        assert graphs.ordered_by(own.op) == [(None, True)]
+        assert graphs.ordered_by(free.op) == graphs.ordered_by((x + 1).op) == []
         return read
 
     function(tf.constant(2.0))
@@ -287,7 +279,7 @@ def test_graphs_around_control_flow():
     seen = []
 
     def look():
-        seen.append(_compat.graph_around_control_flow(outermost))
+        seen.append(runtime.graph_around_control_flow(outermost))
         return tf.constant(1.0)
 
     @tf.function(autograph=False)
@@ -315,8 +307,8 @@ def test_graphs_around_control_flow():
 
 def test_a_plain_variable_in_a_scope(strategy):
     with strategy.scope():
-        variable = _compat.plain_variable(tf.constant([1.0]))
-    assert not isinstance(variable, _compat.DistributedVariable)
+        variable = runtime.plain_variable(tf.constant([1.0]))
+    assert not isinstance(variable, runtime.DistributedVariable)
     variable.assign([2.0])
     assert variable.numpy() == [2.0]
 
@@ -324,7 +316,7 @@ def test_a_plain_variable_in_a_scope(strategy):
 def test_remake(strategy, variable):
     before = variable.value
     with strategy.scope():
-        _compat.remake(variable)
+        runtime.remake(variable)
     assert variable.value is not before
     np.testing.assert_array_equal(variable.numpy(), [0, 1, 2, 3])
     assert variable.value.distribute_strategy is strategy
@@ -332,14 +324,14 @@ def test_remake(strategy, variable):
 
 def test_parts_of_an_optimizer(variable):
     adam = keras.optimizers.Adam(0.5)
-    assert [v.name for v in _compat.own_scalars(adam)] == ["iteration", "learning_rate"]
-    assert _compat.iteration_counter(adam) is _compat.own_scalars(adam)[0]
+    assert [v.name for v in runtime.own_scalars(adam)] == ["iteration", "learning_rate"]
+    assert runtime.iteration_counter(adam) is runtime.own_scalars(adam)[0]
     adam = built(keras.optimizers.AdamW(0.5, weight_decay=0.1, use_ema=True, gradient_accumulation_steps=2), variable)
-    assert _compat.accumulator(adam, variable).name.endswith("gradient_accumulator")
-    assert _compat.is_accumulator_name(_compat.accumulator(adam, variable).name)
-    assert not _compat.is_accumulator_name("momentum")
-    assert _compat.moving_average(adam, variable).shape == variable.shape
-    _compat.decay_weight(adam, variable)
+    assert runtime.accumulator(adam, variable).name.endswith("gradient_accumulator")
+    assert runtime.is_accumulator_name(runtime.accumulator(adam, variable).name)
+    assert not runtime.is_accumulator_name("momentum")
+    assert runtime.moving_average(adam, variable).shape == variable.shape
+    runtime.decay_weight(adam, variable)
     np.testing.assert_allclose(variable.numpy(), np.arange(4) * (1 - 0.5 * 0.1))
 
 
@@ -347,7 +339,7 @@ def test_begin_update(variable):
     """Nadam multiplies its product once a step there."""
     nadam = built(keras.optimizers.Nadam(0.5), variable)
     before = float(nadam._u_product)
-    _compat.begin_update(nadam, tf.constant(0.5))
+    runtime.begin_update(nadam, tf.constant(0.5))
     assert float(nadam._u_product) < before
 
 
@@ -355,22 +347,22 @@ def test_adopt(variable):
     sgd = built(keras.optimizers.SGD(0.5), variable)
     home = object()
     kept = list(sgd.variables)
-    _compat.adopt(sgd, home, ["stand-in"])
-    assert _compat.home_of(sgd) is home
+    runtime.adopt(sgd, home, ["stand-in"])
+    assert runtime.home_of(sgd) is home
     assert sgd._trainable_variables == ["stand-in"]
     assert sgd.variables == kept
 
 
 def test_multi_optimizer(variable):
     sgd, adam = keras.optimizers.SGD(), keras.optimizers.Adam()
-    multi = _compat.MultiOptimizer(keras.optimizers.OptimizerMap(adam, {"weight": sgd}))
-    assert _compat.optimizer_for(multi, variable) is sgd
+    multi = runtime.MultiOptimizer(keras.optimizers.OptimizerMap(adam, {"weight": sgd}))
+    assert runtime.optimizer_for(multi, variable) is sgd
 
 
 def test_overrides_of_what_is_replaced():
-    base, scaling = _compat_optimizers.BaseOptimizer, _compat_optimizers.LossScaleOptimizer
-    assert all(callable(getattr(base, name)) for name in _compat_optimizers.REPLACED)
-    assert all(callable(getattr(scaling, name)) for name in _compat_optimizers.REPLACED_OF_LOSS_SCALE)
+    base, scaling = keras_optimizers.BaseOptimizer, keras_optimizers.LossScaleOptimizer
+    assert all(callable(getattr(base, name)) for name in keras_optimizers.REPLACED)
+    assert all(callable(getattr(scaling, name)) for name in keras_optimizers.REPLACED_OF_LOSS_SCALE)
 
     class Own(keras.optimizers.SGD):
         def _clip_gradients(self, grads):
@@ -379,9 +371,9 @@ def test_overrides_of_what_is_replaced():
     class Further(Own):
         pass
 
-    assert _compat_optimizers.overrides(Further()) == ["_clip_gradients"]
+    assert keras_optimizers.overrides(Further()) == ["_clip_gradients"]
     for optimizer in (keras.optimizers.SGD(), keras.optimizers.Nadam(), scaling(keras.optimizers.Muon())):
-        assert _compat_optimizers.overrides(optimizer) == []
+        assert keras_optimizers.overrides(optimizer) == []
 
 
 def test_loss_and_rows_of_a_training_step(strategy):
@@ -395,26 +387,26 @@ def test_loss_and_rows_of_a_training_step(strategy):
         model = Older([keras.Input((2,)), keras.layers.Dense(1)])
     model.compile("sgd")
     x, y = np.ones((7, 2), "float32"), np.ones((7, 1), "float32")
-    assert _compat.rows_counted(model) == [0, 0]
+    assert runtime.rows_counted(model) == [0, 0]
     model.fit(x, y, batch_size=7, verbose=0)
-    assert _compat.rows_counted(model) == [4, 3]
-    assert float(_compat.training_loss(model, x, y, y + 2.0, None)) == 12
-    assert _compat.is_train_step_of_keras(model.train_step) and not _compat.is_train_step_of_keras(model.test_step)
+    assert runtime.rows_counted(model) == [4, 3]
+    assert float(runtime.training_loss(model, x, y, y + 2.0, None)) == 12
+    assert runtime.is_train_step_of_keras(model.train_step) and not runtime.is_train_step_of_keras(model.test_step)
 
 
 def test_inputs_of_a_model():
     tokens, mask = keras.Input((3,), name="tokens"), keras.Input((2,), name="mask")
     functional = keras.Model({"tokens": tokens, "mask": mask}, keras.layers.Concatenate()([tokens, mask]))
-    assert set(_compat.input_structure(functional)) == {"tokens", "mask"}
+    assert set(runtime.input_structure(functional)) == {"tokens", "mask"}
     sequential = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
-    assert tuple(_compat.input_structure(sequential).shape) == (None, 4)
-    assert _compat.input_structure(keras.Sequential([keras.layers.Dense(2)])) is None
+    assert tuple(runtime.input_structure(sequential).shape) == (None, 4)
+    assert runtime.input_structure(keras.Sequential([keras.layers.Dense(2)])) is None
 
 
 def test_a_frozen_variable_was_made_to_be_trained():
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2), keras.layers.BatchNormalization()])
     model.layers[0].trainable = False
-    found = _compat.made_trainable(model)
+    found = runtime.made_trainable(model)
     made = {variable.path.split("/")[-1]: id(variable) in found for variable in model.variables}
     assert made == {
         "kernel": True, "bias": True, "gamma": True, "beta": True, "moving_mean": False, "moving_variance": False,
@@ -427,7 +419,7 @@ def test_an_array_shares_the_memory_of_its_tensor():
 
     @tf.function
     def doubled(value):
-        return _compat_graphs.fill(double, value, tf.shape(value), "double")
+        return graphs.fill(double, value, tf.shape(value), "double")
 
     for value in (np.arange(1.0, 4.0), np.ones([1], "float32"), np.ones([300, 300], "int64")):
         np.testing.assert_array_equal(doubled(tf.constant(value)), 2 * value)
@@ -437,7 +429,7 @@ def test_the_function_around_branches_and_loops_and_its_name():
     found = []
 
     def look(x):
-        found.append(_compat_graphs.current_function())
+        found.append(graphs.current_function())
         return x
 
     @tf.function(autograph=False)
@@ -447,7 +439,7 @@ def test_the_function_around_branches_and_loops_and_its_name():
         return tf.function(look)(x)
 
     step.get_concrete_function(tf.constant(1.0))
-    names = [_compat_graphs.name_of_function(graph) for graph in found]
+    names = [graphs.name_of_function(graph) for graph in found]
     assert names == ["step", "step", "step", "look"], "the name of the Python function"
     assert found[0] is found[1] is found[2] is not found[3]
 
@@ -459,7 +451,7 @@ def test_functions_of_gradients_are_named_alike_in_all_processes():
     @tf.custom_gradient
     def look(x):
         def gradient(upstream):
-            found.append(_compat_graphs.current_function())
+            found.append(graphs.current_function())
             return upstream
 
         return x, gradient
@@ -475,10 +467,10 @@ def test_functions_of_gradients_are_named_alike_in_all_processes():
 
         step.get_concrete_function(tf.constant(1.0))
     assert len({graph.name for graph in found}) == len(found) > 1, "TensorFlow numbers them"
-    assert {_compat_graphs.name_of_function(graph) for graph in found} == {found[0].name.split("_")[-2] + "'"}
+    assert {graphs.name_of_function(graph) for graph in found} == {found[0].name.split("_")[-2] + "'"}
 
 
-@pytest.mark.parametrize("kind", list(_compat_graphs.CALLS))
+@pytest.mark.parametrize("kind", list(graphs.CALLS))
 def test_functions_of_operations(kind):
     """Of an operation that calls functions their graphs are found, with inputs and outputs in its order."""
     is_stateful = not kind.startswith("Stateless") and kind != "PartitionedCall"
@@ -500,16 +492,16 @@ def test_functions_of_operations(kind):
     @tf.function
     def run(x):
         makes[next(name for name in makes if kind.endswith(name))](x)
-        calls = [each for each in x.graph.get_operations() if each.type in _compat_graphs.CALLS]
+        calls = [each for each in x.graph.get_operations() if each.type in graphs.CALLS]
         assert [each.type for each in calls] == [kind]
-        functions = _compat_graphs.functions_of(calls[0])
+        functions = graphs.functions_of(calls[0])
         assert len(functions) == (1 if kind.endswith("Call") else 2)
         own = len(calls[0].inputs) - kind.endswith(("If", "Case"))
         assert all(len(graph.inputs) == own for graph in functions)
         assert all(len(graph.outputs) == len(calls[0].outputs) for graph in functions if graph in outer)
         assert any(graph in outer for graph in functions)
         is_control_flow = not kind.endswith("Call")
-        assert _compat_graphs.calls_around(outer[0]) == [calls[0]] * is_control_flow
+        assert graphs.calls_around(outer[0]) == [calls[0]] * is_control_flow
         return x
 
     run(tf.constant(1.0))
@@ -521,7 +513,7 @@ def test_a_loop_is_known_where_it_is_traced():
     @tf.function
     def run(x):
         def note(y):
-            found.append(_compat_graphs.is_in_a_loop(x.graph))
+            found.append(graphs.is_in_a_loop(x.graph))
             return y + 1
 
         note(x)
@@ -534,14 +526,14 @@ def test_a_loop_is_known_where_it_is_traced():
 
 
 def test_the_stock_strategy_leaves_a_coordination_service_that_is_configured():
-    assert callable(_compat_cluster.context.context().configure_coordination_service)
-    source = inspect.getsource(_compat.CollectiveAllReduceExtended._initialize_multi_worker)
+    assert callable(distributed.context.context().configure_coordination_service)
+    source = inspect.getsource(runtime.CollectiveAllReduceExtended._initialize_multi_worker)
     assert "if context.context().coordination_service is None:" in source
 
 
 def test_nccl_is_configured_by_way_of_the_stock_strategy():
-    target = _compat_cluster.context.context()
-    source = inspect.getsource(_compat.CollectiveAllReduceExtended._initialize_multi_worker)
+    target = distributed.context.context()
+    source = inspect.getsource(runtime.CollectiveAllReduceExtended._initialize_multi_worker)
     configured, started = (
         source.index(f"context.context().{name}(") for name in ("configure_collective_ops", "enable_collective_ops")
     )
@@ -549,27 +541,27 @@ def test_nccl_is_configured_by_way_of_the_stock_strategy():
     assert "use_nccl_communication" in inspect.signature(target.configure_collective_ops).parameters
     assert "config.experimental.collective_nccl = True" in inspect.getsource(type(target).config.fget)
     original = target.configure_collective_ops
-    with _compat_cluster.with_nccl(False):
+    with distributed.with_nccl(False):
         assert target.configure_collective_ops == original
-    with _compat_cluster.with_nccl(True):
+    with distributed.with_nccl(True):
         assert target.configure_collective_ops.keywords == {"use_nccl_communication": True}
     assert target.configure_collective_ops == original
-    assert not _compat_cluster.uses_nccl()
+    assert not distributed.uses_nccl()
 
 
-# `_compat_data.py`.
+# `host/datasets.py`.
 
 
 def test_pipelines_tell_what_they_are_made_of():
     augmented = tf.data.Dataset.range(9).map(lambda v: tf.random.uniform([]) + tf.cast(v, tf.float32)).batch(3)
     dataset = tf.data.Dataset.zip(augmented, tf.data.Dataset.range(3)).prefetch(1)
-    assert [type(each).__name__ for each in _compat_data.pipeline(dataset)] == [
+    assert [type(each).__name__ for each in datasets.pipeline(dataset)] == [
         "_PrefetchDataset", "_ZipDataset", "_BatchDataset", "_MapDataset", "_RangeDataset", "_RangeDataset",
     ]  # fmt: skip
-    assert "RandomUniform" in _compat_data.operations_of(dataset)
+    assert "RandomUniform" in datasets.operations_of(dataset)
     nested = tf.data.Dataset.range(3).map(tf.function(lambda v: tf.numpy_function(lambda w: w, [v], tf.int64)))
-    assert "PyFunc" in _compat_data.operations_of(nested)
-    assert _compat_data.operations_of(tf.data.Dataset.range(3).batch(2)) == set()
+    assert "PyFunc" in datasets.operations_of(nested)
+    assert datasets.operations_of(tf.data.Dataset.range(3).batch(2)) == set()
 
 
 @pytest.mark.parametrize("stage", ["map", "batch"])
@@ -583,19 +575,19 @@ def test_stages_that_keep_no_order(stage):
             "batch": lambda: numbers.batch(2, **keep),
         }[stage]().prefetch(1)
 
-    assert _compat_data.unordered_stages(make(None)) == _compat_data.unordered_stages(make(True)) == []
-    (name,) = _compat_data.unordered_stages(make(False))
+    assert datasets.unordered_stages(make(None)) == datasets.unordered_stages(make(True)) == []
+    (name,) = datasets.unordered_stages(make(False))
     assert stage in name.lower()
 
 
 def test_hidden_settings():
     model = keras.Sequential([keras.Input((2,)), keras.Sequential([keras.layers.Dense(3)])])
-    layers = sorted(type(layer).__name__ for layer in _compat_data.layers_of(model))
+    layers = sorted(type(layer).__name__ for layer in datasets.layers_of(model))
     assert layers == ["Dense", "InputLayer", "InputLayer", "Sequential"]
     schedule = keras.optimizers.schedules.CosineDecay(0.1, 10)
-    assert _compat_data.rate_of(keras.optimizers.SGD(schedule)) is schedule
-    assert _compat_data.keywords_of(keras.losses.Huber(delta=0.25)) == {"delta": 0.25}
-    assert _compat_data.keywords_of(keras.metrics.TopKCategoricalAccuracy(3)) == {"k": 3}
+    assert datasets.rate_of(keras.optimizers.SGD(schedule)) is schedule
+    assert datasets.keywords_of(keras.losses.Huber(delta=0.25)) == {"delta": 0.25}
+    assert datasets.keywords_of(keras.metrics.TopKCategoricalAccuracy(3)) == {"k": 3}
 
 
 def test_parts_of_a_batch_stay_so_through_functions_and_data_sets(strategy):
@@ -604,12 +596,12 @@ def test_parts_of_a_batch_stay_so_through_functions_and_data_sets(strategy):
 
     @tf.function
     def look(parts):
-        seen.append((type(parts), parts.values[0].shape[0], _compat_batches.own_rows(parts.values[0]).dtype))
+        seen.append((type(parts), parts.values[0].shape[0], batch_rows.own_rows(parts.values[0]).dtype))
 
     for parts in [*dataset, strategy.cut_batch(np.arange(6))]:
         look(parts)
-    assert set(seen) == {(_compat_batches.BatchParts, None, tf.int64)}
-    assert _compat_batches.own_rows(tf.zeros([2])) is None
+    assert set(seen) == {(batch_rows.BatchParts, None, tf.int64)}
+    assert batch_rows.own_rows(tf.zeros([2])) is None
 
 
 def test_gradient_tapes_know_of_operations_that_are_repeated():
@@ -618,7 +610,7 @@ def test_gradient_tapes_know_of_operations_that_are_repeated():
         with tf.GradientTape() as tape:
             tape.watch(x)
             y = tf.reduce_sum(tf.transpose(x), 1)
-            again = _compat_graphs.repeat_operation(y.op, {0: 3 * x if y.op.inputs[0] is x else 3 * y.op.inputs[0]})
+            again = graphs.repeat_operation(y.op, {0: 3 * x if y.op.inputs[0] is x else 3 * y.op.inputs[0]})
         return tape.gradient(again, x)
 
     np.testing.assert_array_equal(slopes(tf.ones([2, 3])), np.full([2, 3], 3.0))
@@ -627,17 +619,17 @@ def test_gradient_tapes_know_of_operations_that_are_repeated():
 def test_states_of_stateful_layers(strategy):
     with strategy.scope():
         model = keras.Sequential([keras.Input(batch_shape=(4, 3, 2)), keras.layers.LSTM(5, stateful=True)])
-    states = _compat_batches.recurrent_states(model)
+    states = batch_rows.recurrent_states(model)
     assert [state.shape for state in states] == [(4, 5), (4, 5)]
-    assert _compat_batches.is_recurrent_state({"name": states[0].name, "trainable": states[0].trainable})
+    assert batch_rows.is_recurrent_state({"name": states[0].name, "trainable": states[0].trainable})
     assert all(type(state.value).__name__ == "RowsVariable" for state in states)
 
 
 def test_the_variable_of_a_handle(strategy):
     with strategy.scope():
         variable = tf.Variable(1.0)
-    assert _compat_batches.container_of(variable.values[1].handle) is variable
-    assert _compat_batches.container_of(tf.Variable(1.0).handle) is None
+    assert batch_rows.container_of(variable.values[1].handle) is variable
+    assert batch_rows.container_of(tf.Variable(1.0).handle) is None
 
 
 # SavedModels.
@@ -648,16 +640,16 @@ def test_distributed_variables_of_what_is_saved(strategy):
         model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
     root = tf.Module()
     root.model, root._all_variables = model, [model.variables[0].value.values[0]]
-    found = _compat_saved_model.distributed_variables(root)
+    found = saved_model.distributed_variables(root)
     assert {id(v) for v in found} == {id(v.value) for v in model.variables}
-    assert {id(v) for v in _compat_saved_model.distributed_variables(model)} == {id(v) for v in found}
-    assert _compat_saved_model.distributed_variables(tf.Module()) == []
+    assert {id(v) for v in saved_model.distributed_variables(model)} == {id(v) for v in found}
+    assert saved_model.distributed_variables(tf.Module()) == []
     plain = tf.Variable(1.0)
-    assert _compat_saved_model.container_of(plain) is plain
-    assert _compat_saved_model.container_of(found[0].values[1]) is found[0]
-    listed = _compat_saved_model.replace_listed(root, {id(v): plain for v in root._all_variables})
+    assert saved_model.container_of(plain) is plain
+    assert saved_model.container_of(found[0].values[1]) is found[0]
+    listed = saved_model.replace_listed(root, {id(v): plain for v in root._all_variables})
     assert len(listed) == 1 and [id(v) for v in root._all_variables] == [id(plain)]
-    assert _compat_saved_model.replace_listed(tf.Module(), {}) is None
+    assert saved_model.replace_listed(tf.Module(), {}) is None
 
 
 def test_a_callback_says_where_it_writes(tmp_path):

@@ -12,8 +12,8 @@ from keras import optimizers as ko
 from marks import sweep
 
 import tfzero
-from tfzero.compression import Codec
-from tfzero.variables import ShardedParameter
+from tfzero.collectives.codec import Codec
+from tfzero.variables.classes import ShardedParameter
 
 FORMATS = ["bf16", "fp16", "int8"]
 X, Y = oracle.Data(features=8).arrays()

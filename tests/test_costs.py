@@ -9,8 +9,8 @@ from marks import FLEET_SECONDS, sweep
 import tfzero
 from tfzero import costs
 from tfzero.costs import Setup, item_bytes
-from tfzero.plan import VariableSpec, make_plan
-from tfzero.wire import FORMATS
+from tfzero.plan.formats import FORMATS
+from tfzero.plan.placement import VariableSpec, make_plan
 
 # Of a model whose sizes most numbers of replicas do not divide.
 WIDTH, LAYERS = 330, 3

@@ -18,7 +18,7 @@ from marks import sweep
 from test_checkpoints import compiled, make_strategy, values_of
 
 import tfzero
-from tfzero import commits, manifests
+from tfzero.checkpoint import commits, manifests
 
 NAMED = (tfzero.DamagedCheckpointError, ValueError)  # ValueError: it is one of another model, or of a newer tfzero
 MOST_SECONDS = 20.0

@@ -12,12 +12,13 @@ from marks import FLEET_SECONDS
 from test_doctor import FIRST, SECOND, Driver
 
 import tfzero
-from tfzero import device_agreement, nccl_failures
-from tfzero.cluster import Cluster
-from tfzero.cuda_devices import cuda_devices
-from tfzero.device_agreement import describe_devices, find_mixture, find_shared_gpu
-from tfzero.nccl_failures import describe, keep_log, naming_nccl
-from tfzero.pulse import NOT_FOR_THE_SAME
+from tfzero.collectives import nccl_failures
+from tfzero.collectives.nccl_failures import describe, keep_log, naming_nccl
+from tfzero.collectives.pulse import NOT_FOR_THE_SAME
+from tfzero.workers import device_agreement
+from tfzero.workers.cluster import Cluster
+from tfzero.workers.cuda_devices import cuda_devices
+from tfzero.workers.device_agreement import describe_devices, find_mixture, find_shared_gpu
 
 THREE = Cluster(("a:1", "b:1", "c:1"), ("worker 0", "worker 1", "worker 2"), 0)
 
@@ -161,7 +162,7 @@ def test_a_process_in_which_nccl_hangs_ends_in_time():
 
 def test_the_log_goes_with_its_process(monkeypatch):
     code = (
-        "import os; from tfzero.nccl_failures import FILE_VARIABLE, keep_log\n"
+        "import os; from tfzero.collectives.nccl_failures import FILE_VARIABLE, keep_log\n"
         "keep_log(); keep_log(); print(os.environ[FILE_VARIABLE])"
     )
     environment = {name: value for name, value in os.environ.items() if not name.startswith("NCCL_")}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from test_commits import is_good, write
 
-from tfzero import commits, directories
+from tfzero.checkpoint import commits, directories
 
 FULL = "step-00000002"
 

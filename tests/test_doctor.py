@@ -13,9 +13,10 @@ import tensorflow as tf
 from marks import FLEET_SECONDS, sweep
 
 import tfzero
-from tfzero import doctor, examination, facts, trials
-from tfzero.cuda_devices import CudaDevice, cuda_devices
-from tfzero.speeds import measure_speeds
+from tfzero import doctor
+from tfzero.views import examination, facts, trials
+from tfzero.views.speeds import measure_speeds
+from tfzero.workers.cuda_devices import CudaDevice, cuda_devices
 
 PRIMITIVES = ["all_reduce", "reduce_scatter", "all_gather", "all_to_all", "broadcast"]
 
@@ -50,7 +51,7 @@ def test_quick_on_two_workers_of_the_launcher():
 
 def _examined_with_faults():
     """In a worker: verdicts of a model that goes wrong on the second one, and of a primitive that does; and speeds."""
-    from tfzero.collectives import Group
+    from tfzero.collectives.group import Group
 
     def verdict():
         printed = io.StringIO()
@@ -91,7 +92,7 @@ def test_a_model_that_differs_on_one_worker_is_named(faults):
 
 
 def test_a_primitive_that_goes_wrong_is_named(faults):
-    pytest.importorskip("tfzero.self_test")
+    pytest.importorskip("tfzero.collectives.self_test")
     for code, printed in (each[1] for each in faults):
         assert code == 1
         assert not printed or "reduce_scatter of float32" in printed.splitlines()[-1]

@@ -9,9 +9,9 @@ import pytest
 from marks import FLEET_SECONDS
 
 import tfzero
-from tfzero.collectives import Group
+from tfzero.collectives.group import Group
+from tfzero.collectives.pulse import _Watched
 from tfzero.extended import ZeroExtended
-from tfzero.pulse import _Watched
 
 
 def test_a_dropped_group_keeps_its_place_among_the_counts():

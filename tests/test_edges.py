@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tfzero import _compat_graphs
-from tfzero.edges import Edges
-from tfzero.pacing import Pacer
+from tfzero.host import graphs
+from tfzero.host.edges import Edges
+from tfzero.training.pacing import Pacer
 
 
 def traced(build):
@@ -199,7 +199,7 @@ def test_pacing_sees_what_is_ordered_automatically():
 
 def test_each_device_has_a_chain_of_its_own():
     def build(x):
-        _compat_graphs.chain_by_device(x.graph, ["CPU:0", "CPU:1"])
+        graphs.chain_by_device(x.graph, ["CPU:0", "CPU:1"])
         made = []
         for device in ("CPU:0", "CPU:1", "CPU:0"):
             with tf.device(device):
@@ -225,7 +225,7 @@ def test_what_fills_runs_freely_and_surely():
 
     def build(x):
         own = identity(x, "own")
-        filled = [_compat_graphs.fill(note, tf.reshape(x + k, [1]), [1], "note") for k in range(3)]
+        filled = [graphs.fill(note, tf.reshape(x + k, [1]), [1], "note") for k in range(3)]
         edges = Edges.of(x.graph)
         calls = [op for op in x.graph.get_operations() if op.type == "PyFunc"]
         assert len(calls) == 4

@@ -19,10 +19,10 @@ import pytest
 from marks import sweep
 from test_cluster import dial, make_clusters, on_each, run_all
 
-from tfzero import handshake, meeting, messages
-from tfzero import links as links_module
-from tfzero.channel import Channel
-from tfzero.links import Links
+from tfzero.workers import handshake, meeting, messages
+from tfzero.workers import links as links_module
+from tfzero.workers.channel import Channel
+from tfzero.workers.links import Links
 
 NAMED = (ConnectionError, TimeoutError, RuntimeError, ValueError, TypeError)
 TIMEOUT_SECONDS = 0.3
@@ -238,7 +238,7 @@ def test_who_waits_for_links(cases):
 @CASES
 @pytest.mark.parametrize("is_leader", [True, False])
 def test_a_pulse(cases, is_leader, monkeypatch):
-    from tfzero import pulse as pulse_module
+    from tfzero.collectives import pulse as pulse_module
 
     monkeypatch.setattr(pulse_module, "_INTERVAL_SECONDS", 0.01)
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)

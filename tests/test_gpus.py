@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from tfzero import gpus
-from tfzero.gpus import Machine, divide_gpus, machine_gpus, visible_gpus
 from tfzero.launch import run_local
+from tfzero.workers import gpus
+from tfzero.workers.gpus import Machine, divide_gpus, machine_gpus, visible_gpus
 
 LIMIT_SECONDS = 100
 MIG = """GPU 0: NVIDIA A100 (UUID: GPU-0)

@@ -11,7 +11,7 @@ import tensorflow as tf
 from marks import FLEET_SECONDS
 
 import tfzero
-from tfzero.keys import SIZES, Keys
+from tfzero.collectives.keys import SIZES, Keys
 
 OWNED = {  # every matrix of another size has one owner
     "muon": lambda: keras.optimizers.Muon(0.01),

@@ -12,7 +12,7 @@ from keras import ops
 from marks import FLEET_SECONDS
 
 import tfzero
-from tfzero.dependence import MIXED, OTHER, ROWS, SUM, Dependence
+from tfzero.rows.dependence import MIXED, OTHER, ROWS, SUM, Dependence
 
 SAMPLES, BATCH, WIDTH, CODES = 38, 11, 8, 5  # of no batch replicas have as many rows
 

@@ -10,7 +10,7 @@ from keras import optimizers as ko
 from marks import sweep
 
 import tfzero
-from tfzero.late_gathers import LateGathers
+from tfzero.training.late_gathers import LateGathers
 
 DATA = oracle.Data(90)  # six batches: one execution of four steps and one of two
 STEPS = 4

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tfzero.fleet import LineSplitter
 from tfzero.launch import WorkerError, held_ports, run_local
+from tfzero.workers.fleet import LineSplitter
 
 LIMIT_SECONDS = 100  # of each launch here; most take half a second
 FACTOR = 10

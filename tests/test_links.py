@@ -12,8 +12,8 @@ from marks import FLEET_SECONDS
 from test_cluster import join_all, make_clusters, run_all
 
 import tfzero
-from tfzero import links as links_module
-from tfzero.links import Links, link
+from tfzero.workers import links as links_module
+from tfzero.workers.links import Links, link
 
 TIMEOUT_SECONDS = 5
 

@@ -15,9 +15,9 @@ from keras import optimizers as ko
 from marks import sweep
 
 import tfzero
-from tfzero.collectives import Group
-from tfzero.plan import Placement
-from tfzero.variables import ShardedParameter
+from tfzero.collectives.group import Group
+from tfzero.plan.placement import Placement
+from tfzero.variables.classes import ShardedParameter
 
 DEVICES = ["CPU:0", "CPU:1", "CPU:2"]
 EXACT = {"rtol": 1e-5, "atol": 1e-5}  # SGD

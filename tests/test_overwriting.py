@@ -8,7 +8,7 @@ from keras import optimizers as ko
 from marks import FLEET_SECONDS, sweep
 
 import tfzero
-from tfzero.variables import ShardedParameter
+from tfzero.variables.classes import ShardedParameter
 
 
 def make_model() -> keras.Model:

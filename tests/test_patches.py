@@ -11,7 +11,7 @@ import pytest
 from marks import FLEET_SECONDS
 
 import tfzero
-from tfzero import patches
+from tfzero.host import patches
 
 TESTS = Path(__file__).parent
 ROWS = {row.target: row for row in patches.registry()}
@@ -125,7 +125,7 @@ def test_a_patched_function_that_changed_is_named_and_nothing_is_installed(monke
 
 def test_the_registry_is_listed():
     done = subprocess.run(
-        [sys.executable, "-m", "tfzero.patches"], capture_output=True, text=True, timeout=FLEET_SECONDS
+        [sys.executable, "-m", "tfzero.host.patches"], capture_output=True, text=True, timeout=FLEET_SECONDS
     )
     assert done.returncode == 0, done.stderr
     assert all(target in done.stdout and ROWS[target].reason in done.stdout for target in ROWS)

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from tfzero.plan import Placement, VariableSpec, make_plan, shard_elements, split_rows
+from tfzero.plan.placement import Placement, VariableSpec, make_plan, shard_elements, split_rows
 
 # Primes, scalars, powers of two and their neighbours, fewer elements than ranks, and one that dwarfs the others.
 MENAGERIE = (1, 1, 2, 3, 7, 64, 65, 127, 128, 129, 997, 1023, 1024, 1025, 7919, 65_536, 104_729, 1, 13)

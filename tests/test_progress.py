@@ -1,4 +1,4 @@
-"""Promises of `progress.py`: on a terminal one bar at a time, which leaves what is printed readable; else nothing."""
+"""Promises of `workers/progress.py`: one bar at a time on a terminal, which leaves prints readable; else nothing."""
 
 import contextlib
 import io
@@ -12,9 +12,10 @@ import time
 
 import pytest
 
-from tfzero import benchmark, progress
-from tfzero.fleet import LineSplitter
+from tfzero import benchmark
 from tfzero.launch import run_local
+from tfzero.workers import progress
+from tfzero.workers.fleet import LineSplitter
 
 LIMIT_SECONDS = 300
 BAR = "━"
@@ -276,7 +277,8 @@ index = int(os.environ["TF_CONFIG"].rpartition(": ")[2].strip("}"))
 time.sleep(3 * index)
 strategy = tfzero.ZeroStrategy(2, min_shard_elements=1)
 import keras, tensorflow as tf
-from tfzero import checkpoint, extended
+from tfzero import extended
+from tfzero.checkpoint import pieces as checkpoint
 
 def slowed(function):
     def slow(*args, **arguments):

@@ -8,8 +8,8 @@ from keras import layers
 from marks import FLEET_SECONDS
 
 import tfzero
-from tfzero.row_state import RowsVariable
-from tfzero.state import state_of
+from tfzero.checkpoint.state import state_of
+from tfzero.variables.row_state import RowsVariable
 
 BATCH = 7  # not even for any number of replicas but 7
 

@@ -17,8 +17,9 @@ import tensorflow as tf
 from marks import FLEET_SECONDS
 
 import tfzero
-from tfzero import auditing, directories
-from tfzero.state import LAG, METRICS, RESIDUAL, state_of
+from tfzero.checkpoint import directories
+from tfzero.checkpoint.state import LAG, METRICS, RESIDUAL, state_of
+from tfzero.views import audit as auditing
 
 SECONDS = 30.0  # of the strategy
 X, Y = oracle.Data().arrays()

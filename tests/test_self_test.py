@@ -13,9 +13,9 @@ import tensorflow as tf
 from marks import FLEET_SECONDS
 
 import tfzero
-from tfzero import self_test
-from tfzero.collectives import Group
-from tfzero.joining import channel_of_one
+from tfzero.collectives import self_test
+from tfzero.collectives.group import Group
+from tfzero.collectives.joining import channel_of_one
 
 FEW = {"all_reduce", "reduce_scatter", "all_to_all", "all_gather", "all_gather in the backward pass", "broadcast"}
 PRIMITIVES = FEW | {"all_gather_parts"}

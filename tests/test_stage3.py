@@ -14,8 +14,8 @@ from keras import optimizers as ko
 from marks import sweep
 
 import tfzero
-from tfzero import gathering
-from tfzero.variables import ReplicatedVariable, ShardedParameter
+from tfzero.variables import gathering
+from tfzero.variables.classes import ReplicatedVariable, ShardedParameter
 
 TOKENS = np.random.default_rng(0).integers(0, 11, (46, 6))
 TARGETS = np.random.default_rng(1).integers(0, 3, 46)

@@ -12,7 +12,7 @@ from marks import FLEET_SECONDS, sweep
 from oracle import Data, dense_model
 
 import tfzero
-from tfzero import _compat_cluster
+from tfzero.host import distributed
 
 STALL_SECONDS = 15  # more than the ten of TensorFlow's own watch
 SHORT_SECONDS = 3
@@ -50,7 +50,7 @@ def _train_with_a_stall():
     seconds = time.monotonic() - began
     with strategy.scope():
         later = dense_model()
-    return seconds, before, weights, later.get_weights(), train(later), _compat_cluster.watch()
+    return seconds, before, weights, later.get_weights(), train(later), distributed.watch()
 
 
 @pytest.mark.parametrize("cpu_devices", [1, sweep(2)])

@@ -20,7 +20,7 @@ from marks import sweep
 
 import tfzero
 from tfzero.optimizer import ZeroOptimizer
-from tfzero.variables import ShardedParameter
+from tfzero.variables.classes import ShardedParameter
 
 EXACT = {"rtol": 1e-5, "atol": 1e-5}  # SGD
 CLOSE = {"rtol": 2e-4, "atol": 2e-5}  # Adam after three epochs

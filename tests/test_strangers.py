@@ -18,9 +18,9 @@ import pytest
 from test_cluster import assert_all_raise, dial, join_all, make_clusters, on_each, run_all
 
 import tfzero
-from tfzero import handshake, meeting, messages
-from tfzero import links as links_module
-from tfzero.channel import Channel
+from tfzero.workers import handshake, meeting, messages
+from tfzero.workers import links as links_module
+from tfzero.workers.channel import Channel
 
 SECRET = "correct horse battery staple"
 
@@ -277,7 +277,7 @@ def test_who_does_not_know_the_secret_is_neither_leader_nor_worker(monkeypatch, 
 
 def test_workers_with_different_secrets_say_so(monkeypatch):
     given = iter([SECRET.encode(), b"another secret, and long enough"])
-    monkeypatch.setattr("tfzero.channel.read_secret", lambda: next(given))
+    monkeypatch.setattr("tfzero.workers.channel.read_secret", lambda: next(given))
     assert_all_raise(join_all(make_clusters(2), 1), TimeoutError, "has another TFZERO_SECRET")
 
 

@@ -20,10 +20,10 @@ from marks import FLEET_SECONDS, sweep
 from oracle import Data, dense_model
 
 import tfzero
-from tfzero import gradient_time
-from tfzero.collectives import Group
-from tfzero.gradient_time import UnmeasurableError, gradient_seconds
-from tfzero.picture import MOST_ROWS, Holding, draw, holdings
+from tfzero.collectives.group import Group
+from tfzero.views import gradient_time
+from tfzero.views.gradient_time import UnmeasurableError, gradient_seconds
+from tfzero.views.picture import MOST_ROWS, Holding, draw, holdings
 
 SCALARS = [
     "gradient/norm", "memory/current_bytes", "memory/peak_bytes", "time/exposed_seconds", "time/step_seconds",

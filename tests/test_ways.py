@@ -15,10 +15,13 @@ import tensorflow as tf
 from marks import FLEET_SECONDS
 
 import tfzero
-from tfzero import _compat_cluster, collectives, extended, strategy, ways
-from tfzero.collectives import Group
-from tfzero.settings import Settings, check_exchange, choose_hint, gpus_have_nccl
-from tfzero.ways import NCCL, ONE, RINGS, SEVERAL, Place
+from tfzero import extended, strategy
+from tfzero.collectives import group as collectives
+from tfzero.collectives import ways
+from tfzero.collectives.group import Group
+from tfzero.collectives.ways import NCCL, ONE, RINGS, SEVERAL, Place
+from tfzero.host import distributed
+from tfzero.workers.settings import Settings, check_exchange, choose_hint, gpus_have_nccl
 
 DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 OF_NCCL = {"float16", "float32", "float64", "int32", "int64"}
@@ -194,7 +197,7 @@ def _as_gpus_do() -> dict:
         found: dict = {"refused": str(error)}
     strategy.choose_hint = lambda kind: "ring"
     first = tfzero.ZeroStrategy()
-    found["config"] = _compat_cluster.uses_nccl()
+    found["config"] = distributed.uses_nccl()
     devices = first.extended.worker_devices
     for levels in {False, len(devices) > 1}:
         size, rank = first.num_replicas_in_sync, first.extended.group.rank(0)
@@ -233,7 +236,7 @@ def test_nothing_is_exchanged_between_processes_by_all_to_all(workers):
 
 def test_tensorflow_is_configured_for_nccl_before_its_server_starts(workers):
     assert all(found["config"] for found in workers)
-    assert not _compat_cluster.uses_nccl(), "a process without others needs none"
+    assert not distributed.uses_nccl(), "a process without others needs none"
 
 
 def test_what_has_no_effect_is_refused_by_the_constructor(workers):

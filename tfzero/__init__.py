@@ -6,18 +6,18 @@ __version__ = "0.1.0"
 
 # Names are imported when first used: launching workers must not wait for TensorFlow.
 _HOMES = {
-    "CheckpointCallback": "tfzero.callbacks",
-    "DamagedCheckpointError": "tfzero.commits",
-    "DriftCallback": "tfzero.callbacks",
-    "TensorBoardCallback": "tfzero.tensorboard",
-    "audit": "tfzero.auditing",
+    "CheckpointCallback": "tfzero.checkpoint.callbacks",
+    "DamagedCheckpointError": "tfzero.checkpoint.commits",
+    "DriftCallback": "tfzero.checkpoint.callbacks",
+    "TensorBoardCallback": "tfzero.views.tensorboard",
+    "audit": "tfzero.views.audit",
     "ZeroOptimizer": "tfzero.optimizer",
     "ZeroStrategy": "tfzero.strategy",
     "WorkerError": "tfzero.launch",
     "estimate_memory": "tfzero.memory",
-    "load_checkpoint": "tfzero.checkpointing",
+    "load_checkpoint": "tfzero.checkpoint.saving",
     "run_local": "tfzero.launch",
-    "save_checkpoint": "tfzero.checkpointing",
+    "save_checkpoint": "tfzero.checkpoint.saving",
 }
 __all__ = sorted(_HOMES)
 
@@ -26,5 +26,5 @@ def __getattr__(name: str):
     if name not in _HOMES:
         raise AttributeError(f"module 'tfzero' has no attribute {name!r}")
     if _HOMES[name] != "tfzero.launch":
-        importlib.import_module("tfzero.backend")  # before anything imports Keras
+        importlib.import_module("tfzero.host.backend")  # before anything imports Keras
     return getattr(importlib.import_module(_HOMES[name]), name)

@@ -25,9 +25,9 @@ from tfzero.costs import Setup
 from tfzero.launch import run_local
 from tfzero.measuring import Work, measure
 from tfzero.peers import PEERS, measure_peer
-from tfzero.progress import progress
-from tfzero.settings import STAGES
-from tfzero.wire import FORMATS
+from tfzero.plan.formats import FORMATS
+from tfzero.workers.progress import progress
+from tfzero.workers.settings import STAGES
 
 
 @dataclass(frozen=True)

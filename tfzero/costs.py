@@ -13,7 +13,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tfzero.wire import BLOCK_ELEMENTS, FORMATS
+from tfzero.plan.formats import BLOCK_ELEMENTS, FORMATS
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Setup:
         error_feedback: as in `ZeroStrategy`.
         reshard_after_forward: as in `ZeroStrategy`.
         replicas_per_worker: how many of the replicas share a worker, and reach each other without the network.
-        two_level: whether gradients are summed within each worker first, in float32 (`collectives.py`).
+        two_level: whether gradients are summed within each worker first, in float32 (`collectives/group.py`).
     """
 
     world_size: int

@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.cpu_devices is not None:
         os.environ["TFZERO_CPU_DEVICES"] = str(options.cpu_devices)
     try:
-        from tfzero.examination import Examination
+        from tfzero.views.examination import Examination
 
         problems = Examination(options.devices, options.timeout_seconds, options.quick).run()
     except Exception as error:  # whatever is wrong with the cluster: this is the place to say so

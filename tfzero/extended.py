@@ -8,17 +8,14 @@ from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
-from tfzero import _compat, _compat_cluster, _compat_graphs, self_test
-from tfzero._compat_batches import own_rows
-from tfzero.channel import Channel
-from tfzero.cluster import Cluster
-from tfzero.collectives import Group
-from tfzero.compression import Codec
-from tfzero.creation import VariableCreation
-from tfzero.dependence import COUNT, OTHER, ROWS, SAME, Dependence, mark_global
-from tfzero.digests import BatchComparison
-from tfzero.gathering import Gatherer
-from tfzero.inputs import (
+from tfzero.collectives import self_test
+from tfzero.collectives.codec import Codec
+from tfzero.collectives.group import Group
+from tfzero.collectives.network import DEFAULT_BUCKET_BYTES, Network, measure_network
+from tfzero.host import distributed, graphs, runtime
+from tfzero.host.batch_rows import own_rows
+from tfzero.rows.dependence import COUNT, OTHER, ROWS, SAME, Dependence, mark_global
+from tfzero.rows.inputs import (
     Seats,
     batch_leaves,
     check_shardable,
@@ -28,10 +25,14 @@ from tfzero.inputs import (
     in_order,
     own_rows_of,
 )
-from tfzero.network import DEFAULT_BUCKET_BYTES, Network, measure_network
-from tfzero.padding import counted, with_own_results
-from tfzero.settings import Choice, Settings, gpus_have_nccl
-from tfzero.variables import ShardedParameter, VariableView
+from tfzero.rows.padding import counted, with_own_results
+from tfzero.variables.classes import ShardedParameter, VariableView
+from tfzero.variables.creation import VariableCreation
+from tfzero.variables.gathering import Gatherer
+from tfzero.workers.channel import Channel
+from tfzero.workers.cluster import Cluster
+from tfzero.workers.digests import BatchComparison
+from tfzero.workers.settings import Choice, Settings, gpus_have_nccl
 
 _EAGER = (
     "Eagerly, stage 3 keeps every parameter that it has gathered until the step is over: the memory of stage 2. "
@@ -39,7 +40,7 @@ _EAGER = (
 )
 
 
-class ZeroExtended(_compat.CollectiveAllReduceExtended):
+class ZeroExtended(runtime.CollectiveAllReduceExtended):
     """The implementation behind a ZeroStrategy (`strategy.extended`).
 
     Args:
@@ -57,13 +58,13 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
         self._channel: Channel = strategy.channel
         self.comparison: BatchComparison = strategy.comparison
         # TensorFlow's server runs once in a process.
-        self._std_server_started = _compat.collectives_are_configured()
-        # `pulse.py` takes the place of TensorFlow's own watch, which is slower and begins without a timeout.
+        self._std_server_started = runtime.collectives_are_configured()
+        # `collectives/pulse.py` takes the place of TensorFlow's watch, which is slower and begins without a timeout.
         self._enable_check_health = False
         resolver = None if cluster is None else _resolver(cluster)
         options = tf.distribute.experimental.CommunicationOptions()
         # The process is configured once, whichever devices its first strategy takes.
-        with _compat_cluster.with_nccl(cluster is not None and gpus_have_nccl()):
+        with distributed.with_nccl(cluster is not None and gpus_have_nccl()):
             super().__init__(strategy, resolver, options, devices=None if cluster else list(devices))
         self._cut_datasets: weakref.WeakSet = weakref.WeakSet()
         self.seats = Seats(self._id_in_cluster, self._num_workers, len(self.worker_devices))
@@ -116,7 +117,7 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
         if not tf.executing_eagerly():
             self.group.keys.align()
             if len(self.worker_devices) > 1:
-                _compat_graphs.chain_by_device(tf.compat.v1.get_default_graph(), self.worker_devices)
+                graphs.chain_by_device(tf.compat.v1.get_default_graph(), self.worker_devices)
         self._traced = traced = []
         leaves = tf.nest.flatten([args, kwargs])
         self._is_for_all = [not isinstance(leaf, tf.distribute.DistributedValues) for leaf in leaves]
@@ -129,12 +130,12 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
     def replica_collective(self, method, value, *args):
         """One of the group's collectives from within a replica, in a graph or eagerly."""
         if not tf.executing_eagerly():
-            result = method(value, _compat.replica_index(), *args)
+            result = method(value, runtime.replica_index(), *args)
             is_same = method in (self.group.all_reduce, self.group.all_gather, self.group.broadcast)
             return mark_global(result) if is_same else result
 
         def together(strategy, value):
-            return _compat.per_replica(self.group.launch(method, self._spread(value), *args))
+            return runtime.per_replica(self.group.launch(method, self._spread(value), *args))
 
         return tf.distribute.get_replica_context().merge_call(together, args=(value,))
 
@@ -145,7 +146,7 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
                 self._told_of_eager_memory = True
                 warnings.warn(_EAGER, stacklevel=2)
             return self._gatherer(None).whole(shard, shape, dtype)
-        graph, is_in_a_loop = _compat.graph_around_control_flow(_compat.replica_thread().graph)
+        graph, is_in_a_loop = runtime.graph_around_control_flow(runtime.replica_thread().graph)
         if is_in_a_loop:
             raise RuntimeError(
                 f"The parameter {name!r} is read in a tf.function that is called in a loop or a branch. There it "
@@ -159,11 +160,11 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
 
     def forget_gathered(self) -> None:
         """Within a replica: parameters change, so what is read from now on is gathered anew."""
-        for gatherer in _compat.replica_thread().__dict__.get("_tfzero_gatherers", {}).values():
+        for gatherer in runtime.replica_thread().__dict__.get("_tfzero_gatherers", {}).values():
             gatherer.forget()
 
     def _gatherer(self, graph) -> Gatherer:
-        known = _compat.replica_thread().__dict__.setdefault("_tfzero_gatherers", {})
+        known = runtime.replica_thread().__dict__.setdefault("_tfzero_gatherers", {})
         if graph not in known:
             codec = Codec.of(self._settings.compression)
             own = functools.partial(counted, extended=self)
@@ -178,7 +179,7 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
         the mean over all samples. The batch is what was cut by rows, of the arguments of the function that `run` runs.
         """
         unknown = tf.constant(1.0 / self.group.world_size)
-        thread = _compat.replica_thread()
+        thread = runtime.replica_thread()
         if thread is None:
             return unknown
         graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
@@ -195,7 +196,7 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
 
     def has_rows(self) -> tf.Tensor | None:
         """Within a replica: whether it has rows of the batch; None if it has for certain, or if that is not known."""
-        thread = _compat.replica_thread()
+        thread = runtime.replica_thread()
         if thread is None or self.group.world_size == 1:
             return None
         graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
@@ -213,7 +214,7 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
 
     def dependence(self) -> Dependence:
         """Within a replica that is traced: what depends on its rows of the batch. [Note: kinds]"""
-        thread = _compat.replica_thread()
+        thread = runtime.replica_thread()
         if thread is None:
             return Dependence([])
         arguments = [thread.main_args, thread.main_kwargs]
@@ -281,7 +282,7 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
             # One value for each worker: its first replica speaks for it.
             values, count = [values[0], *map(tf.zeros_like, values[1:])], self._num_workers
         totals = self.group.launch(self.group.all_reduce, values)
-        return _compat.mirrored([_divide(total, count) if mean else total for total in totals])
+        return runtime.mirrored([_divide(total, count) if mean else total for total in totals])
 
     def _batch_reduce_to(self, reduce_op, value_destination_pairs, options):
         return [self._reduce_to(reduce_op, value, where, options) for value, where in value_destination_pairs]
@@ -292,7 +293,7 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
         if not isinstance(value, tf.distribute.DistributedValues):
             # One value for each worker: its first replica speaks for it.
             parts = [replica_parts[:: len(self.worker_devices)] for replica_parts in parts]
-        return _compat.mirrored([tf.concat(replica_parts, axis) for replica_parts in parts])
+        return runtime.mirrored([tf.concat(replica_parts, axis) for replica_parts in parts])
 
     def _batch_gather_to(self, value_destination_pairs, axis, options=None):
         return [self._gather_to_implementation(value, where, axis, options) for value, where in value_destination_pairs]
@@ -304,7 +305,7 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
         for variable in variables:
             if getattr(variable.value, "distribute_strategy", None) is not self._container_strategy():
                 with tf.init_scope(), self._container_strategy().scope():
-                    _compat.remake(variable)
+                    runtime.remake(variable)
 
     def value_container(self, value):
         """What a tape notes when a replica's component is read: of a parameter in shards the shard, by itself."""
@@ -317,7 +318,7 @@ class ZeroExtended(_compat.CollectiveAllReduceExtended):
 
     def _create_variable(self, next_creator, **kwargs):
         view = kwargs.pop("colocate_with", None)
-        if view is not None and not isinstance(view, VariableView | _compat.DistributedVariable):
+        if view is not None and not isinstance(view, VariableView | runtime.DistributedVariable):
             return super()._create_variable(next_creator, colocate_with=view, **kwargs)
         return self.creation.create(next_creator, view, kwargs)
 

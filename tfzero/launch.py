@@ -27,11 +27,11 @@ from pathlib import Path
 
 import cloudpickle
 
-from tfzero.fleet import Fleet, Worker
-from tfzero.gpus import divide_gpus
-from tfzero.handshake import SECRET_VARIABLE, make_secret
-from tfzero.progress import asking
-from tfzero.stopping import BLAME_VARIABLE, EXIT_STOPPED, EXIT_WORKER_LOST, read_blame
+from tfzero.workers.fleet import Fleet, Worker
+from tfzero.workers.gpus import divide_gpus
+from tfzero.workers.handshake import SECRET_VARIABLE, make_secret
+from tfzero.workers.progress import asking
+from tfzero.workers.stopping import BLAME_VARIABLE, EXIT_STOPPED, EXIT_WORKER_LOST, read_blame
 
 CPU_DEVICES_VARIABLE = "TFZERO_CPU_DEVICES"
 RESTARTS_VARIABLE = "TFZERO_RESTARTS"  # how often the fleet was restarted, for scripts that want to know

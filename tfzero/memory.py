@@ -3,11 +3,12 @@
     python -m tfzero.memory --model train:make_model --world-size 8 --batch-size 64 --budget-gb 16
 
 [Note: the peak] Between steps a replica holds parameters and slots; a step adds activations, gradients and buffers of
-the collectives. The trace of a step (`liveness.py`) tells how activations come and go while gradients appear one after
-the other. What becomes of these follows from the stage. With one replica, and up to stage 1, they stay whole until the
-backward pass is over; at stage 2 as many stay whole as `pacing.py` lets wait, and shards of the rest; at stage 3 the
-latest two, and buffers of the latest, while values of layers are gathered two at a time (`gathering.py`). As many
-exchanges as there are lanes (`collectives.py`) have a buffer each. Estimated is the greatest sum.
+the collectives. The trace of a step (`views/liveness.py`) tells how activations come and go while gradients appear one
+after the other. What becomes of these follows from the stage. With one replica, and up to stage 1, they stay whole
+until the backward pass is over; at stage 2 as many stay whole as `training/pacing.py` lets wait, and shards of the
+rest; at stage 3 the latest two, and buffers of the latest, while values of layers are gathered two at a time
+(`variables/gathering.py`). As many exchanges as there are lanes (`collectives/group.py`) have a buffer each. Estimated
+is the greatest sum.
 """
 
 import argparse
@@ -23,16 +24,16 @@ from pathlib import Path
 import keras
 import tensorflow as tf
 
-from tfzero import _compat
-from tfzero.collectives import LANES
-from tfzero.gathering import PREFETCH_BYTES
-from tfzero.inner import chain, chooser, config_of, is_elementwise
-from tfzero.liveness import Moment, trace_step
-from tfzero.network import DEFAULT_BUCKET_BYTES
-from tfzero.pacing import WINDOW_BUCKETS
-from tfzero.plan import Placement, Plan, VariableSpec, make_plan, shard_elements
+from tfzero.collectives.group import LANES
+from tfzero.collectives.network import DEFAULT_BUCKET_BYTES
+from tfzero.host import runtime
+from tfzero.plan.placement import Placement, Plan, VariableSpec, make_plan, shard_elements
 from tfzero.report import text_of
-from tfzero.settings import DEFAULT_MIN_SHARD_ELEMENTS, STAGES, check_number, check_stage
+from tfzero.training.pacing import WINDOW_BUCKETS
+from tfzero.training.stock_optimizers import chain, chooser, config_of, is_elementwise
+from tfzero.variables.gathering import PREFETCH_BYTES
+from tfzero.views.liveness import Moment, trace_step
+from tfzero.workers.settings import DEFAULT_MIN_SHARD_ELEMENTS, STAGES, check_number, check_stage
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,7 @@ class _Estimate:
         self._model = model
         self._world_size = world_size
         self._variables = model.trainable_variables
-        self._made_trainable = _compat.made_trainable(model)
+        self._made_trainable = runtime.made_trainable(model)
         choose = chooser(optimizer)
         self._optimizers = [choose(variable) for variable in self._variables]
         pairs = zip(self._optimizers, self._variables, strict=True)
@@ -242,7 +243,7 @@ class _Estimate:
             placement, owner = plan.placements[index], plan.owners[index]
             for slot in slots:
                 elements = slot.shape.num_elements()
-                if placement is Placement.SHARDED and not (stage < 2 and _compat.is_accumulator_name(slot.name)):
+                if placement is Placement.SHARDED and not (stage < 2 and runtime.is_accumulator_name(slot.name)):
                     elements = shard_elements(elements, self._world_size)
                 elif placement is Placement.OWNED and owner != rank:
                     elements = 0

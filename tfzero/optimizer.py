@@ -1,7 +1,7 @@
 """ZeroOptimizer: any Keras optimizer, its state sharded over the replicas.
 
 The wrapper holds the user's own optimizer, builds its slots in shards, and takes the place of its `apply`: the parts
-of Keras's `apply` run here in an order that is right for several replicas (`step.py`), the arithmetic of each
+of Keras's `apply` run here in an order that is right for several replicas (`training/walk.py`), the arithmetic of each
 optimizer stays Keras's own `update_step`.
 """
 
@@ -13,10 +13,14 @@ import warnings
 import keras
 import tensorflow as tf
 
-from tfzero import _compat
-from tfzero.compression import Codec
-from tfzero.exchange import Wire, make_wire
-from tfzero.inner import (
+from tfzero.collectives.codec import Codec
+from tfzero.host import runtime
+from tfzero.plan.placement import make_plan
+from tfzero.rows.padding import counted
+from tfzero.training.exchange import Wire, make_wire
+from tfzero.training.late_gathers import is_late, make_pending
+from tfzero.training.overwriting import OverwrittenView, is_overwritten, keep_whole
+from tfzero.training.stock_optimizers import (
     CONTAINERS,
     ViewsAtHand,
     chain,
@@ -28,13 +32,9 @@ from tfzero.inner import (
     spec,
     strategy_of,
 )
-from tfzero.late_gathers import is_late, make_pending
-from tfzero.overwriting import OverwrittenView, is_overwritten, keep_whole
-from tfzero.padding import counted
-from tfzero.plan import make_plan
-from tfzero.settings import Choice
-from tfzero.step import ReplicaStep, Trained, with_norms
-from tfzero.variables import ShardedParameter, VariableView
+from tfzero.training.walk import ReplicaStep, Trained, with_norms
+from tfzero.variables.classes import ShardedParameter, VariableView
+from tfzero.workers.settings import Choice
 
 # Settings of Keras's optimizer base class that would hide those of the inner optimizer.
 _INNER_SETTINGS = (
@@ -127,7 +127,7 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
 
     @property
     def plan(self):
-        """Who owns what (`tfzero.plan.Plan`); None until built."""
+        """Who owns what (`tfzero.plan.placement.Plan`); None until built."""
         return self._trained.plan if self._trained else None
 
     @property
@@ -242,11 +242,11 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
         )
         home = Home(self, strategy)
         for link in links:
-            _compat.adopt(link, home)
-            strategy.extended.take_in(_compat.own_scalars(link))
+            runtime.adopt(link, home)
+            strategy.extended.take_in(runtime.own_scalars(link))
         slots, wire = self._build_slots(given, variables, plan, strategy)
         for optimizer in optimizers:
-            _compat.adopt(optimizer, home, [v for v in given if choose(v) is optimizer])
+            runtime.adopt(optimizer, home, [v for v in given if choose(v) is optimizer])
         self._given = tuple(given)
         self._trained = Trained(
             variables=tuple(variables),
@@ -264,7 +264,7 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
             overwritten=tuple((variable, choose(variable)) for variable in overwritten),
         )
         strategy.optimizers.add(self)
-        strategy.extended.group.lanes.iterations = _compat.iteration_counter(links[-1]).value.values[0]
+        strategy.extended.group.lanes.iterations = runtime.iteration_counter(links[-1]).value.values[0]
         self.built = True
         if self._watches_norm:
             self.watch_norm()
@@ -351,7 +351,7 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
         if tf.executing_eagerly():
             self._apply_eagerly(replica, gradients)
         else:
-            ReplicaStep(self._trained, _compat.replica_index(), gradients, gathers_late).run()
+            ReplicaStep(self._trained, runtime.replica_index(), gradients, gathers_late).run()
 
     def _by_index(self, grads, variables) -> dict[int, tf.Tensor]:
         """Dense gradients by variable index, those that overwrite last, without the missing ones."""
@@ -369,7 +369,7 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
         missing = [v.path for g, v in zip(grads, variables, strict=True) if g is None]
         if len(missing) == len(variables):
             raise ValueError("No gradients provided for any variable.")
-        if missing and _compat.replica_index() == 0:
+        if missing and runtime.replica_index() == 0:
             warnings.warn(f"Gradients do not exist for variables {missing} when minimizing the loss.", stacklevel=4)
         pairs = zip(grads, variables, strict=True)
         return {places[id(v)]: tf.convert_to_tensor(g) for g, v in pairs if g is not None}
@@ -387,7 +387,7 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
             if indices not in self._eager_functions:
 
                 def one_replica(*tensors):
-                    ReplicaStep(self._trained, _compat.replica_index(), dict(zip(indices, tensors, strict=True))).run()
+                    ReplicaStep(self._trained, runtime.replica_index(), dict(zip(indices, tensors, strict=True))).run()
 
                 self._eager_functions[indices] = tf.function(
                     lambda *tensors: strategy.run(one_replica, args=tensors), autograph=False

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import keras
 import tensorflow as tf
 
-from tfzero import ways
-from tfzero.collectives import Group
-from tfzero.packing import owned_columns
-from tfzero.plan import Bucket, Placement, shard_elements
-from tfzero.settings import Choice, Settings
-from tfzero.step import Trained
-from tfzero.variables import ShardedParameter
+from tfzero.collectives import ways
+from tfzero.collectives.group import Group
+from tfzero.collectives.packing import owned_columns
+from tfzero.plan.placement import Bucket, Placement, shard_elements
+from tfzero.training.walk import Trained
+from tfzero.variables.classes import ShardedParameter
+from tfzero.workers.settings import Choice, Settings
 
 _STAGES = (
     "everything is whole on every replica",

@@ -9,18 +9,19 @@ from dataclasses import asdict
 
 import tensorflow as tf
 
-from tfzero import _compat, patches
-from tfzero.cluster import Cluster
-from tfzero.dependence import is_global
-from tfzero.device_agreement import agree_on_devices
-from tfzero.digests import DEFAULT_COMPARE_BATCHES, BatchComparison
+from tfzero.collectives.joining import join
+from tfzero.collectives.nccl_failures import keep_log, naming_nccl
+from tfzero.collectives.network import DEFAULT_BUCKET_BYTES
 from tfzero.extended import ZeroExtended
-from tfzero.inputs import DataPosition
-from tfzero.joining import join
-from tfzero.nccl_failures import keep_log, naming_nccl
-from tfzero.network import DEFAULT_BUCKET_BYTES
+from tfzero.host import patches, runtime
 from tfzero.report import Report, make_report
-from tfzero.settings import (
+from tfzero.rows.dependence import is_global
+from tfzero.rows.inputs import DataPosition
+from tfzero.variables.classes import ShardedVariable, agree_on_sharded
+from tfzero.workers.cluster import Cluster
+from tfzero.workers.device_agreement import agree_on_devices
+from tfzero.workers.digests import DEFAULT_COMPARE_BATCHES, BatchComparison
+from tfzero.workers.settings import (
     DEFAULT_MIN_SHARD_ELEMENTS,
     Settings,
     check_bucket_bytes,
@@ -36,8 +37,7 @@ from tfzero.settings import (
     configure_cpu_devices,
     find_cluster,
 )
-from tfzero.stopping import AgreedStop
-from tfzero.variables import ShardedVariable, agree_on_sharded
+from tfzero.workers.stopping import AgreedStop
 
 
 class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
@@ -170,7 +170,7 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         if self.settings.device_type == "GPU":
             keep_log()
         # The stock constructor would make its own extended.
-        _compat.distribute_lib.Strategy.__init__(self, ZeroExtended(self, cluster, devices))
+        runtime.distribute_lib.Strategy.__init__(self, ZeroExtended(self, cluster, devices))
         self.channel.all_gather("starting TensorFlow's servers", None)
         if joined.pulse is not None:
             joined.pulse.add(self.extended.group)
@@ -307,14 +307,14 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
             yield
             return
         position = position or DataPosition()
-        unseeded = _compat.random_state()["seed"] is None
+        unseeded = runtime.random_state()["seed"] is None
         if position.randomness is None:
-            position.randomness = self.channel.broadcast("preparing data", _compat.random_state())
+            position.randomness = self.channel.broadcast("preparing data", runtime.random_state())
             unseeded = position.randomness["seed"] is None
             if unseeded:
                 draw = int.from_bytes(os.urandom(4), "little")
                 position.randomness["seed"] = self.channel.broadcast("drawing a seed to shuffle by", draw)
-        _compat.set_random_state(position.randomness)
+        runtime.set_random_state(position.randomness)
         try:
             yield
         finally:

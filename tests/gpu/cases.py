@@ -10,7 +10,7 @@ import keras
 import numpy as np
 from keras import layers, ops
 
-from tfzero.trials import initial_weights
+from tfzero.views.trials import initial_weights
 
 CLASSES, BATCH, EPOCHS = 5, 15, 2
 # 53 samples: the last batch has 8 of 15. 46: it has one, and of two replicas one is left without.

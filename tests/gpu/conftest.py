@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from tfzero.gpus import visible_gpus
+from tfzero.workers.gpus import visible_gpus
 
 
 def _why_not() -> str:

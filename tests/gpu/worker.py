@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 import tfzero
-from tfzero.facts import describe_devices
+from tfzero.views.facts import describe_devices
 
 TIMEOUT_SECONDS = 40.0
 # Of which a checkpoint is written, to be read on one CPU.

@@ -28,7 +28,7 @@ class NotForKeras:
 sys.meta_path.insert(0, NotForKeras)
 
 if without := os.environ.get("TFZERO_TEST_WITHOUT"):
-    from tfzero import patches
+    from tfzero.host import patches
 
     all_rows = patches.registry
     patches.registry = lambda: tuple(row for row in all_rows() if row.target != without)

@@ -1,0 +1,276 @@
+"""Callbacks for `fit`: checkpoints that a run goes on from, and a watch for replicas that drift apart."""
+
+import hashlib
+import signal
+import threading
+import warnings
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tfzero.checkpoint.directories import local_path
+from tfzero.checkpoint.saving import Save, Team, find_newest, restore
+from tfzero.checkpoint.state import METRICS, state_of
+from tfzero.host import runtime
+from tfzero.rows.inputs import DataPosition
+from tfzero.strategy import ZeroStrategy
+from tfzero.workers.settings import check_number
+from tfzero.workers.stopping import EXIT_STOPPED
+
+
+class CheckpointCallback(keras.callbacks.Callback):
+    """Saves checkpoints while `fit` runs, and lets `fit` go on from the newest one when it is started again.
+
+    What is saved: weights, slots, steps, loss scale, accumulated gradients, seed generators, metrics in progress, the
+    epoch and the position in the data. A run that goes on, in the middle of an epoch too, gives the result of one that
+    was never interrupted: bit for bit on as many workers, if TensorFlow's operations are deterministic
+    (`tf.config.experimental.enable_op_determinism`). Data are passed over to the position: within the epoch batch by
+    batch, and of each epoch before only the first is drawn, which repeats shuffles; with `steps_per_epoch` all are, as
+    one iterator serves all epochs. Random operations in a `Dataset.map` are not repeated.
+
+    SIGTERM lets all workers save after the same step and exit with code 75.
+
+    Args:
+        directory: where to save, `directory/step-...`; all workers must see it. One run at a time.
+        save_every_steps: save whenever so many batches have been trained; None for not.
+        save_every_epochs: save after so many epochs; None for not.
+        keep: how many checkpoints to keep; None for all.
+        asynchronous: write in the background, from a copy of each worker's own shards.
+
+    Raises:
+        ValueError: for settings that make no sense.
+        OSError: from `fit`, on all workers, if the directory cannot be written, lacks room, or is another run's.
+
+    Example:
+
+    ```python
+    callback = tfzero.CheckpointCallback("run", save_every_steps=100)
+    model.fit(x, y, batch_size=16, epochs=2, callbacks=[callback])  # started again, it trains no more
+    ```
+    """
+
+    def __init__(
+        self, directory, save_every_steps=None, save_every_epochs=1, keep=3, asynchronous: bool = True
+    ) -> None:
+        super().__init__()
+        for name, value in (
+            ("save_every_steps", save_every_steps),
+            ("save_every_epochs", save_every_epochs),
+            ("keep", keep),
+        ):
+            if value is not None:
+                check_number(name, value, int, 1)
+        if save_every_steps is None and save_every_epochs is None:
+            raise ValueError("Nothing would be saved: give `save_every_steps` or `save_every_epochs`.")
+        self.directory = local_path(directory)
+        self.save_every_steps = save_every_steps
+        self.save_every_epochs = save_every_epochs
+        self.keep = keep
+        self.asynchronous = asynchronous
+        self.step = 0  # batches trained, in all
+        self._save: Save | None = None
+        self._former_handler = None
+
+    # Before and after `fit` itself (`keras/training.py`).
+
+    def prepare(self, model: keras.Model) -> None:
+        """Finds the checkpoint to go on from, before the data pipeline is made, which must shuffle as it did."""
+        self._team = Team.of(model)
+        names = ("directory", "save_every_steps", "save_every_epochs", "keep", "asynchronous")
+        settings = {name: str(getattr(self, name)) for name in names}
+        self._team.channel.agree("preparing checkpoints", settings, "settings of CheckpointCallback")
+        search = find_newest(self.directory, self._team)
+        self._found, self._damaged = search.found, search.damaged
+        self.step = 0
+        self._position = dict.fromkeys(("epoch", "batch", "epoch_batches"), 0)
+        self._position |= dict.fromkeys(("first_epoch", "finished", "randomness", "steps", "batch_size"))
+        self._data = DataPosition()
+        self._saved: tuple | None = None
+        self._due = False
+        if self._found is not None:
+            folder, manifest = self._found
+            if manifest["position"] is None:
+                raise ValueError(
+                    f"{folder} was saved with `tfzero.save_checkpoint` and does not know its place in the data. "
+                    "Load it with `tfzero.load_checkpoint`, and give the callback another directory."
+                )
+            self._position = manifest["position"]
+            self._data = DataPosition(
+                epochs=self._position["epoch"] - (self._position["first_epoch"] or 0),
+                batches=self._position["batch"],
+                epoch_batches=self._position["epoch_batches"],
+                randomness=self._position["randomness"],
+            )
+            self.step = manifest["step"]
+            self._saved = self._mark()
+        model.distribute_strategy.data_position = self._data
+
+    def finish(self) -> None:
+        """Saves at the end of training, after all other callbacks."""
+        self._position["finished"] = self.params["epochs"]
+        self._save_if_due()
+        self._save.wait()
+        if any(self._team.channel.all_gather("ending training", self._stop.is_requested)):
+            raise SystemExit(EXIT_STOPPED)
+
+    def leave(self) -> None:
+        """Lets directory and signals go, whatever has happened."""
+        if self._save is not None:
+            self._save.close()
+            self._save = None
+        if self._former_handler is not None:
+            signal.signal(signal.SIGTERM, self._former_handler)
+            self._former_handler = None
+        if self.model is not None:
+            runtime.set_initial_epoch(self.model, None)
+
+    # While `fit` runs.
+
+    def on_train_begin(self, logs=None) -> None:
+        strategy = self.model.distribute_strategy
+        if not isinstance(strategy, ZeroStrategy):
+            raise ValueError("CheckpointCallback needs a model of a ZeroStrategy; with others use BackupAndRestore.")
+        self._stop = strategy.stop
+        self._save = Save(self._team, self.model, self.directory, self.keep, self._damaged)
+        self._save.open()
+        if threading.current_thread() is threading.main_thread():
+            self._former_handler = signal.signal(signal.SIGTERM, lambda *_: self._stop.request())
+        if self._found is None:
+            return
+        folder, manifest = self._found
+        restore(self.model, folder, manifest, self._team)
+        is_over = (self._position["finished"] or 0) >= self.params["epochs"]
+        epoch = self.params["epochs"] if is_over else self._position["epoch"]
+        runtime.set_initial_epoch(self.model, epoch)
+        if self._team.is_chief:
+            place = f"epoch {self._position['epoch'] + 1}, after {self._position['batch']} batches"
+            print(f"Going on from {folder}: step {self.step}, {place}.", flush=True)
+            if told := self._describe_other_data():
+                warnings.warn(f"{folder}: {told}", stacklevel=2)
+
+    def _describe_other_data(self) -> str:
+        """What going on in the middle of an epoch means if its batches are no longer those that were trained with."""
+        batch, now = self._position["batch"], {"steps": self.params["steps"], "batch_size": self._data.batch_size}
+        words = {"steps": "batches an epoch", "batch_size": "samples a batch"}
+        other = [
+            f"{self._position[key]} {word}, now {now[key]}"
+            for key, word in words.items()
+            if None not in (now[key], self._position.get(key)) and now[key] != self._position[key]
+        ]
+        if not batch or not other:
+            return ""
+        steps = now["steps"]
+        rest = "" if steps is None or batch < steps else f" It has only {steps}, so it ends without any."
+        return (
+            f"It was saved after {batch} batches of an epoch, with {' and '.join(other)}. "
+            f"Of this epoch the first {batch} batches are skipped, as they are now, so samples may be left out or come "
+            f"twice.{rest}"
+        )
+
+    def on_epoch_begin(self, epoch, logs=None) -> None:
+        if self._position["first_epoch"] is None:
+            self._position["first_epoch"] = epoch
+        if self._found is not None and self._position["batch"]:
+            restore(self.model, *self._found, self._team, only=METRICS)  # Keras has just reset them
+        self._found = None
+        self._position["epoch"] = epoch
+        self._save_if_due()
+
+    def on_train_batch_begin(self, batch, logs=None) -> None:
+        if not self._stop.begin_step():
+            self._due = True
+            self._save_if_due()
+            self._save.wait()
+            print(f"Told to stop: saved step {self.step} in {self.directory}, and exits.", flush=True)
+            raise SystemExit(EXIT_STOPPED)
+
+    def on_train_batch_end(self, batch, logs=None) -> None:
+        before = self.step
+        self.step += batch + 1 - self._position["batch"]
+        self._position["batch"] = batch + 1
+        if self.save_every_steps is None or self.step // self.save_every_steps == before // self.save_every_steps:
+            return
+        self._due = True
+        if batch + 1 != self.params["steps"]:  # else the epoch's end comes first
+            self._save_if_due()
+
+    def on_epoch_end(self, epoch, logs=None) -> None:
+        self._position |= {"epoch": epoch + 1, "batch": 0, "epoch_batches": self._position["batch"]}
+        if self.save_every_epochs is not None and (epoch + 1) % self.save_every_epochs == 0:
+            self._due = True
+
+    def _save_if_due(self) -> None:
+        """Saves when all other callbacks are through with an epoch, as they may change what is saved."""
+        if self._due and self._mark() != self._saved:
+            self._position |= {"randomness": self._data.randomness, "batch_size": self._data.batch_size}
+            self._position["steps"] = self.params["steps"]
+            self._save.start(self.step, dict(self._position), self.asynchronous)
+            self._saved = self._mark()
+        self._due = False
+
+    def _mark(self) -> tuple:
+        """What tells a checkpoint from the one before."""
+        return self.step, *(self._position[key] for key in ("epoch", "batch", "finished"))
+
+
+class DriftCallback(keras.callbacks.Callback):
+    """Stops the training when something that must be equal on all replicas is not.
+
+    Args:
+        check_every: compare after so many batches. A comparison reads all variables that every replica holds whole.
+
+    Raises:
+        ValueError: if `check_every` is no integer of at least 1.
+        RuntimeError: from `fit`, on all workers, naming the variable and who has which digest.
+
+    Example:
+
+    ```python
+    model.fit(x, y, batch_size=16, callbacks=[tfzero.DriftCallback(check_every=2)])
+    ```
+    """
+
+    def __init__(self, check_every: int) -> None:
+        super().__init__()
+        check_number("check_every", check_every, int, 1)
+        self.check_every = check_every
+        self._batches = 0
+
+    def on_train_batch_end(self, batch, logs=None) -> None:
+        self._batches += 1
+        if self._batches % self.check_every == 0:
+            check_drift(self.model)
+
+
+def check_drift(model: keras.Model) -> None:
+    """Compares a digest of every variable that all replicas hold whole. All workers must call it.
+
+    Also of those that Keras does not know of: each `tf.Variable` that was made under the scope.
+
+    Raises:
+        RuntimeError: on all workers, naming the variables that differ.
+    """
+    strategy = model.distribute_strategy
+    equal = {item.name: item.value for item in state_of(model) if item.is_equal_everywhere}
+    known = {id(value) for value in equal.values()}
+    others = sorted(strategy.extended.creation.layer_variables.items())
+    equal |= {f"{number}/{value.name}": value for number, value in others if id(value) not in known}
+    digests = {name: [_digest(part) for part in getattr(value, "values", [value])] for name, value in equal.items()}
+    answers = strategy.channel.all_gather("comparing replicas", digests)
+    differing = []
+    # A worker may have dropped a variable, of another model, before others do.
+    for name in [name for name in digests if all(name in answer for answer in answers)]:
+        of_ranks = [digest for answer in answers for digest in answer[name]]
+        if len(set(of_ranks)) > 1:
+            shown = ", ".join(f"{digest} on replica {rank}" for rank, digest in enumerate(of_ranks))
+            differing.append(f"{name!r} ({shown})")
+    if differing:
+        raise RuntimeError(
+            f"The replicas have drifted apart in {len(differing)} of {len(digests)} variables: "
+            f"{'; '.join(differing[:5])}. Something changed them on one replica only. Go on from a checkpoint."
+        )
+
+
+def _digest(component: tf.Variable) -> str:
+    return hashlib.blake2b(np.ascontiguousarray(component.numpy()).data, digest_size=8).hexdigest()

@@ -1,0 +1,328 @@
+"""The state of a model's training, written and read by all workers at once, each its own part.
+
+[Note: forms] A variable is stored in its own shape, whoever holds it: a shard as the rectangles that it covers
+(`checkpoint/slices.py`), an owned variable by its owner, one that is equal everywhere by one worker. So any number of
+workers, at any stage, reads what any other wrote. What each replica counts for itself (metrics, accumulators at stage
+1) is stored as `[replicas, *shape]`: the same number of replicas gets its own values back, another number the sum on
+its first.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tensorflow as tf
+
+from tfzero.checkpoint import commits
+from tfzero.checkpoint.slices import Rectangle, rectangles
+from tfzero.checkpoint.state import LAG, RESIDUAL, Item, World
+from tfzero.checkpoint.teamwork import together
+from tfzero.plan.placement import shard_elements
+from tfzero.variables.allocation import on_host, placed
+from tfzero.variables.classes import ShardedVariable
+from tfzero.workers.channel import Channel
+
+# Rectangles are cut out in batches of as many bytes as the largest variable has, or this.
+_LEAST_BATCH_BYTES = 4 * 2**20
+_SLOWEST_BYTES_PER_SECOND = 5e6  # of a disk that is not taken for broken
+# As what TensorFlow reports files that do not hold what is sought.
+_DAMAGES = (
+    tf.errors.DataLossError, tf.errors.InvalidArgumentError, tf.errors.NotFoundError, tf.errors.OutOfRangeError,
+)  # fmt: skip
+
+
+# Which parts of which variable a replica has.
+
+
+def _range(item: Item, rank: int, world_size: int) -> tuple[int, int]:
+    """The flat elements of a variable that a rank holds."""
+    elements = math.prod(item.shape)
+    if not isinstance(item.value, ShardedVariable):
+        return 0, elements
+    if item.value.owner is not None:
+        return (0, elements) if item.value.owner == rank else (0, 0)
+    width = shard_elements(elements, world_size)
+    return min(rank * width, elements), min((rank + 1) * width, elements)
+
+
+def _writers(items: Sequence[Item], world: World) -> dict[str, int]:
+    """The worker that writes each variable that is equal on all; the largest first, to who has least to write."""
+    load = [0] * world.workers
+    writers = {}
+    equal = [item for item in items if item.is_equal_everywhere]
+    for item in sorted(equal, key=lambda item: -item.bytes):
+        writers[item.name] = load.index(min(load))
+        load[writers[item.name]] += item.bytes
+    return writers
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A rectangle of a stored variable and its value."""
+
+    name: str
+    rectangle: Rectangle
+    value: tf.Tensor
+
+
+def pieces_to_write(items: Sequence[Item], world: World, advance: Callable[[int], None]) -> Iterator[Piece]:
+    """What this worker contributes to a checkpoint; tensors are read one by one.
+
+    `advance` is told of the bytes of each variable, of all workers' parts, when this worker's part has been taken.
+    """
+    writers = _writers(items, world)
+    for item in items:
+        for replica, rank in enumerate(world.ranks):
+            if item.is_per_replica:
+                row = Rectangle((world.size, *item.shape), (rank, *[0] * len(item.shape)), (1, *item.shape))
+                yield Piece(item.name, row, tf.convert_to_tensor(item.component(replica))[tf.newaxis])
+            elif isinstance(item.value, ShardedVariable):
+                yield from _cut(item, item.component(replica), *_range(item, rank, world.size))
+            elif replica == 0 and writers[item.name] == world.worker:
+                yield from _cut(item, item.component(replica), 0, math.prod(item.shape))
+        advance(item.bytes)
+
+
+def _cut(item: Item, component: tf.Variable, begin: int, end: int) -> Iterator[Piece]:
+    flat = tf.reshape(tf.convert_to_tensor(component), [-1])
+    offset = 0
+    for rectangle in rectangles(item.shape, begin, end):
+        part = tf.slice(flat, [offset], [rectangle.elements])
+        yield Piece(item.name, rectangle, tf.reshape(part, rectangle.sizes))
+        offset += rectangle.elements
+
+
+# Writing.
+
+
+def snapshot(pieces: Iterable[Piece]) -> list[Piece]:
+    """Copies of pieces in the main memory, which training does not change."""
+    with tf.device("CPU:0"):
+        return [Piece(piece.name, piece.rectangle, tf.raw_ops.DeepCopy(x=piece.value)) for piece in pieces]
+
+
+def write_pieces(folder: Path, worker: int, pieces: Iterator[Piece], batch_bytes: int) -> list[list]:
+    """Writes a worker's pieces; gives for each of its files the name before its suffix, its bytes and its checksum."""
+    written: list[list] = []
+    batch: list[Piece] = []
+    size_bytes = 0
+
+    def write_batch():
+        name = f"worker-{worker:05d}-{len(written):05d}"
+        with commits.plain_path(folder) as plain:
+            tf.raw_ops.SaveV2(
+                prefix=f"{plain}/{name}",
+                tensor_names=[piece.name for piece in batch],
+                shape_and_slices=[piece.rectangle.spec for piece in batch],
+                tensors=[piece.value for piece in batch],
+            )
+        commits.describe_file(folder / f"{name}.index")
+        written.append([name, *commits.describe_file(folder / f"{name}.data-00000-of-00001")])
+
+    for piece in pieces:
+        batch.append(piece)
+        size_bytes += piece.rectangle.elements * piece.value.dtype.size
+        del piece
+        if size_bytes >= batch_bytes:
+            write_batch()
+            batch.clear()
+            size_bytes = 0
+    if batch:
+        write_batch()
+    return written
+
+
+def merge(folder: Path, written: Sequence[Sequence]) -> dict[str, list]:
+    """Makes one checkpoint of all workers' files; gives the bytes and the checksum of each of its data files."""
+    with commits.plain_path(folder) as plain:
+        tf.raw_ops.MergeV2Checkpoints(
+            checkpoint_prefixes=[f"{plain}/{name}" for name, _, _ in written],
+            destination_prefix=f"{plain}/{commits.STATE}",
+            delete_old_dirs=False,
+        )
+    # MergeV2Checkpoints numbers data files in the order of the prefixes (tensor_bundle.cc, MergeBundles).
+    names = (f"{commits.STATE}.data-{k:05d}-of-{len(written):05d}" for k in range(len(written)))
+    return {name: [size, checksum] for name, (_, size, checksum) in zip(names, written, strict=True)}
+
+
+class Writer:
+    """Writes a checkpoint together with the other workers.
+
+    Args:
+        channel: a control channel that only this uses while it writes.
+        world: this process's place.
+        final: the directory that the checkpoint gets.
+        timeout_seconds: how long a worker waits for the others, beside the time to write.
+    """
+
+    def __init__(self, channel: Channel, world: World, final: Path, timeout_seconds: float) -> None:
+        self._channel = channel
+        self._world = world
+        self._final = final
+        self._timeout_seconds = timeout_seconds
+
+    def write(self, pieces: Iterator[Piece], items: Sequence[Item], manifest: Mapping) -> None:
+        """Writes the pieces of all workers and commits. [Note: commit] in `checkpoint/commits.py`.
+
+        Raises:
+            OSError: on all workers, if one of them cannot write; the text names it.
+            RuntimeError: likewise, for any other error.
+        """
+        manifest = {**manifest, "variables": [item.describe(self._world.size) for item in items]}
+        self._timeout_seconds = patience(self._timeout_seconds, sum(item.bytes for item in items))
+        batch_bytes = max(_LEAST_BATCH_BYTES, *(item.bytes for item in items))
+        is_chief = self._world.worker == 0
+        folder = self._final.with_name(self._together("begin", self._begin if is_chief else lambda: None)[0])
+        written = self._together("write", lambda: write_pieces(folder, self._world.worker, pieces, batch_bytes))
+
+        def commit():
+            files = merge(folder, [file for of_worker in written for file in of_worker])
+            commits.commit(folder, self._final, {**manifest, "files": files})
+
+        self._together("commit", commit if is_chief else lambda: None)
+
+    def _begin(self) -> str:
+        return commits.begin(self._final).name
+
+    def _together(self, what: str, function) -> list:
+        try:
+            return together(self._channel, f"checkpoint: {what}", function, self._timeout_seconds)
+        except (OSError, ValueError, RuntimeError) as error:
+            kind = OSError if isinstance(error, OSError | commits.DamagedCheckpointError) else RuntimeError
+            raise kind(f"The checkpoint {self._final} could not be written. {error}") from error
+
+
+def patience(timeout_seconds: float, size_bytes: int) -> float:
+    """How long to wait for another worker that reads or writes so much."""
+    return timeout_seconds + size_bytes / _SLOWEST_BYTES_PER_SECOND
+
+
+# Reading.
+
+
+def check_fits(items: Sequence[Item], manifest: Mapping, folder: Path, optimizers: Mapping[str, str]) -> dict:
+    """The manifest's entry for each item, by name. Variables are matched by their order, as names may be counted up.
+
+    Raises:
+        ValueError: if the checkpoint is one of another model; the message says which variable differs, and how.
+    """
+    for name, kind in optimizers.items():
+        stored = manifest["optimizers"].get(name)
+        if stored != kind:
+            raise ValueError(f"{folder} is a checkpoint of another optimizer: `{name}` is {kind} here, {stored} there.")
+    entries: dict = {}
+    for group in dict.fromkeys(item.group for item in items if not item.is_of_compression):
+        here = [item for item in items if item.group == group]
+        there = [entry for entry in manifest["variables"] if entry["name"].split("/")[0] == group]
+        for item, entry in zip(here, there, strict=False):
+            if (list(item.shape), item.dtype.name) != (entry["shape"], entry["dtype"]):
+                raise ValueError(
+                    f"{folder} is a checkpoint of another model: {item.name!r} is {item.dtype.name} of shape "
+                    f"{item.shape} here, and {entry['name']!r} is {entry['dtype']} of shape {tuple(entry['shape'])} "
+                    "there."
+                )
+            entries[item.name] = entry
+        if len(here) != len(there):
+            rest = [item.name for item in here[len(there) :]] or [entry["name"] for entry in there[len(here) :]]
+            where = "here" if len(here) > len(there) else "there"
+            raise ValueError(
+                f"{folder} is a checkpoint of another model: `{group}` has {len(here)} variables here and "
+                f"{len(there)} there; only {where} is {rest[0]!r}."
+            )
+    return entries | _entries_of_compression(items, entries, manifest)
+
+
+def _entries_of_compression(items: Sequence[Item], entries: Mapping[str, dict], manifest: Mapping) -> dict:
+    """As `check_fits`, for what compression keeps; a run may go on with another compression, or without.
+
+    A variable that has no lag here takes what is stored of one, as the entry's "lag".
+    """
+    stored = {entry["name"]: entry for entry in manifest["variables"]}
+    kept_here = {item.name for item in items if item.is_of_compression}
+    found = {}
+    for item in items:
+        if item.group != "model":
+            continue
+        name, there = item.name.partition("/")[2], entries[item.name]["name"].partition("/")[2]
+        for group in (LAG, RESIDUAL):
+            if f"{group}/{name}" in kept_here and f"{group}/{there}" in stored:
+                found[f"{group}/{name}"] = stored[f"{group}/{there}"]
+        if f"{LAG}/{name}" not in kept_here and f"{LAG}/{there}" in stored:
+            found[item.name] = {**entries[item.name], "lag": stored[f"{LAG}/{there}"]}
+    return found
+
+
+def read_state(
+    folder: Path, items: Sequence[Item], entries: Mapping[str, dict], world: World, advance: Callable[[int], None]
+) -> None:
+    """Gives every variable of this worker its value, one after the other; `advance` is told of the bytes of each.
+
+    Raises:
+        DamagedCheckpointError: if the files do not hold what the manifest says.
+    """
+    with commits.plain_path(folder) as plain:
+        for item in items:
+            try:
+                _read_item(f"{plain}/{commits.STATE}", item, entries.get(item.name), world)
+            except _DAMAGES as error:
+                reason = error.message.replace(plain, str(folder))
+                raise commits.DamagedCheckpointError(
+                    f"The checkpoint {folder} is damaged: {item.name!r} cannot be read ({reason}). What is read before "
+                    "it has its value already: load another checkpoint."
+                ) from None
+            advance(item.bytes)
+
+
+def _read_item(prefix: str, item: Item, entry: Mapping | None, world: World) -> None:
+    for replica, rank in enumerate(world.ranks):
+        component = item.component(replica)
+        if entry is None:  # of compression, which the checkpoint was made without
+            value = tf.zeros(component.shape, item.dtype)
+        else:
+            value = _value_for(prefix, item, entry, rank, world.size, component)
+        value = on_host(value)
+        with tf.device(component.device):
+            component.assign(placed(value, component.device) if isinstance(value, np.ndarray) else value)
+
+
+def _value_for(prefix: str, item: Item, entry: Mapping, rank: int, world_size: int, component) -> tf.Tensor:
+    stored_by = entry["replicas"]
+    if item.is_per_replica and stored_by == world_size:
+        return tf.reshape(_read(prefix, entry, [_row(entry, rank)], item), item.shape)
+    if item.is_per_replica and rank != 0:
+        return tf.zeros(item.shape, item.dtype)
+    begin, end = _range(item, rank, world_size)
+    if stored_by:
+        whole = tf.add_n([tf.cast(_read(prefix, entry, [_row(entry, k)], item), item.dtype) for k in range(stored_by)])
+        flat = tf.reshape(whole, [-1])[begin:end]
+    else:
+        flat = _read(prefix, entry, rectangles(item.shape, begin, end), item)
+        if "lag" in entry:
+            flat += _read(prefix, entry["lag"], rectangles(item.shape, begin, end), item)
+    elements = component.shape.num_elements()
+    if begin < end and end - begin < elements:
+        flat = tf.concat([flat, tf.repeat(flat[-1:], elements - (end - begin))], 0)  # as `local_part` pads
+    if begin == end and elements:
+        flat = tf.zeros([elements], item.dtype)
+    return tf.reshape(flat, component.shape)
+
+
+def _row(entry: Mapping, replica: int) -> Rectangle:
+    shape = tuple(entry["shape"])
+    return Rectangle((entry["replicas"], *shape), (replica, *[0] * len(shape)), (1, *shape))
+
+
+def _read(prefix: str, entry: Mapping, wanted: Sequence[Rectangle], item: Item) -> tf.Tensor:
+    """Stored rectangles, flat, one after the other."""
+    if not wanted:
+        return tf.zeros([0], item.dtype)
+    with tf.device("CPU:0"):
+        parts = tf.raw_ops.RestoreV2(
+            prefix=prefix,
+            tensor_names=[entry["name"]] * len(wanted),
+            shape_and_slices=[rectangle.spec for rectangle in wanted],
+            dtypes=[item.dtype] * len(wanted),
+        )
+        return tf.concat([tf.reshape(part, [-1]) for part in parts], 0)

@@ -1,0 +1,369 @@
+"""Saving and loading checkpoints, by all workers together."""
+
+import contextlib
+import json
+import sys
+import warnings
+import weakref
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock, Thread
+
+import keras
+
+from tfzero.checkpoint import commits, directories
+from tfzero.checkpoint.pieces import Writer, check_fits, patience, pieces_to_write, read_state, snapshot
+from tfzero.checkpoint.state import METRICS, Item, World, bucket_bytes_of, build_optimizer, optimizers_of, state_of
+from tfzero.checkpoint.teamwork import together
+from tfzero.collectives.joining import channel_of_one
+from tfzero.strategy import ZeroStrategy
+from tfzero.workers.channel import Channel
+from tfzero.workers.progress import progress
+
+_SAVE_SECONDS = 60.0  # for workers without a strategy's timeout
+
+# [Note: one thread] Two threads cannot share a control channel: which of them speaks first may differ between workers.
+# So whoever is to use one for saving waits for the thread that writes in the background. All workers begin both at the
+# same places of the program.
+_writing: weakref.WeakKeyDictionary[Channel, Thread] = weakref.WeakKeyDictionary()
+
+
+def save_checkpoint(model: keras.Model, directory) -> Path:
+    """Saves all that the training of a model goes on from. All workers call it, between steps.
+
+    Every worker writes its own shards. Any number of workers at any stage can load it, and so can plain Keras;
+    `tf.train.load_checkpoint` reads its variables, each whole and in its own shape: the files are TensorFlow's tensor
+    bundles (`tensorflow/core/util/tensor_bundle`).
+
+    Args:
+        model: a compiled and built Keras model.
+        directory: a directory of checkpoints, which all workers see.
+
+    Returns:
+        The new checkpoint, a `Path`: `directory/step-...`, by the optimizer's number of steps.
+
+    Raises:
+        OSError: on all workers, if one of them cannot write, or if another run writes there.
+        ValueError: for a model that is not built or has several replicas of another strategy, and for a URL.
+
+    Example:
+
+    ```python
+    folder = tfzero.save_checkpoint(model, "by_hand")
+    kernel = tf.train.load_checkpoint(folder).get_tensor(f"model/{model.layers[-1].kernel.path}")
+    ```
+    """
+    directory = directories.local_path(directory)
+    team = Team.of(model)
+    build_optimizer(model)
+    step = int(model.optimizer.iterations) if model.optimizer else 0
+    with contextlib.closing(Save(team, model, directory)) as save:
+        save.open()
+        save.start(step, None, asynchronous=False)
+    return directories.step_folder(directory, step)
+
+
+def load_checkpoint(model: keras.Model, directory) -> int:
+    """Gives a model, its optimizer and its metrics the values of a checkpoint. All workers call it, between steps.
+
+    Metrics in progress are given to a model that has been trained or evaluated; before, Keras has not made them.
+
+    Args:
+        model: a compiled and built Keras model: of a `ZeroStrategy`, or a plain one on one device.
+        directory: a checkpoint, or a directory of several, of which the newest that is not damaged is taken.
+
+    Returns:
+        The number of steps that it was trained for.
+
+    Raises:
+        FileNotFoundError: if there is no checkpoint.
+        DamagedCheckpointError: if the checkpoint that was asked for is damaged, or all are; the message names the file.
+        OSError: if one is there but cannot be read; it may be whole, so none before it is taken.
+        ValueError: if the checkpoint is one of another model or optimizer, or was written by a newer tfzero.
+
+    Example:
+
+    ```python
+    tfzero.save_checkpoint(model, "to_go_on")
+    steps = tfzero.load_checkpoint(model, "to_go_on")
+    ```
+    """
+    directory = directories.local_path(directory)
+    team = Team.of(model)
+
+    def is_one() -> bool:
+        is_named_so = directories.step_of(directory) is not None and directory.is_dir()
+        return commits.is_checkpoint(directory) or (is_named_so and not directories.checkpoints(directory))
+
+    if team.together("looking for a checkpoint", is_one):
+        found = directory, open_checkpoint(directory, team)
+    else:
+        search = find_newest(directory, team)
+        if search.found is None and search.damaged:
+            names = ", ".join(search.damaged)
+            raise commits.DamagedCheckpointError(f"Every checkpoint in {directory} is damaged: {names}.")
+        if search.found is None:
+            raise FileNotFoundError(f"There is no complete checkpoint in {directory}.")
+        found = search.found
+    restore(model, *found, team)
+    return found[1]["step"]
+
+
+@dataclass(frozen=True)
+class Team:
+    """The workers that save and load together.
+
+    Args:
+        channel: between them.
+        world: this process's place.
+        stage: of their strategy; None for plain Keras.
+        timeout_seconds: how long they wait for each other.
+    """
+
+    channel: Channel
+    world: World
+    stage: int | None
+    timeout_seconds: float
+
+    @classmethod
+    def of(cls, model: keras.Model) -> "Team":
+        """The team for a model's own control channel for saving. [Note: one thread]"""
+        strategy = model.distribute_strategy
+        if isinstance(strategy, ZeroStrategy):
+            settings = strategy.settings
+            if (writing := _writing.get(strategy.saving_channel)) is not None:
+                writing.join()
+            return cls(strategy.saving_channel, World.of(strategy), settings.stage, settings.timeout_seconds)
+        if strategy.num_replicas_in_sync > 1:
+            raise ValueError(
+                f"tfzero's checkpoints are for models of a ZeroStrategy or of one device. Received: {strategy!r}"
+            )
+        return cls(channel_of_one(), World.of(strategy), None, _SAVE_SECONDS)
+
+    @property
+    def is_chief(self) -> bool:
+        return self.world.worker == 0
+
+    def together(self, what: str, function):
+        """The first worker's answer of `function`, which fails on all if it fails on one. For short work."""
+        return together(self.channel, what, function)[0]
+
+
+def open_checkpoint(folder: Path, team: Team) -> dict:
+    """A checkpoint's manifest, when every file has been checked; the workers share the work.
+
+    Raises:
+        DamagedCheckpointError: on all workers, naming what is damaged.
+        OSError: on all workers, if one of them cannot read what is there, or sees another checkpoint.
+        ValueError: if it was written by a newer tfzero.
+    """
+    read: dict = {}
+
+    def check() -> list:
+        try:
+            read.update(commits.read_manifest(folder))
+        except commits.NewerFormatError as error:
+            return ["", [], str(error)]
+        except commits.DamagedCheckpointError as error:
+            return ["", [str(error)], ""]
+        step = directories.step_of(folder)
+        if step not in (None, read["step"]):
+            return ["", [f"its manifest is of step {read['step']}, so it was renamed or copied"], ""]
+        damages = commits.find_damage(folder, read, team.world.worker, team.world.workers)
+        return [json.dumps(read["files"], sort_keys=True), damages, ""]
+
+    answers = together(team.channel, f"opening {folder}", check, _seconds_to_check(folder, team))
+    newer = next((text for _, _, text in answers if text), "")
+    if newer:
+        raise ValueError(newer)
+    found = list(dict.fromkeys(damage for _, damages, _ in answers for damage in damages))
+    if found:
+        raise commits.DamagedCheckpointError(f"The checkpoint {folder} is damaged: {'; '.join(found)}.")
+    if len({files for files, _, _ in answers}) > 1:
+        raise OSError(f"The workers see different checkpoints at {folder}. They need one file system that all share.")
+    return read
+
+
+def _seconds_to_check(folder: Path, team: Team) -> float:
+    try:
+        sizes = [path.stat().st_size for path in folder.iterdir()]
+    except OSError:
+        sizes = []
+    return patience(team.timeout_seconds, sum(sizes))
+
+
+@dataclass(frozen=True)
+class Search:
+    """What was found in a directory.
+
+    Args:
+        found: the last checkpoint that is not damaged, and its manifest; None if there is none.
+        damaged: the names of the damaged ones after it.
+    """
+
+    found: tuple[Path, dict] | None
+    damaged: tuple[str, ...]
+
+
+def find_newest(directory: Path, team: Team) -> Search:
+    """Looks for the last checkpoint that is not damaged; warns of those that are."""
+    names = team.together("looking for checkpoints", lambda: [path.name for path in directories.checkpoints(directory)])
+    for place, name in enumerate(names):
+        try:
+            return Search((directory / name, open_checkpoint(directory / name, team)), tuple(names[:place]))
+        except commits.DamagedCheckpointError as error:
+            rest = "The one before it is used." if place + 1 < len(names) else "There is none before it."
+            warnings.warn(f"{error} {rest}", stacklevel=2)
+    return Search(None, tuple(names))
+
+
+def restore(model: keras.Model, folder: Path, manifest: Mapping, team: Team, only: str | None = None) -> None:
+    """Gives the variables of a model the values of a checkpoint, all or one group of them."""
+    build_optimizer(model)
+    items = [item for item in state_of(model) if only in (None, item.group)]
+    if manifest["position"] is None or not manifest["position"]["batch"]:
+        items = [item for item in items if item.group != METRICS]  # begins anew, and may be another
+    elif any(not getattr(metric, "built", True) for metric in model.metrics):
+        items = [item for item in items if item.group != METRICS]  # Keras makes them in the first step, and at zero
+    entries = check_fits(items, manifest, folder, optimizers_of(model))
+    size_bytes = sum(item.bytes for item in items)
+    with progress("restoring", size_bytes, unit="bytes", shown=team.is_chief) as bar:
+
+        def read() -> None:
+            read_state(folder, items, entries, team.world, bar.advance)
+
+        together(team.channel, f"reading {folder}", read, patience(team.timeout_seconds, size_bytes))
+    if only is None and manifest["world_size"] == team.world.size:
+        for name in bucket_bytes_of(model):
+            if name in manifest.get("bucket_bytes", {}):
+                getattr(model, name).repeat_bucket_bytes(manifest["bucket_bytes"][name])
+
+
+class Save:
+    """Writes checkpoints of a model into a directory, one after the other, also in the background.
+
+    Args:
+        team: the workers.
+        model: the model.
+        directory: of the checkpoints.
+        keep: how many to keep; None for all.
+        damaged: names of checkpoints there that are known to be damaged.
+    """
+
+    def __init__(
+        self, team: Team, model: keras.Model, directory: Path, keep: int | None = None, damaged: Sequence[str] = ()
+    ) -> None:
+        self._team = team
+        self._model = model
+        self._directory = directory
+        self._keep = keep
+        self._damaged = set(damaged)
+        self._lock: directories.Lock | None = None
+        self._thread: Thread | None = None
+        self._problem: BaseException | None = None
+        self._is_writing = False
+        self._is_closed = False
+        self._guard = Lock()  # of who lets the directory go: `close`, or the thread that still writes then
+
+    def open(self) -> None:
+        """Takes the directory for this run, before anything is trained.
+
+        Raises:
+            OSError: on all workers, if one of them cannot write there, if there is no room, or if another run does.
+        """
+        needed = sum(item.bytes for item in state_of(self._model))
+
+        def take():
+            directories.check_room(self._directory, needed if self._team.is_chief else 0)
+            if self._team.is_chief:
+                self._lock = directories.Lock(self._directory)
+                directories.tidy(self._directory)
+
+        self._team.together("opening the directory of checkpoints", take)
+
+    def start(self, step: int, position: Mapping | None, asynchronous: bool) -> None:
+        """Begins to write the checkpoint of a step, when the one before is written.
+
+        Args:
+            step: its number.
+            position: its place in the data, if it has one.
+            asynchronous: whether to return as soon as all is copied, and write in the background.
+        """
+        self.wait()
+        items = state_of(self._model)
+        manifest = {
+            "step": step,
+            "position": position,
+            "stage": self._team.stage,
+            "world_size": self._team.world.size,
+            "optimizers": optimizers_of(self._model),
+            "bucket_bytes": bucket_bytes_of(self._model),
+        }
+        title, size_bytes = "copying" if asynchronous else "saving", sum(item.bytes for item in items)
+        with progress(title, size_bytes, unit="bytes", shown=self._team.is_chief) as bar:
+            pieces: Iterator = pieces_to_write(items, self._team.world, bar.advance)
+            if not asynchronous:
+                self._write(pieces, items, manifest)
+                return self.wait()
+            copies: deque = deque()
+            self._team.together("copying", lambda: copies.extend(snapshot(pieces)))
+        self._is_writing = True
+        self._thread = Thread(target=self._write, args=(_drain(copies), items, manifest), name="tfzero save")
+        _writing[self._team.channel] = self._thread
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Returns when nothing is being written any more.
+
+        Raises:
+            OSError: on all workers, if one of them could not write a checkpoint.
+            RuntimeError: likewise, for any other error.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._problem is not None:
+            problem, self._problem = self._problem, None
+            raise problem
+
+    def close(self) -> None:
+        """Lets the directory go: at once, or when what is being written is complete."""
+        with self._guard:
+            self._is_closed = True
+            if not self._is_writing:
+                self._release()
+        problem, raised = self._problem, sys.exception()
+        if problem is not None and raised is not None:
+            raised.add_note(f"Before that: {type(problem).__name__}: {problem}")
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def _write(self, pieces: Iterator, items: Sequence[Item], manifest: Mapping) -> None:
+        team, folder = self._team, directories.step_folder(self._directory, manifest["step"])
+        try:
+            Writer(team.channel, team.world, folder, team.timeout_seconds).write(pieces, items, manifest)
+            if self._keep is not None:
+                self._damaged.discard(folder.name)
+                team.together("deleting old checkpoints", self._prune if team.is_chief else lambda: None)
+        except BaseException as error:
+            self._problem = error
+        with self._guard:
+            self._is_writing = False
+            if self._is_closed:
+                self._release()
+                if self._problem is not None:
+                    raise self._problem  # shown by the thread: nobody waits for it any more
+
+    def _prune(self) -> None:
+        directories.prune(self._directory, self._keep, self._damaged)
+
+
+def _drain(pieces: deque) -> Iterator:
+    """Gives pieces away, so that each is freed when it has been written."""
+    while pieces:
+        yield pieces.popleft()

@@ -1,0 +1,168 @@
+"""What a model's training consists of, and which replicas this process has."""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import keras
+import tensorflow as tf
+
+from tfzero.host import batch_rows
+from tfzero.training.exchange import Wire
+from tfzero.variables.classes import OnReadVariable, ShardedVariable
+
+# Parts of the training state beside "model" and the optimizers.
+LAG, RESIDUAL = "lag", "residual"  # what compression keeps of a variable (`training/exchange.py`)
+METRICS = "metrics"
+
+
+@dataclass(frozen=True)
+class Item:
+    """One variable of the training state.
+
+    Args:
+        name: as in the file: "model/dense/kernel", "optimizer/adam/dense_kernel_momentum".
+        variable: the Keras variable.
+    """
+
+    name: str
+    variable: keras.Variable
+
+    @property
+    def group(self) -> str:
+        """Which part of the training it is of: "model", "metrics", or the model's attribute that is its optimizer."""
+        return self.name.split("/")[0]
+
+    @property
+    def is_of_compression(self) -> bool:
+        """Whether it says what encoding has lost of the model's variable of the same name."""
+        return self.group in (LAG, RESIDUAL)
+
+    @property
+    def value(self):
+        return self.variable.value
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.value.shape)
+
+    @property
+    def dtype(self) -> tf.DType:
+        return tf.as_dtype(self.value.dtype)
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.size
+
+    @property
+    def is_per_replica(self) -> bool:
+        return isinstance(self.value, OnReadVariable)
+
+    @property
+    def is_equal_everywhere(self) -> bool:
+        """Whether every replica holds all of it, and the same."""
+        return not isinstance(self.value, ShardedVariable | OnReadVariable)
+
+    def component(self, replica: int) -> tf.Variable:
+        return self.value.values[replica] if hasattr(self.value, "values") else self.value
+
+    def describe(self, world_size: int) -> dict:
+        """Its entry in the manifest."""
+        replicas = world_size if self.is_per_replica else None
+        return {"name": self.name, "shape": list(self.shape), "dtype": self.dtype.name, "replicas": replicas}
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the workers: `ranks` are those of its replicas, of `size` in all."""
+
+    worker: int
+    workers: int
+    ranks: tuple[int, ...]
+    size: int
+
+    @classmethod
+    def of(cls, strategy) -> "World":
+        if not hasattr(strategy, "settings"):
+            return cls(0, 1, (0,), 1)
+        group = strategy.extended.group
+        ranks = tuple(group.rank(replica) for replica in range(len(group.devices)))
+        seats = strategy.extended.seats
+        return cls(seats.worker, seats.workers, ranks, group.world_size)
+
+
+def state_of(model: keras.Model) -> list[Item]:
+    """All variables that training goes on from: the model's, those of its optimizers, and its metrics'."""
+    groups = {"model": [*model.variables, *batch_rows.recurrent_states(model)]}
+    groups |= {name: optimizer.variables for name, optimizer in _optimizers(model).items()}
+    groups[METRICS] = model.metrics_variables
+    items: list[Item] = []
+    seen: dict[str, int] = {}
+    for group, variables in groups.items():
+        for variable in variables:
+            name = f"{group}/{variable.path}"
+            seen[name] = seen.get(name, 0) + 1
+            items.append(Item(name if seen[name] == 1 else f"{name}#{seen[name]}", variable))
+    return items + _state_of_compression(model, {id(item.variable): item.name for item in items})
+
+
+def _state_of_compression(model: keras.Model, names: Mapping[int, str]) -> list[Item]:
+    items = []
+    for optimizer in _optimizers(model).values():
+        wire = getattr(optimizer, "wire", Wire())
+        for group, variables in ((LAG, wire.lags), (RESIDUAL, wire.residuals)):
+            for index, variable in variables.items():
+                of = names[id(optimizer.trained_variables[index])]
+                items.append(Item(f"{group}/{of.partition('/')[2]}", variable))
+    return items
+
+
+def build_optimizer(model: keras.Model) -> None:
+    """Makes the variables of a model's optimizer, which Keras makes in the first step.
+
+    Raises:
+        ValueError: if the model itself is not built.
+    """
+    if not model.built:
+        raise ValueError(
+            "A checkpoint is saved of, and loaded into, a built model: call `model.build(...)` or the model first."
+        )
+    if model.optimizer is not None and not model.optimizer.built:
+        model.optimizer.build(model.trainable_variables)
+
+
+class LocalValues:
+    """A copy of what this process holds of variables: of each replica's component, without a collective."""
+
+    def __init__(self, variables: Iterable[keras.Variable]) -> None:
+        self._copies = [(component, component.numpy()) for component in components_of(variables)]
+
+    def restore(self) -> None:
+        for component, copy in self._copies:
+            component.assign(copy)
+
+
+def components_of(variables: Iterable[keras.Variable]) -> Iterator[tf.Variable]:
+    """What this process holds of variables: each local replica's component."""
+    for variable in variables:
+        yield from getattr(variable.value, "values", [variable.value])
+
+
+def optimizers_of(model: keras.Model) -> dict[str, str]:
+    """The classes of a model's optimizers, by the attribute that holds each."""
+    return {name: type(_innermost(optimizer)).__name__ for name, optimizer in _optimizers(model).items()}
+
+
+def bucket_bytes_of(model: keras.Model) -> dict[str, int]:
+    """The sizes of buckets that were chosen for a model's optimizers, by the attribute that holds each."""
+    choices = {name: getattr(optimizer, "bucket_bytes", None) for name, optimizer in _optimizers(model).items()}
+    return {name: choice.value for name, choice in choices.items() if choice is not None}
+
+
+def _optimizers(model: keras.Model) -> dict[str, keras.optimizers.Optimizer]:
+    return {name: value for name, value in sorted(vars(model).items()) if isinstance(value, keras.optimizers.Optimizer)}
+
+
+def _innermost(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
+    inner = getattr(optimizer, "inner_optimizer", None)
+    return optimizer if inner is None else _innermost(inner)

@@ -1,0 +1,106 @@
+"""What orders the collectives of one process, and tells how far each replica has come with them.
+
+[Note: ordering] Several devices of one process deadlock unless each orders its own collectives; an ordering token,
+one resource per device, does that and nothing else: what shares a token runs in the order of the program. NCCL needs
+one order for all. On CPU a few tokens per device let some collectives overlap, which hides their latency; one more
+"lane" is for stage 3's second gathers, which are traced after what needs them.
+
+[Note: counts] Between processes a replica adds one to its lane's count when a collective begins and when it ends, so
+that a collective that waits in vain is noticed (`collectives/pulse.py`). Before it begins, its purpose is noted beside
+the count.
+"""
+
+import contextlib
+import weakref
+from collections.abc import Sequence
+
+import tensorflow as tf
+
+# [Note: ordering] Collectives in flight at once, on CPU.
+LANES = 4
+
+
+class Lanes:
+    """The lanes of the local replicas. [Note: ordering]
+
+    Args:
+        devices: this process's devices, one per local replica.
+        count: how many lanes each has; the last is that of gathers in the backward pass.
+        is_counted: whether collectives are counted. [Note: counts]
+    """
+
+    def __init__(self, devices: Sequence[str], count: int, is_counted: bool) -> None:
+        self.is_counted = is_counted
+        self.tokens = [_make_variables(device, count) for device in devices]
+        hosts = [_host_of(device) for device in devices] if is_counted else []
+        self._counters = [_make_variables(host, count) for host in hosts]
+        self._purposes = [_make_variables(host, count) for host in hosts]
+        self._known_purposes = {"a value that all replicas contribute to": 0}
+        self._current_purpose = [0] * len(devices)
+        self.iterations: tf.Variable | None = None  # of the optimizer built last
+        # Weakly: an operation keeps its graph alive, and the graph the variables that it reads.
+        self._latest: list[list[weakref.ref | None]] = [[None] * count for _ in devices]
+
+    def counts(self) -> list[int]:
+        """How many collectives each lane of each local replica has begun and ended, together. [Note: counts]"""
+        return [int(counter.numpy()) for counters in self._counters for counter in counters]
+
+    @contextlib.contextmanager
+    def purpose(self, replica: int, text: str):
+        """Within it a local replica's collectives are for this, should one of them have to be named."""
+        former = self._current_purpose[replica]
+        self._current_purpose[replica] = self._known_purposes.setdefault(text, len(self._known_purposes))
+        try:
+            yield
+        finally:
+            self._current_purpose[replica] = former
+
+    def describe(self, place: int) -> str:
+        """In which step, and at what, the collective is that stands at a place of `counts`."""
+        replica, lane = divmod(place, len(self._counters[0]))
+        purpose = list(self._known_purposes)[int(self._purposes[replica][lane].numpy())]
+        step = "" if self.iterations is None else f"in step {int(self.iterations.numpy()) + 1}, "
+        return f"{step}at {purpose}"
+
+    def latest(self, replica: int, graph) -> tf.Operation | None:
+        """The collective that the next one of the backward lane will wait for, if it is in `graph`. [Note: ordering]"""
+        noted = self._latest[replica][-1]
+        latest = None if noted is None else noted()
+        return latest if latest is not None and latest.graph is graph else None
+
+    def noted(self, result: tf.Tensor, replica: int, lane: int) -> tf.Tensor:
+        """A collective's result, which the lane's next one will wait for."""
+        self._latest[replica][lane] = weakref.ref(result.op)
+        return result
+
+    @contextlib.contextmanager
+    def counted(self, replica: int, lane: int, value: tf.Tensor):
+        """Counts a collective that waits for `value`; the function it gives is to be told the result. [Note: counts]"""
+
+        def count_after(*tensors):
+            if not self.is_counted:
+                return []
+            counter = self._counters[replica][lane]
+            with tf.control_dependencies(tensors), tf.device(counter.device):
+                return [counter.assign_add(1, read_value=False)]
+
+        def note_after(tensor):
+            if not self.is_counted:
+                return []
+            noted = self._purposes[replica][lane]
+            with tf.control_dependencies([tensor]), tf.device(noted.device):
+                return [noted.assign(self._current_purpose[replica], read_value=False)]
+
+        with tf.control_dependencies(count_after(value, *note_after(value))):
+            yield count_after
+
+
+def _make_variables(device: str, count: int) -> list[tf.Variable]:
+    with tf.init_scope(), tf.device(device):
+        return [tf.Variable(0, trainable=False, dtype=tf.int64) for _ in range(count)]
+
+
+def _host_of(device: str) -> str:
+    """The CPU device that can be read while its GPU is busy."""
+    spec = tf.DeviceSpec.from_string(device)
+    return device if spec.device_type == "CPU" else spec.replace(device_type="CPU", device_index=0).to_string()

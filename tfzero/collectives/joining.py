@@ -1,0 +1,79 @@
+"""What a process has of the cluster that it has joined, once for all its strategies."""
+
+import os
+from dataclasses import dataclass
+
+import tensorflow as tf
+
+from tfzero.collectives.group import LINKED_LANES
+from tfzero.collectives.pulse import Pulse
+from tfzero.host import distributed, runtime
+from tfzero.workers.agreement import versions
+from tfzero.workers.channel import Channel
+from tfzero.workers.cluster import Cluster
+from tfzero.workers.links import Links, link
+from tfzero.workers.stopping import let_children_end
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Control channels for the program, saving in the background and batches; links for collectives; the pulse."""
+
+    channel: Channel
+    saving_channel: Channel
+    batch_channel: Channel
+    links: tuple[Links, ...] = ()
+    pulse: Pulse | None = None
+
+    def wait_at_most(self, timeout_seconds: float) -> None:
+        """From now on, in whatever a strategy of this process does. All workers call it together."""
+        for each in (
+            self.channel,
+            self.saving_channel,
+            self.batch_channel,
+            *self.links,
+            *(() if self.pulse is None else (self.pulse,)),
+        ):
+            each.timeout_seconds = timeout_seconds
+
+
+_joined: dict[Cluster, Joined] = {}
+
+
+def join(cluster: Cluster | None, timeout_seconds: float) -> Joined:
+    """Joins the other workers, which all call this; or gives what the process has, if it has joined them already.
+
+    Raises:
+        RuntimeError: if TensorFlow has been used before.
+        TimeoutError: if a worker does not come in time. See `Channel.join`.
+    """
+    let_children_end()
+    if cluster is None:
+        return Joined(channel_of_one(), channel_of_one(), channel_of_one())
+    if cluster not in _joined:
+        if runtime.runtime_is_initialized():
+            raise RuntimeError(
+                "TensorFlow was used before the ZeroStrategy was made, and then it cannot join other workers any more. "
+                "Make the strategy at the start of the program, before any tensor, variable or model."
+            )
+        distributed.leave_watch_out()
+        channel, of_saving, of_pulse, of_batches = (Channel.join(cluster, timeout_seconds) for _ in range(4))
+        channel.agree("comparing versions", versions(), "versions")
+        links = _make_links(cluster, channel, timeout_seconds)
+        _joined[cluster] = Joined(
+            channel, of_saving, of_batches, links, Pulse(cluster, of_pulse, timeout_seconds, links)
+        )
+    return _joined[cluster]
+
+
+def _make_links(cluster: Cluster, channel: Channel, timeout_seconds: float) -> tuple[Links, ...]:
+    """Links for the collectives' lanes, if every worker has threads enough. [Note: links]"""
+    threads = tf.config.threading.get_inter_op_parallelism_threads() or os.cpu_count() or 1
+    if cluster.size == 1 or min(channel.all_gather("counting threads", threads)) < LINKED_LANES:
+        return ()
+    return link(cluster, channel, LINKED_LANES, timeout_seconds)
+
+
+def channel_of_one() -> Channel:
+    """A control channel for a process without others."""
+    return Channel(Cluster(("localhost:1",), ("worker 0",), 0), {}, timeout_seconds=1.0)

@@ -1,0 +1,63 @@
+"""The network between replicas as it was measured when training began, and the size of buckets that follows from it.
+
+[Note: bucket size] P bytes in buckets of B bytes wait P/B times for the network's latency, and the last bucket's
+transfer has nothing left to hide behind. Their sum, P/B * latency + B / bandwidth, is least at
+B = sqrt(P * latency * bandwidth). A power of two is taken, so that small differences of measurement change nothing.
+"""
+
+import math
+import statistics
+import time
+from dataclasses import dataclass
+
+import tensorflow as tf
+
+from tfzero.collectives.group import Group
+from tfzero.workers.channel import Channel
+from tfzero.workers.settings import Choice
+
+DEFAULT_BUCKET_BYTES = 25 * 2**20
+_LEAST, _MOST = 2**20, 2**26
+# Float32 elements that are exchanged to learn latency and bandwidth.
+_SMALL, _LARGE = 2**8, 2**20
+_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Network:
+    """What an exchange (reduce-scatter and all-gather of all replicas) costs."""
+
+    latency_seconds: float
+    bytes_per_second: float
+
+    def bucket_bytes(self, model_bytes: int) -> Choice:
+        """The bytes of a bucket for a model of so many bytes of gradients. [Note: bucket size]"""
+        best = math.sqrt(max(1, model_bytes) * self.latency_seconds * self.bytes_per_second)
+        chosen = 2 ** round(math.log2(min(max(best, _LEAST), _MOST)))
+        return Choice(
+            chosen,
+            f"the square root of {model_bytes / 2**20:.1f} MiB of gradients x {self.latency_seconds * 1e3:.2f} ms x "
+            f"{self.bytes_per_second / 2**20:.0f} MiB/s, as measured, is {best / 2**20:.1f} MiB",
+        )
+
+
+def measure_network(group: Group, channel: Channel) -> Network:
+    """What the first worker measures; all workers call it together."""
+
+    def exchange(rows, replica):
+        return group.all_gather(group.reduce_scatter(rows, replica), replica)
+
+    def seconds(elements: int) -> float:
+        rows = tf.zeros([group.world_size, -(-elements // group.world_size)])
+        taken = []
+        for _ in range(_ROUNDS + 1):
+            start = time.perf_counter()
+            for result in group.launch(exchange, [rows] * len(group.devices)):
+                result[0, 0].numpy()
+            taken.append(time.perf_counter() - start)
+        return statistics.median(taken[1:])
+
+    small, large = seconds(_SMALL), seconds(_LARGE)
+    size_bytes = 4 * (_LARGE - _SMALL)
+    small, rate = channel.broadcast("measuring the network", [small, size_bytes / max(large - small, 1e-9)])
+    return Network(small, rate)

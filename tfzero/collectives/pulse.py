@@ -1,0 +1,280 @@
+"""Notices workers that are lost or stuck, and ends the collectives that would wait for them for ever.
+
+[Note: pulse] TensorFlow's own timeout starts a thread for each collective, and the thread sleeps until the time is
+over. Instead each replica counts what it begins and what it ends (`Group.counts`): an odd count is a collective in
+flight. Every second the workers exchange their counts over a control channel of their own. A worker that does not
+answer is lost or stopped; one whose counts lag behind is elsewhere in its program.
+
+A worker that ends with an error because of that exits with a code of its own, and at once: leaving TensorFlow in good
+order takes the others.
+"""
+
+import atexit
+import os
+import re
+import sys
+import threading
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import monotonic
+
+import tensorflow as tf
+
+from tfzero.collectives.group import Group
+from tfzero.host import runtime
+from tfzero.workers.channel import Channel
+from tfzero.workers.cluster import Cluster
+from tfzero.workers.links import Links
+from tfzero.workers.stopping import EXIT_WORKER_LOST, AgreedStop, blamed_by, note_blame
+
+_INTERVAL_SECONDS = 1.0
+# When a worker is lost, for a collective that has all it needs to end by itself.
+_GRACE_SECONDS = 2.0
+# What the pulse says where nobody is behind the others.
+NOT_FOR_THE_SAME = "All workers wait, but not for the same"
+# After so much of the timeout a worker that does not answer counts as lost, so that all know in time.
+_PATIENCE = 0.8
+# As which TensorFlow reports that another worker is gone; it may notice before the pulse does. What tfzero itself
+# raises then, is marked. [Note: blame] in `workers/stopping.py`
+_LOSSES = (
+    tf.errors.UnavailableError, tf.errors.DeadlineExceededError, tf.errors.AbortedError, tf.errors.CancelledError
+)  # fmt: skip
+_TASK = re.compile(r"/job:(\w+)/replica:0/task:(\d+)")
+
+
+class _Watched:
+    """A group's counts, also when it has been dropped with its strategy: then they stay what they were, and even."""
+
+    def __init__(self, group: Group) -> None:
+        self._group = weakref.ref(group)
+        self._counts = group.lanes.counts()
+
+    def counts(self) -> list[int]:
+        group = self._group()
+        self._counts = [count + count % 2 for count in self._counts] if group is None else group.lanes.counts()
+        return self._counts
+
+    def traced(self) -> dict[str, int]:
+        """How often this worker has traced functions with its collectives, by name. [Note: keys]"""
+        group = self._group()
+        return {} if group is None else dict(group.keys.traced)
+
+    def places(self) -> list[str]:
+        """What its collectives in flight are for."""
+        group = self._group()
+        if group is None:
+            return []
+        return [group.lanes.describe(place) for place, count in enumerate(group.lanes.counts()) if count % 2]
+
+
+class Pulse:
+    """Watches the collectives of this process in a thread, for the life of the process.
+
+    Args:
+        cluster: the workers.
+        channel: a control channel that nothing else uses.
+        timeout_seconds: how long a collective may take, and a worker may not answer.
+        links: what collectives may wait for beside TensorFlow's own.
+    """
+
+    def __init__(self, cluster: Cluster, channel: Channel, timeout_seconds: float, links: Sequence[Links]) -> None:
+        self._cluster = cluster
+        self._channel = channel
+        self._links = links
+        self._groups: list[_Watched] = []
+        self._since: list[tuple[int, float]] = []  # each count and when it came to it
+        self._lock = threading.Lock()  # held while the thread is in TensorFlow
+        self._stopped = threading.Event()
+        self.stop_together = AgreedStop(timeout_seconds)
+        self._reason = ""  # why the watch has ended
+        self._blamed: tuple[int, ...] = ()  # whose doing that is
+        self._has_reason = threading.Event()
+        self._process = os.getpid()
+        self.programs_differ = False  # collectives were at odds, and nobody is lost
+        atexit.register(self.stop)
+        sys.excepthook = self._exit_hook(sys.excepthook)
+        threading.Thread(target=self._watch, name="tfzero pulse", daemon=True).start()
+
+    @property
+    def timeout_seconds(self) -> float:
+        """How long a collective may take, and a worker may not answer."""
+        return self.stop_together.timeout_seconds
+
+    @timeout_seconds.setter
+    def timeout_seconds(self, seconds: float) -> None:
+        self.stop_together.timeout_seconds = seconds
+
+    def add(self, group: Group) -> None:
+        """Watches one more group while its strategy lives; all workers add the same ones in the same order."""
+        self._groups.append(_Watched(group))
+
+    def hear_of_loss(self, reason: str) -> None:
+        """Takes over why another channel has ended: this process then ends for that reason."""
+        if not self._has_reason.is_set():
+            self._note(reason)
+
+    def stop(self) -> None:
+        """Ends the watch; the other workers take it for the end of this one."""
+        if os.getpid() != self._process:  # a forked child, which has no such thread
+            return
+        with self._lock:
+            self._stopped.set()
+        self._channel.close()
+
+    def _watch(self) -> None:
+        reason = ""
+        beats: list[_Beat] = []
+        while not self._stopped.wait(_INTERVAL_SECONDS):
+            with self._lock:
+                if self._stopped.is_set():
+                    return
+                counts = [count for watched in self._groups for count in watched.counts()]
+                where = self._where()
+            if not reason:
+                try:
+                    beats = self._exchange(counts, where)
+                except (OSError, RuntimeError, ValueError) as error:
+                    reason = self._note(str(error), blamed_by(error) or ())
+            at_odds = next((beat.at_odds for beat in beats if beat.at_odds), "")
+            stuck = self._stuck_lanes(counts, _GRACE_SECONDS if reason else self.timeout_seconds)
+            if at_odds and not reason:
+                places = " ".join(beat.where for beat in beats if beat.where)
+                self.programs_differ = True
+                self._abort(self._note(" ".join(filter(None, (at_odds, self._traced_alone(beats), places))), ()))
+                return
+            if stuck:
+                reason = self._note(reason or self._describe(beats, stuck), self._blamed or self._behind(beats, stuck))
+                self._abort(f"{reason} {self._where()}")
+                return
+
+    def _exchange(self, counts: list[int], where: str) -> list["_Beat"]:
+        """The beats of all workers, in rank order."""
+        at_odds = next((links.at_odds for links in self._links if links.at_odds), "")
+        beat = [counts, self.stop_together.tell(), at_odds, where, [watched.traced() for watched in self._groups]]
+        told = self._channel.all_gather("the pulse", beat, _PATIENCE * self.timeout_seconds)
+        beats = [_Beat.read(each, name) for each, name in zip(told, self._cluster.names, strict=True)]
+        self.stop_together.hear([beat.stopping for beat in beats])
+        return beats
+
+    def _note(self, reason: str, blamed: Sequence[int]) -> str:
+        self._reason, self._blamed = reason, tuple(blamed)
+        self._has_reason.set()
+        return reason
+
+    def _where(self) -> str:
+        """What this worker waits for; a collective that was aborted stays in flight."""
+        places = [place for watched in self._groups for place in watched.places()]
+        return f"{self._cluster.name} was {' and '.join(dict.fromkeys(places))}." if places else ""
+
+    def _exit_hook(self, former):
+        """What to do with an error that ends the process, after `former` has shown it."""
+
+        def show_and_exit(kind, error, trace):
+            former(kind, error, trace)
+            lost, blamed = self._others_in(error) if os.getpid() == self._process else ("", ())
+            if lost:
+                text = f"tfzero: {self._cluster.name} exits with code {EXIT_WORKER_LOST}: {lost} {self._where()}"
+                print(text, file=sys.stderr)
+                sys.stdout.flush()
+                sys.stderr.flush()
+                note_blame(blamed)
+                os._exit(EXIT_WORKER_LOST)
+
+        return show_and_exit
+
+    def _others_in(self, error: BaseException) -> tuple[str, tuple[int, ...]]:
+        """What is to be said of other workers, if they are why this one ends, and which they are; "" if not."""
+        if self.programs_differ:
+            return "", ()
+        blamed = blamed_by(error)
+        if blamed is not None:
+            return self._reason or str(error), self._blamed or blamed
+        if not isinstance(error, _LOSSES) and not any(links.is_lost for links in self._links):
+            return "", ()
+        # TensorFlow has such errors of its own, as of files: the pulse knows of what no collective waits for.
+        if self._has_reason.wait(self.timeout_seconds if self._where() else 2 * _INTERVAL_SECONDS + _GRACE_SECONDS):
+            return self._reason, self._blamed
+        return self._named_in(str(error))
+
+    def _named_in(self, text: str) -> tuple[str, tuple[int, ...]]:
+        """What TensorFlow says of another worker, by our name for it, and which it is."""
+        names = {f"{job} {index}" for job, index in _TASK.findall(text)} - {self._cluster.name}
+        lost = [index for index, name in enumerate(self._cluster.names) if name in names]
+        text = ", ".join(self._cluster.names[index] for index in lost)
+        return (f"{text} was lost, as TensorFlow noticed." if lost else ""), tuple(lost)
+
+    def _stuck_lanes(self, counts: list[int], limit_seconds: float) -> list[int]:
+        """Places of the counts that have been odd, and the same, for too long."""
+        now = monotonic()
+        for place, count in enumerate(counts):
+            if place == len(self._since):
+                self._since.append((count, now))
+            elif self._since[place][0] != count:
+                self._since[place] = (count, now)
+        return [k for k, (count, since) in enumerate(self._since) if count % 2 and now - since >= limit_seconds]
+
+    def _behind(self, beats: list["_Beat"], stuck: list[int]) -> list[int]:
+        """The workers that have not come to where this one is stuck."""
+        mine = beats[self._cluster.index].counts if beats else []
+        told = [place for place in stuck if place < len(mine)]
+        return [
+            index
+            for index, beat in enumerate(beats)
+            if any(place >= len(beat.counts) or beat.counts[place] < mine[place] for place in told)
+        ]
+
+    def _describe(self, beats: list["_Beat"], stuck: list[int]) -> str:
+        behind = self._behind(beats, stuck)
+        where = f"{self._cluster.name} has waited in a collective for {self.timeout_seconds:g} s."
+        if not behind:
+            what = f"{NOT_FOR_THE_SAME}: run the same program on every worker."
+        else:
+            what = (
+                f"{self._cluster.describe(*behind)} did not arrive there. "
+                "Look there whether it is stuck or elsewhere in the program, or give a longer timeout."
+            )
+        return " ".join(filter(None, (where, what, self._traced_alone(beats))))
+
+    def _traced_alone(self, beats: list["_Beat"]) -> str:
+        """Which function one worker has traced more often than another, if there is one; else "". [Note: keys]"""
+        for told in zip(*(beat.traced for beat in beats), strict=False):
+            for name in told[0]:
+                counts = [traced.get(name, 0) for traced in told]
+                if 0 < min(counts) < max(counts):
+                    who = ", ".join(f"{n} on {w}" for n, w in zip(counts, self._cluster.names, strict=True))
+                    return (
+                        f"The function {name!r} was traced so often: {who}. Where one worker alone meets new shapes, "
+                        "a function must exchange the same, in the same order, as before."
+                    )
+        return ""
+
+    def _abort(self, reason: str) -> None:
+        for links in self._links:
+            links.close(reason)
+        with self._lock:
+            if not self._stopped.is_set():
+                runtime.abort_collectives(reason)
+
+
+@dataclass(frozen=True)
+class _Beat:
+    """What a worker tells every second."""
+
+    counts: list[int]  # [Note: counts] in `collectives/counts.py`
+    stopping: list[bool | int]  # `AgreedStop.tell`
+    at_odds: str  # how another worker's collective differs from its own
+    where: str  # what it waits for
+    traced: list[dict[str, int]]  # `_Watched.traced`, of each group
+
+    @classmethod
+    def read(cls, told, name: str) -> "_Beat":
+        """What was received of a worker; ValueError if it is no beat."""
+        if isinstance(told, list) and [type(each) for each in told] == [list, list, str, str, list]:
+            counts, stopping, at_odds, where, traced = told
+            kinds = [type(each) for each in stopping]
+            are_dicts = all(isinstance(each, dict) for each in traced)
+            numbers = [*counts, *(number for each in traced for number in each.values())] if are_dicts else [None]
+            if kinds == [bool, bool, int] and all(type(number) is int for number in numbers):
+                return cls(counts, stopping, at_odds, where, traced)
+        raise ValueError(f"{name} sent a beat that cannot be read: {str(told)[:200]}. Start all workers again.")

@@ -1,0 +1,381 @@
+"""Whether the transport between replicas is right: each primitive runs once, on values whose result is known.
+
+A transport can be wrong without an error: a library that numbers members otherwise, or supports a dtype or a size in
+part, or adds in too few bits. So every start of a strategy sends a few numbers in every way in which training will.
+
+[Note: known values] Each rank and each element has a number of its own, and no size divides by the number of replicas.
+What is only moved uses many bits of its dtype. What is summed are whole numbers, whose sum is exact in any order;
+16-bit floats that are to be added in float32 have a sum that 16 bits cannot hold.
+"""
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+
+import numpy as np
+import tensorflow as tf
+
+from tfzero.collectives.group import Group
+from tfzero.host import graphs, runtime
+from tfzero.workers.channel import Channel
+
+_LARGE_BYTES = 2**16 + 4  # so many are not summed by gathering. [Note: small sums] in `collectives/group.py`
+_MOST_SHOWN = 3  # of what is wrong, by each worker
+_MOST_CHARACTERS = 2000  # of what a worker tells
+_TOPIC = "testing the transport"
+
+# The dtypes in which training uses a primitive, or may. On CPUs the first ones have a way of their own, and the others
+# travel as one of them does: all_gather_parts is two all-gathers. NCCL comes in many versions: there all are tested.
+_DTYPES = {
+    "all_reduce": ((tf.float32, tf.bfloat16, tf.int64), (tf.float64, tf.float16, tf.int32, tf.bool)),
+    "reduce_scatter": ((tf.float32, tf.bfloat16), (tf.float16,)),
+    "all_to_all": ((tf.int32,), (tf.float32,)),  # as int32 compressed values travel
+    "all_gather": ((tf.float32, tf.bfloat16, tf.bool), (tf.float16, tf.int32, tf.int64, tf.uint8)),
+    "all_gather_parts": ((), (tf.float32, tf.bool)),
+    "broadcast": ((tf.float32, tf.bool), (tf.bfloat16, tf.int64)),
+}
+
+
+class TransportError(RuntimeError):
+    """What replicas send each other arrives wrong, or cannot be sent."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What came of one primitive and dtype; if it is wrong, at the first local rank that received something wrong."""
+
+    primitive: str  # such as "all_reduce", or "reduce_scatter within workers" for a level of two
+    dtype: str
+    way: str  # "ring", "nccl" or "links"
+    ok: bool
+    rank: int
+    expected: str  # "" if it is right
+    received: str
+    seconds: float  # of the whole test
+
+    def __str__(self) -> str:
+        name = f"{self.primitive} of {self.dtype} over {self.way}"
+        return f"{name} gave rank {self.rank} {self.received} instead of {self.expected}" if not self.ok else name
+
+
+def check(group: Group, channel: Channel) -> None:
+    """Runs the test. All workers call it together, and if it fails on one, it ends with an error on all.
+
+    Args:
+        group: the replicas of a strategy.
+        channel: between the workers; what takes longer than its timeout is an error.
+
+    Raises:
+        TransportError: a RuntimeError that names primitive, dtype, rank, and what was expected and received.
+        tf.errors.OpError: if TensorFlow fails; the text names primitive and dtype.
+    """
+    if group.world_size == 1:
+        return
+    told, failure = "", None
+    try:
+        wrong = [row for row in run(group, channel.timeout_seconds) if not row.ok]
+        more = f"; and {len(wrong) - _MOST_SHOWN} more" if len(wrong) > _MOST_SHOWN else ""
+        told = "; ".join(map(str, wrong[:_MOST_SHOWN])) + more
+    except Exception as error:
+        told, failure = f"{type(error).__name__}: {error}", error
+    try:
+        answers = channel.all_gather(_TOPIC, told[:_MOST_CHARACTERS])
+    except Exception as error:
+        if failure is None:
+            raise
+        raise failure from error  # who waits for this worker in a primitive does not answer
+    if failure is not None:
+        raise failure
+    if any(answers):
+        where = [f"worker {worker}: {answer}" for worker, answer in enumerate(answers) if answer]
+        raise TransportError(
+            f"The first exchange between the replicas went wrong. {'. '.join(where)}. Training "
+            "would go wrong without an error. Give all machines the same drivers and libraries (NCCL on GPUs), or "
+            'choose other devices: `ZeroStrategy(devices=["CPU:0"])` leaves GPUs out.'
+        )
+
+
+def run(group: Group, timeout_seconds: float = 60.0, every_dtype: bool = False) -> list[Row]:
+    """Runs each primitive that training uses. All replicas of all workers run it together.
+
+    Args:
+        group: the replicas of a strategy.
+        timeout_seconds: how long it may take within one process. Between processes the pulse limits it.
+        every_dtype: whether what travels as something else does is tested too. With NCCL it always is.
+
+    Returns:
+        A row for each primitive and dtype, of what this process's replicas received; none for a single replica.
+
+    Raises:
+        TransportError: if a primitive cannot be traced.
+        tf.errors.OpError: if TensorFlow fails; the text names primitive and dtype.
+    """
+    if group.world_size == 1:
+        return []
+    start = perf_counter()
+    cases = _cases(group, every_dtype or group.hint == "nccl")
+    received = _received(group, cases, timeout_seconds)
+    seconds = perf_counter() - start
+    way = "links" if group.links else group.hint
+    return [_row(case, [results[k] for results in received], group, way, seconds) for k, case in enumerate(cases)]
+
+
+@dataclass(frozen=True)
+class _Case:
+    """A primitive and a dtype: what ranks give, and what they must receive."""
+
+    primitive: str
+    dtype: tf.DType
+    run: Callable  # of a value and a replica
+    gives: Callable[[int], np.ndarray]  # of a rank
+    receives: Callable[[Sequence[int], int], Sequence[np.ndarray]]  # of a group's ranks, and a place among them
+    members: Callable[[int], tuple[Sequence[int], int]]  # those ranks and that place, of a local replica
+
+    @property
+    def name(self) -> str:
+        return f"{self.primitive} of {self.dtype.name}"
+
+    @property
+    def scope(self) -> str:
+        """What TensorFlow's errors name."""
+        return f"self_test_of_{self.primitive}_of_{self.dtype.name}_".replace(" ", "_")
+
+
+def _row(case: _Case, received: Sequence, group: Group, way: str, seconds: float) -> Row:
+    """The row of a case, from what each local replica received."""
+    for replica, results in enumerate(received):
+        parts = results if isinstance(results, list | tuple) else [results]
+        wanted = case.receives(*case.members(replica))
+        for part, want in zip(parts, wanted, strict=True):
+            difference = _difference(part.numpy(), want)
+            if difference is not None:
+                return Row(case.primitive, case.dtype.name, way, False, group.rank(replica), *difference, seconds)
+    return Row(case.primitive, case.dtype.name, way, True, group.rank(0), "", "", seconds)
+
+
+def _difference(found: np.ndarray, wanted: np.ndarray) -> tuple[str, str] | None:
+    """What was wanted and what was found, where they first differ; None if they are the same."""
+    if found.dtype != wanted.dtype or found.shape != wanted.shape:
+        return f"{wanted.dtype} of shape {wanted.shape}", f"{found.dtype} of shape {found.shape}"
+    same = found == wanted  # not of NaN
+    if same.all():
+        return None
+    place = np.unravel_index(int(np.argmin(same)), same.shape)
+    return f"{wanted[place]!s}", f"{found[place]!s} at {[int(k) for k in place]}"
+
+
+def _received(group: Group, cases: Sequence[_Case], timeout_seconds: float) -> list[list]:
+    """What each local replica receives in each case: one after the other, in one graph, which is the cheapest."""
+
+    def results(values, replica):
+        received: list = []
+        for case, value in zip(cases, values, strict=True):
+            received.append(_result(case, value, replica, group, after=tf.nest.flatten(received[-1:])))
+        return received
+
+    @tf.function(autograph=False)
+    def transport_test():
+        if len(group.devices) > 1:
+            graphs.chain_by_device(tf.compat.v1.get_default_graph(), group.devices)
+        ranks = [group.rank(replica) for replica in range(len(group.devices))]
+        return group.launch(results, [[case.gives(rank) for case in cases] for rank in ranks])
+
+    traced = transport_test.get_concrete_function()
+    try:
+        with _unoptimized(), _limited(group, timeout_seconds):
+            return traced()
+    except tf.errors.OpError as error:
+        found = [case.name for case in cases if case.scope in str(error) or f"self-test of {case.name}" in str(error)]
+        text = f"The self-test of {', '.join(found) or 'the transport'} failed: {error.message}"
+        raise type(error)(error.node_def, error.op, text) from error
+
+
+def _result(case: _Case, value: np.ndarray, replica: int, group: Group, after: Sequence[tf.Tensor]):
+    """Part of the graph: what a case gives a replica, once the last one has ended, so that errors name what hangs."""
+    with tf.name_scope(case.scope), group.lanes.purpose(replica, f"the self-test of {case.name}"):
+        with tf.control_dependencies(after):
+            given = tf.constant(value, case.dtype)
+        try:
+            return case.run(given, replica)
+        except Exception as error:
+            raise TransportError(f"{case.name} cannot be traced: {type(error).__name__}: {error}") from error
+
+
+@contextlib.contextmanager
+def _unoptimized() -> Iterator[None]:
+    """Within it graphs run as they were traced: to optimize one that runs once takes longer than to run it."""
+    former = tf.config.optimizer.get_experimental_options().get("disable_meta_optimizer", False)
+    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
+    try:
+        yield
+    finally:
+        tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": former})
+
+
+@contextlib.contextmanager
+def _limited(group: Group, timeout_seconds: float) -> Iterator[None]:
+    """Ends collectives that take longer, within one process; between processes the pulse does."""
+    if group.lanes.is_counted:
+        yield
+        return
+    reason = f"the replicas of this process did not end within {timeout_seconds:g} s"
+    timer = threading.Timer(timeout_seconds, runtime.abort_collectives, [reason])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+# The cases.
+
+
+def _dtypes(primitive: str, every_dtype: bool) -> tuple[tf.DType, ...]:
+    first, others = _DTYPES[primitive]
+    return first + others if every_dtype else first
+
+
+def _cases(group: Group, every_dtype: bool) -> list[_Case]:
+    """What training may send, through one group or the two levels of it."""
+    here, size = len(group.devices), group.world_size
+    first = group.rank(0)
+    everyone = list(range(size))
+
+    def all_of(replica):
+        return everyone, group.rank(replica)
+
+    cases = _sums(group, size, all_of, every_dtype) + _moves(group, size, all_of, every_dtype)
+    if group.within is not None:
+        neighbours = list(range(first, first + here))
+
+        def within(replica):
+            return neighbours, replica
+
+        def across(replica):
+            return everyone[replica::here], first // here
+
+        if every_dtype:  # else the sum of both levels will do
+            cases += [_scatter(group.within, " within workers", tf.float32, here, size, within)]
+            cases += [_scatter(group.across, " across workers", tf.float32, size // here, size, across)]
+        cases += [_exchange(group.across, " across workers", tf.int32, size // here, across)]
+    return cases
+
+
+def _sums(group: Group, size: int, members: Callable, every_dtype: bool) -> list[_Case]:
+    def reduced(dtype, elements, suffix=""):
+        @functools.cache
+        def gives(rank):
+            return _terms(dtype, rank, size, [elements])
+
+        def receives(ranks, place):
+            del place
+            return [_sum(dtype, [gives(rank) for rank in ranks])]
+
+        return _Case(f"all_reduce{suffix}", dtype, group.all_reduce, gives, receives, members)
+
+    cases = [reduced(dtype, size + 1) for dtype in _dtypes("all_reduce", every_dtype)]
+    if group.sums_by_gathering(tf.float32.size * (size + 1)):
+        elements = _LARGE_BYTES // tf.float32.size
+        cases.append(reduced(tf.float32, elements + (elements % size == 0), " in a ring"))
+    return cases + [_scatter(group, "", dtype, size, size, members) for dtype in _dtypes("reduce_scatter", every_dtype)]
+
+
+def _scatter(group: Group, suffix: str, dtype: tf.DType, rows: int, size: int, members: Callable) -> _Case:
+    is_narrow = dtype in (tf.float16, tf.bfloat16)
+    total = tf.float32 if is_narrow else dtype
+
+    def run(value, replica):
+        return group.reduce_scatter(value, replica, total)
+
+    @functools.cache
+    def gives(rank):
+        return (_terms_beyond if is_narrow else _terms)(dtype, rank, size, [rows, size + 1])
+
+    def receives(ranks, place):
+        return [_sum(total, [gives(rank)[place] for rank in ranks])]
+
+    return _Case(f"reduce_scatter{suffix}", dtype, run, gives, receives, members)
+
+
+def _exchange(group: Group, suffix: str, dtype: tf.DType, rows: int, members: Callable) -> _Case:
+    @functools.cache
+    def gives(rank):
+        return _numbers(dtype, rank, [rows, rows + 1])
+
+    def receives(ranks, place):
+        return [np.stack([gives(rank)[place] for rank in ranks])]
+
+    return _Case(f"all_to_all{suffix}", dtype, group.all_to_all, gives, receives, members)
+
+
+def _moves(group: Group, size: int, members: Callable, every_dtype: bool) -> list[_Case]:
+    def moved(primitive, dtype, run, receives, is_ragged=False):
+        @functools.cache
+        def gives(rank):
+            return _numbers(dtype, rank, [size + 1 + (rank if is_ragged else 0)])
+
+        return _Case(primitive, dtype, run, gives, lambda ranks, _: receives([gives(rank) for rank in ranks]), members)
+
+    def backward(value, replica):
+        return group.all_gather(value, replica, True)
+
+    def broadcast(value, replica):
+        with tf.control_dependencies([value]):  # who only receives has no use for it
+            return group.broadcast(value, replica)
+
+    def stacked(values):
+        return [np.stack(values)]
+
+    exchanged, gathered, parts, sent_to_all = (
+        _dtypes(primitive, every_dtype) for primitive in ("all_to_all", "all_gather", "all_gather_parts", "broadcast")
+    )
+    return [
+        *(_exchange(group, "", dtype, size, members) for dtype in exchanged),
+        *(moved("all_gather", dtype, group.all_gather, stacked) for dtype in gathered),
+        moved("all_gather in the backward pass", tf.float32, backward, stacked),
+        *(moved("all_gather_parts", dtype, group.all_gather_parts, list, True) for dtype in parts),
+        *(moved("broadcast", dtype, broadcast, lambda values: values[:1]) for dtype in sent_to_all),
+    ]
+
+
+# What ranks give. [Note: known values]
+
+
+def _numbers(dtype: tf.DType, rank: int, shape: Sequence[int]) -> np.ndarray:
+    """Of a rank: numbers that are to be moved."""
+    index = np.arange(np.prod(shape)).reshape(shape)
+    if dtype.is_bool:
+        numbers = (rank + 1) >> (index % 16) & 1
+    elif dtype.size <= 2:
+        numbers = (1 + 17 * rank + 3 * index) % 251  # as many as are exact in all of them, less a few
+    else:
+        numbers = 2 ** (40 if dtype == tf.int64 else 23) + (4099 * rank + 3 * index) % 2**23
+    return numbers.astype(dtype.as_numpy_dtype)
+
+
+def _terms(dtype: tf.DType, rank: int, size: int, shape: Sequence[int]) -> np.ndarray:
+    """Of a rank among `size`: numbers whose sum is exact in their dtype, in whatever order they are added."""
+    index = np.arange(np.prod(shape)).reshape(shape)
+    if dtype.is_bool:
+        terms = index % (size + 1) == rank  # one rank's for each element, and nobody's for the last
+    elif dtype.size <= 2:
+        terms = (1 + (rank + index) % 7) * (rank % (1 + 7 * size // 256) == 0)  # sums up to 256
+    else:
+        terms = min(2**16, 2**23 // size) + 1 + 3 * rank + 5 * (index % 251)  # sums below 2^24, for 1024 ranks
+    return terms.astype(dtype.as_numpy_dtype)
+
+
+def _terms_beyond(dtype: tf.DType, rank: int, size: int, shape: Sequence[int]) -> np.ndarray:
+    """Of a rank among `size`: 16-bit floats whose sum needs more bits; in each element another rank's is large."""
+    index = np.arange(np.prod(shape)).reshape(shape)
+    large = 2**8 if dtype == tf.bfloat16 else 2**11
+    small = np.where((rank - index) % size == 1 % size, 1 + size % 2 + 2 * (index % 5), 1)
+    return np.where(rank == index % size, large, small).astype(dtype.as_numpy_dtype)
+
+
+def _sum(dtype: tf.DType, values: Sequence[np.ndarray]) -> np.ndarray:
+    return sum(value.astype("float64") for value in values).astype(dtype.as_numpy_dtype)

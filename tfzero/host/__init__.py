@@ -1,0 +1,1 @@
+"""The only folder with private names of TensorFlow and Keras."""

@@ -1,0 +1,95 @@
+"""Private symbols of TensorFlow by which a replica's rows of a batch are known. See `host/runtime.py`."""
+
+import keras
+import tensorflow as tf
+
+# A composite tensor keeps its class through data sets and `tf.function`s, so ours tells what is cut by rows.
+from tensorflow.python.distribute.values import PerReplica, PerReplicaSpec
+
+# Has no public name.
+EagerTensor = tf.__internal__.EagerTensor
+
+
+class BatchParts(PerReplica):
+    """Each local replica's rows of a tensor of the batch. In a `tf.function` their number is not static.
+
+    Args:
+        values: one for each local replica; that of a replica without rows is padding. [Note: padding row]
+        rows: for each its number of rows without padding, an int64 scalar.
+    """
+
+    def __init__(self, values, rows) -> None:
+        super().__init__(values)
+        self._rows = tuple(rows)
+
+    @property
+    def values(self):
+        """One value for each local replica, whose rows `own_rows` tells."""
+        for value, rows in zip(self._values, self._rows, strict=True):
+            value._tfzero_rows = rows
+        return self._values
+
+    @property
+    def _type_spec(self):
+        values = (_without_rows(tf.type_spec_from_value(value)) for value in self._values)
+        return BatchPartsSpec(*values, *(tf.TensorSpec([], tf.int64) for _ in self._rows))
+
+
+class BatchPartsSpec(PerReplicaSpec):
+    """Type specification of `BatchParts`: of all values, then of all numbers of rows."""
+
+    __slots__ = ()
+
+    value_type = property(lambda self: BatchParts)
+
+    def _to_components(self, value):
+        return (*super()._to_components(value), *value._rows)
+
+    def _from_components(self, tensor_list):
+        replicas = len(tensor_list) // 2
+        return BatchParts(tensor_list[:replicas], tensor_list[replicas:])
+
+
+def container_of(handle):
+    """The distributed variable of one of whose components this is the handle, an eager tensor; or None."""
+    container = getattr(handle, "_distributed_container", None)
+    return None if container is None else container()
+
+
+def own_rows(value) -> tf.Tensor | None:
+    """How many rows of the batch a replica was given with its part of a tensor; None of what is no such part."""
+    return getattr(value, "_tfzero_rows", None)
+
+
+def _without_rows(spec: tf.TypeSpec) -> tf.TypeSpec:
+    """The spec of any number of rows."""
+    if getattr(spec, "shape", None) is None or not spec.shape.rank:
+        return spec
+    shape = [None, *spec.shape[1:]]
+    if isinstance(spec, tf.TensorSpec):
+        return tf.TensorSpec(shape, spec.dtype, spec.name)
+    if isinstance(spec, tf.SparseTensorSpec):
+        return tf.SparseTensorSpec(shape, spec.dtype)
+    if isinstance(spec, tf.RaggedTensorSpec):
+        return tf.RaggedTensorSpec(shape, spec.dtype, spec.ragged_rank, spec.row_splits_dtype, spec.flat_values_spec)
+    return spec
+
+
+def is_recurrent_state(arguments: dict) -> bool:
+    """Whether a variable made with these arguments is a stateful layer's (`keras/src/layers/rnn/rnn.py`)."""
+    return arguments.get("name") == "rnn_state" and arguments.get("trainable") is False
+
+
+def is_moving_statistic(arguments: dict) -> bool:
+    """Whether a variable made with these arguments averages over batches, as BatchNormalization's do.
+
+    (`keras/src/layers/normalization/batch_normalization.py`, which declares no aggregation.)
+    """
+    return arguments.get("name") in ("moving_mean", "moving_variance") and arguments.get("trainable") is False
+
+
+def recurrent_states(model: keras.Model) -> list[keras.Variable]:
+    """The states of a model's stateful layers, which Keras does not count among its variables."""
+    stateful = [layer for layer in model._flatten_layers() if getattr(layer, "stateful", False)]
+    states = [state for layer in stateful for state in tf.nest.flatten(getattr(layer, "states", None) or [])]
+    return list({id(state): state for state in states}.values())  # Bidirectional has those of its layers

@@ -1,0 +1,122 @@
+"""Every function of Keras and TensorFlow that tfzero replaces, each with its reason.
+
+`python -m tfzero.host.patches` lists them. They offer a strategy no hook at these places. A wrapper stands beside what
+it is about, in the modules of `_HOMES`, and asks first whether a `ZeroStrategy` is concerned: models of other
+strategies run the original code. The constructor of `ZeroStrategy` installs all of them, however it was imported.
+"""
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+
+# They stand after the strategy in the line of modules, so they are named and not imported.
+_HOMES = (
+    "tfzero.keras.training",
+    "tfzero.keras.data",
+    "tfzero.keras.losses",
+    "tfzero.keras.layers",
+    "tfzero.keras.files",
+    "tfzero.keras.saved_models",
+)
+
+
+@dataclass(frozen=True)
+class Patch:
+    """A function of Keras or TensorFlow and what stands in its place.
+
+    Args:
+        owner: the class or module that has it.
+        name: its name there.
+        arguments: the names of its parameters, in order, in the releases that tfzero is made for.
+        reason: why the original does not do.
+        test: one that fails without it, as "file::function".
+        wrapper: takes the original function, and then its arguments.
+    """
+
+    owner: object
+    name: str
+    arguments: str
+    reason: str
+    test: str
+    wrapper: Callable
+
+    @property
+    def target(self) -> str:
+        """Where it is: "keras.src.losses.loss.reduce_weighted_values"."""
+        owner = self.owner
+        path = f"{owner.__module__}.{owner.__qualname__}" if inspect.isclass(owner) else owner.__name__
+        return f"{path}.{self.name}"
+
+    @property
+    def problem(self) -> str:
+        """What a release has changed, or nothing."""
+        function = getattr(self.owner, self.name, None)
+        if function is None:
+            return f"{self.target} is no more"
+        found = " ".join(inspect.signature(inspect.unwrap(function)).parameters)
+        return "" if found == self.arguments else f"{self.target} takes ({found}), not ({self.arguments})"
+
+    def install(self) -> None:
+        """Puts the wrapper in its place; doing it twice is once."""
+        original = getattr(self.owner, self.name)
+        if getattr(original, "_tfzero_patch", False):
+            return
+
+        @functools.wraps(original)
+        def patched(*args, **kwargs):
+            return self.wrapper(original, *args, **kwargs)
+
+        patched._tfzero_patch = True
+        setattr(self.owner, self.name, patched)
+
+
+_registry: dict[str, Patch] = {}
+
+
+def patch(owner, name: str, arguments: str, reason: str, test: str) -> Callable:
+    """Decorates `wrapper(original, *args, **kwargs)`, which shall stand for `owner.name`. See `Patch`."""
+
+    def register(wrapper: Callable) -> Callable:
+        row = Patch(owner, name, arguments, reason, test, wrapper)
+        _registry[row.target] = row
+        return wrapper
+
+    return register
+
+
+def registry() -> tuple[Patch, ...]:
+    """All patches."""
+    for home in _HOMES:
+        importlib.import_module(home)
+    return tuple(_registry.values())
+
+
+@functools.cache
+def install() -> None:
+    """Installs all patches, once.
+
+    Raises:
+        RuntimeError: if a function that is to be replaced is not as tfzero knows it; then none is.
+    """
+    patches = registry()
+    problems = [problem for each in patches if (problem := each.problem)]
+    if problems:
+        keras = importlib.import_module("keras")
+        raise RuntimeError(
+            f"This tfzero does not fit Keras {keras.__version__}: {'; '.join(problems)}. Install the versions of "
+            "TensorFlow and Keras that tfzero's package metadata names."
+        )
+    for each in patches:
+        each.install()
+
+
+def main() -> None:
+    for each in registry():
+        print(f"{each.target}({each.arguments})\n    {each.reason}\n    {each.test}")
+
+
+if __name__ == "__main__":
+    # Not as `__main__`, of which the modules that register know nothing.
+    importlib.import_module("tfzero.host.patches").main()

@@ -1,0 +1,350 @@
+"""Every private symbol of TensorFlow and Keras that tfzero uses, each with its reason; see `host/graphs.py` too.
+
+`tests/test_compat.py` notices when a release changes one of them. TensorFlow's modules under `tf.distribute` have not
+changed in substance from 2.16 to 2.21; Keras's have.
+"""
+
+from tfzero.host import backend  # noqa: F401, isort: skip. It refuses other backends before Keras imports them.
+
+import contextlib
+import random
+import threading
+
+import keras
+import tensorflow as tf
+
+# Casts what layers read to the dtype of their computation.
+from keras.src.backend.common.variables import AutocastScope
+
+# Recomputes activations in the backward pass (`keras.RematScope`).
+from keras.src.backend.tensorflow import core as keras_core
+
+# Convolutions and poolings, which fail for an empty batch.
+from keras.src.backend.tensorflow import nn as keras_nn
+
+# Where batches are built and steps are made.
+from keras.src.backend.tensorflow import trainer as keras_tensorflow_trainer
+
+# Keras's files, of which one worker writes one.
+from keras.src.legacy.saving import legacy_h5_format
+
+# Keras's losses divide by what one replica sees; the divisor must be global.
+from keras.src.losses import loss as keras_loss
+from keras.src.optimizers.base_optimizer import BaseOptimizer
+from keras.src.optimizers.multi_optimizer import MultiOptimizer
+from keras.src.saving import saving_lib
+
+# `compile` decides about the optimizer, `_compute_loss` about the scale of a user's loss.
+from keras.src.trainers.trainer import Trainer
+
+# The strategy hands its own extended to the base class, and replicas are asked for their place.
+from tensorflow.python.distribute import distribute_lib
+
+# The extended that knows clusters, per-replica execution and input; ours derives from it.
+from tensorflow.python.distribute.collective_all_reduce_strategy import CollectiveAllReduceExtended
+
+# `create_mirrored_variable` builds a distributed variable from components; `regroup` makes per-replica values.
+from tensorflow.python.distribute.distribute_utils import create_mirrored_variable, regroup
+
+# The distributed variables that ours derive from.
+from tensorflow.python.distribute.values import (
+    DistributedVariable,
+    Mirrored,
+    MirroredVariable,
+    PerReplicaSpec,
+    SyncOnReadVariable,
+)
+from tensorflow.python.eager import context, record, tape
+
+# The graphs of branches and loops.
+from tensorflow.python.ops.control_flow_v2_func_graphs import ControlFlowFuncGraph
+
+# A variable that no strategy's scope turns into another kind.
+from tensorflow.python.ops.resource_variable_ops import ResourceVariable
+
+__all__ = [
+    "AutocastScope",
+    "BaseOptimizer",
+    "CollectiveAllReduceExtended",
+    "DistributedVariable",
+    "MirroredVariable",
+    "MultiOptimizer",
+    "SyncOnReadVariable",
+    "Trainer",
+    "create_mirrored_variable",
+    "distribute_lib",
+    "keras_core",
+    "keras_loss",
+    "keras_nn",
+    "keras_tensorflow_trainer",
+    "legacy_h5_format",
+    "saving_lib",
+]
+
+
+def replica_index() -> int | None:
+    """This process's index of the replica being run, or None outside a replica of a distribution strategy."""
+    replica = tf.distribute.get_replica_context()
+    if replica is None or not tf.distribute.has_strategy():
+        return None
+    # There is no public name for the local index.
+    return replica._replica_id
+
+
+def replica_thread() -> threading.Thread | None:
+    """The thread that runs a replica's function, one for each call of `strategy.run`; None elsewhere.
+
+    `main_args` are that replica's arguments. Wrapping the function instead would hide from TensorFlow that it is a
+    `tf.function`, and then replicas run one after the other, each waiting for the next one's collectives.
+    """
+    thread = threading.current_thread()
+    return thread if hasattr(thread, "main_args") else None
+
+
+def per_replica(values):
+    """One value for each local replica, as `strategy.run` returns and takes them."""
+    return regroup(tuple(values))
+
+
+def mirrored(values):
+    """One equal value for each local replica."""
+    return regroup(tuple(values), wrap_class=Mirrored)
+
+
+def runtime_is_initialized() -> bool:
+    """Whether TensorFlow has already created its devices; afterwards collectives cannot be configured."""
+    return context.context()._initialized
+
+
+def collectives_are_configured() -> bool:
+    """Whether TensorFlow's server for collectives between workers already runs in this process."""
+    return context.context()._collective_ops_server_def is not None
+
+
+def abort_collectives(reason: str) -> None:
+    """Ends all collectives of this process, running and to come, with an error of this text."""
+    context.context().abort_collective_ops(tf.errors.UNAVAILABLE, reason)
+
+
+def random_state() -> dict:
+    """The state from which TensorFlow's global seed and Python's `random` go on. JSON."""
+    version, internal, gauss = random.getstate()
+    return {"seed": context.global_seed(), "python": [version, list(internal), gauss]}
+
+
+def set_random_state(state: dict) -> None:
+    """Goes on from a `random_state` of another process; leaves an equal global seed alone, and its counter with it."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    if state["seed"] != context.global_seed():
+        tf.random.set_seed(state["seed"])
+
+
+def shuffle_seeds(dataset: tf.data.Dataset) -> list[list[int]]:
+    """The pair of seeds of every `shuffle` in a pipeline; `[0, 0]` is one without a seed."""
+    seeds = [seed for source in dataset._inputs() for seed in shuffle_seeds(source)]
+    if type(dataset).__name__ == "_ShuffleDataset":
+        seeds.append([int(tf.get_static_value(seed)) for seed in (dataset._seed, dataset._seed2)])
+    return seeds
+
+
+def replica_element_spec(dataset):
+    """Specs of what one replica gets of a distributed dataset's elements; None for what is no tensor."""
+
+    def of_replica(spec):
+        spec = spec._value_specs[0] if isinstance(spec, PerReplicaSpec) else spec
+        return spec if hasattr(spec, "shape") and hasattr(spec, "dtype") else None
+
+    return tf.nest.map_structure(of_replica, dataset.element_spec)
+
+
+def dataset_of(epoch_iterator: keras_tensorflow_trainer.TFEpochIterator):
+    """The distributed dataset behind Keras's loop over epochs."""
+    return epoch_iterator._distributed_dataset
+
+
+def length_of(epoch_iterator: keras_tensorflow_trainer.TFEpochIterator) -> dict:
+    """How much data Keras's loop will give, as far as it knows."""
+    last = None
+    with contextlib.suppress(NotImplementedError):  # of some kinds of data
+        last = epoch_iterator.data_adapter.partial_batch_size
+    return {"number of batches": epoch_iterator.num_batches, "size of the last batch": last}
+
+
+def is_at_first_batch(epoch_iterator: keras_tensorflow_trainer.TFEpochIterator) -> bool:
+    """Whether Keras's loop over data of unknown length has not yet got beyond the very first execution."""
+    return epoch_iterator._num_batches is None and epoch_iterator._steps_seen == epoch_iterator.steps_per_execution
+
+
+def set_initial_epoch(model, epoch: int | None) -> None:
+    """The epoch from which `fit` goes on, as `BackupAndRestore` says it; None for what `fit` was told."""
+    model._initial_epoch = epoch
+
+
+def draw_batches(epoch_iterator: keras_tensorflow_trainer.TFEpochIterator, steps, count: int | None) -> None:
+    """Passes over so many batches of an epoch, or all, in the loop `steps` that Keras's iterator makes over it."""
+    drawn = 0
+    with contextlib.suppress(StopIteration, tf.errors.OutOfRangeError):
+        while count is None or drawn < count:
+            _, _, iterator = next(steps)
+            for _ in range(epoch_iterator.steps_per_execution):
+                next(iterator)
+                drawn += 1
+
+
+def end_epoch(epoch_iterator: keras_tensorflow_trainer.TFEpochIterator, batches: int) -> None:
+    """What Keras's loop does after an epoch of so many batches, which it was not let finish.
+
+    It makes an iterator that it never uses, which lets a `shuffle` go on to its next order; but not after data of
+    unknown length, of which it has by then tried to take more than there are.
+    """
+    if epoch_iterator.data_adapter.num_batches is None:
+        epoch_iterator._num_batches = batches + epoch_iterator.steps_per_execution
+    else:
+        epoch_iterator._current_iterator = iter(epoch_iterator._get_iterator())
+    epoch_iterator.data_adapter.on_epoch_end()
+
+
+def input_structure(model):
+    """The Keras tensors that a model of `keras.Input`s takes, in their structure; None for any other model."""
+    functional = getattr(model, "_functional", None) or model
+    return getattr(functional, "_inputs_struct", None)
+
+
+def made_trainable(model) -> set[int]:
+    """Ids of the variables that layers made to be trained, though some may be frozen now."""
+    return {id(variable) for layer in model._flatten_layers() for variable in layer._trainable_variables}
+
+
+def rows_counted(model) -> list[int]:
+    """How many samples each local replica has trained with since metrics were reset, as the loss's mean counts them."""
+    return [int(count.numpy()) for count in model._loss_tracker.count.value.values]
+
+
+def is_train_step_of_keras(step) -> bool:
+    """Whether a model's step is Keras's own `train_step`, overridden by nobody."""
+    return getattr(step, "__func__", None) is keras.Model.train_step
+
+
+def training_loss(model, x, y, y_pred, sample_weight):
+    """The loss as Keras's own `train_step` computes it, also with a `compute_loss` of an older signature."""
+    return model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
+
+
+def is_backward(operation: tf.Operation) -> bool:
+    """Whether a gradient tape made an operation; it names them so."""
+    return "gradient_tape/" in operation.name
+
+
+def creation_order(operation: tf.Operation) -> int:
+    """A number that grows with every operation of a graph."""
+    return operation._id
+
+
+def uses_of_variable(variable: tf.Variable) -> list[tf.Operation]:
+    """The operations of the current graph that read or change a variable, or call functions that may."""
+    return tf.compat.v1.get_default_graph().capture(variable.handle).consumers()
+
+
+def is_recorded(value: tf.Tensor) -> bool:
+    """Whether the gradient tape that is active, if any is, knows how a value was made."""
+    return not record.could_possibly_record() or record.should_record_backprop([value])
+
+
+def unrecorded():
+    """Within it gradient tapes note nothing."""
+    return record.stop_recording()
+
+
+def note_read(variable: tf.Variable) -> None:
+    """Lets what looks for variables that are read (tapes, `tf.recompute_grad` within another) know of one."""
+    if variable.trainable:
+        tape.variable_accessed(variable)
+
+
+def record_read(variable: tf.Variable, value: tf.Tensor) -> None:
+    """Has gradient tapes take a new value for what was read of a variable: the gradient has then that value's shape."""
+    note_read(variable)
+    record.record_operation("ReadVariableOp", [value], [variable.handle], lambda upstream: [upstream])
+
+
+def graph_around_control_flow(outermost) -> tuple:
+    """The nearest graph, up to `outermost`, that is no branch or loop; and whether a branch or loop is around that."""
+    graph = tf.compat.v1.get_default_graph()
+    while graph is not outermost and isinstance(graph, ControlFlowFuncGraph):
+        graph = graph.outer_graph
+    around = graph
+    while around is not outermost and not isinstance(around, ControlFlowFuncGraph) and hasattr(around, "outer_graph"):
+        around = around.outer_graph
+    return graph, around is not outermost and isinstance(around, ControlFlowFuncGraph)
+
+
+def plain_variable(value: tf.Tensor, name: str | None = None) -> tf.Variable:
+    """A variable of this process alone, also within the scope of a strategy."""
+    with tf.init_scope():
+        return ResourceVariable(value, trainable=False, name=name)
+
+
+def remake(variable: keras.Variable) -> None:
+    """Makes a Keras variable's `tf.Variable` anew, under the current scope; references to the former stay good."""
+    variable._initialize(tf.constant(variable.numpy()))
+
+
+# What the wrapper takes over from a Keras optimizer's `apply` (keras/src/optimizers/base_optimizer.py).
+
+
+def iteration_counter(optimizer: BaseOptimizer) -> keras.Variable:
+    """The counter of micro-steps; the public `iterations` divides it by the accumulation steps."""
+    return optimizer._iterations
+
+
+def own_scalars(optimizer: BaseOptimizer) -> list[keras.Variable]:
+    """The variables that an optimizer makes in its constructor: iterations, and the learning rate if it is a number."""
+    return list(optimizer._variables)
+
+
+def begin_update(optimizer: BaseOptimizer, learning_rate) -> None:
+    """What an optimizer does once a step, before the variables' own updates (Nadam keeps a product there)."""
+    optimizer._backend_update_step([], [], learning_rate)
+
+
+def decay_weight(optimizer: BaseOptimizer, variable) -> None:
+    """Applies the optimizer's weight decay to one variable, if it is not excluded."""
+    optimizer._apply_weight_decay([variable])
+
+
+def accumulator(optimizer: BaseOptimizer, variable) -> keras.Variable:
+    """The gradient accumulator of one variable."""
+    return optimizer._accumulated_gradients[optimizer._get_variable_index(variable)]
+
+
+def moving_average(optimizer: BaseOptimizer, variable) -> keras.Variable:
+    """The exponential moving average of one variable."""
+    return optimizer._model_variables_moving_average[optimizer._get_variable_index(variable)]
+
+
+def optimizer_for(optimizer: MultiOptimizer, variable) -> BaseOptimizer:
+    """The optimizer that a MultiOptimizer chooses for a variable, by its path."""
+    return optimizer._optimizer_map(variable)
+
+
+def is_accumulator_name(name: str) -> bool:
+    """Whether a slot's name says that it accumulates gradients (`BaseOptimizer.build`)."""
+    return name.endswith("gradient_accumulator")
+
+
+def adopt(optimizer: BaseOptimizer, home, variables=None) -> None:
+    """Makes `home` stand for the strategy in an optimizer, and `variables` for what it trains.
+
+    Keras's TensorFlow optimizer sends slot creation, updates and the swapping of averages through
+    `_distribution_strategy.extended`.
+    """
+    optimizer._distribution_strategy = home
+    if variables is not None:
+        # Not by assignment, with which Keras would count them among the optimizer's own variables.
+        optimizer.__dict__["_trainable_variables"] = list(variables)
+
+
+def home_of(optimizer: BaseOptimizer):
+    """What stands for the strategy in an optimizer."""
+    return optimizer._distribution_strategy

@@ -1,0 +1,44 @@
+"""Private symbols of TensorFlow and Keras that have to do with SavedModels, each with its reason.
+
+As in `host/runtime.py`, `tests/test_compat.py` notices when a release changes one of them.
+"""
+
+from collections.abc import Mapping
+
+import keras
+import tensorflow as tf
+
+# The distributed variable of a component, which notes it at its handle.
+from tensorflow.python.distribute.distribute_utils import value_container
+
+# What `tf.saved_model.save`, `model.export` and TFLite's converter come down to. No strategy is asked who writes.
+from tensorflow.python.saved_model import save as saver
+
+__all__ = ["saver"]
+
+
+def distributed_variables(root) -> list[tf.Variable]:
+    """The distributed variables of an object that is to be saved, each once, in an order that depends on it alone."""
+    found: dict[int, tf.Variable] = {}
+    for each in [*tf.train.TrackableView(root).descendants(), *getattr(root, "_all_variables", ())]:
+        variable = container_of(each.value if isinstance(each, keras.Variable) else each)
+        if hasattr(variable, "distribute_strategy") and hasattr(variable, "values"):
+            found.setdefault(id(variable), variable)
+    return list(found.values())
+
+
+def container_of(variable):
+    """The distributed variable that another one is a component of, else the variable itself."""
+    return value_container(variable)
+
+
+def replace_listed(root, replacements: Mapping[int, tf.Variable]) -> list | None:
+    """Puts others, by id, in place of variables that Keras lists for an export because its endpoints have read them.
+
+    Returns:
+        What was listed before; None if `root` is not Keras's.
+    """
+    listed = getattr(root, "_all_variables", None)
+    if listed is not None:
+        root._all_variables = list({id(v): v for v in (replacements.get(id(v), v) for v in listed)}.values())
+    return listed

@@ -1,0 +1,1 @@
+"""Where Keras must be told about replicas: the patches, and what they do."""

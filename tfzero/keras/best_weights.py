@@ -1,0 +1,46 @@
+"""The best weights that `EarlyStopping` keeps of parameters in shards: each process keeps its own part."""
+
+from collections.abc import Sequence
+
+import keras
+import numpy as np
+
+from tfzero.checkpoint.state import components_of
+from tfzero.variables.classes import ShardedVariable
+
+
+class BestWeightsInParts(keras.callbacks.Callback):
+    """Shows Keras's `EarlyStopping` a model of which it keeps parts.
+
+    Args:
+        callbacks: those of `fit`. Of a subclass none is shown it, as its code may need the model itself.
+    """
+
+    def __init__(self, callbacks: Sequence[keras.callbacks.Callback]) -> None:
+        super().__init__()
+        self._callbacks = [each for each in callbacks if type(each) is keras.callbacks.EarlyStopping]
+
+    def on_train_begin(self, logs=None) -> None:
+        if any(isinstance(variable.value, ShardedVariable) for variable in self.model.weights):
+            for callback in self._callbacks:
+                callback.set_model(_ModelInParts(self.model))
+
+
+class _ModelInParts:
+    """A model for who only takes its weights and gives them back: they are what this process holds of them."""
+
+    def __init__(self, model: keras.Model) -> None:
+        self.__dict__["model"] = model
+
+    def __getattr__(self, name: str):
+        return getattr(self.model, name)
+
+    def __setattr__(self, name: str, value) -> None:
+        setattr(self.model, name, value)
+
+    def get_weights(self) -> list[np.ndarray]:
+        return [part.numpy() for part in components_of(self.model.weights)]
+
+    def set_weights(self, weights: list[np.ndarray]) -> None:
+        for part, weight in zip(components_of(self.model.weights), weights, strict=True):
+            part.assign(weight)

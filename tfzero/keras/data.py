@@ -1,0 +1,94 @@
+"""The places where Keras's way with data must be told about replicas, and about a run that goes on.
+
+They are patched as the training's are (`host/patches.py`).
+"""
+
+import contextlib
+
+import tensorflow as tf
+
+from tfzero.host import runtime
+from tfzero.host.patches import patch
+from tfzero.keras.model_building import build_unless_the_step_does
+from tfzero.keras.training import strategy_of
+from tfzero.rows.inputs import DataPosition
+from tfzero.strategy import ZeroStrategy
+
+_EMPTY = "The data set is empty: it has no batch. Pass at least one sample."
+
+
+class _Epochs(runtime.keras_tensorflow_trainer.TFEpochIterator):
+    """Keras's loop over the epochs of data, under a ZeroStrategy."""
+
+    place: DataPosition | None = None  # in the data, where the loop begins
+
+    def _enumerate_iterator(self):
+        """At first passes over the epochs and batches that a checkpoint has behind it."""
+        place, self.place = self.place or DataPosition(), None
+        for _ in range(place.epochs):
+            steps = super()._enumerate_iterator()
+            if self.steps_per_epoch:  # one iterator serves all epochs
+                runtime.draw_batches(self, steps, None)
+            else:  # a new one shuffles anew when it gives its first batch
+                runtime.draw_batches(self, steps, 1)
+                steps.close()
+                runtime.end_epoch(self, place.epoch_batches)
+        steps = super()._enumerate_iterator()
+        runtime.draw_batches(self, steps, place.batches)
+        yield from steps
+
+    @contextlib.contextmanager
+    def catch_stop_iteration(self):
+        """Data of unknown length without a batch are an error, not an epoch."""
+        with super().catch_stop_iteration():
+            try:
+                yield
+            except (StopIteration, tf.errors.OutOfRangeError):  # an execution that found no batch
+                if runtime.is_at_first_batch(self):
+                    raise ValueError(_EMPTY) from None
+                raise
+
+
+@patch(
+    runtime.keras_tensorflow_trainer.TFEpochIterator,
+    "__init__",
+    "self distribute_strategy args kwargs",
+    "workers shuffle alike, and agree how much data there is; a run goes on from its place in them",
+    "test_workers.py::test_every_sample_is_seen_once_in_an_epoch",
+)
+def _epoch_iterator(original, self, distribute_strategy=None, *args, **kwargs):
+    if not isinstance(distribute_strategy, ZeroStrategy):
+        return original(self, distribute_strategy, *args, **kwargs)
+    # Of the training data, if a callback goes on from a checkpoint: they come first.
+    position, distribute_strategy.data_position = distribute_strategy.data_position, None
+    with distribute_strategy.agreed_randomness(position):
+        original(self, distribute_strategy, *args, **kwargs)
+    self.__class__, self.place = _Epochs, position
+    if position is not None:
+        position.note_batch_size(self.data_adapter)
+    if self.num_batches == 0:
+        raise ValueError(_EMPTY)
+    distribute_strategy.channel.agree("reading data", runtime.length_of(self), "data sets")
+
+
+@patch(
+    runtime.keras_tensorflow_trainer.TensorFlowTrainer,
+    "_maybe_symbolic_build",
+    "self iterator data_batch",
+    "Keras draws a batch to learn shapes from, which a shuffled pipeline then has drawn",
+    "test_step.py::test_a_tf_dataset_that_shuffles_anew_in_each_epoch",
+)
+def _maybe_symbolic_build(original, self, iterator=None, data_batch=None):
+    """Builds a model from what its data say of their elements.
+
+    Keras draws a batch for that, which a shuffled dataset or a shared generator then has drawn.
+    """
+    strategy = strategy_of(self)
+    if strategy is None:
+        return original(self, iterator=iterator, data_batch=data_batch)
+    if iterator is not None:
+        specs = runtime.replica_element_spec(runtime.dataset_of(iterator))
+        if all(spec.shape.rank is not None for spec in tf.nest.flatten(specs) if spec is not None):
+            iterator, data_batch = None, specs
+    with strategy.extended.first_values():
+        return build_unless_the_step_does(lambda: original(self, iterator=iterator, data_batch=data_batch), self)

@@ -1,0 +1,219 @@
+"""Keras's own files under a ZeroStrategy: all workers take part, one writes.
+
+Reading a sharded variable gathers it, so every worker walks over the model as Keras's saving does, variable by
+variable, but only the first of those that name a path writes there. The files are ordinary ones, for plain Keras too.
+
+[Note: told] Before each variable is gathered, and at the end, the workers say to each other that all goes well. So what
+fails on one, such as a full disk under the one that writes, is raised on all at once, and none waits in a collective.
+"""
+
+import contextlib
+import functools
+import io
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import keras
+import numpy as np
+
+from tfzero.checkpoint.teamwork import SAVING_SECONDS, together
+from tfzero.host import runtime
+from tfzero.host.patches import patch
+from tfzero.keras.training import strategy_of
+from tfzero.optimizer import ZeroOptimizer
+from tfzero.variables.classes import ShardedVariable
+from tfzero.workers.progress import progress
+
+_TOPIC = "saving a model"
+
+
+class _Discarded(runtime.saving_lib.H5IOStore):
+    """Takes what Keras would write, one variable after the other, and drops it."""
+
+    def __init__(self) -> None:
+        pass
+
+    def __bool__(self) -> bool:
+        return True
+
+    def make(self, path, metadata=None):
+        return self
+
+    def __setitem__(self, key, value) -> None:
+        np.asarray(value)
+
+    def close(self) -> None:
+        pass
+
+
+def _exchange(strategy, place, error: BaseException | None = None) -> list:
+    """What each worker gives as its place in the walk. Raises on all what has failed on one. [Note: told]"""
+
+    def tell():
+        if error is not None:
+            raise error
+        return place
+
+    try:
+        return together(strategy.channel, _TOPIC, tell, SAVING_SECONDS)
+    except BaseException as told:
+        told._tfzero_told = True
+        raise
+
+
+@contextlib.contextmanager
+def _telling(strategy):
+    """What fails within it fails on all, at their next exchange. [Note: told]"""
+    try:
+        yield
+    except BaseException as error:
+        if getattr(error, "_tfzero_told", False):
+            raise
+        _exchange(strategy, None, error)
+
+
+def _save_together(model, filepath, save: Callable[[], object], skipped: Iterable = ()) -> object:
+    """Saves by `save` on the worker that writes; the others take part in what it gathers."""
+    strategy = strategy_of(model)
+    gathered = 0
+
+    def before_gathering() -> None:
+        nonlocal gathered
+        gathered += 1
+        _agree_on_place(strategy, f"variable {gathered}")
+
+    with _telling(strategy):
+        # Who writes into an object in memory has one of its own.
+        path = None if isinstance(filepath, io.IOBase) else str(Path(filepath).absolute())
+        writer = _exchange(strategy, path).index(path)
+        result = None
+        with _gathers_shown(strategy, model), _called_before_gathering(strategy.extended, before_gathering):
+            if path is None or writer == strategy.extended.seats.worker:
+                result = save()
+            else:
+                runtime.saving_lib._save_state(model, _Discarded(), None, "", {id(each) for each in skipped})
+        _agree_on_place(strategy, "the end")
+    return result
+
+
+def _agree_on_place(strategy, place: str) -> None:
+    places = _exchange(strategy, place)
+    if len(set(places)) > 1:
+        where = ", ".join(f"worker {worker} at {each}" for worker, each in enumerate(places))
+        error = RuntimeError(f"While a model is saved the workers are at different places: {where}. Save it alike.")
+        error._tfzero_told = True  # as all raise it
+        raise error
+
+
+@contextlib.contextmanager
+def _called_before_gathering(extended, function: Callable[[], object]):
+    former, extended.before_gathering = extended.before_gathering, function
+    try:
+        yield
+    finally:
+        extended.before_gathering = former
+
+
+@contextlib.contextmanager
+def _gathers_shown(strategy, model: keras.Model):
+    """Shows how many of the variables that lie in parts have been gathered."""
+    variables = [*model.variables, *(model.optimizer.variables if model.optimizer else [])]
+    count = sum(isinstance(variable.value, ShardedVariable) for variable in variables)
+    shown = count > 0 and strategy.extended.seats.worker == 0
+    with progress("gathering", count, unit="variables", shown=shown) as bar:
+        former, strategy.extended.after_gathering = strategy.extended.after_gathering, bar.advance
+        try:
+            yield
+        finally:
+            strategy.extended.after_gathering = former
+
+
+@patch(
+    runtime.saving_lib,
+    "save_model",
+    "model filepath weights_format zipped",
+    "reading a variable in shards is a collective: all workers save, one writes",
+    "test_keras_files.py::test_one_worker_writes",
+)
+def _save_model(original, model, filepath, *args, **kwargs):
+    if strategy_of(model) is None:
+        return original(model, filepath, *args, **kwargs)
+    return _save_together(model, filepath, lambda: original(model, filepath, *args, **kwargs))
+
+
+@patch(
+    runtime.saving_lib,
+    "save_weights_only",
+    "model filepath max_shard_size objects_to_skip",
+    "reading a variable in shards is a collective: all workers save, one writes",
+    "test_keras_files.py::test_one_worker_writes",
+)
+def _save_weights_only(original, model, filepath, max_shard_size=None, objects_to_skip=None):
+    if strategy_of(model) is None:
+        return original(model, filepath, max_shard_size, objects_to_skip)
+    save = functools.partial(original, model, filepath, max_shard_size, objects_to_skip)
+    return _save_together(model, filepath, save, objects_to_skip or ())
+
+
+@patch(
+    runtime.legacy_h5_format,
+    "save_model_to_hdf5",
+    "model filepath overwrite include_optimizer",
+    "several workers would write one file; it is refused",
+    "test_keras_files.py::test_one_worker_writes",
+)
+def _save_model_to_hdf5(original, model, filepath, *args, **kwargs):
+    strategy = strategy_of(model)
+    if strategy is not None and strategy.extended.seats.workers > 1:
+        raise ValueError(
+            f"Several workers cannot save in the legacy HDF5 format. Save as `.keras`. Received: {filepath}"
+        )
+    return original(model, filepath, *args, **kwargs)
+
+
+# Files that were written before the optimizer had a registered name call it so.
+keras.saving.get_custom_objects()["ZeroOptimizer"] = ZeroOptimizer
+
+
+# Callbacks that handle files themselves.
+
+
+@patch(
+    keras.callbacks.ModelCheckpoint,
+    "_save_model",
+    "self epoch batch logs",
+    "making its folder fails if another worker is as fast",
+    "test_keras_files.py::test_a_folder_that_another_worker_has_just_made_is_no_error",
+)
+def _save_model_checkpoint(original, self, epoch, batch, logs):
+    if (strategy := strategy_of(self.model)) is not None:
+        path = self._get_file_path(epoch, batch, logs)
+        # Keras's own check and `makedirs` fail if another worker is as fast.
+        with _telling(strategy):
+            if "://" not in path:
+                Path(path).parent.mkdir(parents=True, exist_ok=True)
+            _exchange(strategy, None)
+    return original(self, epoch, batch, logs)
+
+
+@patch(
+    keras.callbacks.BackupAndRestore,
+    "_save_model",
+    "self",
+    "one worker writes what is beside the weights",
+    "test_keras_files.py::test_one_worker_writes",
+)
+def _save_backup(original, self):
+    if (strategy := strategy_of(self.model)) is None:
+        return original(self)
+    with _telling(strategy):
+        if _is_chief(self.model):
+            original(self)
+        else:
+            self.model.save_weights(self._weights_path, overwrite=True)
+        _exchange(strategy, None)
+
+
+def _is_chief(model) -> bool:
+    strategy = strategy_of(model)
+    return strategy is None or strategy.extended.seats.worker == 0

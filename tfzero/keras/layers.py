@@ -1,0 +1,74 @@
+"""The places where Keras's layers must be told about replicas: randomness and dtypes.
+
+They are patched as the training's are (`host/patches.py`).
+"""
+
+import functools
+
+import keras
+import tensorflow as tf
+
+from tfzero.host import runtime
+from tfzero.host.patches import patch
+from tfzero.rows.dependence import OTHER, mark
+from tfzero.strategy import ZeroStrategy
+from tfzero.training import losses
+from tfzero.variables.classes import ShardedParameter
+
+_FOLD = 0x9E3779B9  # the golden ratio in 32 bits: far apart and odd
+
+
+# Mixed precision: what is cast for a layer travels in the layer's dtype.
+
+
+@patch(
+    runtime.AutocastScope,
+    "maybe_cast",
+    "self value",
+    "in mixed precision a parameter in shards travels in the dtype of the layer that reads it",
+    "test_stage3.py::test_mixed_precision_moves_half_the_bytes",
+)
+def _maybe_cast(original, self, value):
+    is_parameter = isinstance(value, ShardedParameter) and losses.current_extended() is not None
+    return value.whole(tf.as_dtype(self.dtype)) if is_parameter and self.dtype is not None else original(self, value)
+
+
+# Randomness.
+
+
+@patch(
+    keras.random.SeedGenerator,
+    "next",
+    "self ordered",
+    "all replicas would draw the same dropout masks",
+    "test_step.py::test_dropout_draws_its_own_mask_on_each_replica_and_again_for_the_same_seed",
+)
+def _next_seed(original, self, *args, **kwargs):
+    """Every replica draws from a stream of its own; rank 0's is the stream of one device."""
+    seed = original(self, *args, **kwargs)
+    extended = losses.current_extended()
+    if extended is None:
+        return seed
+    rank = extended.group.rank(runtime.replica_index())
+    return mark(seed + tf.constant([rank * _FOLD % 2**31, 0], seed.dtype), OTHER)
+
+
+# Recomputing activations: TensorFlow's `recompute_grad` takes no keyword arguments in a graph, and layers pass some.
+
+
+@patch(
+    runtime.keras_core,
+    "remat",
+    "f",
+    "TensorFlow's `recompute_grad` takes no keyword arguments in a graph, and layers pass some",
+    "test_stage3.py::test_remat_composes_with_stage_3",
+)
+def _remat(original, function):
+    if not isinstance(tf.distribute.get_strategy(), ZeroStrategy):
+        return original(function)
+
+    @functools.wraps(function)
+    def recomputed(*args, **kwargs):
+        return original(functools.partial(function, **kwargs))(*args)
+
+    return recomputed

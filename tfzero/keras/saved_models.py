@@ -1,0 +1,65 @@
+"""SavedModels for serving: ordinary ones, that one of all workers writes.
+
+[Note: export] `tf.saved_model.save` traces functions again while it saves, and takes the variables that they read. What
+lies in shards is held whole meanwhile, as an ordinary variable, so this is what functions read and what the file holds;
+TensorFlow alone loads it. `model.export`, `keras.export.ExportArchive` and TFLite's converter all come down to it.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+
+from tfzero.checkpoint.teamwork import SAVING_SECONDS, together
+from tfzero.host.patches import patch
+from tfzero.host.saved_model import distributed_variables, replace_listed, saver
+from tfzero.strategy import ZeroStrategy
+from tfzero.variables.classes import ShardedVariable, agree_on_sharded
+
+
+@patch(
+    saver,
+    "save_and_return_nodes",
+    "obj export_dir signatures options experimental_skip_checkpoint",
+    "what lies in shards is held whole while it is saved, and one worker writes",
+    "test_saved_models.py::test_plain_tensorflow_serves_what_the_model_gives",
+)
+def _save_saved_model(original, obj, export_dir, *args, **kwargs):
+    variables = distributed_variables(obj)
+    strategies = [v.distribute_strategy for v in variables if isinstance(v.distribute_strategy, ZeroStrategy)]
+    if not strategies:
+        return original(obj, export_dir, *args, **kwargs)
+    channel, worker = strategies[0].channel, strategies[0].extended.seats.worker
+    sharded = [variable for variable in variables if isinstance(variable, ShardedVariable)]
+    agree_on_sharded(channel, "saving a SavedModel", sharded, "variables to save")
+    path = os.path.abspath(os.fspath(export_dir))
+    writes = channel.all_gather("naming a SavedModel", path).index(path) == worker
+    saved = []
+
+    def save() -> None:
+        if writes:
+            saved.append(original(obj, export_dir, *args, **kwargs))
+
+    with _held(obj, sharded, writes):
+        together(channel, "a SavedModel is saved", save, SAVING_SECONDS)
+    return saved[0] if saved else None
+
+
+@contextlib.contextmanager
+def _held(obj, sharded: Sequence[ShardedVariable], keeps: bool) -> Iterator[None]:
+    """Whole values of sharded variables; who does not keep them takes part in gathering them, one after the other."""
+    for variable in sharded:
+        variable.hold()
+        if not keeps:
+            variable.let_go(write_back=False)
+    if not keeps:
+        yield
+        return
+    held = {id(part): variable.held for variable in sharded for part in (*variable.values, variable)}
+    listed = replace_listed(obj, held)
+    try:
+        yield
+    finally:
+        if listed is not None:
+            obj._all_variables = listed
+        for variable in sharded:
+            variable.let_go(write_back=False)

@@ -1,0 +1,297 @@
+"""The places where Keras's training must be told about replicas. Those in layers are in `keras/layers.py`.
+
+Keras offers a strategy no hook for these, so they are patched (`host/patches.py`).
+"""
+
+import functools
+import inspect
+
+import keras
+import tensorflow as tf
+
+from tfzero.checkpoint.callbacks import CheckpointCallback
+from tfzero.checkpoint.teamwork import SAVING_SECONDS
+from tfzero.host import runtime
+from tfzero.host.patches import patch
+from tfzero.keras.best_weights import BestWeightsInParts
+from tfzero.keras.model_building import take_in_strays
+from tfzero.keras.writing_callbacks import one_worker_writes
+from tfzero.optimizer import Home, ZeroOptimizer
+from tfzero.rows.dependence import mark_global
+from tfzero.strategy import ZeroStrategy
+from tfzero.training import losses
+from tfzero.training.late_gathers import LateGathers
+from tfzero.workers.agreement import agree_on_call, agree_on_compile
+
+_NO_JIT = (
+    "jit_compile=True cannot work under a ZeroStrategy: XLA would make one cluster of all replicas, and has no "
+    "collectives on CPU. Leave jit_compile at 'auto'; the optimizer's update is compiled by XLA anyway."
+)
+
+
+def strategy_of(model) -> ZeroStrategy | None:
+    strategy = getattr(model, "_distribute_strategy", None)
+    return strategy if isinstance(strategy, ZeroStrategy) else None
+
+
+# Compile: optimizer and metrics belong to the strategy, wherever they were made.
+
+
+def wrap_optimizer(optimizer, strategy: ZeroStrategy):
+    """The ZeroOptimizer of an optimizer: itself, the one it has, or a new one."""
+    if optimizer is None or isinstance(optimizer, ZeroOptimizer):
+        return optimizer
+    home = runtime.home_of(optimizer)
+    if isinstance(home, Home):
+        if home.strategy is not strategy:
+            raise ValueError(
+                f"The optimizer {optimizer.name!r} has trained a model of another ZeroStrategy. Pass a new optimizer."
+            )
+        return home.wrapper
+    return ZeroOptimizer(optimizer)
+
+
+@patch(
+    runtime.Trainer,
+    "compile",
+    "self optimizer loss loss_weights metrics weighted_metrics run_eagerly steps_per_execution jit_compile "
+    "auto_scale_loss",
+    "`compile` does not enter the scope: optimizer and metrics that were made elsewhere become the strategy's",
+    "test_step.py::test_ways_to_compile",
+)
+def _compile(original, self, *args, **kwargs):
+    strategy = strategy_of(self)
+    if strategy is None:
+        return original(self, *args, **kwargs)
+    if kwargs.get("jit_compile") is True:
+        raise ValueError(_NO_JIT)
+    agree_on_compile(strategy, inspect.signature(original).bind(self, *args, **kwargs))
+    take_in_strays(self, strategy)
+    with strategy.scope():
+        result = original(self, *args, **kwargs)
+        self.optimizer = wrap_optimizer(self.optimizer, strategy)
+    for metric in [self._loss_tracker, *_metric_objects((args, kwargs))]:
+        strategy.extended.take_in(metric.variables)
+    return result
+
+
+def _metric_objects(arguments) -> list[keras.metrics.Metric]:
+    return [leaf for leaf in tf.nest.flatten(arguments) if isinstance(leaf, keras.metrics.Metric)]
+
+
+# Steps: raw batches are cut, logs are global.
+
+
+@patch(
+    runtime.keras_tensorflow_trainer.TensorFlowTrainer,
+    "_make_function",
+    "self step_function",
+    "raw batches are cut, the logs of a step are global, late gathers",
+    "test_step.py::test_batches_on_their_own",
+)
+def _make_function(original, self, step_function):
+    strategy = strategy_of(self)
+    if strategy is None:
+        return original(self, step_function)
+    if self.jit_compile:
+        raise ValueError(_NO_JIT)
+    for name, value in list(vars(self).items()):
+        if isinstance(value, keras.optimizers.Optimizer) and not isinstance(value, ZeroOptimizer):
+            setattr(self, name, wrap_optimizer(value, strategy))  # a GAN's other optimizers
+    for metric in _flat_metrics(self.metrics):
+        strategy.extended.take_in(metric.variables)
+        _make_result_global(metric, strategy)
+    check = strategy.comparison.of_given(f"those given to `{step_function.__name__}`")
+    late = LateGathers.of(self, step_function, strategy)
+    function = original(self, step_function if late is None else late.step)
+
+    def function_of_cut_batches(iterator):
+        if isinstance(iterator, tf.data.Iterator | tf.distribute.DistributedIterator):
+            function_of_cut_batches.element_spec = iterator.element_spec  # for `views/gradient_time.py`
+        else:
+            iterator = map(functools.partial(_cut_checked, strategy, check), iterator)
+        return function(iterator) if late is None else late.run(function, iterator)
+
+    return function_of_cut_batches
+
+
+def _cut_checked(strategy: ZeroStrategy, check, batch):
+    """One batch of `train_on_batch`, `test_on_batch` or `predict_on_batch`, for the replicas."""
+    check(batch)
+    return strategy.extended.cut_batch(batch)
+
+
+@patch(
+    runtime.keras_tensorflow_trainer.TensorFlowTrainer,
+    "predict_on_batch",
+    "self x",
+    "each replica would predict the whole batch",
+    "test_step.py::test_batches_on_their_own",
+)
+def _predict_on_batch(original, self, x):
+    strategy = strategy_of(self)
+    if strategy is None:
+        return original(self, x)
+    with strategy.comparison.during("predict_on_batch"):
+        return original(self, _cut_checked(strategy, strategy.check_predicted, x))
+
+
+def _flat_metrics(metrics) -> list[keras.metrics.Metric]:
+    """Metrics and, for those that hold others, the held ones."""
+    flat = []
+    for metric in metrics:
+        held = getattr(metric, "metrics", None)
+        flat += _flat_metrics(held) if held else [metric]
+    return flat
+
+
+def _make_result_global(metric: keras.metrics.Metric, strategy: ZeroStrategy) -> None:
+    """Within a replica, lets `metric.result()` speak of all replicas; each counts its own part."""
+    if getattr(metric.result, "_tfzero_global", False):
+        return
+    original = metric.result
+
+    @functools.wraps(original)
+    def result():
+        extended = losses.current_extended()
+        if extended is None or not metric.variables:
+            return original()
+        reduced = _sum_over_replicas([v.value for v in metric.variables], extended)
+        with keras.StatelessScope(state_mapping=zip(metric.variables, reduced, strict=True)):
+            return tf.nest.map_structure(lambda value: mark_global(tf.identity(value)), original())
+
+    result._tfzero_global = True
+    object.__setattr__(metric, "result", result)
+
+
+def _sum_over_replicas(values, extended) -> list[tf.Tensor]:
+    """One all-reduce for all values of a dtype."""
+    tensors = [tf.convert_to_tensor(value) for value in values]
+    reduced: list = [None] * len(tensors)
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        members = [k for k, tensor in enumerate(tensors) if tensor.dtype == dtype]
+        flat = tf.concat([tf.reshape(tensors[k], [-1]) for k in members], 0)
+        flat = extended.replica_collective(extended.group.all_reduce, flat)
+        parts = tf.split(flat, [tensors[k].shape.num_elements() for k in members])
+        for k, part in zip(members, parts, strict=True):
+            reduced[k] = tf.reshape(part, tensors[k].shape)
+    return reduced
+
+
+# What users call.
+
+
+def _bind(original, model, args, kwargs) -> inspect.BoundArguments:
+    """A call's arguments by name. Of several workers the first one shows progress: logs are the same on all."""
+    call = inspect.signature(original).bind(model, *args, **kwargs)
+    if not strategy_of(model).extended.should_checkpoint:
+        call.arguments["verbose"] = 0
+    return call
+
+
+def _evaluate_or_predict(original, self, *args, **kwargs):
+    strategy = strategy_of(self)
+    if strategy is None:
+        return original(self, *args, **kwargs)
+    call = _bind(original, self, args, kwargs)
+    with one_worker_writes(_callbacks_in(call), strategy), strategy.comparison.during(original.__name__):
+        agree_on_call(strategy, original.__name__, call)
+        return original(*call.args, **call.kwargs)
+
+
+_CALLS = {
+    "evaluate": "self x y batch_size verbose sample_weight steps callbacks return_dict kwargs",
+    "predict": "self x batch_size verbose steps callbacks",
+}
+for _name, _arguments in _CALLS.items():
+    patch(
+        runtime.keras_tensorflow_trainer.TensorFlowTrainer,
+        _name,
+        _arguments,
+        "of several workers the first one shows progress and writes",
+        "test_report.py::test_one_of_several_workers_prints_it_and_shows_progress",
+    )(_evaluate_or_predict)
+
+
+class _Announcement(keras.callbacks.Callback):
+    """Prints the report's summary, once for each optimizer."""
+
+    def on_train_begin(self, logs=None):
+        strategy, optimizer = strategy_of(self.model), self.model.optimizer
+        if optimizer is not None and optimizer not in strategy.announced:
+            strategy.announced.add(optimizer)
+            print(strategy.report().summary(), flush=True)
+
+
+@patch(
+    runtime.keras_tensorflow_trainer.TensorFlowTrainer,
+    "fit",
+    "self x y batch_size epochs verbose callbacks validation_split validation_data shuffle class_weight "
+    "sample_weight initial_epoch steps_per_epoch validation_steps validation_batch_size validation_freq",
+    "prints the report; checkpoints are looked for before data are prepared",
+    "test_report.py::test_fit_prints_it_once_at_verbose_1",
+)
+def _fit(original, self, *args, **kwargs):
+    """Adds the report, and tells a callback of checkpoints before data are prepared and after all others have ended."""
+    strategy = strategy_of(self)
+    if strategy is None:
+        return original(self, *args, **kwargs)
+    call = _bind(original, self, args, kwargs)
+    with one_worker_writes(_callbacks_in(call), strategy), strategy.comparison.during("fit"):
+        agree_on_call(strategy, "fit", call)
+        history = _fit_bound(original, self, call)
+    # What the first worker's callbacks write is there, and what they delete is not, when any worker goes on.
+    strategy.channel.all_gather("the end of `fit`", None, SAVING_SECONDS)
+    return history
+
+
+def _fit_bound(original, self, call: inspect.BoundArguments):
+    strategy = strategy_of(self)
+    given = call.arguments.get("callbacks")
+    if not isinstance(given, keras.callbacks.CallbackList):
+        is_verbose = call.arguments.get("verbose", "auto") in ("auto", 1)
+        ours = [BestWeightsInParts(_flat_callbacks(given)), *([_Announcement()] if is_verbose else [])]
+        call.arguments["callbacks"] = [*_flat_callbacks(given), *ours]
+    callbacks = [each for each in _flat_callbacks(given) if isinstance(each, CheckpointCallback)]
+    if not callbacks:
+        return original(*call.args, **call.kwargs)
+    if len(callbacks) > 1:
+        raise ValueError(f"`fit` takes one CheckpointCallback. Received: {len(callbacks)} of them.")
+    (callback,) = callbacks
+    callback.prepare(self)
+    try:
+        history = original(*call.args, **call.kwargs)
+        callback.finish()
+    finally:
+        callback.leave()
+        strategy.data_position = None
+    return history
+
+
+def _callbacks_in(call: inspect.BoundArguments) -> list:
+    return _flat_callbacks(call.arguments.get("callbacks"))
+
+
+def _flat_callbacks(callbacks) -> list:
+    if isinstance(callbacks, keras.callbacks.CallbackList):
+        callbacks = callbacks.callbacks
+    return [] if callbacks is None else tf.nest.flatten(callbacks)
+
+
+# An optimizer without its wrapper would update each replica by itself.
+
+
+@patch(
+    runtime.BaseOptimizer,
+    "apply",
+    "self grads trainable_variables",
+    "an optimizer without its wrapper would update each replica by itself",
+    "test_step.py::test_an_optimizer_without_its_wrapper_is_refused_in_a_replica",
+)
+def _apply(original, self, *args, **kwargs):
+    if losses.current_extended() is not None:
+        raise RuntimeError(
+            f"The optimizer {self.name!r} was applied in a replica of a ZeroStrategy without its wrapper. "
+            "Make it `tfzero.ZeroOptimizer(optimizer)`; `model.compile` does so by itself."
+        )
+    return original(self, *args, **kwargs)

@@ -1,0 +1,1 @@
+"""Arithmetic without TensorFlow: who owns which elements, and how many bytes travel."""

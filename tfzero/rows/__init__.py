@@ -1,0 +1,1 @@
+"""A batch's rows: how they are cut for the replicas, and what of a tensor depends on them."""

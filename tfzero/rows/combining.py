@@ -1,0 +1,134 @@
+"""What a variable becomes that every replica updates from its own rows of the batch.
+
+[Note: layer state] A layer's state must be equal on all replicas, and what one device computes. What a replica assigns
+is taken apart ([Note: kinds]): a part that does not depend on the replica's rows counts once, sums over rows are summed
+over replicas, and means over rows are averaged, weighted by the replicas' rows. What a variable declares
+(`aggregation="sum"` or "mean") decides about all that depends on rows. If nothing is declared and the graph does not
+tell, floats are averaged, with a warning, and other dtypes are refused.
+
+Eagerly there is no graph that could tell: floats are averaged with a warning, unless a sum is declared, and other
+dtypes must be equal.
+"""
+
+import warnings
+
+import tensorflow as tf
+
+from tfzero.host import graphs, runtime
+from tfzero.rows.dependence import MEAN, OTHER, OWN, ROWS, SAME, SUM, Dependence
+from tfzero.rows.padding import counted
+
+_DECLARE = 'Declare how replicas combine: `self.add_weight(..., aggregation="sum")` for what adds up over samples'
+_OR_MEAN = _DECLARE + ', `aggregation="mean"` for averages.'
+
+
+def combined(variable, value: tf.Tensor, extended) -> tf.Tensor:
+    """Within a replica: what `variable` is to be assigned on all, where this replica has `value`. [Note: layer state]
+
+    Args:
+        variable: a distributed variable, or its sharded parameter.
+        value: what this replica assigns, or adds, from its rows: in the variable's shape and dtype.
+        extended: the strategy's.
+
+    Raises:
+        ValueError: naming the variable, if replicas cannot agree on a value.
+    """
+    if extended.group.world_size == 1:
+        return value
+    if tf.executing_eagerly():
+        return _combined_eagerly(variable, value, extended)
+    dependence: Dependence = extended.dependence()
+    dependence.note_update(variable.name)
+    parts = dependence.split(value)
+    same = parts.pop(SAME.name, None)
+    if OWN.name in parts:
+        own = parts.pop(OWN.name)
+        parts[OTHER.name] = own + parts[OTHER.name] if OTHER.name in parts else own
+    if not parts:
+        return value
+    _check(variable, value.dtype, parts)
+    if variable.aggregation == tf.VariableAggregation.SUM:
+        parts = {SUM.name: tf.add_n(list(parts.values()))}
+    elif variable.aggregation == tf.VariableAggregation.MEAN:
+        parts = {MEAN.name: tf.add_n(list(parts.values()))}
+    elif OTHER.name in parts:
+        warnings.warn(_undecided(variable), stacklevel=2)
+        parts = {MEAN.name: tf.add_n(list(parts.values()))}
+    totals = [] if same is None else [same]
+    if SUM.name in parts:
+        totals.append(summed(counted(parts[SUM.name], extended), extended))
+    if MEAN.name in parts:
+        totals.append(extended.average(parts[MEAN.name]))
+    return tf.reshape(tf.add_n(totals), tf.shape(value))
+
+
+def summed(value: tf.Tensor, extended) -> tf.Tensor:
+    """Sum over replicas, of 16-bit floats in float32."""
+    is_narrow = value.dtype in (tf.float16, tf.bfloat16)
+    wide = tf.cast(value, tf.float32) if is_narrow else value
+    return tf.cast(extended.replica_collective(extended.group.all_reduce, wide), value.dtype)
+
+
+def _check(variable, dtype: tf.DType, parts: dict[str, tf.Tensor]) -> None:
+    """Refuses what cannot be combined; `parts` depend on the replica's rows."""
+    thread = runtime.replica_thread()
+    if thread is not None and graphs.is_in_a_loop(thread.graph):
+        raise ValueError(
+            f"The variable {variable.name!r} is updated in a loop (`tf.while_loop`, `tf.scan`) by what depends on the "
+            "replica's rows of the batch, which replicas cannot exchange there. Carry it through the loop, and update "
+            "it once, after the loop."
+        )
+    if ROWS.name in parts:
+        raise ValueError(
+            f"The variable {variable.name!r} of shape {tuple(variable.shape)} is assigned a value with a row for each "
+            "sample, of which a replica has only its own. Keep state per sample outside the model, or train on one "
+            "device."
+        )
+    if dtype.is_floating:
+        return
+    declared = variable.aggregation == tf.VariableAggregation.SUM
+    if not (dtype.is_integer or dtype.is_complex) or not (declared or set(parts) == {SUM.name}):
+        raise ValueError(
+            f"The variable {variable.name!r} of dtype {dtype.name} is assigned a value that depends on the replica's "
+            f"rows of the batch and is not seen to be a sum over them, so replicas would differ. {_DECLARE}, or make "
+            "it a float."
+        )
+
+
+def _undecided(variable) -> str:
+    return (
+        f"The variable {variable.name!r} is assigned a value that depends on the replica's rows of the batch, and is "
+        "seen to be neither a sum nor a mean over them. Replicas take the mean of their values, which need not be what "
+        f"one device has. {_OR_MEAN}"
+    )
+
+
+def _combined_eagerly(variable, value: tf.Tensor, extended) -> tf.Tensor:
+    if variable.aggregation == tf.VariableAggregation.SUM:
+        return summed(counted(value, extended), extended)
+    if value.dtype.is_floating:
+        if variable.aggregation == tf.VariableAggregation.NONE:
+            warnings.warn(
+                f"Eagerly it cannot be seen whether what is assigned to {variable.name!r} adds up over the samples: "
+                f"replicas take the mean of their values. {_OR_MEAN} Without `run_eagerly=True` the graph tells.",
+                stacklevel=2,
+            )
+        return extended.average(value)
+    if value.dtype == tf.string:
+        return value
+    together = extended.replica_collective(extended.group.all_gather, tf.reshape(value, [-1]))
+    if not bool(tf.reduce_all(together == together[:1])):
+        raise ValueError(
+            f"The variable {variable.name!r} of dtype {value.dtype.name} is assigned different values on the replicas, "
+            f"{together.numpy().tolist()[:4]}. {_DECLARE}, or make it a float."
+        )
+    return value
+
+
+def is_eager_sum(variable) -> bool:
+    """Whether what a replica adds to a variable is summed over replicas without a graph that could be taken apart."""
+    return (
+        variable.aggregation == tf.VariableAggregation.SUM
+        and tf.executing_eagerly()
+        and runtime.replica_index() is not None
+    )

@@ -1,0 +1,237 @@
+"""Cutting a batch for the replicas.
+
+Every worker reads the same global batches and keeps its rows, so batch `k` of the fleet is batch `k` of one device,
+whatever the pipeline: arrays, generators, unknown or ragged batch sizes. All replicas get an element of every batch,
+possibly of no rows, so they always run the same number of steps.
+"""
+
+import contextlib
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import tensorflow as tf
+
+from tfzero.host import batch_rows, datasets, runtime
+from tfzero.host.batch_rows import own_rows
+from tfzero.workers.digests import BatchComparison
+
+
+@dataclass(frozen=True)
+class Seats:
+    """Which part of a global batch each of this worker's replicas takes.
+
+    Keras puts predictions back in order as (replica, worker), so part `p` goes to worker `p % workers`.
+    """
+
+    worker: int
+    workers: int
+    replicas_per_worker: int
+
+    @property
+    def parts(self) -> int:
+        """Number of parts: the world size."""
+        return self.workers * self.replicas_per_worker
+
+    def part(self, replica: int) -> int:
+        """The part of a local replica."""
+        return replica * self.workers + self.worker
+
+    def part_of_rank(self, rank: int) -> int:
+        """The part of any replica, by its rank in the group."""
+        worker, replica = divmod(rank, self.replicas_per_worker)
+        return replica * self.workers + worker
+
+
+@dataclass
+class DataPosition:
+    """Where in its data a training goes on, and from which randomness it shuffles them.
+
+    Args:
+        epochs: how many times the data have been begun before.
+        batches: of the current epoch, already trained with.
+        epoch_batches: of the epoch before.
+        randomness: the state from which the pipeline is built (`runtime.random_state`), once known.
+        batch_size: samples of a batch of the data that are trained with, where Keras knows it.
+    """
+
+    epochs: int = 0
+    batches: int = 0
+    epoch_batches: int = 0
+    randomness: dict | None = None
+    batch_size: int | None = None
+
+    def note_batch_size(self, data_adapter) -> None:
+        """Notes how Keras's adapter makes batches of the data."""
+        with contextlib.suppress(NotImplementedError):  # of some kinds of data
+            self.batch_size = data_adapter.batch_size
+
+
+def rows_of(value):
+    """Number of rows of a batched dense, ragged or sparse tensor, or None for a value without rows."""
+    if isinstance(value, tf.RaggedTensor):
+        return value.nrows(tf.int64)
+    if isinstance(value, tf.SparseTensor):
+        return value.dense_shape[0]
+    if tf.is_tensor(value) and value.shape.rank != 0:
+        return tf.shape(value, tf.int64)[0]
+    return None
+
+
+def cut(value, part: int, parts: int) -> tuple:
+    """Part `part` of `parts` of a batched tensor, dealt as evenly as possible (`plan.split_rows`, in a graph).
+
+    Returns:
+        The part, and the number of its rows, int64. A part without rows is one row of padding. [Note: padding row]
+    """
+    rows = rows_of(value)
+    size, rest = rows // parts, rows % parts
+    begin = part * size + tf.minimum(tf.constant(part, tf.int64), rest)
+    own = size + tf.cast(part < rest, tf.int64)
+    first = tf.where(own > 0, begin, 0)
+    return take_rows(value, first, tf.minimum(first + tf.maximum(own, 1), rows)), own
+
+
+def take_rows(value, begin, end):
+    """The rows from `begin` to `end` of a dense, ragged or sparse tensor, int64; their number is not static."""
+    if isinstance(value, tf.SparseTensor):
+        start = tf.concat([[begin], tf.zeros_like(value.dense_shape[1:])], 0)
+        return tf.sparse.slice(value, start, tf.concat([[end - begin], value.dense_shape[1:]], 0))
+    part = value[begin:end]
+    if isinstance(part, tf.RaggedTensor) or part.shape[0] is None or tf.executing_eagerly():
+        return part
+    # A number of rows that is a constant of the graph could not be told from other numbers. [Note: kinds]
+    return tf.compat.v1.placeholder_with_default(part, [None, *part.shape[1:]])
+
+
+def cut_batch(batch, seats: Seats):
+    """The structure of a batch with per-replica values: the rows of each of this worker's replicas."""
+
+    def of_replicas(leaf):
+        leaf = tf.convert_to_tensor(leaf) if isinstance(leaf, np.ndarray) else leaf
+        if seats.parts == 1 or rows_of(leaf) is None:
+            return runtime.per_replica([leaf] * seats.replicas_per_worker)
+        parts = [cut(leaf, seats.part(replica), seats.parts) for replica in range(seats.replicas_per_worker)]
+        return batch_rows.BatchParts(*zip(*parts, strict=True))
+
+    return tf.nest.map_structure(of_replicas, batch)
+
+
+def batch_leaves(arguments) -> list:
+    """The tensors with rows of the batch, among the arguments of a replica's function. [Note: share]
+
+    What was cut by rows is known. If nothing was, it can be any tensor with an axis.
+    """
+    leaves = tf.nest.flatten(arguments)
+    known = [leaf for leaf in leaves if own_rows(leaf) is not None]
+    return known or [leaf for leaf in leaves if rows_of(leaf) is not None]
+
+
+def own_rows_of(arguments) -> tf.Tensor | None:
+    """How many rows of the batch a replica has, by whose share its part is weighed, int64; None if there is no batch.
+
+    Args:
+        arguments: those of the replica's function.
+
+    Raises:
+        ValueError: if it cannot be told which argument is of the batch.
+    """
+    leaves = batch_leaves(arguments)
+    if not leaves or (rows := own_rows(leaves[0])) is not None:
+        return rows if leaves else None
+    if len({leaf.shape[0] for leaf in leaves}) > 1:
+        raise ValueError(
+            f"`strategy.run` was given tensors of shapes {[tuple(leaf.shape) for leaf in leaves]}, and it cannot be "
+            "told which of them holds the replica's rows of the batch, by which it is weighed. Pass an element of a "
+            "data set of `strategy.experimental_distribute_dataset`, or what `strategy.cut_batch(batch)` gives."
+        )
+    return rows_of(leaves[0])
+
+
+def check_shardable(dataset: tf.data.Dataset, workers: int) -> None:
+    """Refuses what cannot be cut by rows, and warns of what the workers would see in different orders."""
+    policy = dataset.options().experimental_distribute.auto_shard_policy
+    allowed = (tf.data.experimental.AutoShardPolicy.AUTO, tf.data.experimental.AutoShardPolicy.DATA)
+    if policy not in allowed:
+        raise ValueError(
+            f"ZeroStrategy cuts every global batch by rows (AutoShardPolicy.DATA), but the dataset asks for "
+            f"{tf.data.experimental.AutoShardPolicy(policy).name}. "
+            "Leave the policy at AUTO or DATA and let every worker read the whole data, or read different files on "
+            "each worker with `strategy.distribute_datasets_from_function`."
+        )
+    for spec in tf.nest.flatten(dataset.element_spec):
+        if getattr(spec, "shape", None) is not None and spec.shape.rank == 0:
+            raise ValueError(
+                f"A dataset for a ZeroStrategy must be batched, with the global batch size, but its elements hold a "
+                f"scalar: {dataset.element_spec}. Call `dataset.batch(global_batch_size)` first."
+            )
+    if workers > 1 and [0, 0] in runtime.shuffle_seeds(dataset):
+        warnings.warn(
+            "The dataset shuffles without a seed, so every worker sees another order and the global batches are not "
+            "those of one device. Use `dataset.shuffle(size, seed=...)`, the same seed on every worker.",
+            stacklevel=2,
+        )
+    unordered = datasets.unordered_stages(dataset) if workers > 1 else []
+    if unordered:
+        warnings.warn(
+            f"The dataset takes elements as they come (deterministic=False of {', '.join(unordered)}), so workers may "
+            "see other orders, and global batches that are not those of one device. Leave `deterministic` away.",
+            stacklevel=2,
+        )
+
+
+def describe_dataset(dataset: tf.data.Dataset) -> dict:
+    """What can be known before training of whether workers read the same batches in the same order."""
+    specs = enumerate(tf.nest.flatten(dataset.element_spec))
+    return {
+        "number of batches": int(dataset.cardinality()),
+        **{f"part {place} of a batch": str(spec) for place, spec in specs},
+        "shuffle seeds": runtime.shuffle_seeds(dataset),
+    }
+
+
+def in_order(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    """A dataset with the option that its stages give elements in the order of their inputs, which is TensorFlow's own
+    choice; `options.deterministic = False` would give each worker another order.
+    """
+    if dataset.options().deterministic is not False:
+        return dataset
+    options = tf.data.Options()
+    options.deterministic = True
+    return dataset.with_options(options)
+
+
+def cut_dataset(dataset: tf.data.Dataset, seats: Seats, comparison: BatchComparison) -> tf.data.Dataset:
+    """A dataset whose elements are per-replica values: of every batch the parts of this worker's replicas.
+
+    The first batches are compared with those of the other workers when they are given out. [Note: digests]
+
+    It is a plain dataset, as TensorFlow's multi-device iterator crashes now and then when it is dropped in the middle
+    of its data, which Keras does with the first batch of every `fit` and `evaluate`.
+    """
+    is_single = not isinstance(dataset.element_spec, tuple)
+
+    def cut_all(*elements):
+        return cut_batch(elements[0] if is_single else elements, seats)
+
+    if not comparison.count:
+        return _prepared_ahead(dataset, cut_all)
+    source = comparison.source(datasets.operations_of(dataset))
+
+    def note_and_cut(index, batch):
+        return comparison.noted(batch, index), cut_all(batch) if is_single else cut_all(*batch)
+
+    @tf.autograph.experimental.do_not_convert
+    def give_out(noted, parts):
+        comparison.compared(noted, source)
+        return parts
+
+    # What is given out has been compared, so nothing may be prepared ahead of a step after that.
+    options = tf.data.Options()
+    options.experimental_optimization.inject_prefetch = False
+    return _prepared_ahead(dataset.enumerate(), note_and_cut).map(give_out).with_options(options)
+
+
+def _prepared_ahead(dataset: tf.data.Dataset, function) -> tf.data.Dataset:
+    function = tf.autograph.experimental.do_not_convert(function)
+    return dataset.map(function, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).prefetch(tf.data.AUTOTUNE)

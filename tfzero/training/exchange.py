@@ -1,0 +1,333 @@
+"""What a replica sends and receives of each bucket: gradients, and the parameters that it has updated.
+
+[Note: differences] With compression at stages 1 and 2 an owner sends, in fewer bits, by how much its float32 shard is
+ahead of what every replica holds, and every replica adds what it decodes. What the encoding has lost, the owner keeps
+as its *lag* (4/N bytes a parameter): the next difference holds it. Parameter plus lag is the master shard, from which
+the optimizer goes on. If somebody assigns the parameter, so does the master, but for a difference's rounding.
+
+[Note: error feedback] What encoding a gradient has lost, the replica that sent it keeps as its *residual* (4 bytes a
+parameter), and adds it to the next gradient. A gradient that is not finite leaves the residual as it is.
+
+[Note: late gathers] At stages 1 and 2 what an owner has updated may wait in the owner's variable, in its own place
+(with differences: as the lag), until the next step begins. There it is gathered in the order of the forward pass, and a
+layer waits for its own parameters only. Between the two a variable is nobody's to read (`training/late_gathers.py`).
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import keras
+import tensorflow as tf
+
+from tfzero.collectives.codec import Codec
+from tfzero.collectives.group import Group
+from tfzero.collectives.packing import (
+    as_rows,
+    pack,
+    pack_for_owners,
+    pack_owned,
+    pack_row,
+    unpack,
+    unpack_for_owners,
+    unpack_owned,
+)
+from tfzero.plan.placement import Bucket, Placement, Plan, Segment, shard_elements
+from tfzero.variables.classes import ShardedParameter, VariableView, local_part
+from tfzero.variables.gathering import RESIDUAL
+
+
+@dataclass(frozen=True)
+class Wire:
+    """How a model's variables travel, and what compression makes replicas keep.
+
+    Args:
+        codec: how matrices are encoded; None for not.
+        lags: of variables whose differences travel encoded, by variable index. [Note: differences]
+        residuals: what encoding gradients has lost, by variable index. [Note: error feedback]
+    """
+
+    codec: Codec | None = None
+    lags: Mapping[int, keras.Variable] = field(default_factory=dict)
+    residuals: Mapping[int, keras.Variable] = field(default_factory=dict)
+
+
+class Exchange:
+    """One replica's part in the exchanges of a step.
+
+    Args:
+        variables: the model's Keras variables, in the plan's order.
+        plan: who owns what.
+        group: the replicas.
+        wire: how they travel.
+        replica: the local replica.
+    """
+
+    def __init__(self, variables: Sequence[keras.Variable], plan: Plan, group: Group, wire: Wire, replica: int) -> None:
+        self.variables = variables
+        self.plan = plan
+        self.group = group
+        self.wire = wire
+        self.replica = replica
+        self.rank = group.rank(replica)
+
+    # Gradients.
+
+    def reduce(self, bucket: Bucket, gradients: Mapping[int, tf.Tensor]) -> tf.Tensor:
+        """The sum over replicas of what this replica updates of a bucket: its row, or all of a whole bucket."""
+        if bucket.sharded_parameters:
+            return self._row_of_shards(bucket, gradients)
+        with self.group.lanes.purpose(self.replica, f"the gradients of {self._describe(bucket)}"):
+            if bucket.compressed:
+                return self._reduce_encoded(bucket, gradients)
+            packed = pack(bucket, gradients, self.group.world_size)
+            if bucket.placement is Placement.WHOLE:
+                return self.group.all_reduce(packed, self.replica)
+            return self.group.reduce_scatter(packed, self.replica)
+
+    def _row_of_shards(self, bucket: Bucket, shards: Mapping[int, tf.Tensor]) -> tf.Tensor:
+        """This replica's row from the shards that it has of a bucket's variables; a missing one leaves zeros."""
+        size = self.group.world_size
+        given = {}
+        for segment in bucket.segments:
+            empty = tf.zeros([shard_elements(segment.elements, size)], tf.as_dtype(bucket.dtype))
+            given[segment.index] = shards.get(segment.index, empty)
+        if bucket.placement is Placement.OWNED:
+            received = self.group.all_to_all(pack_for_owners(bucket, given, size), self.replica)
+            given = unpack_owned(bucket, received, self.rank)
+        return pack_row(bucket, self.rank, given)
+
+    def _reduce_encoded(self, bucket: Bucket, gradients: Mapping[int, tf.Tensor]) -> tf.Tensor:
+        size, codec = self.group.world_size, self.wire.codec
+        is_whole = bucket.placement is Placement.WHOLE
+        width = shard_elements(bucket.row_elements, size) if is_whole else bucket.row_elements
+        residuals = {s.index: self._local(self.wire.residuals[s.index]) for s in bucket.segments if self.wire.residuals}
+
+        def as_rows_of_ranks(tensors):
+            """For each rank what it is to sum up; a whole bucket is cut evenly."""
+            packed = pack(bucket, tensors, size)
+            return as_rows(packed, size) if is_whole else packed
+
+        def encode(gradients):
+            rows = as_rows_of_ranks(gradients)
+            if not residuals:
+                return codec.encoded(rows)
+            payload, lost = codec.encoded_with(rows, as_rows_of_ranks(residuals))
+            lost = tf.reshape(lost, [-1])[: bucket.row_elements] if is_whole else lost
+            for index, value in unpack(bucket, lost, self._shapes_of(bucket)).items():
+                residuals[index].assign(value)
+            return payload
+
+        own = {s.index: gradients[s.index] for s in bucket.segments if s.index in gradients}
+        if not self.group.exchanges_encoded:
+            row = self.group.reduce_scatter(as_rows_of_ranks(own), self.replica)
+            return self._gathered_encoded(bucket, row) if is_whole else row
+        if self.group.within is None:
+            payload = tf.function(encode, jit_compile=True, autograph=False)(own)
+        else:
+            payload = codec.encode(self.group.sum_within(as_rows_of_ranks(own), self.replica))
+        row = codec.decode_sum(self.group.across.all_to_all(payload, self.replica), width)
+        row = self._gathered_encoded(bucket, row) if is_whole else row
+        return tf.cast(row, tf.as_dtype(bucket.dtype))
+
+    def _gathered_encoded(self, bucket: Bucket, row: tf.Tensor) -> tf.Tensor:
+        """All of a whole bucket, of which each replica has summed up a row."""
+        gathered = self.group.all_gather(self.wire.codec.encode(row[tf.newaxis])[0], self.replica)
+        flat = tf.reshape(self.wire.codec.decode(gathered, row.shape[0], row.dtype), [-1])
+        return flat[: bucket.row_elements]
+
+    # Parameters.
+
+    def part(self, bucket: Bucket, segment: Segment) -> tf.Tensor:
+        """What this replica updates of a variable: flat when sharded, else whole. [Note: differences]"""
+        value = self.component(segment.index)
+        if bucket.sharded_parameters or bucket.placement is not Placement.SHARDED:
+            return tf.convert_to_tensor(value)
+        part = self._shard_of(segment, value)
+        lag = self.wire.lags.get(segment.index)
+        return part if lag is None else part + self._local(lag)
+
+    def _range_of(self, segment: Segment) -> tuple[int, int]:
+        """The flat elements of a variable that this replica updates: its shard, or all of one that it owns."""
+        if segment.row is not None:
+            return 0, segment.elements
+        begin = min(self.rank * segment.width, segment.elements)
+        return begin, min(begin + segment.width, segment.elements)
+
+    def _shard_of(self, segment: Segment, value: tf.Tensor) -> tf.Tensor:
+        begin, end = self._range_of(segment)
+        return tf.pad(tf.reshape(value, [-1])[begin:end], [[0, segment.width - (end - begin)]])
+
+    def _ahead(self, segment: Segment, row: tf.Tensor, value: tf.Tensor) -> tf.Tensor:
+        """By how much this replica's shard in a row is ahead of a whole value; nothing in the padding."""
+        begin, end = self._range_of(segment)
+        own = row[segment.offset : segment.offset + end - begin]
+        return tf.pad(own - tf.reshape(value, [-1])[begin:end], [[0, segment.width - (end - begin)]])
+
+    def collect_owned(self, bucket: Bucket) -> dict[int, tf.Tensor]:
+        """The whole values of this replica's own variables, by variable index, if they lie in shards."""
+        if not (bucket.sharded_parameters and bucket.placement is Placement.OWNED):
+            return {}
+        shards = {s.index: tf.convert_to_tensor(self.component(s.index)) for s in bucket.segments}
+        row = self._row_of_shards(bucket, shards)
+        return {
+            s.index: tf.reshape(row[s.offset : s.offset + s.width], self._shape_of(s.index))
+            for s in bucket.segments_of(self.rank)
+        }
+
+    def share(self, bucket: Bucket, row: tf.Tensor, updated: Collection[int]) -> None:
+        """Gives all replicas what this one updated of a bucket, and takes what they did.
+
+        Args:
+            bucket: the bucket.
+            row: this replica's row, or all of a whole bucket.
+            updated: the variables that had a gradient, to whom constraints apply.
+        """
+        if bucket.sharded_parameters:
+            self._share_shards(bucket, row, updated)
+            return
+        with self.group.lanes.purpose(self.replica, f"the parameters of {self._describe(bucket)}"):
+            if bucket.compressed and bucket.placement is Placement.SHARDED:
+                self._share_differences(bucket, row)
+                return
+            packed = row if bucket.placement is Placement.WHOLE else self.group.all_gather(row, self.replica)
+
+        values = unpack(bucket, packed, self._shapes_of(bucket))
+        values = {index: self._constrained(index, value, updated) for index, value in values.items()}
+
+        def assign(values):
+            for index, value in values.items():
+                self.component(index).assign(value)
+
+        # XLA writes into the variables' memory; new memory every step would leave holes in between.
+        tf.function(assign, jit_compile=True, autograph=False)(values)
+
+    # [Note: late gathers]
+
+    def can_wait(self, bucket: Bucket) -> bool:
+        """Whether a bucket's parameters may be gathered later. A constraint would need the whole ones at once."""
+        is_gathered = self.group.world_size > 1 and bucket.placement is not Placement.WHOLE
+        return is_gathered and not bucket.sharded_parameters and not self.is_constrained(bucket)
+
+    def keep(self, bucket: Bucket, row: tf.Tensor) -> None:
+        """Keeps what this replica updated of a bucket, for `share_kept`."""
+
+        def assign(row):
+            for segment in bucket.segments_of(self.rank):
+                value = self.component(segment.index)
+                if segment.index in self.wire.lags:
+                    self._local(self.wire.lags[segment.index]).assign(self._ahead(segment, row, value))
+                    continue
+                begin, end = self._range_of(segment)
+                own = row[segment.offset : segment.offset + end - begin]
+                flat = tf.raw_ops.TensorStridedSliceUpdate(
+                    input=tf.reshape(value, [-1]), begin=[begin], end=[end], strides=[1], value=own
+                )
+                value.assign(tf.reshape(flat, value.shape))
+
+        tf.function(assign, jit_compile=True, autograph=False)(row)  # in the variable's memory, as in `share`
+
+    def share_kept(self, bucket: Bucket) -> None:
+        """Gives all replicas what this one kept of a bucket, and takes what they did."""
+        parts = {s.index: tf.reshape(self.part(bucket, s), [-1]) for s in bucket.segments_of(self.rank)}
+        self.share(bucket, pack_row(bucket, self.rank, parts), ())
+
+    def _share_differences(self, bucket: Bucket, row: tf.Tensor) -> None:
+        def encode(row):
+            ahead = {s.index: self._ahead(s, row, self.component(s.index)) for s in bucket.segments}
+            return self.wire.codec.encoded(pack_row(bucket, self.rank, ahead)[tf.newaxis])[0]
+
+        def assign(gathered, row):
+            differences = tf.cast(self.wire.codec.decoded(gathered, bucket.row_elements), row.dtype)
+            values = unpack(bucket, differences, self._shapes_of(bucket))
+            for segment in bucket.segments:
+                value = self.component(segment.index) + values[segment.index]
+                self._local(self.wire.lags[segment.index]).assign(self._ahead(segment, row, value))
+                self.component(segment.index).assign(value)
+
+        payload = tf.function(encode, jit_compile=True, autograph=False)(row)
+        gathered = self.group.all_gather(payload, self.replica)
+        tf.function(assign, jit_compile=True, autograph=False)(gathered, row)
+
+    def _share_shards(self, bucket: Bucket, row: tf.Tensor, updated: Collection[int]) -> None:
+        mine = {s.index: row[s.offset : s.offset + s.width] for s in bucket.segments_of(self.rank)}
+        size = self.group.world_size
+        if bucket.placement is Placement.OWNED:
+            sent = pack_owned(bucket, mine, self.rank, size)
+            mine = unpack_for_owners(bucket, self.group.all_to_all(sent, self.replica))
+        for index, shard in mine.items():
+            if self.variables[index].constraint is not None and index in updated:
+                rows = tf.reshape(self.group.all_gather(shard, self.replica), [-1])
+                shape = self._shape_of(index)
+                whole = self._constrained(index, tf.reshape(rows[: shape.num_elements()], shape), updated)
+                shard = local_part(whole, None, self.rank, size)
+            self.component(index).assign(shard)
+
+    def _constrained(self, index: int, value: tf.Tensor, updated: Collection[int]) -> tf.Tensor:
+        constraint = self.variables[index].constraint if index in updated else None
+        return value if constraint is None else constraint(value)
+
+    # Helpers.
+
+    def is_constrained(self, bucket: Bucket) -> bool:
+        """Whether a variable of a bucket has a constraint."""
+        return any(self.variables[segment.index].constraint for segment in bucket.segments)
+
+    def component(self, index: int) -> tf.Variable:
+        """What this replica holds of a model variable."""
+        return self._local(self.variables[index])
+
+    def _local(self, variable: keras.Variable) -> tf.Variable:
+        return variable.value.values[self.replica]
+
+    def _shape_of(self, index: int) -> tf.TensorShape:
+        return self.variables[index].shape
+
+    def _shapes_of(self, bucket: Bucket) -> list[tf.TensorShape]:
+        return [self._shape_of(segment.index) for segment in bucket.segments]
+
+    def _describe(self, bucket: Bucket) -> str:
+        first = self.variables[bucket.segments[0].index].path
+        return f"bucket {self.plan.buckets.index(bucket)} ({first} and so on)"
+
+
+def make_wire(codec: Codec | None, views: Sequence[VariableView], plan: Plan, strategy, loss_scale=None) -> Wire:
+    """Makes what compression makes replicas keep of each variable that travels encoded.
+
+    Raises:
+        ValueError: if none does, so that compression would have no effect.
+    """
+    if codec is None:
+        return Wire()
+    encoded = [views[s.index] for bucket in plan.buckets if bucket.compressed for s in bucket.segments]
+    if not encoded and not any(_is_parameter(view) and codec.serves(view.shape, view.dtype) for view in views):
+        raise ValueError(
+            f"compression={strategy.settings.compression!r} has no effect: none of the optimizer's variables travels "
+            "encoded. Float32 matrices without a constraint do, of min_shard_elements and more, if their optimizer is "
+            f"element-wise; min_shard_elements={strategy.settings.min_shard_elements}. Leave `compression` away."
+        )
+    lags, residuals = {}, {}
+    for view in encoded:
+        with strategy.extended.colocate_vars_with(view):
+            if view.sharded and not _is_parameter(view):
+                lags[view.index] = _zeros_like(view, "lag")
+            if strategy.settings.error_feedback:
+                residuals[view.index] = _zeros_like(view, "residual", synchronization="on_read", aggregation="sum")
+                if _is_parameter(view):
+                    _hand_out(residuals[view.index], view, loss_scale)
+    return Wire(codec, lags, residuals)
+
+
+def _is_parameter(view: VariableView) -> bool:
+    return isinstance(view.variable.value, ShardedParameter)
+
+
+def _zeros_like(view: VariableView, name: str, **arguments) -> keras.Variable:
+    name = f"{view.variable.name}_{name}"
+    return keras.Variable("zeros", view.shape, "float32", trainable=False, name=name, **arguments)
+
+
+def _hand_out(residual: keras.Variable, view: VariableView, loss_scale) -> None:
+    """Lets each shard of a parameter know its replica's residual: the gradient tape needs it there."""
+    for replica, shard in enumerate(view.variable.value.values):
+        scale = None if loss_scale is None else loss_scale.dynamic_scale.value.values[replica]
+        setattr(shard, RESIDUAL, (residual.value.values[replica], scale))

@@ -1,0 +1,129 @@
+"""Gathers of updated parameters that overlap with the next step's forward pass, at stages 1 and 2.
+
+Within one execution of several steps (`steps_per_execution`) every step but the first begins with the gathers of what
+the step before has updated; what the last one has updated is gathered after it, before Keras goes on. So nobody outside
+ever sees a parameter of which parts are old, and each is gathered once a step as ever. [Note: late gathers] in
+`training/exchange.py`. It is Megatron-LM's `overlap_param_gather`.
+"""
+
+from collections.abc import Callable
+
+import keras
+import tensorflow as tf
+
+from tfzero.host import runtime
+from tfzero.plan.placement import Bucket
+from tfzero.training.exchange import Exchange
+from tfzero.training.walk import Trained
+
+_NEEDS = (
+    "overlap_param_gather=True needs compiled `fit` with Keras's own `train_step` and with steps_per_execution of 2 or "
+    "more, as elsewhere parameters may be read between two steps. Leave `overlap_param_gather` away."
+)
+_APART = (
+    "With overlap_param_gather=True an error within an execution leaves parameters whose parts are of different steps: "
+    "go on from a checkpoint or a saved model."
+)
+
+
+class LateGathers:
+    """The training steps of a model whose parameters are gathered late.
+
+    Args:
+        model: a compiled model.
+        train_step: its training step, of one replica.
+        strategy: its strategy.
+    """
+
+    def __init__(self, model: keras.Model, train_step: Callable, strategy) -> None:
+        self._model = model
+        self._train_step = train_step
+        self._finish = tf.function(lambda: strategy.run(self._share_kept), autograph=False)
+
+    @classmethod
+    def of(cls, model: keras.Model, step_function: Callable, strategy) -> "LateGathers | None":
+        """Of a model's step function, if it trains and its parameters can be gathered late."""
+        is_own = runtime.is_train_step_of_keras(step_function)
+        several = model.steps_per_execution > 1 and not model.run_eagerly
+        serves = strategy.settings.overlap_param_gather and is_own and several and model.optimizer is not None
+        return cls(model, step_function, strategy) if serves else None
+
+    def step(self, data):
+        """Within a replica: gathers what the step before has updated, and trains on a batch."""
+        self._share_kept()
+        trained, replica = self._model.optimizer.trained, runtime.replica_index()
+        begun = _last_mark(trained, replica)
+        runtime.replica_thread()._tfzero_gathers_late = True
+        logs = self._train_step(data)
+        if _last_mark(trained, replica) > begun:
+            _refuse_reads_of_kept(trained, replica)
+        return logs
+
+    def run(self, execution: Callable, iterator):
+        """Runs an execution of several steps, and gathers what its last one has updated."""
+        try:
+            logs = execution(iterator)
+        except tf.errors.OpError as error:
+            error.add_note(_APART)
+            raise
+        except KeyboardInterrupt:  # Python noticed it when the execution had ended, perhaps of this worker only
+            self._finish()
+            raise
+        self._finish()
+        return logs
+
+    def _share_kept(self) -> None:
+        """Within a replica: the gathers, in the order of the forward pass."""
+        trained, replica = self._model.optimizer.trained, runtime.replica_index()
+        exchange = trained.exchange(replica)
+        pending = trained.pending.value.values[replica]
+        is_pending = tf.unstack(pending)
+        for bucket in reversed(_waiting(exchange)):
+
+            def share(bucket=bucket):
+                exchange.share_kept(bucket)
+                return True
+
+            tf.cond(is_pending[bucket.segments[0].index], share, lambda: False)
+        pending.assign(tf.zeros_like(pending))
+
+
+def make_pending(variables: int, strategy) -> keras.Variable | None:
+    """Makes `Trained.pending` for so many variables, if the strategy's parameters are to be gathered late."""
+    if not strategy.settings.overlap_param_gather:
+        return None
+    with strategy.extended.creation.of_optimizer_state():
+        return keras.Variable("zeros", (variables,), "bool", trainable=False, name="pending")
+
+
+def is_late() -> bool:
+    """Within a replica: that what is updated now is gathered in the next step.
+
+    Raises:
+        RuntimeError: if it would not be, as this is no step of `LateGathers`.
+    """
+    if not getattr(runtime.replica_thread(), "_tfzero_gathers_late", False):
+        raise RuntimeError(_NEEDS)
+    return True
+
+
+def _waiting(exchange: Exchange) -> list[Bucket]:
+    return [bucket for bucket in exchange.plan.buckets if exchange.can_wait(bucket)]
+
+
+def _last_mark(trained: Trained, replica: int) -> int:
+    """The place in the current graph of the latest operation that has marked parameters as pending or not."""
+    uses = runtime.uses_of_variable(trained.pending.value.values[replica])
+    return max(map(runtime.creation_order, uses), default=-1)
+
+
+def _refuse_reads_of_kept(trained: Trained, replica: int) -> None:
+    """Raises if a parameter is read between its update and its gather: by a metric, for one."""
+    exchange, kept = trained.exchange(replica), _last_mark(trained, replica)
+    for index in (segment.index for bucket in _waiting(exchange) for segment in bucket.segments):
+        uses = runtime.uses_of_variable(exchange.component(index))
+        if any(runtime.creation_order(use) > kept for use in uses):
+            raise RuntimeError(
+                f"overlap_param_gather=True: {trained.variables[index].path!r} is read after it has been updated, in "
+                "the same step, and has not been gathered yet; perhaps by a metric. Leave `overlap_param_gather` away."
+            )

@@ -1,0 +1,112 @@
+"""The loss of one replica: its part of the loss of the whole batch.
+
+[Note: the divisor] Keras divides each loss by what one replica sees and then by the number of replicas: a mean of
+means, wrong as soon as replicas see different numbers of samples, unmasked elements or weights. Here each replica's
+sum is divided by the count over all replicas, so that the parts add up to what one device computes.
+
+[Note: a user's own loss] Within `Model._compute_loss` everything is in the unit of a mean over this replica's samples,
+and the total is multiplied by the replica's share of the batch at the end. So a `compute_loss` that takes its own mean
+is as right as one that adds up Keras losses.
+"""
+
+import contextlib
+import threading
+
+import tensorflow as tf
+from keras import ops
+
+from tfzero.host import runtime
+from tfzero.rows.padding import counted
+
+_scope = threading.local()
+
+
+def current_extended():
+    """The extended of the ZeroStrategy whose replica is being run, or None."""
+    replica = tf.distribute.get_replica_context()
+    if replica is None or not hasattr(replica.strategy, "settings"):
+        return None
+    return replica.strategy.extended
+
+
+@contextlib.contextmanager
+def local_unit(batch_is_static: bool):
+    """Within it losses are means over this replica's samples. [Note: a user's own loss]"""
+    before = getattr(_scope, "static", None)
+    _scope.static = batch_is_static
+    try:
+        yield
+    finally:
+        _scope.static = before
+
+
+def scale(value, extended):
+    """A mean over this replica's samples as its part of the mean over all.
+
+    A loss for each sample (`reduction="none"`) is no mean: on one device its gradient is that of the sum.
+    """
+    if getattr(_scope, "static", None) is not None:
+        return value
+    value = ops.convert_to_tensor(value)
+    if value.shape.rank:
+        return value
+    share = ops.cast(extended.share(), value.dtype)
+    return ops.where(share > 0, value * share, ops.zeros_like(value))
+
+
+def unscale(value, extended):
+    """The inverse, for metrics that weigh replicas by their samples.
+
+    Within `_compute_loss` Keras counts each replica as one when it does not know the batch size while tracing; then
+    the parts must add up to `world_size` times the batch's mean.
+    """
+    static = getattr(_scope, "static", None)
+    if static is True or ops.convert_to_tensor(value).shape.rank:
+        return value
+    share = ops.cast(extended.share(), value.dtype)
+    if static is False:
+        return value * share * extended.group.world_size
+    return ops.divide_no_nan(value, share)
+
+
+def reduce_loss(values, sample_weight, mask, reduction, dtype, extended):
+    """`reduce_weighted_values` of keras/src/losses/loss.py with a global divisor. [Note: the divisor]"""
+    reduction = runtime.keras_loss.standardize_reduction(reduction)
+    values = ops.convert_to_tensor(values, dtype=dtype)
+    sample_weight = None if sample_weight is None else ops.convert_to_tensor(sample_weight, dtype=values.dtype)
+    unmasked = tf.size(values, tf.int64) if mask is None else tf.math.count_nonzero(mask)
+    maskable = unmasked if mask is None else tf.size(mask, tf.int64)
+    if mask is not None:
+        mask = ops.cast(mask, values.dtype)
+        if sample_weight is None:
+            sample_weight = mask
+        else:
+            mask, sample_weight = runtime.keras_loss.squeeze_or_expand_to_same_rank(mask, sample_weight)
+            sample_weight = sample_weight * mask
+    if sample_weight is not None:
+        values, sample_weight = runtime.keras_loss.squeeze_or_expand_to_same_rank(values, sample_weight)
+        values = values * sample_weight
+    if reduction in (None, "none"):
+        return values
+    if values.shape.rank == 0:
+        return scale(values, extended)
+    total = counted(ops.sum(values), extended)
+    if reduction != "sum":
+        weighs = reduction == "mean_with_sample_weight" and sample_weight is not None
+        if weighs:
+            counts = [ops.sum(sample_weight)]
+        else:
+            counts = [tf.size(values, tf.int64), unmasked, maskable]
+        total = ops.divide_no_nan(total, _global_divisor(counts, total.dtype, extended))
+    if getattr(_scope, "static", None) is not None:
+        total = ops.divide_no_nan(total, ops.cast(extended.share(), total.dtype))
+    return total
+
+
+def _global_divisor(counts, dtype, extended):
+    """Keras's divisor `elements * unmasked / maskable`, or the sum of weights, of the whole batch."""
+    local = tf.stack([tf.stop_gradient(tf.cast(counted(count, extended), tf.float64)) for count in counts])
+    total = extended.replica_collective(extended.group.all_reduce, local)
+    if len(counts) == 1:
+        return tf.cast(total[0], dtype)
+    return tf.cast(tf.math.divide_no_nan(total[0] * total[1], total[2]), dtype)

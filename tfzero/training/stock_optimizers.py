@@ -1,0 +1,172 @@
+"""What is inside a ZeroOptimizer: Keras's own optimizers, and what they are known for."""
+
+import tensorflow as tf
+from keras import optimizers as ko
+
+from tfzero.collectives.codec import Codec
+from tfzero.host import keras_optimizers, runtime
+from tfzero.plan.placement import VariableSpec
+from tfzero.variables.classes import ShardedParameter
+from tfzero.workers.agreement import by_path, describe
+
+# Optimizers whose `update_step` treats every element by itself, checked by reading each; a subclass that keeps the
+# method keeps the property.
+_ELEMENTWISE = (
+    ko.SGD, ko.RMSprop, ko.Adam, ko.AdamW, ko.Adadelta, ko.Adagrad, ko.Adamax,
+    ko.Nadam, ko.Ftrl, ko.Lion, ko.ScheduleFreeAdamW,
+)  # fmt: skip
+# Optimizers that need the whole tensor, and that XLA compiles.
+_WHOLE_TENSOR = (ko.Adafactor, ko.Lamb, ko.Muon)
+_ELEMENTWISE_STEPS = {optimizer.update_step for optimizer in _ELEMENTWISE}
+_COMPILED_STEPS = _ELEMENTWISE_STEPS | {optimizer.update_step for optimizer in _WHOLE_TENSOR}
+# Optimizers that hold others.
+CONTAINERS = (ko.LossScaleOptimizer, runtime.MultiOptimizer)
+
+
+def chain(optimizer) -> list:
+    """An optimizer and all inside it."""
+    if isinstance(optimizer, ko.LossScaleOptimizer):
+        return [optimizer, *chain(optimizer.inner_optimizer)]
+    if isinstance(optimizer, runtime.MultiOptimizer):
+        return [optimizer, *optimizer.optimizers]
+    return [optimizer]
+
+
+def check_wrappable(optimizer) -> None:
+    """
+    Raises:
+        TypeError: if it is no Keras optimizer, or one that overrides what tfzero does in its place.
+        ValueError: if it has been built.
+    """
+    if not isinstance(optimizer, ko.Optimizer):
+        raise TypeError(f"ZeroOptimizer wraps a Keras optimizer, but received {optimizer!r}.")
+    name = type(optimizer).__name__
+    overridden = keras_optimizers.overrides(optimizer)
+    if overridden:
+        what = "the whole of `apply`" if "apply" in overridden else " and ".join(f"`{each}`" for each in overridden)
+        raise TypeError(
+            f"{name} overrides {what}, which tfzero does itself in shards, so the override would have no effect. "
+            "Override `update_step` instead, and leave clipping, weight decay and accumulation to the base class."
+        )
+    if optimizer.built:
+        raise ValueError(
+            f"The optimizer {optimizer.name!r} ({name}) has been built already, with whole slots or for another "
+            "strategy. Pass a new one, for example `type(optimizer).from_config(optimizer.get_config())`."
+        )
+
+
+def chooser(optimizer):
+    """A function that gives the optimizer of a variable."""
+    if isinstance(optimizer, runtime.MultiOptimizer):
+        return lambda variable: runtime.optimizer_for(optimizer, variable)
+    return lambda variable: optimizer
+
+
+def counting(links, chosen) -> tuple:
+    """Those of `links` that count steps: the optimizers that are `chosen` for variables, and a `MultiOptimizer`."""
+    chosen = list(chosen)
+    return tuple(link for link in links if isinstance(link, runtime.MultiOptimizer) or link in chosen)
+
+
+def spec(variable, optimizers: list, optimizer, codec: Codec | None) -> VariableSpec:
+    """What the plan needs to know of a variable that `optimizer`, one of `optimizers`, trains.
+
+    Raises:
+        ValueError: if its dtype cannot be trained.
+    """
+    dtype = variable.value.dtype
+    if not dtype.is_floating:
+        raise ValueError(
+            f"The trainable variable {variable.path!r} is of dtype {dtype.name}, which cannot be trained. "
+            "Create it with `trainable=False` or with a float dtype."
+        )
+    return VariableSpec(
+        name=variable.path,
+        elements=variable.shape.num_elements(),
+        dtype=dtype.name,
+        item_bytes=dtype.size,
+        elementwise=is_elementwise(optimizer),
+        optimizer=optimizers.index(optimizer),
+        sharded_parameter=isinstance(variable.value, ShardedParameter),
+        compressed=(
+            codec is not None
+            and dtype.name == "float32"
+            and variable.constraint is None
+            and codec.serves(variable.shape, dtype)
+        ),
+    )
+
+
+def config_of(optimizer: ko.Optimizer) -> dict:
+    """An optimizer's `get_config`; a learning rate that has none stands in it as the object that it is.
+
+    Keras asks a schedule for `get_config` only when it saves a model, so many a schedule has none.
+    """
+    try:
+        return optimizer.get_config()
+    except (NotImplementedError, TypeError, ValueError):
+        learning_rate = optimizer.__dict__.get("_learning_rate")
+        if not callable(learning_rate):
+            raise
+        # Without it the rest can be asked for, of a subclass too.
+        optimizer.__dict__["_learning_rate"] = None
+        try:
+            return optimizer.get_config() | {"learning_rate": learning_rate}
+        finally:
+            optimizer.__dict__["_learning_rate"] = learning_rate
+
+
+def settings_of(links: list) -> dict:
+    """What workers must agree on: the classes and their settings, but not names counted up per process."""
+    settings = {}
+    for place, optimizer in enumerate(links):
+        where = f"{place}" if len(links) > 1 else ""
+        is_container = isinstance(optimizer, CONTAINERS)
+        settings |= by_path({"class": type(optimizer).__name__} if is_container else describe(optimizer), where)
+    return {path: value for path, value in settings.items() if not path.endswith("name")}
+
+
+def is_elementwise(optimizer) -> bool:
+    """Whether it is known to treat every element by itself."""
+    return type(optimizer).update_step in _ELEMENTWISE_STEPS
+
+
+def is_compiled(optimizer) -> bool:
+    """Whether XLA compiles its update."""
+    return type(optimizer).update_step in _COMPILED_STEPS
+
+
+def strategy_of(variables):
+    """The one ZeroStrategy of all variables; without variables the current one.
+
+    Raises:
+        ValueError: if there are several, or none.
+    """
+    found = [getattr(v.value, "distribute_strategy", None) for v in variables] or [tf.distribute.get_strategy()]
+    strategies = {id(strategy): strategy for strategy in found}
+    strategy = next(iter(strategies.values()), None)
+    if len(strategies) != 1 or not hasattr(strategy, "settings"):
+        names = sorted({type(s).__name__ for s in strategies.values()})
+        raise ValueError(
+            "A ZeroOptimizer trains variables of one ZeroStrategy, but these belong to "
+            f"{len(strategies)} strategies ({', '.join(names)}; NoneType is none). "
+            "Create the whole model under `with strategy.scope():` of the same strategy."
+        )
+    return strategy
+
+
+class ViewsAtHand(list):
+    """Views that tell the strategy which of them an optimizer's loop has come to.
+
+    Adafactor makes slots of shapes of its own, without naming the variable that they belong to.
+    """
+
+    def __init__(self, views, creation) -> None:
+        super().__init__(views)
+        self._creation = creation
+
+    def __iter__(self):
+        for view in super().__iter__():
+            self._creation.view_at_hand = view
+            yield view
+        self._creation.view_at_hand = None

@@ -1,0 +1,1 @@
+"""The variables of a strategy: equal on all replicas, or in shards."""

@@ -1,0 +1,62 @@
+"""The `tf.Variable`s of single replicas, made so that they lie close in memory.
+
+[Note: close] TensorFlow's allocator (tensorflow/core/common_runtime/bfc_allocator.cc) hands out a free chunk unsplit if
+it is less than twice as large as what is asked for. A variable that was made in the hole that some larger temporary
+tensor left would hold that whole hole for as long as it lives. So temporary whole values are moved out of TensorFlow's
+memory, and a variable's value that came to lie in too large a hole is made again, elsewhere, before the hole is free
+again. In training, `training/walk.py` writes in place, so a variable stays where it was made.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import tensorflow as tf
+
+# Of smaller values the waste does not matter.
+_WORTH_BYTES = 1 << 16
+_MOST_WASTE = 1 / 64
+_MOST_TRIES = 32
+
+
+def initial_value(kwargs: dict) -> tf.Tensor:
+    """The value that the arguments of a variable's creation name."""
+    value = kwargs["initial_value"]
+    if callable(value):
+        value = value()
+    value = getattr(value, "wrapped_value", value)  # a value restored from a checkpoint
+    return tf.convert_to_tensor(value, dtype=kwargs.get("dtype"))
+
+
+def on_host(value: tf.Tensor):
+    """A copy in memory of NumPy's, if that can be; else the tensor itself."""
+    return np.array(value) if tf.executing_eagerly() and value.dtype != tf.string else value
+
+
+def component(next_creator, device: str, value, made: Sequence[tf.Variable], kwargs: dict) -> tf.Variable:
+    """One replica's variable; names as in TensorFlow's mirrored_strategy.py."""
+    kwargs = dict(kwargs)
+    if made:
+        kwargs["name"] = f"{made[0].name.split(':')[0]}/replica_{len(made)}/"
+    with tf.device(device):
+        kwargs["initial_value"] = placed(value, device) if isinstance(value, np.ndarray) else tf.identity(value)
+        return next_creator(**kwargs)
+
+
+def placed(value: np.ndarray, device: str) -> tf.Tensor:
+    """A value for a variable, in memory of its own and of about its own size. [Note: close]"""
+    with tf.device(device):
+        tensor = tf.convert_to_tensor(value)  # it may go on using the array's memory
+        held_meanwhile = []
+        for _ in range(_MOST_TRIES):
+            before = _bytes_in_use(device)
+            held_meanwhile.append(tf.raw_ops.DeepCopy(x=tensor))
+            if _bytes_in_use(device) - before <= max(_WORTH_BYTES, value.nbytes) * (1 + _MOST_WASTE):
+                break
+        return held_meanwhile.pop()
+
+
+def _bytes_in_use(device: str) -> int:
+    try:
+        return tf.config.experimental.get_memory_info(device)["current"]
+    except ValueError:  # an allocator that keeps no account, which does not have such chunks either
+        return 0

@@ -1,0 +1,350 @@
+"""Variables of a ZeroStrategy: equal on all replicas, or in shards."""
+
+from collections.abc import Sequence
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tfzero.host import runtime
+from tfzero.plan.placement import Placement, Plan, shard_elements
+from tfzero.rows.combining import combined, is_eager_sum
+from tfzero.rows.padding import added, kept
+from tfzero.workers.channel import Channel
+
+
+class ReplicatedVariable(runtime.MirroredVariable):
+    """A variable of which every replica holds an equal copy.
+
+    Within a replica, a write with aggregation `only_first_replica` takes rank 0's value, also in a nested graph, where
+    TensorFlow's own cannot.
+    """
+
+    def __int__(self) -> int:
+        return int(self.numpy())
+
+    def __index__(self) -> int:
+        return int(self.numpy())
+
+    def __float__(self) -> float:
+        return float(self.numpy())
+
+    def _update_replica(self, update_fn, value, **kwargs):
+        first = self.aggregation == tf.VariableAggregation.ONLY_FIRST_REPLICA
+        if first and tf.is_tensor(value) and not tf.executing_eagerly():
+            extended = self.distribute_strategy.extended
+            value = extended.replica_collective(extended.group.broadcast, value)
+            return update_fn(self._get_on_device_or_primary(), value, **kwargs)
+        return super()._update_replica(update_fn, value, **kwargs)
+
+    def _update_cross_replica(self, update_fn, value, **kwargs):
+        # A sharded variable must be read here, where it is whole, and not on each device, where it is a part.
+        if isinstance(value, tf.Variable | keras.Variable):
+            value = tf.convert_to_tensor(value)
+        return super()._update_cross_replica(update_fn, value, **kwargs)
+
+
+class LayerVariable(ReplicatedVariable):
+    """A replicated variable of a layer or a program, such as a counter or BatchNormalization's moving statistics.
+
+    Each replica computes a value from its part of the batch; all take what one device would have computed, so that
+    replicas stay equal. [Note: layer state]
+    """
+
+    def assign(self, value, *args, **kwargs):
+        if is_eager_sum(self):  # of what is new in it
+            return self.assign_add(tf.convert_to_tensor(value, self.dtype) - self.value(), *args, **kwargs)
+        return super().assign(value, *args, **kwargs)
+
+    def _update_replica(self, update_fn, value, **kwargs):
+        if self.aggregation == tf.VariableAggregation.ONLY_FIRST_REPLICA or self.dtype == tf.string:
+            return super()._update_replica(update_fn, value, **kwargs)
+        if isinstance(value, tf.IndexedSlices):
+            raise TypeError(
+                f"The variable {self.name!r} is updated in some rows only (`scatter_...`), which replicas cannot "
+                "combine. Assign a whole value, for example with `tf.tensor_scatter_nd_add`."
+            )
+        value = combined(self, tf.convert_to_tensor(value, self.dtype), self.distribute_strategy.extended)
+        return update_fn(self._get_on_device_or_primary(), value, **kwargs)
+
+
+class OnReadVariable(runtime.SyncOnReadVariable):
+    """A variable that each replica counts up by itself and that is combined when read: metrics and such.
+
+    A replica without rows of the batch counts nothing. [Note: padding row]
+    """
+
+    def assign(self, value, *args, **kwargs):
+        if runtime.replica_index() is not None:
+            own = self._get_on_device_or_primary()
+            value = kept(own, tf.convert_to_tensor(value, self.dtype), self.distribute_strategy.extended)
+        return super().assign(value, *args, **kwargs)
+
+    def assign_add(self, value, *args, **kwargs):
+        return super().assign_add(_added_to(self, value), *args, **kwargs)
+
+    def assign_sub(self, value, *args, **kwargs):
+        return super().assign_sub(_added_to(self, value), *args, **kwargs)
+
+    def __int__(self) -> int:
+        return int(self.numpy())
+
+    def __float__(self) -> float:
+        return float(self.numpy())
+
+
+def _added_to(variable: OnReadVariable, value):
+    if runtime.replica_index() is None:
+        return value
+    return added(tf.convert_to_tensor(value, variable.dtype), variable.distribute_strategy.extended)
+
+
+class ShardedVariable(ReplicatedVariable):
+    """A variable of which each replica holds its own part: a shard, or everything or nothing of an owned one.
+
+    Within a replica it reads and writes the replica's part, flat (`[shard_elements]`) when sharded. Outside it behaves
+    as the whole variable: reading gathers, assigning cuts. Both are collectives there, so all workers must take part.
+    """
+
+    def __init__(self, strategy, values, shape: tf.TensorShape, owner: int | None) -> None:
+        self._whole_shape = shape
+        self._owner = owner
+        self._held: tf.Variable | None = None
+        self._holders = 0
+        self.number = next(strategy.sharded_numbers)
+        super().__init__(strategy, values, tf.VariableAggregation.NONE)
+
+    @property
+    def shape(self) -> tf.TensorShape:
+        return self._whole_shape
+
+    @property
+    def owner(self) -> int | None:
+        """The rank that holds everything, or None if every rank holds a shard."""
+        return self._owner
+
+    def __array__(self, dtype=None):
+        return self.numpy().astype(dtype or self.dtype.as_numpy_dtype)
+
+    @property
+    def held(self) -> tf.Variable | None:
+        """The whole value, between `hold` and `let_go`."""
+        return self._held
+
+    def hold(self) -> None:
+        """Holds the whole value here, for reading and assigning outside replicas, until `let_go`. A collective.
+
+        Who holds what is held already shares it.
+        """
+        if self._held is None:
+            self._held = runtime.plain_variable(self._get_cross_replica(), self.name.split(":")[0])
+        self._holders += 1
+
+    def let_go(self, write_back: bool) -> None:
+        """Ends a `hold`; to write back is a collective, and what the first worker assigned counts."""
+        self._holders -= 1
+        held, self._held = self._held, None
+        if write_back:
+            group = self.distribute_strategy.extended.group
+            value = group.launch(group.broadcast, [tf.convert_to_tensor(held)] * len(self._values))[0]
+            self.assign(value)
+            held.assign(value)
+        if self._holders:
+            self._held = held
+
+    def _get(self):
+        # Outside any scope, and while it saves a SavedModel, TensorFlow takes the first component for the whole.
+        is_outside = self._held is not None and runtime.replica_index() is None
+        return self._get_cross_replica() if is_outside or not tf.distribute.has_strategy() else super()._get()
+
+    def _get_cross_replica(self):
+        if self._held is not None:
+            return tf.convert_to_tensor(self._held)
+        extended = self.distribute_strategy.extended
+        return extended.whole_value(self._values, self._whole_shape, self._owner)
+
+    def value(self):
+        if tf.distribute.in_cross_replica_context() or not tf.distribute.has_strategy():
+            return self._get_cross_replica()
+        return super().value()
+
+    def _update_cross_replica(self, update_fn, value, **kwargs):
+        if self._held is not None:
+            update_fn(self._held, value, **kwargs)
+            return self
+        group = self.distribute_strategy.extended.group
+        for replica, component in enumerate(self._values):
+            part = self._part_of(value, group.rank(replica))
+            with tf.device(component.device):
+                update_fn(component, part, **kwargs)
+        return self
+
+    def _export_to_saved_model_graph(self, object_map=None, tensor_map=None, options=None, **kwargs):
+        """What TensorFlow asks of a variable that it writes into a SavedModel: here an ordinary one. [Note: export]"""
+        if self._held is None:
+            raise RuntimeError(
+                f"The variable {self.name!r} lies in shards, and is read by a function that belongs to nothing which "
+                "is saved. Save an object that the model is an attribute of."
+            )
+        resources = self._held._export_to_saved_model_graph(
+            object_map=object_map, tensor_map=tensor_map, options=options, **kwargs
+        )
+        object_map[self], tensor_map[self] = object_map[self._held], tensor_map[self._held.handle]
+        return [*resources, self]
+
+    def _part_of(self, value, rank: int) -> tf.Tensor:
+        """What a rank holds of a value for the whole variable; a scalar may stand for every element."""
+        if tf.convert_to_tensor(value).shape.rank == 0 and self._whole_shape.rank:
+            return value
+        return local_part(value, self._owner, rank, self.distribute_strategy.extended.group.world_size)
+
+
+def agree_on_sharded(channel: Channel, topic: str, variables: Sequence[ShardedVariable], what: str) -> None:
+    """Raises ValueError on all workers unless all name the same ones; not by names, which each process counts up."""
+    _, differences = channel.compare(topic, {f"sharded variable {v.number}": str(list(v.shape)) for v in variables})
+    if differences:
+        names = ", ".join(variable.name for variable in variables) or "none"
+        raise ValueError(
+            f"The workers' {what} differ: {differences}. Give every worker the same {what}. Received here: {names}."
+        )
+
+
+class ShardedParameter(ShardedVariable):
+    """A model's variable of which every replica holds a shard; a replica that reads it gathers it.
+
+    See [Note: gather] in `variables/gathering.py`. The tape's gradient of it is the shard's, `[shard_elements]`, summed
+    over replicas; outside replicas it is that of the whole variable, as this process has computed it.
+    """
+
+    def __init__(self, strategy, values, shape: tf.TensorShape) -> None:
+        super().__init__(strategy, values, shape, owner=None)
+
+    def whole(self, dtype: tf.DType | None = None) -> tf.Tensor:
+        """Within a replica: the whole value, gathered in `dtype`."""
+        if tf.distribute.get_strategy() is not self.distribute_strategy:
+            raise RuntimeError(
+                f"The parameter {self.name!r} belongs to another strategy than the one whose replica reads it. "
+                "Make the model under the `scope()` of the strategy that runs it."
+            )
+        shard = self._values[runtime.replica_index()]
+        return self.distribute_strategy.extended.gathered(shard, self._whole_shape, dtype or self.dtype, self.name)
+
+    def _get(self):
+        return super()._get() if runtime.replica_index() is None else self.whole()
+
+    def value(self):
+        return self._get()
+
+    def _get_cross_replica(self):
+        # A tape cannot follow how it is made: it takes it for what was read of the first shard. Where a tape is around
+        # the call of a function in which this is read, it is a constant.
+        with runtime.unrecorded():
+            whole = tf.stop_gradient(super()._get_cross_replica())
+        runtime.record_read(self._values[0], whole)
+        return whole
+
+    def _dense_var_to_tensor(self, dtype=None, name=None, as_ref=False):
+        if runtime.replica_index() is None:
+            return super()._dense_var_to_tensor(dtype, name, as_ref)
+        return tf.convert_to_tensor(self._get(), dtype, name=name)
+
+    def _update_replica(self, update_fn, value, **kwargs):
+        extended = self.distribute_strategy.extended
+        value = combined(self, tf.convert_to_tensor(value, self.dtype), extended)
+        extended.forget_gathered()
+        replica = runtime.replica_index()
+        return update_fn(self._values[replica], self._part_of(value, extended.group.rank(replica)), **kwargs)
+
+
+def local_part(whole, owner: int | None, rank: int, world_size: int):
+    """What `rank` holds of a whole array or tensor: all or nothing of an owned one, else its flat shard.
+
+    The shard `[shard_elements]` is padded with copies of its last element.
+    """
+    library, concatenate = (np, np.concatenate) if isinstance(whole, np.ndarray) else (tf, tf.concat)
+    if library is tf:
+        whole = tf.convert_to_tensor(whole)
+    if owner is not None:
+        return whole if owner == rank else library.zeros([0], whole.dtype)
+    flat = library.reshape(whole, [-1])
+    width = shard_elements(flat.shape[0], world_size)
+    begin = min(rank * width, flat.shape[0] - 1)
+    part = flat[begin : begin + width] if begin == rank * width else flat[begin:]
+    return concatenate([part, library.repeat(part[-1:], width - part.shape[0])], 0)
+
+
+class VariableView:
+    """What an inner optimizer sees of a model variable.
+
+    While the optimizer is built it stands for the whole variable. In a step it holds `value`, the replica's part, which
+    the optimizer's `assign` methods change as they would change a variable.
+
+    Args:
+        variable: the model's Keras variable.
+        plan: the plan that places it.
+        index: its place in the plan.
+        value: this replica's part, `[shard_elements]` when sharded.
+    """
+
+    def __init__(self, variable, plan: Plan, index: int, value: tf.Tensor | None = None) -> None:
+        self.variable = variable
+        self.plan = plan
+        self.index = index
+        self.current = value
+        self.slots: list = []  # made for it
+        self.path = variable.path
+        # On one device Keras builds with its own variables, and updates TensorFlow's.
+        self.name = variable.name if value is None else variable.value.name
+        self.dtype = variable.value.dtype
+        self.shape = variable.shape if value is None else value.shape
+
+    @property
+    def sharded(self) -> bool:
+        """Whether slots made for this view are held in parts."""
+        return self.plan.placements[self.index] is not Placement.WHOLE
+
+    @property
+    def owner(self) -> int | None:
+        """The rank that owns the variable, if one does."""
+        return self.plan.owners[self.index]
+
+    def _distributed_container(self):
+        # Keras finds an optimizer's slots by the variable's identity.
+        return self.variable.value
+
+    def assign(self, value, **_) -> None:
+        self.current = tf.cast(value, self.dtype)
+
+    def assign_add(self, value, **_) -> None:
+        self.current = self.current + tf.cast(value, self.dtype)
+
+    def assign_sub(self, value, **_) -> None:
+        self.current = self.current - tf.cast(value, self.dtype)
+
+    def __tf_tensor__(self, dtype=None, name=None) -> tf.Tensor:
+        value = self.variable.value if self.current is None else self.current
+        return tf.convert_to_tensor(value, dtype, name=name)
+
+    def __add__(self, other):
+        return tf.convert_to_tensor(self) + other
+
+    def __radd__(self, other):
+        return other + tf.convert_to_tensor(self)
+
+    def __sub__(self, other):
+        return tf.convert_to_tensor(self) - other
+
+    def __rsub__(self, other):
+        return other - tf.convert_to_tensor(self)
+
+    def __mul__(self, other):
+        return tf.convert_to_tensor(self) * other
+
+    def __rmul__(self, other):
+        return other * tf.convert_to_tensor(self)
+
+    def __truediv__(self, other):
+        return tf.convert_to_tensor(self) / other
+
+    def __neg__(self):
+        return -tf.convert_to_tensor(self)

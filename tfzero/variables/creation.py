@@ -1,0 +1,147 @@
+"""Which kind a new variable becomes, and what each local replica holds of it."""
+
+import contextlib
+import itertools
+import weakref
+
+import tensorflow as tf
+
+from tfzero.collectives.group import Group
+from tfzero.host import batch_rows, runtime
+from tfzero.variables.allocation import component, initial_value, on_host
+from tfzero.variables.classes import (
+    LayerVariable,
+    OnReadVariable,
+    ReplicatedVariable,
+    ShardedParameter,
+    ShardedVariable,
+    VariableView,
+    local_part,
+)
+from tfzero.variables.row_state import RowsVariable
+
+
+class VariableCreation:
+    """Makes a strategy's variables; all workers make the same ones in the same order.
+
+    Args:
+        strategy: the strategy.
+        group: its replicas.
+        workers: how many there are.
+    """
+
+    def __init__(self, strategy: tf.distribute.Strategy, group: Group, workers: int) -> None:
+        self._of_strategy = weakref.ref(strategy)
+        self._settings = strategy.settings
+        self._channel = strategy.channel
+        self._group = group
+        self._workers = workers
+        self._creating_optimizer_state = False
+        self.view_at_hand: VariableView | None = None  # to which an optimizer's loop has come
+        # Those that are equal on all replicas, by numbers that are the same on all workers.
+        self.layer_variables: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
+        self._numbers = itertools.count()
+
+    @property
+    def _strategy(self) -> tf.distribute.Strategy:
+        return self._of_strategy()
+
+    @contextlib.contextmanager
+    def of_optimizer_state(self):
+        """Within it new variables are the strategy's, and an optimizer's: all replicas or one owner update them."""
+        self._creating_optimizer_state = True
+        try:
+            with tf.init_scope(), self._strategy.scope():
+                yield
+        finally:
+            self._creating_optimizer_state = False
+            self.view_at_hand = None
+
+    def create(self, next_creator, view: VariableView | runtime.DistributedVariable | None, kwargs: dict):
+        """A new variable.
+
+        Args:
+            next_creator: makes one replica's.
+            view: of the model's variable of which it is a slot, if it is one.
+            kwargs: what the variable is to be made with.
+        """
+        with tf.device(self._group.devices[0]):
+            value = initial_value(kwargs)
+        if view is None and self.view_at_hand is not None and self.view_at_hand.owner is not None:
+            view = self.view_at_hand
+        if isinstance(view, VariableView):
+            return self._create_slot(next_creator, view, on_host(value), kwargs)
+        self._agree_on_variable(kwargs.get("name"), value)
+        if value.dtype != tf.string and self._workers > 1:
+            value = self._group.launch(self._group.broadcast, [value] * len(self._group.devices))[0]
+        is_sharded = self._is_sharded(value, kwargs)
+        value = on_host(value)
+        if is_sharded:
+            parts = self._make_parts(next_creator, value, None, kwargs)
+            return ShardedParameter(self._strategy, parts, tf.TensorShape(value.shape))
+        return self._replicate(next_creator, value, kwargs)
+
+    def _is_sharded(self, initial_value: tf.Tensor, kwargs: dict) -> bool:
+        """Whether a new variable is one that stage 3 shards: a layer's own state, made untrainable, is not."""
+        return (
+            self._settings.stage == 3
+            and not self._creating_optimizer_state
+            and initial_value.dtype.is_floating
+            and kwargs.get("trainable") is not False
+            and kwargs.get("synchronization") is not tf.VariableSynchronization.ON_READ
+            and initial_value.shape.num_elements() >= max(1, self._settings.min_shard_elements)
+        )
+
+    def _make_parts(self, next_creator, value, owner: int | None, kwargs: dict) -> list[tf.Variable]:
+        """One variable for each local replica, of its part of a value."""
+        kwargs.pop("shape", None)
+        parts: list[tf.Variable] = []
+        for replica, device in enumerate(self._group.devices):
+            part = local_part(value, owner, self._group.rank(replica), self._group.world_size)
+            parts.append(component(next_creator, device, part, parts, kwargs))
+        return parts
+
+    def _agree_on_variable(self, name: str | None, initial_value: tf.Tensor) -> None:
+        what = {"shape": str(initial_value.shape), "dtype": initial_value.dtype.name}
+        self._channel.agree("creating a variable", what, f"models (at the variable {name!r})")
+
+    def _replicate(self, next_creator, value, kwargs: dict):
+        """A distributed variable of one component for each local replica."""
+
+        def components(**kwargs):
+            values: list[tf.Variable] = []
+            for device in self._group.devices:
+                values.append(component(next_creator, device, value, values, kwargs))
+            return values
+
+        kind: type = ReplicatedVariable if self._creating_optimizer_state else LayerVariable
+        if batch_rows.is_moving_statistic(kwargs) and kind is LayerVariable:
+            # The variance is one about the replica's own mean; README.md names it among the exceptions.
+            kwargs["aggregation"] = tf.VariableAggregation.MEAN
+        if batch_rows.is_recurrent_state(kwargs) and not self._creating_optimizer_state:
+            kind = RowsVariable
+        classes = {
+            tf.VariableSynchronization.ON_WRITE: kind,
+            tf.VariableSynchronization.ON_READ: OnReadVariable,
+        }
+        variable = runtime.create_mirrored_variable(self._strategy, components, classes, {}, **kwargs)
+        if isinstance(variable, LayerVariable | RowsVariable):
+            self.layer_variables[next(self._numbers)] = variable
+        return variable
+
+    def _create_slot(self, next_creator, view: VariableView, value, kwargs: dict):
+        """An optimizer's slot: as the plan places its variable, or a replica's own."""
+        adds_up = not getattr(view, "overwrite_with_gradient", False)
+        if adds_up and self._settings.stage < 2 and runtime.is_accumulator_name(kwargs.get("name") or ""):
+            kwargs |= {
+                "synchronization": tf.VariableSynchronization.ON_READ,
+                "aggregation": tf.VariableAggregation.SUM,
+            }
+        is_own = kwargs.get("synchronization") is tf.VariableSynchronization.ON_READ
+        if is_own or not view.sharded:
+            slot = self._replicate(next_creator, value, kwargs)
+        else:
+            parts = self._make_parts(next_creator, value, view.owner, kwargs)
+            slot = ShardedVariable(self._strategy, parts, tf.TensorShape(value.shape), view.owner)
+        view.slots.append(slot)
+        return slot

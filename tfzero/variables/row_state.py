@@ -1,0 +1,77 @@
+"""State with a row for each sample of the batch, which stateful recurrent layers carry from batch to batch."""
+
+import tensorflow as tf
+
+from tfzero.host import runtime
+from tfzero.plan.placement import split_rows
+from tfzero.rows.dependence import ROWS, mark
+from tfzero.rows.inputs import own_rows_of
+from tfzero.variables.classes import ReplicatedVariable
+
+
+class RowsVariable(ReplicatedVariable):
+    """State `[samples of the global batch, ...]` of which a replica reads and writes its own rows.
+
+    Every replica holds all rows, and they are equal on all: what replicas write is gathered. So outside replicas, in
+    files and at any number of replicas it is what one device has.
+    """
+
+    def _get(self):
+        return super()._get() if self._replica() is None else self._own_rows()
+
+    def value(self):
+        return self._get()
+
+    def read_value(self):
+        return self._get()
+
+    def _dense_var_to_tensor(self, dtype=None, name=None, as_ref=False):
+        if self._replica() is None:
+            return super()._dense_var_to_tensor(dtype, name, as_ref)
+        return tf.convert_to_tensor(self._own_rows(), dtype, name=name)
+
+    def _replica(self) -> int | None:
+        """The local replica that is run, if there are others."""
+        return runtime.replica_index() if self.distribute_strategy.extended.group.world_size > 1 else None
+
+    def _span(self, part: int) -> tuple[int, int]:
+        """First row and the row after the last of a part of the batch."""
+        return split_rows(self.shape[0], self.distribute_strategy.extended.seats.parts, part)
+
+    def _own_rows(self) -> tf.Tensor:
+        replica, thread = self._replica(), runtime.replica_thread()
+        begin, end = self._span(self.distribute_strategy.extended.seats.part(replica))
+        with self._checked(own_rows_of([thread.main_args, thread.main_kwargs]), end - begin):
+            begin = min(begin, self.shape[0] - 1)  # [Note: padding row]
+            rows = tf.identity(self._values[replica][begin : max(begin + 1, end)])
+        if tf.executing_eagerly():
+            return rows
+        return mark(tf.compat.v1.placeholder_with_default(rows, [None, *rows.shape[1:]]), ROWS)
+
+    def _update_replica(self, update_fn, value, **kwargs):
+        replica = self._replica()
+        if replica is None:
+            return super()._update_replica(update_fn, value, **kwargs)
+        extended, value = self.distribute_strategy.extended, tf.convert_to_tensor(value, self.dtype)
+        spans = [self._span(part) for part in range(extended.seats.parts)]
+        begin, end = spans[extended.seats.part(replica)]
+        most = spans[0][1]  # the first part has as many rows as any
+        rows = max(1, end - begin)  # [Note: padding row]
+        with self._checked(tf.shape(value, tf.int64)[0], rows):
+            padded = tf.pad(value, [[0, most - rows], *([0, 0] for _ in self.shape[1:])])
+        padded = tf.ensure_shape(padded, [most, *self.shape[1:]])
+        gathered = extended.replica_collective(extended.group.all_gather, padded)  # [world_size, most, ...]
+        by_part = sorted((extended.seats.part_of_rank(rank), rank) for rank in range(len(spans)))
+        rows = [gathered[rank, : spans[part][1] - spans[part][0]] for part, rank in by_part]
+        return update_fn(self._values[replica], tf.concat(rows, 0), **kwargs)
+
+    def _checked(self, rows: tf.Tensor | None, expected: int):
+        """A context whose operations wait for a check of the number of rows that a replica has.
+
+        Its name is all that it can say. `tf.debugging.assert_equal` would be kept in order with those of the other
+        replicas, which wait for each other elsewhere.
+        """
+        if rows is None:
+            return tf.control_dependencies([])
+        name = f"every_batch_must_have_{self.shape[0]}_samples_as_a_stateful_layer_has_states_for"
+        return tf.control_dependencies([tf.ensure_shape(tf.zeros(rows[tf.newaxis], tf.bool), [expected], name=name)])

@@ -1,0 +1,185 @@
+"""What `python -m tfzero.doctor` does in each worker.
+
+All workers do the same, tell each other what they found, and come to the same verdict; the first one prints it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from tfzero.collectives import self_test
+from tfzero.collectives.group import Group
+from tfzero.report import text_of
+from tfzero.strategy import ZeroStrategy
+from tfzero.views.facts import describe_devices, library_versions, nccl_version, unseen_gpus
+from tfzero.views.speeds import measure_speeds
+from tfzero.views.trials import LIMIT, MODELS, run_trials
+from tfzero.workers.cluster import read_tf_config
+from tfzero.workers.progress import progress
+from tfzero.workers.settings import STAGES
+
+_STEP_SECONDS = 600.0  # for the others to come to the end of a part
+_UNPROVEN = (
+    "Unproven by tfzero's own tests, which have been run on CPUs only: GPUs, of one process and of several. "
+    "There this command is the proof."
+)
+
+
+def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as what is in them."""
+    widths = [max(len(row[k]) for row in [titles, *rows]) for k in range(len(titles))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [titles, *rows]]
+    return "\n".join(f"  {line.rstrip()}" for line in lines)
+
+
+class Examination:
+    """One run of all that is examined.
+
+    Args:
+        devices: as of `ZeroStrategy`.
+        timeout_seconds: as of `ZeroStrategy`.
+        quick: whether to leave times, and all models but the dense one, away.
+    """
+
+    def __init__(self, devices: Sequence[str] | None, timeout_seconds: float, quick: bool) -> None:
+        self._devices = devices
+        self._timeout_seconds = timeout_seconds
+        self._quick = quick
+        self._problems: list[str] = []  # the same on all workers
+        cluster = read_tf_config()
+        self._prints = cluster is None or cluster.index == 0
+
+    def run(self) -> list[str]:
+        """Examines, and prints on the first worker. Gives what is wrong; all workers get the same.
+
+        Raises:
+            Exception: if the workers do not meet, or a part of it fails.
+        """
+        self._say("Versions")
+        self._say(table(["library", "version"], list(library_versions().items())))
+        unseen = unseen_gpus()
+        if unseen:  # here, as the workers may not meet because of it
+            print(f"  WRONG: {unseen}", flush=True)
+        self._strategy = ZeroStrategy(0, devices=self._devices, timeout_seconds=self._timeout_seconds)
+        self._group: Group = self._strategy.extended.group
+        self._problems += [f"on worker {k} {told}" for k, told in enumerate(self._from_all("GPUs", unseen)) if told]
+        self._show_devices()
+        self._test_transport()
+        if not self._quick:
+            self._show_speeds()
+        largest = self._try_models()
+        self._say(self._verdict(largest))
+        self._from_all("the verdict", None)  # nobody leaves before it is told
+        return self._problems
+
+    def _say(self, text: str) -> None:
+        if self._prints:
+            print(text, flush=True)
+
+    def _from_all(self, topic: str, value) -> list:
+        """What each worker has, in rank order."""
+        return self._strategy.channel.all_gather(f"examining {topic}", value, _STEP_SECONDS)
+
+    def _show_devices(self) -> None:
+        devices = self._from_all("devices", describe_devices(self._group.devices))
+        rows = [[str(worker), line] for worker, lines in enumerate(devices) for line in lines]
+        self._say("\nDevices")
+        self._say(table(["worker", "device"], rows))
+        algorithm = self._strategy.report().options["algorithm"]
+        self._say(f"\nTransport: {algorithm}")
+        self._say(f"  because {self._why_this_transport()}.")
+        if self._uses_nccl:
+            self._say(f"  NCCL {nccl_version()}. {_UNPROVEN}")
+
+    @property
+    def _uses_nccl(self) -> bool:
+        return self._group.hint == "nccl"
+
+    def _why_this_transport(self) -> str:
+        group, workers = self._group, self._strategy.extended.seats.workers
+        if group.world_size == 1:
+            return "there is one replica: --cpu-devices 2, or two workers, would have something to send"
+        if self._uses_nccl:
+            return "replicas compute on GPUs of their own"
+        if self._strategy.settings.device_type == "GPU":
+            return "replicas share GPUs, which NCCL refuses"
+        if group.links:
+            return "each worker has one CPU device, and threads enough to wait for others"
+        if workers == 1:
+            return "all replicas are CPU devices of one process"
+        if len(group.devices) > 1:
+            return "workers have several CPU devices each: their own connections are for one"
+        return "a worker has too few threads to wait in connections of its own"
+
+    def _test_transport(self) -> None:
+        found = [asdict(row) for row in self_test.run(self._group, self._timeout_seconds, every_dtype=True)]
+        by_worker = self._from_all("the transport", found)
+        rows = [row for told in by_worker for row in told]
+        if not rows:
+            return
+        self._say("\nSelf-test of the transport")
+        cells = []
+        for key in dict.fromkeys((row["primitive"], row["dtype"]) for row in rows):
+            same = [row for row in rows if (row["primitive"], row["dtype"]) == key]
+            wrong = [row for row in same if not row["ok"]]
+            told = [f"rank {r['rank']} received {r['received']} instead of {r['expected']}" for r in wrong]
+            cells.append([*key, same[0]["way"], "; ".join(told) or "right"])
+            self._problems += [f"{key[0]} of {key[1]}: {each}" for each in told]
+        self._say(table(["primitive", "dtype", "way", "result"], cells))
+
+    def _show_speeds(self) -> None:
+        speeds = measure_speeds(self._group)
+        if not speeds:
+            return
+        self._say("\nTime of each primitive, and of TensorFlow's own operation (1 MB is 10^6 bytes)")
+        rows = [
+            [
+                speed.primitive,
+                text_of(speed.size_bytes),
+                f"{speed.seconds * 1e3:.2f}",
+                f"{speed.bytes_per_second / 1e6:.1f}",
+                "-" if speed.stock_seconds is None else f"{speed.stock_seconds * 1e3:.2f}",
+            ]
+            for speed in speeds
+        ]
+        self._say(table(["primitive", "size", "ms", "MB/s", "TensorFlow's ms"], rows))
+
+    def _try_models(self) -> float:
+        """The largest difference that was found."""
+        names = ["dense"] if self._quick else list(MODELS)
+        with progress("", len(names) * len(STAGES), unit="runs") as bar:
+            done = iter(range(len(names) * len(STAGES)))
+            trials = run_trials(
+                names,
+                [device.rpartition("/device:")[2] for device in self._group.devices],
+                self._group.world_size,
+                lambda name, stage: bar.reach(next(done), f"{name} model, stage {stage}"),
+            )
+        by_worker = self._from_all(
+            "models", [[t.model, t.stage, repr(t.largest), t.variable, t.is_right] for t in trials]
+        )
+        rows, wrong, largest = [], {}, 0.0
+        for of_workers in zip(*by_worker, strict=True):
+            model, stage, difference, variable, is_right = max(
+                of_workers, key=lambda told: (not told[-1], float(told[2]))
+            )
+            largest = max(largest, float(difference))
+            rows.append([model, str(stage), f"{float(difference):.1e}", variable, "right" if is_right else "WRONG"])
+            if not is_right:
+                workers = [str(k) for k, told in enumerate(of_workers) if not told[-1]]
+                told = (
+                    f"differs from one device by {float(difference):.2g} in {variable} on worker {', '.join(workers)}"
+                )
+                wrong.setdefault(model, []).append((stage, told))
+        for model, stages in wrong.items():
+            numbers = ", ".join(str(stage) for stage, _ in stages)
+            self._problems.append(f"the {model} model at stage {numbers} {stages[0][1]}")
+        self._say(f"\nModels beside one device: the largest difference of a weight (right up to {LIMIT:g})")
+        self._say(table(["model", "stage", "difference", "variable", "result"], rows))
+        return largest
+
+    def _verdict(self, largest: float) -> str:
+        workers, kind = self._strategy.extended.seats.workers, self._strategy.settings.device_type
+        where = f"{self._group.world_size} replicas, {len(self._group.devices)} {kind} devices in each of {workers}"
+        if self._problems:
+            return f"\nNOT SOUND ({where}): {'; '.join(self._problems)}."
+        return f"\nSOUND ({where}): models end within {largest:.1e} of one device at every stage."

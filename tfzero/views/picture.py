@@ -1,0 +1,96 @@
+"""Who holds what of a model, as a picture: what the plan places where, in bytes. Drawn with matplotlib."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import tensorflow as tf
+
+from tfzero.plan.placement import shard_elements
+from tfzero.report import text_of
+from tfzero.training.walk import Trained
+from tfzero.variables.classes import ShardedVariable
+
+MOST_ROWS, MOST_RANKS = 25, 16  # that are drawn
+_COLOURS = {"whole": "#9a9a9a", "owned": "#d95f02", "sharded": "#1b6ca8"}
+_SHARE = 0.9  # of a rank's column that the widest bar takes
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What the ranks hold of one variable, its slots included.
+
+    Args:
+        name: its path, or of several how many they are.
+        ranks: for each rank the bytes that it holds "whole", as "owned" by it, and "sharded".
+    """
+
+    name: str
+    ranks: tuple[Counter, ...]
+
+    @property
+    def most_bytes(self) -> int:
+        """That any rank holds."""
+        return max(rank.total() for rank in self.ranks)
+
+    @property
+    def total_bytes(self) -> int:
+        """That all ranks hold."""
+        return sum(rank.total() for rank in self.ranks)
+
+
+def holdings(trained: Iterable[Trained]) -> list[Holding]:
+    """What the ranks hold of each trained variable, the largest first."""
+    found = []
+    for each in trained:
+        for variable, slots in zip(each.variables, each.slots, strict=True):
+            parts = [_part(value, each.plan.world_size) for value in (variable.value, *slots)]
+            ranks = tuple(sum((part[rank] for part in parts), Counter()) for rank in range(each.plan.world_size))
+            found.append(Holding(variable.path, ranks))
+    return sorted(found, key=lambda holding: -holding.total_bytes)
+
+
+def _part(value, world_size: int) -> list[Counter]:
+    """What each rank holds of a variable or slot."""
+    elements, item_bytes = math.prod(value.shape), tf.as_dtype(value.dtype).size
+    if not isinstance(value, ShardedVariable):
+        return [Counter(whole=elements * item_bytes)] * world_size
+    if value.owner is None:
+        return [Counter(sharded=shard_elements(elements, world_size) * item_bytes)] * world_size
+    return [Counter(owned=elements * item_bytes * (rank == value.owner)) for rank in range(world_size)]
+
+
+def draw(rows: Sequence[Holding]) -> np.ndarray:
+    """The picture, `[height, width, 4]` in bytes: variables by ranks, and bars as wide as what is held."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    if len(rows) > MOST_ROWS:
+        rest = rows[MOST_ROWS:]
+        ranks = tuple(sum(of_rank, Counter()) for of_rank in zip(*(row.ranks for row in rest), strict=True))
+        rows = [*rows[:MOST_ROWS], Holding(f"{len(rest)} smaller variables", ranks)]
+    world_size = len(rows[0].ranks)
+    shown = min(world_size, MOST_RANKS)
+    figure = Figure(figsize=(4 + 1.2 * shown, 1.6 + 0.28 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    scale = _SHARE / max(1, *(row.most_bytes for row in rows))
+    for rank in range(shown):
+        left = np.full(len(rows), float(rank))
+        for kind, colour in _COLOURS.items():
+            widths = np.array([row.ranks[rank][kind] * scale for row in rows])
+            axes.barh(range(len(rows)), widths, 0.7, left, color=colour)
+            left = left + widths
+    axes.set_yticks(range(len(rows)), [f"{row.name}  {text_of(row.total_bytes)}" for row in rows], fontsize=8)
+    held = [sum(row.ranks[rank].total() for row in rows) for rank in range(shown)]
+    labels = [f"rank {rank}\n{text_of(size_bytes)}" for rank, size_bytes in enumerate(held)]
+    axes.set_xticks([rank + _SHARE / 2 for rank in range(shown)], labels, fontsize=8)
+    axes.set(xlim=(-0.05, shown), ylim=(len(rows) - 0.4, -0.6))
+    axes.set_title(f"Parameters and slots, on {shown} of {world_size} ranks", fontsize=9)
+    axes.legend(handles=[Patch(color=c, label=k) for k, c in _COLOURS.items()], ncols=3, fontsize=8, loc="lower right",
+                bbox_to_anchor=(1, 1.02 + 0.4 / len(rows)), frameon=False)  # fmt: skip
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.array(canvas.buffer_rgba())

@@ -1,0 +1,111 @@
+"""How long each collective takes by its size, beside TensorFlow's own operation for the same.
+
+TensorFlow's own are emitted bare: by `tf.raw_ops`, under keys of this module, as `tf.distribute` does. There is none
+for a reduce-scatter on CPUs, and NCCL's all-to-all is left out, as TensorFlow's is wrong between processes.
+"""
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import tensorflow as tf
+
+from tfzero.collectives.group import Group
+from tfzero.collectives.ways import CROWDED
+
+SIZES_BYTES = tuple(2**k for k in (10, 14, 18, 22, 26))  # 1 KiB to 64 MiB
+_LARGE_BYTES = 2**22
+# Far from the keys of tfzero's own groups, and from those that TensorFlow counts up from 1.
+_group_keys = itertools.count(900_000)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What one collective takes for one size.
+
+    Args:
+        primitive: "all_reduce", "reduce_scatter", "all_gather", "all_to_all" or "broadcast".
+        size_bytes: of the whole tensor: the summed one, the gathered one, all rows that a replica gives.
+        seconds: the median as the first worker sees it.
+        stock_seconds: of TensorFlow's own operation; None where it has none.
+    """
+
+    primitive: str
+    size_bytes: int
+    seconds: float
+    stock_seconds: float | None
+
+    @property
+    def bytes_per_second(self) -> float:
+        return self.size_bytes / self.seconds
+
+
+def measure_speeds(group: Group, sizes_bytes: Sequence[int] = SIZES_BYTES) -> list[Speed]:
+    """Times every primitive; all workers call it together. Nothing is measured for a single replica."""
+    if group.world_size == 1:
+        return []
+    stock = _Stock(group)
+    return [
+        _measured(group, stock, primitive, size_bytes)
+        for primitive in ("all_reduce", "reduce_scatter", "all_gather", "all_to_all", "broadcast")
+        for size_bytes in sizes_bytes
+    ]
+
+
+def _measured(group: Group, stock: "_Stock", primitive: str, size_bytes: int) -> Speed:
+    elements = -(-size_bytes // 4 // group.world_size)  # of a row
+    shapes = {"all_gather": [elements], "all_reduce": [size_bytes // 4], "broadcast": [size_bytes // 4]}
+    value = tf.zeros(shapes.get(primitive, [group.world_size, elements]))
+    ways = [getattr(group, primitive), *stock.ways(primitive)]
+    taken: list[list[float]] = [[] for _ in ways]
+    for _ in range(1 + (5 if size_bytes >= _LARGE_BYTES else 15)):
+        for way, seconds in zip(ways, taken, strict=True):
+            start = time.perf_counter()
+            for result in group.launch(way, [value] * len(group.devices)):
+                tf.reshape(result, [-1])[0].numpy()
+            seconds.append(time.perf_counter() - start)
+    medians = [statistics.median(seconds[1:]) for seconds in taken]  # the first one is traced
+    return Speed(primitive, size_bytes, medians[0], medians[1] if len(ways) > 1 else None)
+
+
+class _Stock:
+    """TensorFlow's own operations among the replicas of a group, with keys of their own."""
+
+    def __init__(self, group: Group) -> None:
+        sums = {"merge_op": "Add", "final_op": "Id"}
+        self._group = group
+        self._group_key = next(_group_keys)
+        self._instance_keys = itertools.count(1)
+        self._operations: dict[str, tuple[Callable, dict]] = {
+            "all_reduce": (tf.raw_ops.CollectiveReduceV2, sums),
+            "all_gather": (tf.raw_ops.CollectiveGatherV2, {}),
+        }
+        if group.hint == "nccl":
+            self._operations["reduce_scatter"] = (tf.raw_ops.CollectiveReduceScatterV2, sums)
+        elif group.place.transport != CROWDED:
+            self._operations["all_to_all"] = (tf.raw_ops.CollectiveAllToAllV2, {})
+
+    def ways(self, primitive: str) -> list[Callable]:
+        """A function that is called as the group's method of this name; none if TensorFlow has no such operation."""
+        if primitive not in self._operations:
+            return []
+        operation, attributes = self._operations[primitive]
+        key, group = next(self._instance_keys), self._group
+
+        def run(value, replica):
+            with tf.device(group.devices[replica]), group.lanes.counted(replica, 0, value) as ended:
+                result = operation(
+                    input=value,
+                    group_size=group.world_size,
+                    group_key=self._group_key,
+                    instance_key=key,
+                    ordering_token=[group.lanes.tokens[replica][0].handle],
+                    communication_hint=group.hint,
+                    **attributes,
+                )
+                ended(result)
+            return result
+
+        return [run]

@@ -1,0 +1,191 @@
+"""What a training does, for TensorBoard, while it runs."""
+
+import importlib
+import os
+import statistics
+import time
+import warnings
+
+import keras
+import tensorflow as tf
+
+from tfzero.host import runtime
+from tfzero.optimizer import ZeroOptimizer
+from tfzero.strategy import ZeroStrategy
+from tfzero.views.gradient_time import UnmeasurableError, gradient_seconds
+from tfzero.views.picture import draw, holdings
+from tfzero.workers.settings import check_number
+
+
+class TensorBoardCallback(keras.callbacks.Callback):
+    """Writes for TensorBoard what memory, network and gradient do while `fit` runs.
+
+    All workers have it in `callbacks`; the first one writes, into `log_dir/tfzero`, so that it stands beside Keras's
+    own `keras.callbacks.TensorBoard(log_dir)`. The training's result is the same bit for bit. The steps count batches.
+
+    Its tags:
+
+    * `memory/current_bytes` and `memory/peak_bytes`: of TensorFlow's allocator for this worker's first device. The peak
+      is that since the last writing, and is reset then. Missing on CPUs where TensorFlow does not use oneDNN by itself:
+      set the environment variable `TF_ENABLE_ONEDNN_OPTS=1` there.
+    * `wire/bytes_per_step`: what a replica sends in a step, by formula (`strategy.report().sent_bytes`).
+    * `time/step_seconds`: median since the last writing. The first batch does not count, as its step is traced.
+    * `time/exposed_seconds`: what of that is beyond the gradient with its loss and metrics, so communication that
+      nothing hides, and the update. The gradient alone is measured once, after the first batch; where it cannot be,
+      a warning tells why, and the tag is missing.
+    * `gradient/norm`: of the whole batch's gradient in the latest update, before clipping and without loss scale; of
+      further optimizers of the model, `gradient/norm_of_` and the attribute's name.
+    * `loss_scale/scale` and `loss_scale/skipped_steps`: with a `LossScaleOptimizer`, its scale, and how many batches
+      were skipped because they overflowed.
+    * `plan`: a picture of what each rank holds.
+
+    Args:
+        log_dir: TensorBoard's directory.
+        every_steps: write whenever so many batches have been trained.
+        picture: whether to draw the plan.
+
+    Raises:
+        ValueError: for arguments that make no sense, and from `fit` for a model of another strategy or if the workers'
+            `every_steps` differ.
+        ImportError: without the package tensorboard, or with a picture without matplotlib.
+
+    Example:
+
+    ```python
+    model.fit(x, y, epochs=2, verbose=0, callbacks=[tfzero.TensorBoardCallback("logs", every_steps=2)])
+    ```
+    """
+
+    def __init__(self, log_dir: str | os.PathLike, every_steps: int = 10, picture: bool = True) -> None:
+        super().__init__()
+        if not isinstance(log_dir, str | os.PathLike) or not os.fspath(log_dir):
+            raise ValueError(f"`log_dir` must be the path of a directory. Received: log_dir={log_dir!r}")
+        check_number("every_steps", every_steps, int, 1)
+        if not isinstance(picture, bool):
+            raise ValueError(f"`picture` must be True or False. Received: picture={picture!r}")
+        _need("tensorboard", "`pip install tensorboard`")
+        if picture:
+            _need("matplotlib", "`pip install matplotlib`, or pass picture=False")
+        self.log_dir = os.path.join(os.fspath(log_dir), "tfzero")
+        self.every_steps = every_steps
+        self.picture = picture
+        self.step = 0  # batches trained, in all
+        self._gradient_seconds: dict[tuple, float | None] = {}
+        self._writer: tf.summary.SummaryWriter | None = None
+
+    def on_train_begin(self, logs=None) -> None:
+        strategy = self.model.distribute_strategy
+        if not isinstance(strategy, ZeroStrategy):
+            raise ValueError(
+                "TensorBoardCallback needs a model of a ZeroStrategy; with others use keras.callbacks.TensorBoard."
+            )
+        settings = {"every_steps": self.every_steps}
+        strategy.channel.agree("preparing for TensorBoard", settings, "settings of TensorBoardCallback")
+        if any([optimizer.watch_norm() for optimizer in self._optimizers.values()]):
+            self.model.make_train_function(force=True)
+        self._strategy = strategy
+        self._device = strategy.extended.worker_devices[0]
+        self._is_first = True
+        self._seconds: list[float] = []
+        if strategy.extended.should_checkpoint:
+            self._writer = tf.summary.create_file_writer(self.log_dir)
+
+    def on_train_batch_begin(self, batch, logs=None) -> None:
+        self._first_batch = batch
+        if self._is_first:
+            self.step = max(self.step, self._steps_of_optimizer)  # a run may go on from a checkpoint
+            self._rows = runtime.rows_counted(self.model)
+        self._start = time.perf_counter()
+
+    def on_train_batch_end(self, batch, logs=None) -> None:
+        if self._strategy.settings.device_type == "GPU":
+            tf.test.experimental.sync_devices()
+        seconds = time.perf_counter() - self._start
+        batches = batch - self._first_batch + 1
+        before, self.step = self.step, self.step + batches
+        if not self._is_first:
+            self._seconds.append(seconds / batches)
+        is_due = self.step // self.every_steps > before // self.every_steps
+        if is_due and self._writer is not None:
+            self._write(self._scalars())
+        if self._is_first:
+            self._is_first = False
+            self._begin(batches)
+
+    def on_train_end(self, logs=None) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _begin(self, batches: int) -> None:
+        """After the first batch, when everything is built: the picture, and the gradient alone."""
+        if self._writer is not None and self.picture:
+            pixels = draw(holdings(optimizer.trained for optimizer in self._optimizers.values() if optimizer.built))
+            with self._writer.as_default(self.step), tf.summary.record_if(True):
+                tf.summary.image("plan", pixels[None], description="Who holds what, and how many bytes.")
+            self._writer.flush()
+        now_counted = runtime.rows_counted(self.model)
+        rows = [round((now - then) / batches) for now, then in zip(now_counted, self._rows, strict=True)]
+        self._shapes = (tuple(rows), str(self.model.train_function.element_spec))
+        if self._shapes not in self._gradient_seconds:
+            self._gradient_seconds[self._shapes] = self._measure(rows)
+            _memory(self._device)  # resets the peak, which is not the training's
+
+    def _measure(self, rows) -> float | None:
+        try:
+            return gradient_seconds(self.model, rows)
+        except UnmeasurableError as error:
+            warnings.warn(f"There will be no time/exposed_seconds for TensorBoard: {error}.", stacklevel=2)
+            return None
+
+    def _write(self, scalars: dict[str, float]) -> None:
+        with self._writer.as_default(self.step), tf.summary.record_if(True):
+            for tag, value in scalars.items():
+                tf.summary.scalar(tag, value)
+        self._writer.flush()  # it is to be looked at now
+
+    def _scalars(self) -> dict[str, float]:
+        scalars = {**_memory(self._device), "wire/bytes_per_step": self._strategy.report().sent_bytes}
+        if self._seconds:
+            step_seconds, self._seconds = statistics.median(self._seconds), []
+            scalars["time/step_seconds"] = step_seconds
+            alone_seconds = self._gradient_seconds[self._shapes]
+            if alone_seconds is not None:
+                scalars["time/exposed_seconds"] = max(0.0, step_seconds - alone_seconds)
+        for name, optimizer in self._optimizers.items():
+            norm = optimizer.gradient_norm
+            if norm is not None:
+                scalars["gradient/norm" if name == "optimizer" else f"gradient/norm_of_{name}"] = norm
+        scale = getattr(self.model.optimizer, "loss_scale_optimizer", None)
+        if scale is not None:
+            scalars["loss_scale/scale"] = float(scale.dynamic_scale.numpy())
+            scalars["loss_scale/skipped_steps"] = self.step - self._steps_of_optimizer
+        return scalars
+
+    @property
+    def _optimizers(self) -> dict[str, ZeroOptimizer]:
+        """The model's optimizers, by the attribute that holds each."""
+        return {name: value for name, value in sorted(vars(self.model).items()) if isinstance(value, ZeroOptimizer)}
+
+    @property
+    def _steps_of_optimizer(self) -> int:
+        """Batches that the optimizer has taken in; of a loss scale those that did not overflow."""
+        optimizer = self.model.optimizer
+        return 0 if optimizer is None else int(runtime.iteration_counter(optimizer.inner_optimizer).numpy())
+
+
+def _need(package: str, remedy: str) -> None:
+    try:
+        importlib.import_module(package)
+    except ImportError as error:
+        raise ImportError(f"TensorBoardCallback needs the package {package}: {remedy}.") from error
+
+
+def _memory(device: str) -> dict[str, float]:
+    """Bytes in use, and their peak since the last call; nothing of an allocator that keeps no account."""
+    try:
+        memory = tf.config.experimental.get_memory_info(device)
+    except ValueError:
+        return {}
+    tf.config.experimental.reset_memory_stats(device)
+    return {"memory/current_bytes": memory["current"], "memory/peak_bytes": memory["peak"]}

@@ -1,0 +1,255 @@
+"""Whether the workers read the same batches in the same order.
+
+[Note: digests] Every worker reads the global batches and keeps its rows. If they differ, some samples are trained with
+twice and others never, without a word. So of the first batches of every pass over a data set each worker makes a digest
+of shapes and content, and before a step takes such a batch, the digests are compared. No batch is drawn for that: the
+digest travels with its batch through the pipeline, past what is prepared ahead, and is taken off where the batch is
+given out.
+
+What differs is refused, with one exception: random operations (`tf.image.random_flip_left_right` in `Dataset.map`, an
+augmentation in a generator) rightly give each worker other values. If a part of the batch that varies by sample, such
+as the labels, is the same everywhere, then so is the order.
+"""
+
+import contextlib
+import functools
+import hashlib
+import itertools
+import json
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import tensorflow as tf
+
+from tfzero.workers.channel import Channel
+
+DEFAULT_COMPARE_BATCHES = 2
+MOST_BYTES = 2**24  # of a tensor that are hashed; of a larger one evenly spaced parts
+_PART_BYTES = 64
+_SCATTER = 0x9E3779B9  # the golden ratio in 32 bits, whose multiples are spread evenly
+_SHOWN = 3  # first values of a tensor, for messages
+_NAMES = ("x", "y", "sample_weight")
+_SHAPE, _VALUES, _SAME_ROWS = " (shape)", " (values)", "in every row "
+_OF_SPARSE = (".indices", ".shape")  # of a sparse tensor, which look alike in any order of its rows
+# Operations of `Dataset.map` that draw random numbers; shuffling in there is a matter of order.
+_RANDOM = ("Random", "Multinomial", "TruncatedNormal", "StatefulUniform", "StatefulStandardNormal", "RngRead")
+TAKEN, DOUBTED, REFUSED = "taken", "doubted", "refused"
+_PYTHON = ("PyFunc", "EagerPyFunc")
+_ADVICE = (
+    "Every worker must read the same global batches in the same order, of which each replica takes its rows: give what "
+    "shuffles or draws the same seed on every worker. `ZeroStrategy(compare_batches=0)` leaves the comparison away."
+)
+
+_OF_PREDICTIONS = "Nothing is trained with them; the predictions are of the rows that each worker kept of its own."
+_OF_DRAWS = "Random operations may rightly draw other numbers on each worker, so it goes on."
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is known of where batches come from.
+
+    Args:
+        name: for messages.
+        draws: whether random operations of TensorFlow take part.
+        is_python: whether Python code takes part, which may draw random numbers.
+        may_warn: whether nothing is trained with the batches, so that other content is only warned of.
+    """
+
+    name: str
+    draws: bool = False
+    is_python: bool = True
+    may_warn: bool = False
+
+    @classmethod
+    def of_operations(cls, name: str, kinds: set[str], may_warn: bool) -> "Source":
+        """Of a pipeline with these kinds of operations in its functions."""
+        draws = any(word in kind for kind in kinds - {"RandomShuffle"} for word in _RANDOM)
+        return cls(name, draws, any(kind in _PYTHON for kind in kinds), may_warn)
+
+
+class BatchComparison:
+    """Compares the first batches of passes over data among workers. [Note: digests]
+
+    Args:
+        channel: one for nothing else, as batches may be prepared in threads of TensorFlow.
+        workers: how many.
+        count: how many batches at the start of a pass.
+        on_loss: told why, when a worker does not come to compare.
+    """
+
+    def __init__(self, channel: Channel, workers: int, count: int, on_loss: Callable[[str], object]) -> None:
+        self._channel = channel
+        self._on_loss = on_loss
+        self.count = count if workers > 1 else 0
+        self._during: str | None = None  # the method of a model that reads data now
+        self._failure: Exception | None = None
+        self._data_sets = 0
+        self._warned: set[Source] = set()
+
+    def source(self, kinds: set[str]) -> Source:
+        """Of a new data set, by the kinds of operations in its functions."""
+        self._data_sets += 1
+        reader = f" of `{self._during}`" if self._during else ""
+        return Source.of_operations(f"data set {self._data_sets}{reader}", kinds, self._only_predicts())
+
+    def of_given(self, name: str) -> Callable:
+        """A function that compares the first ones of batches that are given to it, whole. The name is for messages."""
+        indexes = itertools.count()
+
+        def check(batch) -> None:
+            index = next(indexes)
+            if index < self.count:
+                named = _named_arrays(batch)
+                arrays = [_as_array(value) for _, value in named]
+                noted = digest([name for name, _ in named], index, *arrays)
+                self._compare(noted, Source(name, may_warn=self._only_predicts()))
+
+        return check
+
+    @contextlib.contextmanager
+    def during(self, method: str):
+        """Within it data are read for a method of a model; errors of a comparison are raised as they were."""
+        before, self._during, self._failure = self._during, method, None
+        try:
+            yield
+        except tf.errors.OpError:
+            if self._failure is not None:
+                raise self._failure from None
+            raise
+        finally:
+            self._during = before
+
+    def _only_predicts(self) -> bool:
+        return self._during in ("predict", "predict_on_batch")
+
+    def noted(self, batch, index: tf.Tensor) -> tf.Tensor:
+        """In a pipeline: the digest of batch number `index`, scalar string; of a later one than is compared, ""."""
+        named = _named_arrays(batch)
+        make = functools.partial(digest, [name for name, _ in named])
+        noted = [index, *(tensor for _, tensor in named)]
+        return tf.cond(index < self.count, lambda: tf.numpy_function(make, noted, tf.string), lambda: "")
+
+    def compared(self, noted: tf.Tensor, source: Source) -> tf.Tensor:
+        """In a pipeline: waits until the digest has been compared with those of the other workers."""
+        compare = functools.partial(self._compare, source=source)
+        is_noted = tf.strings.length(noted) > 0
+        return tf.cond(is_noted, lambda: tf.numpy_function(compare, [noted], tf.bool), lambda: True)
+
+    def _compare(self, noted: bytes, source: Source) -> bool:
+        try:
+            own = json.loads(noted)
+            where = f"batch {own.pop('index')} of {source.name}"
+            values, differences = self._channel.compare(f"comparing {where}", own)
+            verdict = judge(values, source)
+            text = f"The workers' batches differ ({where}): {differences}. {_ADVICE}"
+            if verdict == REFUSED:
+                raise ValueError(text)
+            if verdict == DOUBTED and source not in self._warned:
+                self._warned.add(source)
+                warnings.warn(f"{text} {_OF_PREDICTIONS if source.may_warn else _OF_DRAWS}", stacklevel=2)
+        except Exception as error:
+            self._failure = error
+            if isinstance(error, ConnectionError | TimeoutError):
+                self._on_loss(str(error))
+            raise
+        return True
+
+
+def judge(values: Sequence[Mapping], source: Source) -> str:
+    """What becomes of a batch, of which the workers noted these digests, in rank order. [Note: digests]"""
+    parts = dict.fromkeys(name for each in values for name in each)
+    differing = [name for name in parts if len({each.get(name) for each in values}) > 1]
+    if not differing:
+        return TAKEN
+    if any(name.endswith(_SHAPE) for name in differing):
+        return REFUSED
+    agreeing = [name for name in parts if name.endswith(_VALUES) and name not in differing]
+    telling = [name for name in agreeing if not name.removesuffix(_VALUES).endswith(_OF_SPARSE)]
+    is_in_order = any(not values[0][name].startswith(_SAME_ROWS) for name in telling)
+    if source.draws and is_in_order:
+        return TAKEN
+    return DOUBTED if source.draws or source.may_warn or (source.is_python and is_in_order) else REFUSED
+
+
+def digest(names: Sequence[str], index, *arrays: np.ndarray) -> bytes:
+    """JSON: for each of the named parts of batch number `index` its shape, a digest and its first values."""
+    described = {"index": int(index)}
+    for name, array in zip(names, arrays, strict=True):
+        array = np.asarray(array)
+        described[name + _SHAPE] = f"{array.dtype} {list(array.shape)}"
+        described[name + _VALUES] = _values(array)
+    return json.dumps(described).encode()
+
+
+def _values(array: np.ndarray) -> str:
+    hashed = hashlib.blake2b(digest_size=8)
+    for part in _parts(array):
+        hashed.update(part)
+    first = [each.item() if isinstance(each, np.generic) else each for each in array.reshape(-1)[:_SHOWN]]
+    shown = ", ".join(f"{each:.6g}" if isinstance(each, float) else str(each)[:20] for each in first)
+    more = ", ..." if array.size > _SHOWN else ""
+    return f"{_SAME_ROWS if _has_same_rows(array) else ''}{shown}{more} (digest {hashed.hexdigest()})"
+
+
+def _has_same_rows(array: np.ndarray) -> bool:
+    """Whether nothing can be told from it about an order: all rows are equal."""
+    if array.ndim == 0 or len(array) < 2 or array.size == 0:
+        return True
+    rows = array.reshape(len(array), -1)
+    rows = rows if array.dtype == object else np.ascontiguousarray(rows).view(np.uint8)
+    return np.array_equal(rows[0], rows[1]) and bool(np.all(rows == rows[0]))
+
+
+def _parts(array: np.ndarray):
+    """The bytes of an array, or of a large one parts of it.
+
+    One part lies somewhere in each of many equal stretches: at the same place in each, all might be of the margins of
+    images.
+    """
+    if array.dtype == object:
+        for each in array.reshape(-1):
+            text = each if isinstance(each, bytes) else str(each).encode()
+            yield len(text).to_bytes(8, "little") + text
+        return
+    raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    if raw.size <= MOST_BYTES:
+        yield raw.data
+        return
+    step = -(-raw.size * _PART_BYTES // MOST_BYTES)
+    stretches = np.arange(raw.size // step)
+    places = stretches * step + (stretches * _SCATTER % 2**32 * (step - _PART_BYTES + 1) >> 32)
+    yield np.ascontiguousarray(np.lib.stride_tricks.sliding_window_view(raw, _PART_BYTES)[places]).data
+    yield raw[-_PART_BYTES:].data
+
+
+def _as_array(value) -> np.ndarray:
+    return value.numpy() if hasattr(value, "numpy") else np.asarray(value)
+
+
+def _named_arrays(batch) -> list[tuple[str, object]]:
+    """The dense parts of a batch and what to call them."""
+    if isinstance(batch, tuple) and len(batch) <= len(_NAMES):
+        named = zip(_NAMES, batch, strict=False)
+    else:
+        named = (("x", batch),)
+    return [part for name, value in named for part in _walk(name, value)]
+
+
+def _walk(name: str, value) -> list[tuple[str, object]]:
+    if isinstance(value, Mapping):
+        return [part for key in sorted(value, key=str) for part in _walk(f"{name}[{key!r}]", value[key])]
+    if isinstance(value, tuple | list):
+        return [part for k, each in enumerate(value) for part in _walk(f"{name}[{k}]", each)]
+    if isinstance(value, tf.SparseTensor):
+        return [
+            (f"{name}.indices", value.indices),
+            (f"{name}.values", value.values),
+            (f"{name}.shape", value.dense_shape),
+        ]
+    if isinstance(value, tf.RaggedTensor):
+        lengths = [(f"{name}.lengths[{k}]", each) for k, each in enumerate(value.nested_row_lengths())]
+        return [(f"{name}.values", value.flat_values), *lengths]
+    is_array = value is not None and (not tf.is_tensor(value) or value.dtype not in (tf.variant, tf.resource))
+    return [(name, value)] if is_array else []

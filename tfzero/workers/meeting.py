@@ -1,0 +1,303 @@
+"""How workers find each other: one listens at its port of TF_CONFIG, and others call.
+
+[Note: meeting] Anybody may call a port. Callers are heard side by side, each for a time of its own, so that none of
+them keeps a worker from being heard. First comes the handshake, then the cluster as each side sees it, which must be
+the same; a caller of another cluster is no leader. A worker that gives a call up is called again.
+"""
+
+import contextlib
+import functools
+import os
+import queue
+import select
+import socket
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from itertools import repeat
+from time import monotonic, sleep
+
+from tfzero.workers import handshake
+from tfzero.workers.cluster import Cluster
+from tfzero.workers.messages import STRANGER_BYTES, receive, seconds_left, send
+from tfzero.workers.progress import progress
+from tfzero.workers.stopping import blamed_by, blaming
+
+CALL_SECONDS = 3.0  # for each step of a call: the called worker may be busy
+HELLO_SECONDS = 1.0  # for a caller to say who it is; strangers often say nothing
+RETRY_SECONDS = 0.1  # between two rounds of calls
+GRACE_SECONDS = 1.0  # how much longer than the leader a worker waits, to hear the leader's reason
+MOST_CALLERS = 256  # heard side by side
+_MOST_REASONS = 3  # why one worker could not be called
+_ADVICE = "Start each process with the same cluster and its own task index in TF_CONFIG."
+_ERRORS = {kind.__name__: kind for kind in (ConnectionError, TimeoutError, TypeError, ValueError)}
+
+
+def told(error: BaseException) -> dict:
+    """A message that tells others of an error; `error_of` gives it back."""
+    blamed = blamed_by(error)
+    return {"error": type(error).__name__, "text": str(error) or repr(error), "blamed": blamed}
+
+
+def error_of(message: dict) -> Exception:
+    """The error that a message with the key "error" tells of; a RuntimeError if its kind is not one of ours."""
+    error = _ERRORS.get(str(message["error"]), RuntimeError)(str(message.get("text")))
+    blamed = message.get("blamed")
+    known = isinstance(blamed, list | tuple) and all(type(index) is int for index in blamed)
+    return blaming(error, blamed) if known else error
+
+
+def part(connections, error: BaseException | None) -> None:
+    """Closes the connections. If there is an error, tells it first to the peers that still hear."""
+    for connection in connections:
+        with connection, contextlib.suppress(OSError):
+            if error is not None:
+                send(connection, told(error), monotonic() + HELLO_SECONDS)
+
+
+def listen(cluster: Cluster) -> socket.socket:
+    """A socket that listens on the port of this worker's address, with SO_REUSEADDR.
+
+    It listens on all interfaces, as an address may be another's name for this machine; on loopback alone if the
+    address is one of loopback.
+
+    Raises:
+        OSError: if it cannot.
+    """
+    host, _, port = cluster.addresses[cluster.index].rpartition(":")
+    host = host.strip("[]")
+    both = socket.has_dualstack_ipv6()
+    try:
+        if host in ("localhost", "::1") or host.startswith("127."):
+            family, *_, address = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
+            return socket.create_server(address[:2], family=family, backlog=2 * MOST_CALLERS)
+        family = socket.AF_INET6 if both else socket.AF_INET
+        return socket.create_server(("", int(port)), family=family, dualstack_ipv6=both, backlog=2 * MOST_CALLERS)
+    except OSError as error:
+        text = error.strerror if error.errno is None or error.errno < 0 else os.strerror(error.errno)
+        reason = f"{cluster.describe(cluster.index)} cannot listen on its port: {text}."
+        advice = "Stop the process that uses it (another with the same task index?), or change the port."
+        raise OSError(error.errno, f"{reason} {advice}") from None
+
+
+def dial(address: str, seconds: float) -> socket.socket:
+    """A connection to "host:port".
+
+    Raises:
+        OSError, ValueError: if nobody listens there in time, or there is no such host.
+    """
+    host, port = address.rsplit(":", 1)
+    connection = socket.create_connection((host.strip("[]"), int(port)), seconds)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if connection.getsockname() == connection.getpeername():  # the system gave it the port it dials
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # free it
+        connection.close()
+        raise ConnectionError("nobody listens there")
+    return connection
+
+
+def callers(listener: socket.socket, greet: Callable, deadline: float, refusals: list[str]) -> Iterator[tuple]:
+    """Each caller's connection, and what `greet` makes of it, in the order in which that is known; until the deadline.
+
+    Args:
+        listener: where they call.
+        greet: gets a connection, in a thread of its own. Of whom it raises OSError, is turned away.
+        deadline: by the monotonic clock.
+        refusals: gets why each was turned away.
+    """
+    greeted: dict = {}  # connections by future
+    done: queue.SimpleQueue = queue.SimpleQueue()
+    ear, bell = socket.socketpair()
+
+    def ring(future):
+        done.put(future)
+        bell.send(b".")
+
+    listener.setblocking(False)
+    with ear, bell, ThreadPoolExecutor(MOST_CALLERS, "tfzero caller") as pool:
+        try:
+            while monotonic() < deadline:
+                if _wait_for_either(ear, listener if len(greeted) < MOST_CALLERS else None, deadline):
+                    connection = _accept(listener)
+                    if connection is not None:
+                        greeted[future := pool.submit(greet, connection)] = connection
+                        future.add_done_callback(ring)
+                while not done.empty():
+                    future = done.get()
+                    connection = greeted.pop(future)
+                    try:
+                        result = future.result()
+                    except OSError as error:
+                        connection.close()
+                        refusals.append(str(error))
+                    else:
+                        yield connection, result
+        finally:
+            for connection in greeted.values():  # wakes those that still listen to them
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
+            pool.shutdown()
+            for connection in greeted.values():
+                connection.close()
+
+
+def _wait_for_either(ear: socket.socket, listener: socket.socket | None, deadline: float) -> bool:
+    """Until the bell rings, which is taken note of, or somebody calls; whether somebody does."""
+    poll = select.poll()
+    poll.register(ear, select.POLLIN)
+    if listener is not None:
+        poll.register(listener, select.POLLIN)
+    ready = {number for number, _ in poll.poll(1000 * seconds_left(deadline))}
+    if ear.fileno() in ready:
+        ear.recv(MOST_CALLERS)
+    return listener is not None and listener.fileno() in ready
+
+
+def _accept(listener: socket.socket) -> socket.socket | None:
+    try:
+        connection, _ = listener.accept()
+    except BlockingIOError:  # the caller has left
+        return None
+    except OSError:  # too many files are open: some will be closed soon
+        sleep(RETRY_SECONDS)
+        return None
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return connection
+
+
+# The meeting of all with their leader.
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What came of dialling a worker once."""
+
+    connection: socket.socket | None = None
+    conflict: str = ""  # how its cluster differs
+    reason: str = ""  # why there is no connection
+
+
+def _call(cluster: Cluster, secret: bytes, index: int, deadline: float) -> _Call:
+    def soon():
+        return monotonic() + CALL_SECONDS
+
+    try:
+        with contextlib.ExitStack() as stack:
+            seconds = min(CALL_SECONDS, seconds_left(deadline))
+            connection = stack.enter_context(dial(cluster.addresses[index], seconds))
+            handshake.call(connection, secret, (cluster.index, 0), soon())
+            send(connection, asdict(cluster), soon())
+            theirs = _read_cluster(receive(connection, soon(), CALL_SECONDS, STRANGER_BYTES))
+            conflict = _find_conflict(cluster, index, theirs)
+            if not conflict:
+                send(connection, {"seconds_left": seconds_left(deadline)}, soon())  # welcome
+                receive(connection, soon(), CALL_SECONDS, STRANGER_BYTES)  # it is here
+            stack.pop_all()
+            return _Call(connection, conflict)
+    except (OSError, ValueError) as error:  # ValueError: an impossible host name
+        return _Call(reason=str(error))
+
+
+def call_all(cluster: Cluster, secret: bytes, timeout_seconds: float) -> dict[int, socket.socket]:
+    """The leader's part: dials until all answer. Gives connections by worker index.
+
+    Raises:
+        TimeoutError: if a worker is missing.
+        ValueError: if one has another cluster.
+    """
+    deadline = monotonic() + timeout_seconds
+    calls: dict[int, _Call] = {}
+    connections, conflict, missing = {}, "", list(range(1, cluster.size))
+    reasons: dict[int, dict[str, None]] = {index: {} for index in missing}  # in their order; the last may tell least
+    try:
+        with ThreadPoolExecutor(cluster.size) as pool, progress("meeting", cluster.size, unit="workers") as bar:
+            while missing and (not calls or monotonic() < deadline):
+                tries = pool.map(_call, repeat(cluster), repeat(secret), missing, repeat(deadline))
+                calls = dict(zip(missing, tries, strict=True))
+                connections |= {index: call.connection for index, call in calls.items() if call.connection}
+                for index, call in calls.items():
+                    reasons[index][call.reason] = None
+                bar.reach(1 + len(connections))
+                conflict = conflict or next((call.conflict for call in calls.values() if call.conflict), "")
+                if conflict:  # a little time to reach the rest, so that they are told too
+                    deadline = min(deadline, monotonic() + GRACE_SECONDS)
+                missing = [index for index in missing if index not in connections]
+                sleep(RETRY_SECONDS if missing else 0)
+        if conflict:
+            raise ValueError(conflict)
+        if missing:
+            who = "; ".join(f"{cluster.describe(index)} ({_in_short(reasons[index])})" for index in missing)
+            what = f"{len(missing)} of {cluster.size} workers missing after {timeout_seconds:g} s: {who}."
+            raise TimeoutError(f"{what} {_ADVICE}")
+    except BaseException as error:
+        part(connections.values(), error)
+        raise
+    return connections
+
+
+def _in_short(reasons: Iterable[str]) -> str:
+    return ", then: ".join(list(reasons)[-_MOST_REASONS:])
+
+
+def _read_cluster(message: dict) -> Cluster:
+    """The cluster that a message tells; ConnectionError if it tells none."""
+    addresses, names, index = (message.get(key) for key in ("addresses", "names", "index"))
+    lists = isinstance(addresses, list) and isinstance(names, list) and len(addresses) == len(names) > 0
+    if not lists or not all(isinstance(text, str) for text in (*addresses, *names)):
+        raise ConnectionError("the process there says nothing of its cluster that can be read")
+    if type(index) is not int or not 0 <= index < len(names):
+        raise ConnectionError("the process there does not say which worker it is")
+    return Cluster(tuple(addresses), tuple(names), index)
+
+
+def _find_conflict(cluster: Cluster, index: int, theirs: Cluster) -> str:
+    if theirs == replace(cluster, index=index):
+        return ""
+    ours = f"To {cluster.name} the process at {cluster.addresses[index]} is {cluster.names[index]} of: "
+    what = f"{ours}{cluster.describe()}. To itself it is {theirs.name} of: {theirs.describe()[:2000]}."
+    return f"The workers disagree. {what} {_ADVICE}"
+
+
+def _greet(cluster: Cluster, secret: bytes, connection: socket.socket) -> dict:
+    """What a leader says at last: {"seconds_left": s}, which is its welcome, or an error."""
+    handshake.hear(connection, secret, monotonic() + HELLO_SECONDS)
+    theirs = _read_cluster(receive(connection, monotonic() + HELLO_SECONDS, HELLO_SECONDS, STRANGER_BYTES))
+    send(connection, asdict(cluster), monotonic() + HELLO_SECONDS)
+    is_ours = theirs == replace(cluster, index=0)
+    patience = CALL_SECONDS if is_ours else 5 * CALL_SECONDS  # one of another cluster takes its time to tell
+    message = receive(connection, monotonic() + patience, CALL_SECONDS, STRANGER_BYTES)
+    if "error" in message:
+        return message
+    seconds = message.get("seconds_left")
+    if not is_ours or not is_seconds(seconds):
+        raise ConnectionError("a caller is not the first worker of this cluster")
+    send(connection, {"here": cluster.index}, monotonic() + CALL_SECONDS)
+    return message
+
+
+def await_call(
+    cluster: Cluster, secret: bytes, listener: socket.socket, timeout_seconds: float
+) -> tuple[socket.socket, float]:
+    """The others' part: the leader's connection, and how long it still waits for the rest.
+
+    Raises:
+        TimeoutError: if the leader does not call in time.
+        Exception: what it tells of.
+    """
+    refusals: list[str] = []
+    greet = functools.partial(_greet, cluster, secret)
+    with contextlib.closing(callers(listener, greet, monotonic() + timeout_seconds, refusals)) as heard:
+        for connection, message in heard:
+            if "error" not in message:
+                return connection, message["seconds_left"]
+            connection.close()
+            raise error_of(message)
+    why = f" ({len(refusals)} callers were turned away: {_in_short(dict.fromkeys(refusals))})" if refusals else ""
+    what = f"{cluster.describe(0)} never called within {timeout_seconds:g} s{why}. Start it with the same cluster"
+    raise TimeoutError(f"{what} in TF_CONFIG; it must reach {cluster.describe(cluster.index)}.")
+
+
+def is_seconds(value) -> bool:
+    """Whether a value that was received is a time to wait: not negative, and less than a year."""
+    return type(value) in (int, float) and 0 <= value < 3e7

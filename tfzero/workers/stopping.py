@@ -1,0 +1,138 @@
+"""Ending all workers after the same step.
+
+[Note: stop together] A worker that is told to end cannot just do so, and cannot ask the others at the end of its step
+either: they may already wait for it in the next. So it is said with the pulse (`collectives/pulse.py`), which goes on
+meanwhile. Who hears of it begins no further step until it has heard from all, at the next beat, how many steps they
+have begun. The largest of these numbers is the last step for all.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TypeVar
+
+# Exit codes of a worker that ended because SIGTERM told it to, after it had saved (EX_TEMPFAIL: try again), and
+# because another worker was lost or did not arrive (EX_PROTOCOL).
+EXIT_STOPPED = 75
+EXIT_WORKER_LOST = 76
+
+_Error = TypeVar("_Error", bound=BaseException)
+
+# [Note: blame] An error of which other workers are the reason is marked with their indexes. A worker that ends because
+# of it writes them into the file that its launcher has named, so that the launcher knows who did not come.
+BLAME_VARIABLE = "TFZERO_BLAME"
+
+
+def let_children_end() -> None:
+    """Lets SIGTERM end the forked children of this process, such as those of a `PyDataset`, as it ends others.
+
+    They inherit what a training process does at SIGTERM: to save at its next step, which they never come to. A handler
+    of the user's own stays theirs.
+    """
+    global _children_end
+    if not _children_end and hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_take_sigterm_back)
+        _children_end = True
+
+
+def _take_sigterm_back() -> None:
+    handler = signal.getsignal(signal.SIGTERM)
+    is_ours = str(getattr(handler, "__module__", "")).partition(".")[0] == "tfzero"
+    if handler is None or handler is signal.SIG_DFL or is_ours:  # None: one that was not set by Python
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+_children_end = False
+
+
+def blaming(error: _Error, indexes: Iterable[int]) -> _Error:
+    """The error, of which other workers are the reason: those of these indexes; of none, if nobody knows which."""
+    error.blamed_workers = tuple(indexes)  # type: ignore[attr-defined]
+    return error
+
+
+def blamed_by(error: BaseException | None) -> tuple[int, ...] | None:
+    """The workers that are the reason of an error, or of one that it was raised from; None if others are not."""
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        blamed = getattr(error, "blamed_workers", None)
+        if blamed is not None:
+            return tuple(blamed)
+        seen.append(error)
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return None
+
+
+def note_blame(indexes: Iterable[int]) -> None:
+    """Tells the launcher, if there is one, because of whom this worker ends. [Note: blame]"""
+    if path := os.environ.get(BLAME_VARIABLE):
+        with contextlib.suppress(OSError):  # the launcher has gone
+            Path(path).write_text(json.dumps(list(indexes)))
+
+
+def read_blame(path: Path, workers: int) -> int | None:
+    """The first worker that another blamed in this file; None if it blamed none of so many."""
+    try:
+        blamed = json.loads(path.read_bytes()[:65536])
+    except (OSError, ValueError, RecursionError):
+        return None
+    known = isinstance(blamed, list) and blamed and type(blamed[0]) is int and 0 <= blamed[0] < workers
+    return blamed[0] if known else None
+
+
+class AgreedStop:
+    """Tells whether the training of this process is to end, and after which step.
+
+    Args:
+        timeout_seconds: how long to wait for the others' answer; None if there are no others.
+    """
+
+    def __init__(self, timeout_seconds: float | None = None) -> None:
+        self.timeout_seconds = timeout_seconds
+        self._condition = threading.Condition()
+        self._requested = False
+        self._heard = False
+        self._begun = 0
+        self._last: int | None = None
+
+    def request(self) -> None:
+        """Asks all workers to end soon. May be called from a signal handler."""
+        self._requested = True
+
+    @property
+    def is_requested(self) -> bool:
+        """Whether this process was asked to end."""
+        return self._requested
+
+    def begin_step(self) -> bool:
+        """Whether the next step may begin; the same number of times true on all workers.
+
+        Raises:
+            TimeoutError: if the others do not answer.
+        """
+        with self._condition:
+            if self._requested and self.timeout_seconds is None:
+                self._last = self._begun
+            if not self._condition.wait_for(lambda: not self._heard or self._last is not None, self.timeout_seconds):
+                text = f"The other workers did not say within {self.timeout_seconds:g} s when to stop."
+                raise blaming(TimeoutError(text), [])
+            may_begin = self._last is None or self._begun < self._last
+            self._begun += may_begin
+            return may_begin
+
+    def tell(self) -> list[bool | int]:
+        """What the others are to hear of this worker, as JSON has it."""
+        with self._condition:
+            return [self._requested, self._heard, self._begun]
+
+    def hear(self, told: list[list[bool | int]]) -> None:
+        """Takes what all workers told, this one among them."""
+        with self._condition:
+            if all(heard for _, heard, _ in told):
+                self._last = max(begun for _, _, begun in told)
+                self._condition.notify_all()
+            self._heard |= any(requested for requested, _, _ in told)
