@@ -21,6 +21,8 @@ def test_an_optimizer_is_found_by_its_registered_name():
 
 
 def test_an_optimizer_of_a_file_without_that_name_is_found():
+    """Once a strategy was made."""
+    tfzero.ZeroStrategy()
     config = keras.saving.serialize_keras_object(tfzero.ZeroOptimizer(keras.optimizers.Adam(0.25)))
     old = config | {"module": "tfzero.optimizer", "registered_name": "ZeroOptimizer"}
     assert type(keras.saving.deserialize_keras_object(old)) is tfzero.ZeroOptimizer

@@ -140,7 +140,8 @@ def test_how_many_there_are():
 @pytest.mark.parametrize("target", ROWS)
 def test_the_named_test_fails_without_the_patch(target):
     named = ROWS[target].test
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider", f"{TESTS / named}"]
+    settings = ["-q", "-x", "-n", "0", "--timeout=120", "--timeout-method=thread", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *settings, f"{TESTS / named}"]
     environment = os.environ | {"TFZERO_TEST_WITHOUT": target}
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=TESTS.parent, env=environment, timeout=FLEET_SECONDS

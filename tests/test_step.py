@@ -116,6 +116,13 @@ def compare(strategy, make_model, make_arguments, x=None, y=None, tolerance=CLOS
     return ours, reference
 
 
+def unbuilt_model():
+    first, second = (keras.initializers.HeNormal(seed) for seed in (1, 2))
+    return keras.Sequential(
+        [layers.Dense(5, kernel_initializer=first), layers.Dense(3, "softmax", kernel_initializer=second)]
+    )
+
+
 def sgd(**settings):
     return lambda: {"optimizer": ko.SGD(0.2, **settings), "loss": "categorical_crossentropy"}
 
@@ -829,13 +836,14 @@ def test_a_tf_dataset(drop_remainder):
     compare(make_strategy(2, 2), oracle.dense_model, adam(), dataset, validation_data=dataset.take(2))
 
 
-def test_a_tf_dataset_that_shuffles_anew_in_each_epoch():
+@pytest.mark.parametrize("make_model", [oracle.dense_model, unbuilt_model])
+def test_a_tf_dataset_that_shuffles_anew_in_each_epoch(make_model):
     """Each training has a pipeline of its own, as a shuffled one goes on to another order whenever it is read."""
 
     def make_dataset():
         return tf.data.Dataset.from_tensor_slices(DATA.arrays()).shuffle(46, seed=1).batch(13)
 
-    compare(make_strategy(2, 2), oracle.dense_model, adam(), make_dataset)
+    compare(make_strategy(2, 2), make_model, adam(), make_dataset)
 
 
 def test_a_model_without_trainable_variables():
