@@ -33,14 +33,15 @@ LINE = {
     "report": (),
     "strategy": (),
     "checkpoint": (
-        "slices", "manifests", "commits", "directories", "teamwork", "state", "pieces", "saving", "callbacks",
+        "slices", "manifests", "commits", "directories", "teamwork", "state", "pieces", "saving", "callback",
     ),
     "keras": (
         "model_building", "best_weights", "writing_callbacks", "training", "data", "losses", "layers", "files",
         "saved_models",
     ),
     "views": (
-        "liveness", "audit", "gradient_time", "picture", "tensorboard", "facts", "speeds", "trials", "examination",
+        "liveness", "audit", "drift", "gradient_time", "picture", "tensorboard", "facts", "speeds", "trials",
+        "examination",
     ),
     "memory": (),
     "doctor": (),

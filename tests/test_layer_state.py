@@ -8,7 +8,7 @@ from keras import ops
 from marks import FLEET_SECONDS
 
 import tfzero
-from tfzero.checkpoint.callbacks import check_drift
+from tfzero.views.drift import check_drift
 
 SAMPLES, BATCH, CODES = 46, 9, 5  # the last batch is one sample: a replica without rows
 

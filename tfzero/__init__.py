@@ -6,9 +6,9 @@ __version__ = "0.1.0"
 
 # Names are imported when first used: launching workers must not wait for TensorFlow.
 _HOMES = {
-    "CheckpointCallback": "tfzero.checkpoint.callbacks",
+    "CheckpointCallback": "tfzero.checkpoint.callback",
     "DamagedCheckpointError": "tfzero.checkpoint.commits",
-    "DriftCallback": "tfzero.checkpoint.callbacks",
+    "DriftCallback": "tfzero.views.drift",
     "TensorBoardCallback": "tfzero.views.tensorboard",
     "audit": "tfzero.views.audit",
     "ZeroOptimizer": "tfzero.optimizer",

@@ -7,7 +7,7 @@ The manifest of a checkpoint, as JSON has it:
     files                      name to `[bytes, checksum]`
     variables                  list of `{"name", "shape", "dtype", "replicas"}`
     optimizers, bucket_bytes   by the model's attribute
-    position                   the place in the data, or null (`checkpoint/callbacks.py`)
+    position                   the place in the data, or null (`checkpoint/callback.py`)
 """
 
 import re

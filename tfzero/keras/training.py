@@ -9,7 +9,7 @@ import inspect
 import keras
 import tensorflow as tf
 
-from tfzero.checkpoint.callbacks import CheckpointCallback
+from tfzero.checkpoint.callback import CheckpointCallback
 from tfzero.checkpoint.teamwork import SAVING_SECONDS
 from tfzero.host import runtime
 from tfzero.host.patches import patch

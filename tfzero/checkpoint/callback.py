@@ -1,17 +1,14 @@
-"""Callbacks for `fit`: checkpoints that a run goes on from, and a watch for replicas that drift apart."""
+"""CheckpointCallback: checkpoints that a run goes on from, for `fit`."""
 
-import hashlib
 import signal
 import threading
 import warnings
 
 import keras
-import numpy as np
-import tensorflow as tf
 
 from tfzero.checkpoint.directories import local_path
 from tfzero.checkpoint.saving import Save, Team, find_newest, restore
-from tfzero.checkpoint.state import METRICS, state_of
+from tfzero.checkpoint.state import METRICS
 from tfzero.host import runtime
 from tfzero.rows.inputs import DataPosition
 from tfzero.strategy import ZeroStrategy
@@ -212,65 +209,3 @@ class CheckpointCallback(keras.callbacks.Callback):
     def _mark(self) -> tuple:
         """What tells a checkpoint from the one before."""
         return self.step, *(self._position[key] for key in ("epoch", "batch", "finished"))
-
-
-class DriftCallback(keras.callbacks.Callback):
-    """Stops the training when something that must be equal on all replicas is not.
-
-    Args:
-        check_every: compare after so many batches. A comparison reads all variables that every replica holds whole.
-
-    Raises:
-        ValueError: if `check_every` is no integer of at least 1.
-        RuntimeError: from `fit`, on all workers, naming the variable and who has which digest.
-
-    Example:
-
-    ```python
-    model.fit(x, y, batch_size=16, callbacks=[tfzero.DriftCallback(check_every=2)])
-    ```
-    """
-
-    def __init__(self, check_every: int) -> None:
-        super().__init__()
-        check_number("check_every", check_every, int, 1)
-        self.check_every = check_every
-        self._batches = 0
-
-    def on_train_batch_end(self, batch, logs=None) -> None:
-        self._batches += 1
-        if self._batches % self.check_every == 0:
-            check_drift(self.model)
-
-
-def check_drift(model: keras.Model) -> None:
-    """Compares a digest of every variable that all replicas hold whole. All workers must call it.
-
-    Also of those that Keras does not know of: each `tf.Variable` that was made under the scope.
-
-    Raises:
-        RuntimeError: on all workers, naming the variables that differ.
-    """
-    strategy = model.distribute_strategy
-    equal = {item.name: item.value for item in state_of(model) if item.is_equal_everywhere}
-    known = {id(value) for value in equal.values()}
-    others = sorted(strategy.extended.creation.layer_variables.items())
-    equal |= {f"{number}/{value.name}": value for number, value in others if id(value) not in known}
-    digests = {name: [_digest(part) for part in getattr(value, "values", [value])] for name, value in equal.items()}
-    answers = strategy.channel.all_gather("comparing replicas", digests)
-    differing = []
-    # A worker may have dropped a variable, of another model, before others do.
-    for name in [name for name in digests if all(name in answer for answer in answers)]:
-        of_ranks = [digest for answer in answers for digest in answer[name]]
-        if len(set(of_ranks)) > 1:
-            shown = ", ".join(f"{digest} on replica {rank}" for rank, digest in enumerate(of_ranks))
-            differing.append(f"{name!r} ({shown})")
-    if differing:
-        raise RuntimeError(
-            f"The replicas have drifted apart in {len(differing)} of {len(digests)} variables: "
-            f"{'; '.join(differing[:5])}. Something changed them on one replica only. Go on from a checkpoint."
-        )
-
-
-def _digest(component: tf.Variable) -> str:
-    return hashlib.blake2b(np.ascontiguousarray(component.numpy()).data, digest_size=8).hexdigest()
