@@ -25,7 +25,7 @@ LINE = {
         "counts", "keys", "ways", "group", "self_test", "network", "codec", "pulse", "nccl_failures", "joining",
         "packing",
     ),
-    "rows": ("kinds", "moves", "sums", "dependence", "inputs", "padding", "combining"),
+    "rows": ("kinds", "moves", "sums", "dependence", "inputs", "replica_run", "padding", "combining"),
     "variables": ("gathering", "allocation", "classes", "row_state", "creation"),
     "extended": (),
     "training": ("pacing", "losses", "exchange", "overwriting", "walk", "late_gathers", "stock_optimizers"),

@@ -13,19 +13,17 @@ from tfzero.collectives.codec import Codec
 from tfzero.collectives.group import Group
 from tfzero.collectives.network import DEFAULT_BUCKET_BYTES, Network, measure_network
 from tfzero.host import distributed, graphs, runtime
-from tfzero.host.batch_rows import own_rows
-from tfzero.rows.dependence import COUNT, OTHER, ROWS, SAME, Dependence, mark_global
+from tfzero.rows.dependence import Dependence, mark_global
 from tfzero.rows.inputs import (
     Seats,
-    batch_leaves,
     check_shardable,
     cut_batch,
     cut_dataset,
     describe_dataset,
     in_order,
-    own_rows_of,
 )
 from tfzero.rows.padding import counted, with_own_results
+from tfzero.rows.replica_run import current_graph, current_run
 from tfzero.variables.classes import ShardedParameter, VariableView
 from tfzero.variables.creation import VariableCreation
 from tfzero.variables.gathering import Gatherer
@@ -146,7 +144,7 @@ class ZeroExtended(runtime.CollectiveAllReduceExtended):
                 self._told_of_eager_memory = True
                 warnings.warn(_EAGER, stacklevel=2)
             return self._gatherer(None).whole(shard, shape, dtype)
-        graph, is_in_a_loop = runtime.graph_around_control_flow(runtime.replica_thread().graph)
+        graph, is_in_a_loop = runtime.graph_around_control_flow(current_run().graph)
         if is_in_a_loop:
             raise RuntimeError(
                 f"The parameter {name!r} is read in a tf.function that is called in a loop or a branch. There it "
@@ -160,11 +158,11 @@ class ZeroExtended(runtime.CollectiveAllReduceExtended):
 
     def forget_gathered(self) -> None:
         """Within a replica: parameters change, so what is read from now on is gathered anew."""
-        for gatherer in runtime.replica_thread().__dict__.get("_tfzero_gatherers", {}).values():
+        for gatherer in current_run().gatherers.values():
             gatherer.forget()
 
     def _gatherer(self, graph) -> Gatherer:
-        known = runtime.replica_thread().__dict__.setdefault("_tfzero_gatherers", {})
+        known = current_run().gatherers
         if graph not in known:
             codec = Codec.of(self._settings.compression)
             own = functools.partial(counted, extended=self)
@@ -179,58 +177,32 @@ class ZeroExtended(runtime.CollectiveAllReduceExtended):
         the mean over all samples. The batch is what was cut by rows, of the arguments of the function that `run` runs.
         """
         unknown = tf.constant(1.0 / self.group.world_size)
-        thread = runtime.replica_thread()
-        if thread is None:
+        run, graph = current_run(), current_graph()
+        if run is None:
             return unknown
-        graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
-        known = thread.__dict__.setdefault("_tfzero_shares", {})
-        if graph not in known:
-            rows = own_rows_of([thread.main_args, thread.main_kwargs])
+        if graph not in run.shares:
+            rows = run.own_rows()
             if rows is None:
                 return unknown
             total = self.replica_collective(self.group.all_reduce, rows)
-            known[graph] = tf.cast(
+            run.shares[graph] = tf.cast(
                 tf.math.divide_no_nan(tf.cast(rows, tf.float64), tf.cast(total, tf.float64)), tf.float32
             )
-        return known[graph]
+        return run.shares[graph]
 
     def has_rows(self) -> tf.Tensor | None:
         """Within a replica: whether it has rows of the batch; None if it has for certain, or if that is not known."""
-        thread = runtime.replica_thread()
-        if thread is None or self.group.world_size == 1:
-            return None
-        graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
-        known = thread.__dict__.setdefault("_tfzero_has_rows", {})
-        if graph not in known:
-            leaves = tf.nest.flatten([thread.main_args, thread.main_kwargs])
-            rows = next((rows for leaf in leaves if (rows := own_rows(leaf)) is not None), None)
-            static = None if rows is None else tf.get_static_value(rows)
-            found = thread.__dict__.get("_tfzero_found_rows")
-            if found is not None:
-                known[graph] = tf.identity(found)
-            else:
-                known[graph] = None if rows is None or (static is not None and static > 0) else rows > 0
-        return known[graph]
+        run = current_run()
+        return None if run is None or self.group.world_size == 1 else run.has_rows()
 
     def dependence(self) -> Dependence:
         """Within a replica that is traced: what depends on its rows of the batch. [Note: kinds]"""
-        thread = runtime.replica_thread()
-        if thread is None:
+        run = current_run()
+        if run is None:
             return Dependence([])
-        arguments = [thread.main_args, thread.main_kwargs]
-        if "_tfzero_dependence" not in thread.__dict__:
-            rows = {id(leaf) for leaf in batch_leaves(arguments)}
-            leaves = tf.nest.flatten(arguments)
-            kinds = [
-                (tensor, ROWS if id(leaf) in rows and isinstance(leaf, tf.Tensor) else SAME if is_for_all else OTHER)
-                for leaf, is_for_all in zip(leaves, self._is_for_all, strict=True)
-                for tensor in tf.nest.flatten(leaf, expand_composites=True)
-                if tf.is_tensor(tensor)
-            ]
-            counts = [(own_rows(leaf), COUNT) for leaf in leaves if own_rows(leaf) is not None]
-            thread._tfzero_dependence = Dependence([*kinds, *counts], thread.graph)
-            self._traced.append(thread._tfzero_dependence)
-        return thread._tfzero_dependence
+        if run.dependence is None:
+            self._traced.append(run.look_into(self._is_for_all))
+        return run.dependence
 
     def average(self, value: tf.Tensor) -> tf.Tensor:
         """Mean over replicas, weighted by their shares of the batch."""

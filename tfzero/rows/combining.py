@@ -17,6 +17,7 @@ import tensorflow as tf
 from tfzero.host import graphs, runtime
 from tfzero.rows.dependence import MEAN, OTHER, OWN, ROWS, SAME, SUM, Dependence
 from tfzero.rows.padding import counted
+from tfzero.rows.replica_run import current_run
 
 _DECLARE = 'Declare how replicas combine: `self.add_weight(..., aggregation="sum")` for what adds up over samples'
 _OR_MEAN = _DECLARE + ', `aggregation="mean"` for averages.'
@@ -71,8 +72,8 @@ def summed(value: tf.Tensor, extended) -> tf.Tensor:
 
 def _check(variable, dtype: tf.DType, parts: dict[str, tf.Tensor]) -> None:
     """Refuses what cannot be combined; `parts` depend on the replica's rows."""
-    thread = runtime.replica_thread()
-    if thread is not None and graphs.is_in_a_loop(thread.graph):
+    run = current_run()
+    if run is not None and graphs.is_in_a_loop(run.graph):
         raise ValueError(
             f"The variable {variable.name!r} is updated in a loop (`tf.while_loop`, `tf.scan`) by what depends on the "
             "replica's rows of the batch, which replicas cannot exchange there. Carry it through the loop, and update "

@@ -15,6 +15,7 @@ from tfzero.host import batch_rows, graphs, runtime
 from tfzero.host.batch_rows import own_rows
 from tfzero.rows.dependence import COUNT, MIXED, OWN, ROWS, SAME, is_global, mark, mark_global
 from tfzero.rows.inputs import rows_of, take_rows
+from tfzero.rows.replica_run import current_run
 
 # To choose between two values copies one of them; a branch, which is slower to trace, does not.
 _LARGE_BYTES = 2**20
@@ -70,7 +71,7 @@ def added(value: tf.Tensor, extended) -> tf.Tensor:
 
 
 def _is_in_a_loop() -> bool:
-    return graphs.is_in_a_loop(runtime.replica_thread().graph)
+    return graphs.is_in_a_loop(current_run().graph)
 
 
 def with_own_results(function: Callable) -> Callable:
@@ -108,7 +109,7 @@ def _padded(arguments):
     tensors = [each for each in tensors if own_rows(each) is not None or any(each is other for other in unpadded)]
     numbers = [rows_of(each) if (rows := own_rows(each)) is None else rows for each in tensors]
     has_rows = tf.reduce_any(tf.stack(numbers) > 0)
-    runtime.replica_thread()._tfzero_found_rows = has_rows
+    current_run().found_rows = has_rows
 
     def padded(leaf):
         if not any(leaf is each for each in unpadded):

@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from tfzero.host import runtime
 from tfzero.plan.placement import Bucket
+from tfzero.rows.replica_run import current_run
 from tfzero.training.exchange import Exchange
 from tfzero.training.walk import Trained
 
@@ -53,7 +54,7 @@ class LateGathers:
         self._share_kept()
         trained, replica = self._model.optimizer.trained, runtime.replica_index()
         begun = _last_mark(trained, replica)
-        runtime.replica_thread()._tfzero_gathers_late = True
+        current_run().gathers_late = True
         logs = self._train_step(data)
         if _last_mark(trained, replica) > begun:
             _refuse_reads_of_kept(trained, replica)
@@ -102,7 +103,8 @@ def is_late() -> bool:
     Raises:
         RuntimeError: if it would not be, as this is no step of `LateGathers`.
     """
-    if not getattr(runtime.replica_thread(), "_tfzero_gathers_late", False):
+    run = current_run()
+    if run is None or not run.gathers_late:
         raise RuntimeError(_NEEDS)
     return True
 

@@ -5,7 +5,7 @@ import tensorflow as tf
 from tfzero.host import runtime
 from tfzero.plan.placement import split_rows
 from tfzero.rows.dependence import ROWS, mark
-from tfzero.rows.inputs import own_rows_of
+from tfzero.rows.replica_run import current_run
 from tfzero.variables.classes import ReplicatedVariable
 
 
@@ -39,9 +39,9 @@ class RowsVariable(ReplicatedVariable):
         return split_rows(self.shape[0], self.distribute_strategy.extended.seats.parts, part)
 
     def _own_rows(self) -> tf.Tensor:
-        replica, thread = self._replica(), runtime.replica_thread()
+        replica = self._replica()
         begin, end = self._span(self.distribute_strategy.extended.seats.part(replica))
-        with self._checked(own_rows_of([thread.main_args, thread.main_kwargs]), end - begin):
+        with self._checked(current_run().own_rows(), end - begin):
             begin = min(begin, self.shape[0] - 1)  # [Note: padding row]
             rows = tf.identity(self._values[replica][begin : max(begin + 1, end)])
         if tf.executing_eagerly():
