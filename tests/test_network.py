@@ -13,7 +13,7 @@ from test_compression import int8
 import tfzero
 from tfzero import extended
 from tfzero.collectives.network import DEFAULT_BUCKET_BYTES, Network
-from tfzero.workers.settings import Settings, choose_levels
+from tfzero.plan.settings import Settings, choose_levels
 
 TRAINED = [(2, "int8"), (3, "bf16")]
 SETTINGS = Settings(2, 2**20, 1024, 60.0, devices_per_worker=4, device_type="CPU")

@@ -14,6 +14,8 @@ from tfzero.collectives.group import Group
 from tfzero.collectives.network import DEFAULT_BUCKET_BYTES, Network, measure_network
 from tfzero.host import distributed, graphs, runtime
 from tfzero.host.batch_rows import own_rows
+from tfzero.host.devices import gpus_have_nccl
+from tfzero.plan.settings import Choice, Settings
 from tfzero.rows.dependence import COUNT, OTHER, ROWS, SAME, Dependence, mark_global
 from tfzero.rows.inputs import (
     Seats,
@@ -32,7 +34,6 @@ from tfzero.variables.gathering import Gatherer
 from tfzero.workers.channel import Channel
 from tfzero.workers.cluster import Cluster
 from tfzero.workers.digests import BatchComparison
-from tfzero.workers.settings import Choice, Settings, gpus_have_nccl
 
 _EAGER = (
     "Eagerly, stage 3 keeps every parameter that it has gathered until the step is over: the memory of stage 2. "
@@ -168,8 +169,8 @@ class ZeroExtended(runtime.CollectiveAllReduceExtended):
         if graph not in known:
             codec = Codec.of(self._settings.compression)
             own = functools.partial(counted, extended=self)
-            reshard = self._settings.reshard_after_forward
-            known[graph] = Gatherer(self.group, self.replica_collective, own, reshard, codec)
+            gathers_again = self._settings.scheme.gathers_again
+            known[graph] = Gatherer(self.group, self.replica_collective, own, gathers_again, codec)
         return known[graph]
 
     def share(self) -> tf.Tensor:

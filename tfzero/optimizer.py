@@ -16,6 +16,7 @@ import tensorflow as tf
 from tfzero.collectives.codec import Codec
 from tfzero.host import runtime
 from tfzero.plan.placement import make_plan
+from tfzero.plan.settings import Choice
 from tfzero.rows.padding import counted
 from tfzero.training.exchange import Wire, make_wire
 from tfzero.training.late_gathers import is_late, make_pending
@@ -34,7 +35,6 @@ from tfzero.training.stock_optimizers import (
 )
 from tfzero.training.walk import ReplicaStep, Trained, with_norms
 from tfzero.variables.classes import ShardedParameter, VariableView
-from tfzero.workers.settings import Choice
 
 # Settings of Keras's optimizer base class that would hide those of the inner optimizer.
 _INNER_SETTINGS = (
@@ -258,7 +258,7 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
             slots=slots,
             wire=wire,
             bucket_bytes=choice,
-            sharded_gradients=settings.stage >= 2,
+            sharded_gradients=settings.scheme.shards_gradients,
             loss_scale=self.loss_scale_optimizer,
             pending=make_pending(len(variables), strategy),
             overwritten=tuple((variable, choose(variable)) for variable in overwritten),
@@ -338,7 +338,8 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
         if not self.built:
             if trainable_variables is None:
                 raise ValueError("The optimizer is not built: pass `trainable_variables` or call `build` first.")
-            if replica.strategy.settings.stage == 3 and replica.strategy.settings.error_feedback:
+            settings = replica.strategy.settings
+            if settings.scheme.shards_parameters and settings.error_feedback:
                 raise RuntimeError(
                     "With error_feedback=True at stage 3 call `optimizer.build(model.trainable_variables)` before the "
                     "first step, as the gradient tape already needs the residuals."

@@ -14,14 +14,10 @@ from tfzero.collectives.nccl_failures import keep_log, naming_nccl
 from tfzero.collectives.network import DEFAULT_BUCKET_BYTES
 from tfzero.extended import ZeroExtended
 from tfzero.host import patches, runtime
-from tfzero.report import Report, make_report
-from tfzero.rows.dependence import is_global
-from tfzero.rows.inputs import DataPosition
-from tfzero.variables.classes import ShardedVariable, agree_on_sharded
-from tfzero.workers.cluster import Cluster
-from tfzero.workers.device_agreement import agree_on_devices
-from tfzero.workers.digests import DEFAULT_COMPARE_BATCHES, BatchComparison
-from tfzero.workers.settings import (
+from tfzero.host.devices import choose_devices, choose_hint, configure_cpu_devices
+from tfzero.plan.scheme import check_stage
+from tfzero.plan.settings import (
+    DEFAULT_COMPARE_BATCHES,
     DEFAULT_MIN_SHARD_ELEMENTS,
     Settings,
     check_bucket_bytes,
@@ -30,13 +26,15 @@ from tfzero.workers.settings import (
     check_number,
     check_overlap,
     check_reshard,
-    check_stage,
-    choose_devices,
-    choose_hint,
     choose_levels,
-    configure_cpu_devices,
-    find_cluster,
 )
+from tfzero.report import Report, make_report
+from tfzero.rows.dependence import is_global
+from tfzero.rows.inputs import DataPosition
+from tfzero.variables.classes import ShardedVariable, agree_on_sharded
+from tfzero.workers.cluster import Cluster, find_cluster
+from tfzero.workers.device_agreement import agree_on_devices
+from tfzero.workers.digests import BatchComparison
 from tfzero.workers.stopping import AgreedStop
 
 

@@ -17,6 +17,8 @@ import enum
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from tfzero.plan.scheme import scheme_of
+
 # A variable of this part of a bucket, or more, travels alone.
 _ALONE = 8
 
@@ -185,8 +187,8 @@ def make_plan(
 
 
 def _place(spec: VariableSpec, stage: int, min_shard_elements: int) -> tuple[Placement, str]:
-    if stage == 0:
-        return Placement.WHOLE, "stage 0 keeps everything whole"
+    if not scheme_of(stage).shards_slots:
+        return Placement.WHOLE, f"stage {stage} keeps everything whole"
     if spec.elements == 0:
         return Placement.WHOLE, "it has no elements"
     if spec.elements < min_shard_elements:

@@ -21,11 +21,11 @@ from tfzero.collectives.group import Group
 from tfzero.collectives.packing import pack_row
 from tfzero.host import runtime
 from tfzero.plan.placement import Bucket, Placement, Plan
+from tfzero.plan.settings import Choice
 from tfzero.training.exchange import Exchange, Wire
 from tfzero.training.overwriting import Overwriting
 from tfzero.training.pacing import WINDOW_BUCKETS, Pacer
 from tfzero.variables.classes import VariableView
-from tfzero.workers.settings import Choice
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ class VariableCreation:
     def _is_sharded(self, initial_value: tf.Tensor, kwargs: dict) -> bool:
         """Whether a new variable is one that stage 3 shards: a layer's own state, made untrainable, is not."""
         return (
-            self._settings.stage == 3
+            self._settings.scheme.shards_parameters
             and not self._creating_optimizer_state
             and initial_value.dtype.is_floating
             and kwargs.get("trainable") is not False
@@ -132,7 +132,8 @@ class VariableCreation:
     def _create_slot(self, next_creator, view: VariableView, value, kwargs: dict):
         """An optimizer's slot: as the plan places its variable, or a replica's own."""
         adds_up = not getattr(view, "overwrite_with_gradient", False)
-        if adds_up and self._settings.stage < 2 and runtime.is_accumulator_name(kwargs.get("name") or ""):
+        accumulates_whole = self._settings.scheme.exchanges_when_accumulated
+        if adds_up and accumulates_whole and runtime.is_accumulator_name(kwargs.get("name") or ""):
             kwargs |= {
                 "synchronization": tf.VariableSynchronization.ON_READ,
                 "aggregation": tf.VariableAggregation.SUM,

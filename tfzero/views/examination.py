@@ -8,6 +8,7 @@ from dataclasses import asdict
 
 from tfzero.collectives import self_test
 from tfzero.collectives.group import Group
+from tfzero.plan.scheme import STAGES
 from tfzero.report import text_of
 from tfzero.strategy import ZeroStrategy
 from tfzero.views.facts import describe_devices, library_versions, nccl_version, unseen_gpus
@@ -15,7 +16,6 @@ from tfzero.views.speeds import measure_speeds
 from tfzero.views.trials import LIMIT, MODELS, run_trials
 from tfzero.workers.cluster import read_tf_config
 from tfzero.workers.progress import progress
-from tfzero.workers.settings import STAGES
 
 _STEP_SECONDS = 600.0  # for the others to come to the end of a part
 _UNPROVEN = (

@@ -12,8 +12,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tfzero.plan.scheme import STAGES
 from tfzero.strategy import ZeroStrategy
-from tfzero.workers.settings import STAGES
 
 # The largest difference of a weight that the order of float32 additions explains.
 LIMIT = 1e-4
