@@ -61,7 +61,7 @@ def scheme_of(stage: int, reshard_after_forward: bool = True) -> Scheme:
         shards_gradients=stage >= 2,
         shards_parameters=stage >= 3,
         gathers_again=stage >= 3 and reshard_after_forward,
-        held=_HELD[stage],
+        held=_HELD[int(stage)],
     )
 
 
