@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Each package imports only packages before it, and each module of a package only modules before it: this is the design.
 LINE = {
-    "plan": ("scheme", "placement", "formats", "settings"),
+    "plan": ("scheme", "mesh", "placement", "formats", "settings"),
     "costs": (),
     "host": (
         "backend", "runtime", "datasets", "graphs", "batch_rows", "distributed", "keras_optimizers", "saved_model",
@@ -133,6 +133,13 @@ def stage_comparisons(source):
     return sorted({each.lineno for node in ast.walk(ast.parse(source)) for each in looked_at(node) if is_stage(each)})
 
 
+def things_called(name, source):
+    """Whether a source calls a parameter, a field or a variable of its own so; `group.world_size` is another's."""
+    nodes = list(ast.walk(ast.parse(source)))
+    given = {node.arg for node in nodes if isinstance(node, ast.arg)}
+    return name in given | {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+
+
 def long_functions(source):
     functions = (ast.FunctionDef, ast.AsyncFunctionDef)
     lengths = {n.name: n.end_lineno - n.lineno + 1 for n in ast.walk(ast.parse(source)) if isinstance(n, functions)}
@@ -166,6 +173,13 @@ def test_one_module_knows_what_the_number_of_a_stage_means(module):
         assert stage_comparisons(read(module)) == []
 
 
+def test_shards_and_replicas_are_told_apart():
+    """A world size is that of a group of collectives, and what users call the number of replicas."""
+    so_called = {module for module in MODULES if things_called("world_size", read(module))}
+    so_called -= {"benchmark", "measuring", "peers"}
+    assert so_called == {"collectives.group", "collectives.packing", "costs", "memory"}
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_a_file_is_short(module):
     lines = len(read(module).splitlines())
@@ -196,6 +210,9 @@ def test_the_rules_notice_what_breaks_them():
     assert private_symbols("from keras.src import backend") == {"keras.src.backend"}
     assert private_symbols("import tensorflow as tf\nx = tf.python.eager") == {"tf.python", "tf.python.eager"}
     assert private_symbols("import keras\nkeras.srcs") == set()
+    for names in ("def f(world_size): pass", "class A:\n    world_size: int", "for world_size in x: pass"):
+        assert things_called("world_size", names), names
+    assert not things_called("world_size", "f(group.world_size, world_size=x['world_size'])")
     for decides in (
         "stage == 3", "settings.stage < 2", "0 < self.stage", "stage in (1, 2)", "1 if stage else 0", "not stage",
         "stage and x", "x[settings.stage]", "{0: x}.get(stage, y)", "[x for y in z if stage]", "2 - stage",

@@ -15,10 +15,10 @@ from tfzero.collectives.network import DEFAULT_BUCKET_BYTES, Network, measure_ne
 from tfzero.host import distributed, graphs, runtime
 from tfzero.host.batch_rows import own_rows
 from tfzero.host.devices import gpus_have_nccl
+from tfzero.plan.mesh import Mesh
 from tfzero.plan.settings import Choice, Settings
 from tfzero.rows.dependence import COUNT, OTHER, ROWS, SAME, Dependence, mark_global
 from tfzero.rows.inputs import (
-    Seats,
     batch_leaves,
     check_shardable,
     cut_batch,
@@ -68,16 +68,17 @@ class ZeroExtended(runtime.CollectiveAllReduceExtended):
         with distributed.with_nccl(cluster is not None and gpus_have_nccl()):
             super().__init__(strategy, resolver, options, devices=None if cluster else list(devices))
         self._cut_datasets: weakref.WeakSet = weakref.WeakSet()
-        self.seats = Seats(self._id_in_cluster, self._num_workers, len(self.worker_devices))
+        workers, worker = (1, 0) if cluster is None else (cluster.size, cluster.index)
+        self.mesh = Mesh(workers, len(devices), worker)
         self.group = Group(
             self.worker_devices,
-            self._num_replicas_in_sync,
-            self._id_in_cluster * len(self.worker_devices),
+            self.mesh.shards,
+            self.mesh.rank(0),
             strategy.hint,
             strategy.levels.value,
             strategy.links if len(self.worker_devices) == 1 and strategy.settings.device_type == "CPU" else (),
         )
-        self.creation = VariableCreation(strategy, self.group, self._num_workers)
+        self.creation = VariableCreation(strategy, self.group, self.mesh)
         self.gives_first_values = False
         self._network: Network | None = None
         self._told_of_eager_memory = False
@@ -93,7 +94,7 @@ class ZeroExtended(runtime.CollectiveAllReduceExtended):
         asked = self._settings.bucket_bytes
         if asked != "auto":
             return Choice(asked, f"bucket_bytes={asked}")
-        if self.group.world_size == 1:
+        if self.mesh.replicas == 1:
             return Choice(DEFAULT_BUCKET_BYTES, "one replica sends nothing")
         if self._network is None:
             self._network = measure_network(self.group, self._channel)
@@ -122,7 +123,7 @@ class ZeroExtended(runtime.CollectiveAllReduceExtended):
         self._traced = traced = []
         leaves = tf.nest.flatten([args, kwargs])
         self._is_for_all = [not isinstance(leaf, tf.distribute.DistributedValues) for leaf in leaves]
-        function = fn if self.group.world_size == 1 else with_own_results(fn)
+        function = fn if self.mesh.replicas == 1 else with_own_results(fn)
         results = super()._call_for_each_replica(function, args, kwargs)
         for dependence in traced:
             dependence.check_updates()
@@ -179,7 +180,7 @@ class ZeroExtended(runtime.CollectiveAllReduceExtended):
         [Note: share] The share is what a mean over this replica's samples must be multiplied with to be its part of
         the mean over all samples. The batch is what was cut by rows, of the arguments of the function that `run` runs.
         """
-        unknown = tf.constant(1.0 / self.group.world_size)
+        unknown = tf.constant(1.0 / self.mesh.replicas)
         thread = runtime.replica_thread()
         if thread is None:
             return unknown
@@ -198,7 +199,7 @@ class ZeroExtended(runtime.CollectiveAllReduceExtended):
     def has_rows(self) -> tf.Tensor | None:
         """Within a replica: whether it has rows of the batch; None if it has for certain, or if that is not known."""
         thread = runtime.replica_thread()
-        if thread is None or self.group.world_size == 1:
+        if thread is None or self.mesh.replicas == 1:
             return None
         graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
         known = thread.__dict__.setdefault("_tfzero_has_rows", {})
@@ -235,7 +236,7 @@ class ZeroExtended(runtime.CollectiveAllReduceExtended):
 
     def average(self, value: tf.Tensor) -> tf.Tensor:
         """Mean over replicas, weighted by their shares of the batch."""
-        if self.group.world_size == 1:
+        if self.mesh.replicas == 1:
             return value
         share = self.share()
         wide = tf.cast(value, tf.float64 if value.dtype == tf.float64 else tf.float32)
@@ -265,7 +266,7 @@ class ZeroExtended(runtime.CollectiveAllReduceExtended):
 
         def reduce(leaf):
             total = self.replica_collective(self.group.all_reduce, tf.convert_to_tensor(leaf))
-            return _divide(total, self.group.world_size) if reduce_op == tf.distribute.ReduceOp.MEAN else total
+            return _divide(total, self.mesh.replicas) if reduce_op == tf.distribute.ReduceOp.MEAN else total
 
         flat = tf.nest.flatten(value)
         return tf.nest.pack_sequence_as(value, [reduce(leaf) for leaf in flat])
@@ -275,13 +276,13 @@ class ZeroExtended(runtime.CollectiveAllReduceExtended):
         mean = reduce_op == tf.distribute.ReduceOp.MEAN
         if mean and (
             isinstance(value, tf.types.experimental.distributed.Mirrored)
-            or (self._num_workers == 1 and not isinstance(value, tf.distribute.DistributedValues))
+            or (self.mesh.workers == 1 and not isinstance(value, tf.distribute.DistributedValues))
         ):
             return value
-        values, count = self._spread(value), self.group.world_size
+        values, count = self._spread(value), self.mesh.replicas
         if not isinstance(value, tf.distribute.DistributedValues):
             # One value for each worker: its first replica speaks for it.
-            values, count = [values[0], *map(tf.zeros_like, values[1:])], self._num_workers
+            values, count = [values[0], *map(tf.zeros_like, values[1:])], self.mesh.workers
         totals = self.group.launch(self.group.all_reduce, values)
         return runtime.mirrored([_divide(total, count) if mean else total for total in totals])
 
@@ -327,7 +328,7 @@ class ZeroExtended(runtime.CollectiveAllReduceExtended):
 
     def cut_batch(self, batch):
         """One global batch as per-replica values."""
-        return cut_batch(batch, self.seats)
+        return cut_batch(batch, self.mesh)
 
     def _initialize_local_devices(self, cluster_resolver, worker_device):
         del cluster_resolver
@@ -339,11 +340,11 @@ class ZeroExtended(runtime.CollectiveAllReduceExtended):
         del options
         if dataset in self._cut_datasets:
             return dataset
-        check_shardable(dataset, self._num_workers)
+        check_shardable(dataset, self.mesh.workers)
         self._channel.agree("distributing a dataset", describe_dataset(dataset), "data sets")
-        if self._num_workers > 1:
+        if self.mesh.workers > 1:
             dataset = in_order(dataset)
-        cut = cut_dataset(dataset, self.seats, self.comparison)
+        cut = cut_dataset(dataset, self.mesh, self.comparison)
         self._cut_datasets.add(cut)
         return cut
 

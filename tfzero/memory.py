@@ -264,7 +264,7 @@ def _slots_of(optimizer, variable) -> list:
 
 def _peaks(moments: Sequence[Moment], plan: Plan, scheme: Scheme) -> Iterator[tuple[int, int, int]]:
     """Bytes of activations, gradients and buffers at each moment of a step. [Note: the peak]"""
-    size = plan.world_size
+    size = plan.shards
     sizes = [spec.elements * spec.item_bytes for spec in plan.specs]
     gathered = _gathered(moments, plan) if scheme.shards_parameters and size > 1 else [0] * len(moments)
     in_flight = sum(sorted(map(plan.bucket_bytes, plan.buckets), reverse=True)[:LANES])

@@ -238,7 +238,7 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
             strategy.channel.agree("building an optimizer", settings_of(links), "optimizers")
             choice = strategy.extended.choose_bucket_bytes(sum(s.elements * s.item_bytes for s in specs))
         plan = make_plan(
-            specs, strategy.num_replicas_in_sync, settings.stage, choice.value, settings.min_shard_elements
+            specs, strategy.extended.mesh.shards, settings.stage, choice.value, settings.min_shard_elements
         )
         home = Home(self, strategy)
         for link in links:
@@ -307,7 +307,7 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
         strategy = strategy_of(self.trained_variables)
         if strategy.settings.bucket_bytes == "auto" and strategy.num_replicas_in_sync > 1:
             old, settings = self._trained.plan, strategy.settings
-            plan = make_plan(old.specs, old.world_size, settings.stage, bucket_bytes, settings.min_shard_elements)
+            plan = make_plan(old.specs, old.shards, settings.stage, bucket_bytes, settings.min_shard_elements)
             choice = Choice(bucket_bytes, "the checkpoint's run chose so")
             self._trained = dataclasses.replace(self._trained, plan=plan, bucket_bytes=choice)
             self._eager_functions.clear()

@@ -10,6 +10,7 @@ import tensorflow as tf
 from tfzero.collectives import ways
 from tfzero.collectives.group import Group
 from tfzero.collectives.packing import owned_columns
+from tfzero.plan.mesh import Mesh
 from tfzero.plan.placement import Bucket, Placement, shard_elements
 from tfzero.plan.settings import Choice, Settings
 from tfzero.training.walk import Trained
@@ -105,19 +106,19 @@ def text_of(size_bytes: float) -> str:
     return f"{size_bytes:.3g} TB"
 
 
-def make_report(settings: Settings, group: Group, levels: Choice, worker: str, trained: Sequence[Trained]) -> Report:
+def make_report(settings: Settings, group: Group, levels: Choice, mesh: Mesh, trained: Sequence[Trained]) -> Report:
     """The report of a strategy and of what the optimizers that were built under it train.
 
     Args:
         settings: of the strategy.
         group: its replicas.
         levels: whether sums are taken in two levels, and why.
-        worker: this process's name and how many there are, such as "worker 0 of 2".
+        mesh: where they are.
         trained: of each optimizer.
     """
     sent = [part for each in trained for part in _sent(settings, group, each)]
     return Report(
-        options=_effects(settings, group, levels, worker, trained),
+        options=_effects(settings, group, levels, mesh, trained),
         variables=tuple(_variables(settings, group, trained)),
         sent_bytes=sum(size for size, _ in sent),
         messages=sum(count for _, count in sent),
@@ -127,15 +128,14 @@ def make_report(settings: Settings, group: Group, levels: Choice, worker: str, t
 # Settings.
 
 
-def _effects(settings: Settings, group: Group, levels: Choice, worker: str, trained: Sequence[Trained]) -> dict:
-    here, all_replicas = len(group.devices), group.world_size
-    workers = all_replicas // here
+def _effects(settings: Settings, group: Group, levels: Choice, mesh: Mesh, trained: Sequence[Trained]) -> dict:
+    here, workers = f"{mesh.devices_per_worker} {settings.device_type} devices", mesh.workers
     whole = [name for each in trained for name in _whole_names(each, settings)]
     feedback = "what encoding loses of gradients is kept and added to the next: 4 bytes a parameter"
     effects = {
         "stage": f"stage {settings.stage}, {settings.scheme.held}",
-        "devices": f"{all_replicas} replicas, {here} {settings.device_type} devices in each of {workers}",
-        "cluster_resolver": f"this is {worker}",
+        "devices": f"{mesh.replicas} replicas, {here} in each of {workers}",
+        "cluster_resolver": f"this is worker {mesh.worker} of {workers}",
         "algorithm": _algorithm(group),
         "bucket_bytes": _buckets(settings, trained),
         "min_shard_elements": f"{settings.min_shard_elements}; {len(whole)} smaller variables stay whole",
@@ -276,7 +276,7 @@ def _sent(settings: Settings, group: Group, trained: Trained) -> Iterator[tuple[
         else:
             width = bucket.row_elements
             if bucket.placement is Placement.WHOLE:
-                width = shard_elements(width, group.world_size)
+                width = shard_elements(width, trained.plan.shards)
             dtype = tf.as_dtype(bucket.dtype)
             sent = trained.wire.codec.format.size_bytes(width) if bucket.compressed else width * dtype.size
             yield _reduce_scatter(group, width, dtype, sent)
@@ -289,7 +289,7 @@ def _sent_of_shards(settings, group, trained, bucket: Bucket) -> Iterator[tuple[
     for segment in bucket.segments:
         value = trained.variables[segment.index].value
         dtype = computed_in if computed_in.size < tf.as_dtype(value.dtype).size else tf.as_dtype(value.dtype)
-        width = shard_elements(segment.elements, group.world_size)
+        width = shard_elements(segment.elements, trained.plan.shards)
         codec = trained.wire.codec
         is_encoded = codec is not None and codec.serves(value.shape, dtype)
         sent = codec.format.size_bytes(width) if is_encoded else width * dtype.size
@@ -297,7 +297,7 @@ def _sent_of_shards(settings, group, trained, bucket: Bucket) -> Iterator[tuple[
             yield _to_all(group, sent)
         yield _reduce_scatter(group, width, tf.float32 if is_encoded else dtype, sent)
     if bucket.placement is Placement.OWNED:
-        columns = owned_columns(bucket, group.world_size)
+        columns = owned_columns(bucket, trained.plan.shards)
         for _ in range(3):  # gradients and parameters to their owners, parameters back
             yield _exchange(group, columns, tf.as_dtype(bucket.dtype))
 

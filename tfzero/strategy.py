@@ -227,10 +227,8 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         sharded = [variable.name for variable in report.variables if variable.placement == "sharded"]
         ```
         """
-        seats = self.extended.seats
         trained = [optimizer.trained for optimizer in self.optimizers]
-        worker = f"worker {seats.worker} of {seats.workers}"
-        return make_report(self.settings, self.extended.group, self.levels, worker, trained)
+        return make_report(self.settings, self.extended.group, self.levels, self.extended.mesh, trained)
 
     def cut_batch(self, batch):
         """One global batch as per-replica values, cut as `experimental_distribute_dataset` cuts it.
@@ -301,7 +299,7 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
 
         With a position it shuffles as it did when the position's training began, or else the position notes how.
         """
-        if self.extended.seats.workers == 1 and position is None:
+        if self.extended.mesh.workers == 1 and position is None:
             yield
             return
         position = position or DataPosition()

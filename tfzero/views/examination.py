@@ -95,7 +95,7 @@ class Examination:
         return self._group.hint == "nccl"
 
     def _why_this_transport(self) -> str:
-        group, workers = self._group, self._strategy.extended.seats.workers
+        group, workers = self._group, self._strategy.extended.mesh.workers
         if group.world_size == 1:
             return "there is one replica: --cpu-devices 2, or two workers, would have something to send"
         if self._uses_nccl:
@@ -151,7 +151,7 @@ class Examination:
             trials = run_trials(
                 names,
                 [device.rpartition("/device:")[2] for device in self._group.devices],
-                self._group.world_size,
+                self._strategy.extended.mesh.replicas,
                 lambda name, stage: bar.reach(next(done), f"{name} model, stage {stage}"),
             )
         by_worker = self._from_all(
@@ -178,8 +178,8 @@ class Examination:
         return largest
 
     def _verdict(self, largest: float) -> str:
-        workers, kind = self._strategy.extended.seats.workers, self._strategy.settings.device_type
-        where = f"{self._group.world_size} replicas, {len(self._group.devices)} {kind} devices in each of {workers}"
+        mesh, kind = self._strategy.extended.mesh, self._strategy.settings.device_type
+        where = f"{mesh.replicas} replicas, {mesh.devices_per_worker} {kind} devices in each of {mesh.workers}"
         if self._problems:
             return f"\nNOT SOUND ({where}): {'; '.join(self._problems)}."
         return f"\nSOUND ({where}): models end within {largest:.1e} of one device at every stage."
