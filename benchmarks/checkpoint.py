@@ -113,9 +113,9 @@ def _sharded(model):
 def _written(model, strategy) -> int:
     """Bytes that this worker writes into a checkpoint."""
     from tfzero.checkpoint.pieces import pieces_to_write
-    from tfzero.checkpoint.state import World, state_of
+    from tfzero.checkpoint.state import mesh_of, state_of
 
-    pieces = pieces_to_write(state_of(model), World.of(strategy), lambda size_bytes: None)
+    pieces = pieces_to_write(state_of(model), mesh_of(strategy), lambda size_bytes: None)
     return sum(piece.rectangle.elements * piece.value.dtype.size for piece in pieces)
 
 

@@ -84,7 +84,7 @@ def test_models_that_cannot_be_audited():
 
 def _audit_in_workers() -> tuple:
     strategy = tfzero.ZeroStrategy(3, min_shard_elements=8)
-    keras.utils.set_random_seed(strategy.extended.seats.worker)
+    keras.utils.set_random_seed(strategy.extended.mesh.worker)
     with strategy.scope():
         model = oracle.dense_model()
     model.compile(keras.optimizers.Adam(global_clipnorm=0.1), "categorical_crossentropy")

@@ -67,7 +67,7 @@ def test_devices(devices):
 
 def test_mixed_devices(monkeypatch):
     known = {"CPU": ["CPU:0"], "GPU": ["GPU:0"]}
-    monkeypatch.setattr("tfzero.workers.settings._machine_devices", known.get)
+    monkeypatch.setattr("tfzero.host.devices._machine_devices", known.get)
     with pytest.raises(ValueError, match=r"one type, CPU or GPU. Received: devices=\['CPU:0', 'GPU:0'\]"):
         tfzero.ZeroStrategy(2, devices=["CPU:0", "GPU:0"])
 

@@ -129,7 +129,7 @@ def test_any_number_of_replicas_at_any_stage_reads_what_any_other_wrote(source, 
 def _models(stages):
     for stage in stages:
         strategy = tfzero.ZeroStrategy(stage, min_shard_elements=8, timeout_seconds=120)
-        keras.utils.set_random_seed(strategy.extended.seats.worker)
+        keras.utils.set_random_seed(strategy.extended.mesh.worker)
         yield stage, strategy, compiled(strategy, "adam", menagerie)
 
 
@@ -140,7 +140,7 @@ def _write(folder, stages):
         place = Path(folder, f"{strategy.num_replicas_in_sync} {stage}")
         tfzero.save_checkpoint(model, place)
         values = values_of(model)
-        if strategy.extended.seats.worker == 0:
+        if strategy.extended.mesh.worker == 0:
             np.savez(place / "values.npz", *values)
 
 

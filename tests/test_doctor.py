@@ -65,7 +65,7 @@ def _examined_with_faults():
 
     def trained(model, *arguments):
         weights = right_trained(model, *arguments)
-        if strategy.extended.seats.worker == 1 and getattr(model.distribute_strategy, "settings", None) is not None:
+        if strategy.extended.mesh.worker == 1 and getattr(model.distribute_strategy, "settings", None) is not None:
             weights[-1] = weights[-1] + (0.5 if model.distribute_strategy.settings.stage == 3 else 0.0)
         return weights
 

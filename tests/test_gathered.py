@@ -59,7 +59,7 @@ EXPECTED = {
 
 def hold_differently(strategy) -> dict:
     """What workers see after each has assigned and named something else."""
-    worker = strategy.extended.seats.worker
+    worker = strategy.extended.mesh.worker
     with strategy.scope():
         model = keras.Sequential([keras.Input((5,)), layers.Dense(5), layers.Dense(5)])
     first, second = (layer.kernel for layer in model.layers)

@@ -10,15 +10,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Each package imports only packages before it, and each module of a package only modules before it: this is the design.
 LINE = {
-    "plan": ("placement", "formats"),
+    "plan": ("scheme", "mesh", "placement", "formats", "settings"),
     "costs": (),
     "host": (
         "backend", "runtime", "datasets", "graphs", "batch_rows", "distributed", "keras_optimizers", "saved_model",
-        "edges", "patches",
+        "edges", "patches", "devices",
     ),
     "workers": (
         "progress", "differences", "cluster", "stopping", "messages", "handshake", "meeting", "channel", "fleet",
-        "gpus", "cuda_devices", "agreement", "digests", "device_agreement", "settings", "links",
+        "gpus", "cuda_devices", "agreement", "digests", "device_agreement", "links",
     ),
     "launch": (),
     "collectives": (
@@ -92,6 +92,55 @@ def private_symbols(source):
     }
 
 
+def is_stage(node):
+    """Whether an expression is the number of a stage: a name or an attribute that is called so."""
+    name = getattr(node, "id", None) or getattr(node, "attr", "")
+    return name == "stage" or name.endswith("_stage")
+
+
+def is_none(node):
+    return isinstance(node, ast.Constant) and node.value is None
+
+
+def looked_at(node):
+    """What a node decides by, or computes with: operands of comparisons, conditions, indices, subjects of `match`."""
+    match node:
+        case ast.Compare(left=left, comparators=others):
+            pairs = zip(node.ops, [left, *others], others, strict=False)
+            return [each for op, *pair in pairs if not any(map(is_none, pair)) for each in pair]
+        case ast.If(test=test) | ast.IfExp(test=test) | ast.While(test=test) | ast.Assert(test=test):
+            return [test]
+        case ast.BoolOp(values=values):
+            return values
+        case ast.UnaryOp(operand=operand):
+            return [operand]
+        case ast.BinOp(left=left, right=right):
+            return [left, right]
+        case ast.comprehension(ifs=tests):
+            return tests
+        case ast.Subscript(slice=index):
+            return [index]
+        case ast.Match(subject=subject):
+            return [subject]
+        case ast.Call(func=ast.Name(id="bool" | "range"), args=given):
+            return given
+        case ast.Call(func=ast.Attribute(attr="get"), args=given):
+            return given
+    return []
+
+
+def stage_comparisons(source):
+    """The lines that decide by the number of a stage; whether there is one, `stage is None`, may be asked anywhere."""
+    return sorted({each.lineno for node in ast.walk(ast.parse(source)) for each in looked_at(node) if is_stage(each)})
+
+
+def things_called(name, source):
+    """Whether a source calls a parameter, a field or a variable of its own so; `group.world_size` is another's."""
+    nodes = list(ast.walk(ast.parse(source)))
+    given = {node.arg for node in nodes if isinstance(node, ast.arg)}
+    return name in given | {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+
+
 def long_functions(source):
     functions = (ast.FunctionDef, ast.AsyncFunctionDef)
     lengths = {n.name: n.end_lineno - n.lineno + 1 for n in ast.walk(ast.parse(source)) if isinstance(n, functions)}
@@ -117,6 +166,19 @@ def test_a_package_itself_imports_nothing_of_its_own(module):
 def test_private_symbols_stand_in_a_folder_of_their_own(module):
     if not module.startswith("host."):
         assert private_symbols(read(module)) == set()
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_one_module_knows_what_the_number_of_a_stage_means(module):
+    if module not in ("plan.scheme", "benchmark", "measuring", "peers"):  # the benchmark is no part of the library
+        assert stage_comparisons(read(module)) == []
+
+
+def test_shards_and_replicas_are_told_apart():
+    """A world size is that of a group of collectives, and what users call the number of replicas."""
+    so_called = {module for module in MODULES if things_called("world_size", read(module))}
+    so_called -= {"benchmark", "measuring", "peers"}
+    assert so_called == {"collectives.group", "collectives.packing", "costs", "memory"}
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -149,5 +211,16 @@ def test_the_rules_notice_what_breaks_them():
     assert private_symbols("from keras.src import backend") == {"keras.src.backend"}
     assert private_symbols("import tensorflow as tf\nx = tf.python.eager") == {"tf.python", "tf.python.eager"}
     assert private_symbols("import keras\nkeras.srcs") == set()
+    for names in ("def f(world_size): pass", "class A:\n    world_size: int", "for world_size in x: pass"):
+        assert things_called("world_size", names), names
+    assert not things_called("world_size", "f(group.world_size, world_size=x['world_size'])")
+    for decides in (
+        "stage == 3", "settings.stage < 2", "0 < self.stage", "stage in (1, 2)", "1 if stage else 0", "not stage",
+        "stage and x", "x[settings.stage]", "{0: x}.get(stage, y)", "[x for y in z if stage]", "2 - stage",
+        "bool(stage)", "while my_stage: pass", "match stage:\n    case 0: pass", "0 < x == stage",
+    ):  # fmt: skip
+        assert stage_comparisons(decides) == [1], decides
+    for tells in ("stage is None", "f'{stage}'", "Setup(stage)", "scheme_of(a.stage).passes", "[x for stage in y]"):
+        assert stage_comparisons(tells) == [], tells
     assert long_functions("def f():\n" + "    pass\n" * 59) == {"f": 60}
     assert long_functions("def f():\n" + "    pass\n" * 58) == {}

@@ -404,9 +404,9 @@ def two_schedules_without_get_config(strategy):
 @case
 def schedules_that_differ(strategy):
     """Are refused by their numbers, on all workers."""
-    if strategy is None or strategy.extended.seats.workers == 1:
+    if strategy is None or strategy.extended.mesh.workers == 1:
         return {"told": 1}
-    warm = 4 + strategy.extended.seats.worker
+    warm = 4 + strategy.extended.mesh.worker
     with pytest.raises(ValueError, match="optimizer.learning_rate.warm is 4 on worker 0 and 5 on worker 1"):
         fit_dense(strategy, keras.optimizers.Adam(Warmup(16, warm)))
     return {"told": 1}
@@ -443,7 +443,7 @@ def pretrained_layers_from_outside_the_scope(strategy):
     x, y = regression()
     backbone = keras.Sequential([keras.Input((8,)), layers.Dense(17, activation="tanh"), normalization()])
     if strategy is not None:  # every worker has drawn its own
-        backbone.set_weights([w + strategy.extended.seats.worker for w in backbone.get_weights()])
+        backbone.set_weights([w + strategy.extended.mesh.worker for w in backbone.get_weights()])
     with scope(strategy):
         model = keras.Sequential([backbone, layers.Dense(3)])
     model.compile(keras.optimizers.SGD(0.1), "mse")

@@ -13,7 +13,7 @@ from test_compression import int8
 import tfzero
 from tfzero import extended
 from tfzero.collectives.network import DEFAULT_BUCKET_BYTES, Network
-from tfzero.workers.settings import Settings, choose_levels
+from tfzero.plan.settings import Settings, choose_levels
 
 TRAINED = [(2, "int8"), (3, "bf16")]
 SETTINGS = Settings(2, 2**20, 1024, 60.0, devices_per_worker=4, device_type="CPU")
@@ -146,7 +146,7 @@ def test_two_by_two_replicas_train_as_one_device(two_by_two, stage, compression)
 def test_a_workers_sum_is_encoded_and_not_its_parts(two_by_two):
     step = two_by_two[0]["step"]
     errors = step["x"] @ step["before"] - step["y"]
-    rows_of_workers = [0, 1, 4, 5], [2, 3, 6, 7]  # `Seats.part` deals them so
+    rows_of_workers = [0, 1, 4, 5], [2, 3, 6, 7]  # `Mesh.part` deals them so
     of_workers = [step["x"][rows].T @ errors[rows] * 2 / errors.size for rows in rows_of_workers]
     total = sum(int8(gradient.reshape(4, 240).astype("float32")) for gradient in of_workers).reshape(24, 40)
     after = step["after"] + step["lag"]  # the master values

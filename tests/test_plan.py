@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 
 from tfzero.plan.placement import Placement, VariableSpec, make_plan, shard_elements, split_rows
+from tfzero.plan.scheme import STAGES, check_stage, scheme_of
 
 # Primes, scalars, powers of two and their neighbours, fewer elements than ranks, and one that dwarfs the others.
 MENAGERIE = (1, 1, 2, 3, 7, 64, 65, 127, 128, 129, 997, 1023, 1024, 1025, 7919, 65_536, 104_729, 1, 13)
@@ -202,3 +203,23 @@ def test_rows_are_dealt_as_evenly_as_possible():
             lengths = [end - begin for begin, end in dealt]
             assert max(lengths) - min(lengths) <= 1
             assert lengths == sorted(lengths, reverse=True)
+
+
+def test_a_scheme_says_what_each_stage_does():
+    nothing, slots, gradients, parameters = map(scheme_of, STAGES)
+    assert [s.shards_slots for s in map(scheme_of, STAGES)] == [False, True, True, True]
+    assert [s.shards_gradients for s in map(scheme_of, STAGES)] == [False, False, True, True]
+    assert [s.shards_parameters for s in map(scheme_of, STAGES)] == [False, False, False, True]
+    assert nothing.reduces_to_all and not slots.reduces_to_all
+    assert nothing.exchanges_when_accumulated and slots.exchanges_when_accumulated
+    assert not gradients.exchanges_when_accumulated and not parameters.exchanges_when_accumulated
+    assert [s.gathers_updates for s in map(scheme_of, STAGES)] == [False, True, True, False]
+    assert [s.passes for s in map(scheme_of, STAGES)] == [2, 2, 2, 3]
+    assert scheme_of(3, reshard_after_forward=False).passes == 2
+    assert len({s.held for s in map(scheme_of, STAGES)}) == 4
+
+
+@pytest.mark.parametrize("stage", [4, -1, True, None, "2", 1.5])
+def test_what_is_no_stage_is_refused(stage):
+    with pytest.raises(ValueError, match="`stage` must be one of"):
+        check_stage(stage)

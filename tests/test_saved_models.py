@@ -53,7 +53,7 @@ def export_all(strategy, folder: Path) -> dict:
     with contextlib.nullcontext() if strategy is None else strategy.gathered(model.variables):
         function = tf.function(lambda x: model(x, training=False)).get_concrete_function(tf.TensorSpec((1, 8)))
         lite.append(tf.lite.TFLiteConverter.from_concrete_functions([function]).convert())
-    if strategy is None or strategy.extended.seats.worker == 0:
+    if strategy is None or strategy.extended.mesh.worker == 0:
         for name, content in zip(WAYS[3:], lite, strict=True):
             (folder / name).write_bytes(content)
 
@@ -80,7 +80,7 @@ def export_in_worker(folder: str) -> dict:
     for stage in (2, 3):
         strategy = tfzero.ZeroStrategy(stage, min_shard_elements=8)
         results[stage] = export_all(strategy, Path(folder, str(stage)))
-    first = strategy.extended.seats.worker == 0
+    first = strategy.extended.mesh.worker == 0
     with strategy.scope():
         model = keras.Sequential([keras.Input((8,)), layers.Dense(3)])
     file = Path(folder, "file")

@@ -73,7 +73,7 @@ class Fleet:
 
     def __init__(self, stage, folder):
         self.strategy = tfzero.ZeroStrategy(stage, min_shard_elements=8, timeout_seconds=SECONDS)
-        self.index = self.strategy.extended.seats.worker
+        self.index = self.strategy.extended.mesh.worker
         self.folder = Path(folder)
         keras.utils.set_random_seed(self.index)
 

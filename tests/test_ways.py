@@ -21,7 +21,8 @@ from tfzero.collectives import ways
 from tfzero.collectives.group import Group
 from tfzero.collectives.ways import NCCL, ONE, RINGS, SEVERAL, Place
 from tfzero.host import distributed
-from tfzero.workers.settings import Settings, check_exchange, choose_hint, gpus_have_nccl
+from tfzero.host.devices import choose_hint, gpus_have_nccl
+from tfzero.plan.settings import Settings, check_exchange
 
 DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 OF_NCCL = {"float16", "float32", "float64", "int32", "int64"}

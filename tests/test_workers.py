@@ -551,7 +551,7 @@ def generator(strategy):
 def run_cases(cases: dict[str, Callable], stage: int) -> dict:
     """In a worker: what each case returned, or the text of its failure. Stops when the workers have parted."""
     strategy = tfzero.ZeroStrategy(stage, min_shard_elements=SMALL, timeout_seconds=60)
-    worker = strategy.extended.seats.worker
+    worker = strategy.extended.mesh.worker
     results: dict = {"seconds": {}}
     started = time.monotonic()
     for name, run in cases.items():

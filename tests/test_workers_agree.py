@@ -399,7 +399,7 @@ def trust(strategy, index):
 
 def in_a_worker(stage):
     strategy = tfzero.ZeroStrategy(stage, min_shard_elements=8, timeout_seconds=60)
-    index = int(strategy.extended.seats.worker == 1)  # of three workers, two have the same
+    index = int(strategy.extended.mesh.worker == 1)  # of three workers, two have the same
     results = {}
     for act in (*REFUSED, *ALLOWED, doubts, trust):
         keras.utils.set_random_seed(index)

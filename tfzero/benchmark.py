@@ -26,8 +26,8 @@ from tfzero.launch import run_local
 from tfzero.measuring import Work, measure
 from tfzero.peers import PEERS, measure_peer
 from tfzero.plan.formats import FORMATS
+from tfzero.plan.scheme import STAGES
 from tfzero.workers.progress import progress
-from tfzero.workers.settings import STAGES
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tfzero.plan.formats import BLOCK_ELEMENTS, FORMATS
+from tfzero.plan.scheme import STAGES, Scheme, scheme_of
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,13 @@ class Setup:
     two_level: bool = False
 
     @property
+    def scheme(self) -> Scheme:
+        return scheme_of(self.stage, self.reshard_after_forward)
+
+    @property
     def passes(self) -> int:
         """How often all elements travel in a step: gradients once, parameters once, at stage 3 twice."""
-        return 3 if self.stage == 3 and self.reshard_after_forward else 2
+        return self.scheme.passes
 
     @property
     def workers(self) -> int:
@@ -67,7 +72,7 @@ class Setup:
         size = item_bytes(self.compression)
         ring = size * (self.world_size - 1) / self.world_size
         straight = size * (1 if self.two_level else inside) * (self.world_size - inside) / self.world_size
-        if self.stage == 0 and self.compression is None:
+        if self.scheme.reduces_to_all and self.compression is None:
             return 2 * ring
         return straight + (self.passes - 1) * ring
 
@@ -79,11 +84,11 @@ class Setup:
 
     def held_bytes(self, slots: int = 2) -> float:
         """Bytes that a replica holds between steps for each float32 parameter: parameter, slots, and what is kept."""
-        share = 1 / self.world_size
-        parameter = 4 * share if self.stage == 3 else 4.0
-        slot = 4.0 if self.stage == 0 else 4 * share
+        share, scheme = 1 / self.world_size, self.scheme
+        parameter = 4 * share if scheme.shards_parameters else 4.0
+        slot = 4 * share if scheme.shards_slots else 4.0
         is_encoded = self.compression is not None and self.world_size > 1
-        lag = 4 * share if is_encoded and self.stage in (1, 2) else 0.0
+        lag = 4 * share if is_encoded and scheme.gathers_updates else 0.0
         return parameter + slots * slot + lag + (4 if is_encoded and self.error_feedback else 0)
 
 
@@ -97,10 +102,10 @@ def projection(options: argparse.Namespace) -> str:
     lines = ["replicas  stage  wire  held GB  sent GB  messages  seconds on the wire"]
     giga = options.parameters / 1e9
     for world_size in (8, 64, 1024, 16384):
-        for stage in range(4):
+        for stage in STAGES:
             for name in (None, "int8"):
                 here = min(options.replicas_per_worker, world_size)
-                is_two_level = 1 < here < world_size and (stage > 0 or name is not None)
+                is_two_level = 1 < here < world_size and (name is not None or not scheme_of(stage).reduces_to_all)
                 setup = Setup(world_size, stage, name, replicas_per_worker=here, two_level=is_two_level)
                 sent = max(setup.sent_bytes() / options.local_speedup, setup.network_bytes()) * options.parameters
                 messages = setup.messages(options.exchanges)

@@ -13,9 +13,11 @@ from tfzero.collectives.codec import Codec
 from tfzero.collectives.group import Group
 from tfzero.collectives.network import DEFAULT_BUCKET_BYTES, Network, measure_network
 from tfzero.host import distributed, graphs, runtime
+from tfzero.host.devices import gpus_have_nccl
+from tfzero.plan.mesh import Mesh
+from tfzero.plan.settings import Choice, Settings
 from tfzero.rows.dependence import Dependence, mark_global
 from tfzero.rows.inputs import (
-    Seats,
     check_shardable,
     cut_batch,
     cut_dataset,
@@ -30,7 +32,6 @@ from tfzero.variables.gathering import Gatherer
 from tfzero.workers.channel import Channel
 from tfzero.workers.cluster import Cluster
 from tfzero.workers.digests import BatchComparison
-from tfzero.workers.settings import Choice, Settings, gpus_have_nccl
 
 _EAGER = (
     "Eagerly, stage 3 keeps every parameter that it has gathered until the step is over: the memory of stage 2. "
@@ -65,16 +66,17 @@ class ZeroExtended(runtime.CollectiveAllReduceExtended):
         with distributed.with_nccl(cluster is not None and gpus_have_nccl()):
             super().__init__(strategy, resolver, options, devices=None if cluster else list(devices))
         self._cut_datasets: weakref.WeakSet = weakref.WeakSet()
-        self.seats = Seats(self._id_in_cluster, self._num_workers, len(self.worker_devices))
+        workers, worker = (1, 0) if cluster is None else (cluster.size, cluster.index)
+        self.mesh = Mesh(workers, len(devices), worker)
         self.group = Group(
             self.worker_devices,
-            self._num_replicas_in_sync,
-            self._id_in_cluster * len(self.worker_devices),
+            self.mesh.shards,
+            self.mesh.rank(0),
             strategy.hint,
             strategy.levels.value,
             strategy.links if len(self.worker_devices) == 1 and strategy.settings.device_type == "CPU" else (),
         )
-        self.creation = VariableCreation(strategy, self.group, self._num_workers)
+        self.creation = VariableCreation(strategy, self.group, self.mesh)
         self.gives_first_values = False
         self._network: Network | None = None
         self._told_of_eager_memory = False
@@ -90,7 +92,7 @@ class ZeroExtended(runtime.CollectiveAllReduceExtended):
         asked = self._settings.bucket_bytes
         if asked != "auto":
             return Choice(asked, f"bucket_bytes={asked}")
-        if self.group.world_size == 1:
+        if self.mesh.replicas == 1:
             return Choice(DEFAULT_BUCKET_BYTES, "one replica sends nothing")
         if self._network is None:
             self._network = measure_network(self.group, self._channel)
@@ -119,7 +121,7 @@ class ZeroExtended(runtime.CollectiveAllReduceExtended):
         self._traced = traced = []
         leaves = tf.nest.flatten([args, kwargs])
         self._is_for_all = [not isinstance(leaf, tf.distribute.DistributedValues) for leaf in leaves]
-        function = fn if self.group.world_size == 1 else with_own_results(fn)
+        function = fn if self.mesh.replicas == 1 else with_own_results(fn)
         results = super()._call_for_each_replica(function, args, kwargs)
         for dependence in traced:
             dependence.check_updates()
@@ -166,8 +168,8 @@ class ZeroExtended(runtime.CollectiveAllReduceExtended):
         if graph not in known:
             codec = Codec.of(self._settings.compression)
             own = functools.partial(counted, extended=self)
-            reshard = self._settings.reshard_after_forward
-            known[graph] = Gatherer(self.group, self.replica_collective, own, reshard, codec)
+            gathers_again = self._settings.scheme.gathers_again
+            known[graph] = Gatherer(self.group, self.replica_collective, own, gathers_again, codec)
         return known[graph]
 
     def share(self) -> tf.Tensor:
@@ -176,7 +178,7 @@ class ZeroExtended(runtime.CollectiveAllReduceExtended):
         [Note: share] The share is what a mean over this replica's samples must be multiplied with to be its part of
         the mean over all samples. The batch is what was cut by rows, of the arguments of the function that `run` runs.
         """
-        unknown = tf.constant(1.0 / self.group.world_size)
+        unknown = tf.constant(1.0 / self.mesh.replicas)
         run, graph = current_run(), current_graph()
         if run is None:
             return unknown
@@ -193,7 +195,7 @@ class ZeroExtended(runtime.CollectiveAllReduceExtended):
     def has_rows(self) -> tf.Tensor | None:
         """Within a replica: whether it has rows of the batch; None if it has for certain, or if that is not known."""
         run = current_run()
-        return None if run is None or self.group.world_size == 1 else run.has_rows()
+        return None if run is None or self.mesh.replicas == 1 else run.has_rows()
 
     def dependence(self) -> Dependence:
         """Within a replica that is traced: what depends on its rows of the batch. [Note: kinds]"""
@@ -206,7 +208,7 @@ class ZeroExtended(runtime.CollectiveAllReduceExtended):
 
     def average(self, value: tf.Tensor) -> tf.Tensor:
         """Mean over replicas, weighted by their shares of the batch."""
-        if self.group.world_size == 1:
+        if self.mesh.replicas == 1:
             return value
         share = self.share()
         wide = tf.cast(value, tf.float64 if value.dtype == tf.float64 else tf.float32)
@@ -236,7 +238,7 @@ class ZeroExtended(runtime.CollectiveAllReduceExtended):
 
         def reduce(leaf):
             total = self.replica_collective(self.group.all_reduce, tf.convert_to_tensor(leaf))
-            return _divide(total, self.group.world_size) if reduce_op == tf.distribute.ReduceOp.MEAN else total
+            return _divide(total, self.mesh.replicas) if reduce_op == tf.distribute.ReduceOp.MEAN else total
 
         flat = tf.nest.flatten(value)
         return tf.nest.pack_sequence_as(value, [reduce(leaf) for leaf in flat])
@@ -246,13 +248,13 @@ class ZeroExtended(runtime.CollectiveAllReduceExtended):
         mean = reduce_op == tf.distribute.ReduceOp.MEAN
         if mean and (
             isinstance(value, tf.types.experimental.distributed.Mirrored)
-            or (self._num_workers == 1 and not isinstance(value, tf.distribute.DistributedValues))
+            or (self.mesh.workers == 1 and not isinstance(value, tf.distribute.DistributedValues))
         ):
             return value
-        values, count = self._spread(value), self.group.world_size
+        values, count = self._spread(value), self.mesh.replicas
         if not isinstance(value, tf.distribute.DistributedValues):
             # One value for each worker: its first replica speaks for it.
-            values, count = [values[0], *map(tf.zeros_like, values[1:])], self._num_workers
+            values, count = [values[0], *map(tf.zeros_like, values[1:])], self.mesh.workers
         totals = self.group.launch(self.group.all_reduce, values)
         return runtime.mirrored([_divide(total, count) if mean else total for total in totals])
 
@@ -298,7 +300,7 @@ class ZeroExtended(runtime.CollectiveAllReduceExtended):
 
     def cut_batch(self, batch):
         """One global batch as per-replica values."""
-        return cut_batch(batch, self.seats)
+        return cut_batch(batch, self.mesh)
 
     def _initialize_local_devices(self, cluster_resolver, worker_device):
         del cluster_resolver
@@ -310,11 +312,11 @@ class ZeroExtended(runtime.CollectiveAllReduceExtended):
         del options
         if dataset in self._cut_datasets:
             return dataset
-        check_shardable(dataset, self._num_workers)
+        check_shardable(dataset, self.mesh.workers)
         self._channel.agree("distributing a dataset", describe_dataset(dataset), "data sets")
-        if self._num_workers > 1:
+        if self.mesh.workers > 1:
             dataset = in_order(dataset)
-        cut = cut_dataset(dataset, self.seats, self.comparison)
+        cut = cut_dataset(dataset, self.mesh, self.comparison)
         self._cut_datasets.add(cut)
         return cut
 

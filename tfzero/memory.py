@@ -28,12 +28,13 @@ from tfzero.collectives.group import LANES
 from tfzero.collectives.network import DEFAULT_BUCKET_BYTES
 from tfzero.host import runtime
 from tfzero.plan.placement import Placement, Plan, VariableSpec, make_plan, shard_elements
+from tfzero.plan.scheme import STAGES, Scheme, check_stage, scheme_of
+from tfzero.plan.settings import DEFAULT_MIN_SHARD_ELEMENTS, check_number
 from tfzero.report import text_of
 from tfzero.training.pacing import WINDOW_BUCKETS
 from tfzero.training.stock_optimizers import chain, chooser, config_of, is_elementwise
 from tfzero.variables.gathering import PREFETCH_BYTES
 from tfzero.views.liveness import Moment, trace_step
-from tfzero.workers.settings import DEFAULT_MIN_SHARD_ELEMENTS, STAGES, check_number, check_stage
 
 
 @dataclass(frozen=True)
@@ -192,29 +193,30 @@ class _Estimate:
         self._traces: dict[bool, tuple[Moment, ...]] = {}
 
     def at(self, stage: int) -> MemoryEstimate:
-        specs = [self._spec(v, o, stage) for v, o in zip(self._variables, self._optimizers, strict=True)]
+        scheme = scheme_of(stage)
+        specs = [self._spec(v, o, scheme) for v, o in zip(self._variables, self._optimizers, strict=True)]
         plan = make_plan(specs, self._world_size, stage, DEFAULT_BUCKET_BYTES, DEFAULT_MIN_SHARD_ELEMENTS)
-        slot_bytes = max(self._slot_bytes(plan, rank, stage) for rank in range(self._world_size))
-        peak = max(_peaks(self._moments(stage), plan, stage), key=sum)
+        slot_bytes = max(self._slot_bytes(plan, rank, scheme) for rank in range(self._world_size))
+        peak = max(_peaks(self._moments(scheme), plan, scheme), key=sum)
         return MemoryEstimate(
             stage,
             self._world_size,
-            sum(self._parameter_bytes(variable, stage) for variable in self._model.variables),
+            sum(self._parameter_bytes(variable, scheme) for variable in self._model.variables),
             slot_bytes,
             *peak[1:],
             None if self._rows is None else peak[0],
         )
 
-    def _moments(self, stage: int) -> tuple[Moment, ...]:
+    def _moments(self, scheme: Scheme) -> tuple[Moment, ...]:
         if self._rows is None:  # one gradient after the other, and nothing else
             order = reversed(range(len(self._variables)))
             return tuple(Moment(0, (), index, is_backward=True) for index in order)
-        gathers = stage == 3 and self._world_size > 1
+        gathers = scheme.shards_parameters and self._world_size > 1
         if gathers not in self._traces:
             self._traces[gathers] = trace_step(self._model, self._rows, gathers)
         return self._traces[gathers]
 
-    def _spec(self, variable, optimizer, stage: int) -> VariableSpec:
+    def _spec(self, variable, optimizer, scheme: Scheme) -> VariableSpec:
         return VariableSpec(
             name=variable.path,
             elements=variable.shape.num_elements(),
@@ -222,28 +224,29 @@ class _Estimate:
             item_bytes=tf.as_dtype(variable.dtype).size,
             elementwise=is_elementwise(optimizer),
             optimizer=self._optimizers.index(optimizer),
-            sharded_parameter=self._is_sharded(variable, stage),
+            sharded_parameter=self._is_sharded(variable, scheme),
         )
 
-    def _is_sharded(self, variable, stage: int) -> bool:
+    def _is_sharded(self, variable, scheme: Scheme) -> bool:
         """Whether stage 3 shards it; as `ZeroExtended` decides when it is created."""
         is_large = variable.shape.num_elements() >= max(1, DEFAULT_MIN_SHARD_ELEMENTS)
         is_floating = tf.as_dtype(variable.dtype).is_floating
-        return stage == 3 and is_large and is_floating and id(variable) in self._made_trainable
+        return scheme.shards_parameters and is_large and is_floating and id(variable) in self._made_trainable
 
-    def _parameter_bytes(self, variable, stage: int) -> int:
+    def _parameter_bytes(self, variable, scheme: Scheme) -> int:
         elements = variable.shape.num_elements()
-        if self._is_sharded(variable, stage):
+        if self._is_sharded(variable, scheme):
             elements = shard_elements(elements, self._world_size)
         return elements * tf.as_dtype(variable.dtype).size
 
-    def _slot_bytes(self, plan: Plan, rank: int, stage: int) -> int:
+    def _slot_bytes(self, plan: Plan, rank: int, scheme: Scheme) -> int:
         total = 0
         for index, slots in enumerate(self._slots):
             placement, owner = plan.placements[index], plan.owners[index]
             for slot in slots:
                 elements = slot.shape.num_elements()
-                if placement is Placement.SHARDED and not (stage < 2 and runtime.is_accumulator_name(slot.name)):
+                is_whole = scheme.exchanges_when_accumulated and runtime.is_accumulator_name(slot.name)
+                if placement is Placement.SHARDED and not is_whole:
                     elements = shard_elements(elements, self._world_size)
                 elif placement is Placement.OWNED and owner != rank:
                     elements = 0
@@ -259,34 +262,36 @@ def _slots_of(optimizer, variable) -> list:
     return [slot for slot in optimizer.variables[scalars:] if slot.shape.rank or not variable.shape.rank]
 
 
-def _peaks(moments: Sequence[Moment], plan: Plan, stage: int) -> Iterator[tuple[int, int, int]]:
+def _peaks(moments: Sequence[Moment], plan: Plan, scheme: Scheme) -> Iterator[tuple[int, int, int]]:
     """Bytes of activations, gradients and buffers at each moment of a step. [Note: the peak]"""
-    size = plan.world_size
+    size = plan.shards
     sizes = [spec.elements * spec.item_bytes for spec in plan.specs]
-    gathered = _gathered(moments, plan) if stage == 3 and size > 1 else [0] * len(moments)
+    gathered = _gathered(moments, plan) if scheme.shards_parameters and size > 1 else [0] * len(moments)
     in_flight = sum(sorted(map(plan.bucket_bytes, plan.buckets), reverse=True)[:LANES])
     produced, latest = 0, [0]
     for place, moment in enumerate(moments):
         if moment.gradient is not None:
             produced += sizes[moment.gradient]
             latest.append(sizes[moment.gradient])
-        yield moment.activation_bytes, *_of_gradients(size, stage, produced, latest, in_flight, gathered[place])
-    gradients, buffers = _of_gradients(size, stage, produced, latest, in_flight, 0)
+        yield moment.activation_bytes, *_of_gradients(size, scheme, produced, latest, in_flight, gathered[place])
+    gradients, buffers = _of_gradients(size, scheme, produced, latest, in_flight, 0)
     # When the backward pass is over, updated values wait to be sent and assigned.
-    waits = stage == 2 or (stage == 1 and size == 1)
+    waits = scheme.gathers_updates and (scheme.shards_gradients or size == 1)
     yield 0, gradients, max(buffers, min(produced, _group_bytes(plan)) // size if waits else 0)
 
 
 def _of_gradients(
-    size: int, stage: int, produced: int, latest: Sequence[int], in_flight: int, gathered: int
+    size: int, scheme: Scheme, produced: int, latest: Sequence[int], in_flight: int, gathered: int
 ) -> tuple[int, int]:
     """Bytes of gradients, and of buffers, of one of `size` replicas when so many bytes of gradients are computed."""
     if size == 1:
         return produced, 0
-    if stage == 3:
+    if scheme.shards_parameters:
         whole = min(produced, sum(latest[-2:]))
         return whole + (produced - whole) // size, gathered + whole + latest[-1]
-    whole = produced if stage < 2 else min(produced, WINDOW_BUCKETS * DEFAULT_BUCKET_BYTES + max(latest))
+    whole = produced
+    if scheme.shards_gradients:
+        whole = min(produced, WINDOW_BUCKETS * DEFAULT_BUCKET_BYTES + max(latest))
     return whole + (produced - whole) // size, min(produced, in_flight)
 
 

@@ -16,6 +16,7 @@ import tensorflow as tf
 from tfzero.collectives.codec import Codec
 from tfzero.host import runtime
 from tfzero.plan.placement import make_plan
+from tfzero.plan.settings import Choice
 from tfzero.rows.padding import counted
 from tfzero.training.exchange import Wire, make_wire
 from tfzero.training.late_gathers import is_late, make_pending
@@ -34,7 +35,6 @@ from tfzero.training.stock_optimizers import (
 )
 from tfzero.training.walk import ReplicaStep, Trained, with_norms
 from tfzero.variables.classes import ShardedParameter, VariableView
-from tfzero.workers.settings import Choice
 
 # Settings of Keras's optimizer base class that would hide those of the inner optimizer.
 _INNER_SETTINGS = (
@@ -238,7 +238,7 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
             strategy.channel.agree("building an optimizer", settings_of(links), "optimizers")
             choice = strategy.extended.choose_bucket_bytes(sum(s.elements * s.item_bytes for s in specs))
         plan = make_plan(
-            specs, strategy.num_replicas_in_sync, settings.stage, choice.value, settings.min_shard_elements
+            specs, strategy.extended.mesh.shards, settings.stage, choice.value, settings.min_shard_elements
         )
         home = Home(self, strategy)
         for link in links:
@@ -258,7 +258,7 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
             slots=slots,
             wire=wire,
             bucket_bytes=choice,
-            sharded_gradients=settings.stage >= 2,
+            sharded_gradients=settings.scheme.shards_gradients,
             loss_scale=self.loss_scale_optimizer,
             pending=make_pending(len(variables), strategy),
             overwritten=tuple((variable, choose(variable)) for variable in overwritten),
@@ -307,7 +307,7 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
         strategy = strategy_of(self.trained_variables)
         if strategy.settings.bucket_bytes == "auto" and strategy.num_replicas_in_sync > 1:
             old, settings = self._trained.plan, strategy.settings
-            plan = make_plan(old.specs, old.world_size, settings.stage, bucket_bytes, settings.min_shard_elements)
+            plan = make_plan(old.specs, old.shards, settings.stage, bucket_bytes, settings.min_shard_elements)
             choice = Choice(bucket_bytes, "the checkpoint's run chose so")
             self._trained = dataclasses.replace(self._trained, plan=plan, bucket_bytes=choice)
             self._eager_functions.clear()
@@ -338,7 +338,8 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
         if not self.built:
             if trainable_variables is None:
                 raise ValueError("The optimizer is not built: pass `trainable_variables` or call `build` first.")
-            if replica.strategy.settings.stage == 3 and replica.strategy.settings.error_feedback:
+            settings = replica.strategy.settings
+            if settings.scheme.shards_parameters and settings.error_feedback:
                 raise RuntimeError(
                     "With error_feedback=True at stage 3 call `optimizer.build(model.trainable_variables)` before the "
                     "first step, as the gradient tape already needs the residuals."

@@ -10,17 +10,12 @@ import tensorflow as tf
 from tfzero.collectives import ways
 from tfzero.collectives.group import Group
 from tfzero.collectives.packing import owned_columns
+from tfzero.plan.mesh import Mesh
 from tfzero.plan.placement import Bucket, Placement, shard_elements
+from tfzero.plan.settings import Choice, Settings
 from tfzero.training.walk import Trained
 from tfzero.variables.classes import ShardedParameter
-from tfzero.workers.settings import Choice, Settings
 
-_STAGES = (
-    "everything is whole on every replica",
-    "slots lie in shards",
-    "slots and gradients lie in shards",
-    "slots, gradients and parameters lie in shards",
-)
 _LATE = "updated parameters are gathered while the next step's forward pass goes on, in executions of several steps"
 MOST_LINES = 12  # of a summary
 
@@ -111,19 +106,19 @@ def text_of(size_bytes: float) -> str:
     return f"{size_bytes:.3g} TB"
 
 
-def make_report(settings: Settings, group: Group, levels: Choice, worker: str, trained: Sequence[Trained]) -> Report:
+def make_report(settings: Settings, group: Group, levels: Choice, mesh: Mesh, trained: Sequence[Trained]) -> Report:
     """The report of a strategy and of what the optimizers that were built under it train.
 
     Args:
         settings: of the strategy.
         group: its replicas.
         levels: whether sums are taken in two levels, and why.
-        worker: this process's name and how many there are, such as "worker 0 of 2".
+        mesh: where they are.
         trained: of each optimizer.
     """
     sent = [part for each in trained for part in _sent(settings, group, each)]
     return Report(
-        options=_effects(settings, group, levels, worker, trained),
+        options=_effects(settings, group, levels, mesh, trained),
         variables=tuple(_variables(settings, group, trained)),
         sent_bytes=sum(size for size, _ in sent),
         messages=sum(count for _, count in sent),
@@ -133,15 +128,14 @@ def make_report(settings: Settings, group: Group, levels: Choice, worker: str, t
 # Settings.
 
 
-def _effects(settings: Settings, group: Group, levels: Choice, worker: str, trained: Sequence[Trained]) -> dict:
-    here, all_replicas = len(group.devices), group.world_size
-    workers = all_replicas // here
+def _effects(settings: Settings, group: Group, levels: Choice, mesh: Mesh, trained: Sequence[Trained]) -> dict:
+    here, workers = f"{mesh.devices_per_worker} {settings.device_type} devices", mesh.workers
     whole = [name for each in trained for name in _whole_names(each, settings)]
     feedback = "what encoding loses of gradients is kept and added to the next: 4 bytes a parameter"
     effects = {
-        "stage": f"stage {settings.stage}, {_STAGES[settings.stage]}",
-        "devices": f"{all_replicas} replicas, {here} {settings.device_type} devices in each of {workers}",
-        "cluster_resolver": f"this is {worker}",
+        "stage": f"stage {settings.stage}, {settings.scheme.held}",
+        "devices": f"{mesh.replicas} replicas, {here} in each of {workers}",
+        "cluster_resolver": f"this is worker {mesh.worker} of {workers}",
         "algorithm": _algorithm(group),
         "bucket_bytes": _buckets(settings, trained),
         "min_shard_elements": f"{settings.min_shard_elements}; {len(whole)} smaller variables stay whole",
@@ -158,7 +152,7 @@ def _effects(settings: Settings, group: Group, levels: Choice, worker: str, trai
     if workers == 1:
         effects |= dict.fromkeys(("timeout_seconds", "compare_batches"), "no effect in a single process")
     steps = {s for each in trained for o in each.optimizers if (s := o.gradient_accumulation_steps)}
-    if steps and settings.stage < 2:
+    if steps and settings.scheme.exchanges_when_accumulated:
         effects["accumulation"] = f"gradients are sent once in {max(steps)} steps; each replica keeps them whole"
     elif steps:
         effects["accumulation"] = f"gradients are sent in each of {max(steps)} steps, to be accumulated in shards"
@@ -166,9 +160,9 @@ def _effects(settings: Settings, group: Group, levels: Choice, worker: str, trai
 
 
 def _resharding(settings: Settings) -> str:
-    if settings.stage < 3:
+    if not settings.scheme.shards_parameters:
         return "no effect below stage 3"
-    if settings.reshard_after_forward:
+    if settings.scheme.gathers_again:
         return "parameters are gathered again in the backward pass"
     return "parameters are kept from the forward to the backward pass"
 
@@ -206,13 +200,16 @@ def _compression(settings: Settings, group: Group) -> str:
     if settings.compression is None:
         return "none"
     if not group.exchanges_encoded:
+        what = "sums of gradients" if settings.scheme.reduces_to_all else "parameters"
         return (
-            f"{'sums of gradients' if settings.stage == 0 else 'parameters'} travel as {settings.compression} where "
-            f"they are float32 matrices; gradients as they are, which NCCL adds on the way"
+            f"{what} travel as {settings.compression} where they are float32 matrices; gradients as they are, which "
+            "NCCL adds on the way"
         )
-    parameters = {0: "", 3: "; replicas compute with encoded weights"}.get(
-        settings.stage, "; parameters travel as differences, and owners keep 4/N bytes a parameter more"
-    )
+    parameters = ""
+    if settings.scheme.shards_parameters:
+        parameters = "; replicas compute with encoded weights"
+    elif settings.scheme.gathers_updates:
+        parameters = "; parameters travel as differences, and owners keep 4/N bytes a parameter more"
     return f"float32 matrices travel as {settings.compression}, the rest as it is{parameters}"
 
 
@@ -279,7 +276,7 @@ def _sent(settings: Settings, group: Group, trained: Trained) -> Iterator[tuple[
         else:
             width = bucket.row_elements
             if bucket.placement is Placement.WHOLE:
-                width = shard_elements(width, group.world_size)
+                width = shard_elements(width, trained.plan.shards)
             dtype = tf.as_dtype(bucket.dtype)
             sent = trained.wire.codec.format.size_bytes(width) if bucket.compressed else width * dtype.size
             yield _reduce_scatter(group, width, dtype, sent)
@@ -292,15 +289,15 @@ def _sent_of_shards(settings, group, trained, bucket: Bucket) -> Iterator[tuple[
     for segment in bucket.segments:
         value = trained.variables[segment.index].value
         dtype = computed_in if computed_in.size < tf.as_dtype(value.dtype).size else tf.as_dtype(value.dtype)
-        width = shard_elements(segment.elements, group.world_size)
+        width = shard_elements(segment.elements, trained.plan.shards)
         codec = trained.wire.codec
         is_encoded = codec is not None and codec.serves(value.shape, dtype)
         sent = codec.format.size_bytes(width) if is_encoded else width * dtype.size
-        for _ in range(2 if settings.reshard_after_forward else 1):
+        for _ in range(2 if settings.scheme.gathers_again else 1):
             yield _to_all(group, sent)
         yield _reduce_scatter(group, width, tf.float32 if is_encoded else dtype, sent)
     if bucket.placement is Placement.OWNED:
-        columns = owned_columns(bucket, group.world_size)
+        columns = owned_columns(bucket, trained.plan.shards)
         for _ in range(3):  # gradients and parameters to their owners, parameters back
             yield _exchange(group, columns, tf.as_dtype(bucket.dtype))
 

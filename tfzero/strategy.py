@@ -14,14 +14,10 @@ from tfzero.collectives.nccl_failures import keep_log, naming_nccl
 from tfzero.collectives.network import DEFAULT_BUCKET_BYTES
 from tfzero.extended import ZeroExtended
 from tfzero.host import patches, runtime
-from tfzero.report import Report, make_report
-from tfzero.rows.dependence import is_global
-from tfzero.rows.inputs import DataPosition
-from tfzero.variables.classes import ShardedVariable, agree_on_sharded
-from tfzero.workers.cluster import Cluster
-from tfzero.workers.device_agreement import agree_on_devices
-from tfzero.workers.digests import DEFAULT_COMPARE_BATCHES, BatchComparison
-from tfzero.workers.settings import (
+from tfzero.host.devices import choose_devices, choose_hint, configure_cpu_devices
+from tfzero.plan.scheme import check_stage
+from tfzero.plan.settings import (
+    DEFAULT_COMPARE_BATCHES,
     DEFAULT_MIN_SHARD_ELEMENTS,
     Settings,
     check_bucket_bytes,
@@ -30,13 +26,15 @@ from tfzero.workers.settings import (
     check_number,
     check_overlap,
     check_reshard,
-    check_stage,
-    choose_devices,
-    choose_hint,
     choose_levels,
-    configure_cpu_devices,
-    find_cluster,
 )
+from tfzero.report import Report, make_report
+from tfzero.rows.dependence import is_global
+from tfzero.rows.inputs import DataPosition
+from tfzero.variables.classes import ShardedVariable, agree_on_sharded
+from tfzero.workers.cluster import Cluster, find_cluster
+from tfzero.workers.device_agreement import agree_on_devices
+from tfzero.workers.digests import BatchComparison
 from tfzero.workers.stopping import AgreedStop
 
 
@@ -229,10 +227,8 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         sharded = [variable.name for variable in report.variables if variable.placement == "sharded"]
         ```
         """
-        seats = self.extended.seats
         trained = [optimizer.trained for optimizer in self.optimizers]
-        worker = f"worker {seats.worker} of {seats.workers}"
-        return make_report(self.settings, self.extended.group, self.levels, worker, trained)
+        return make_report(self.settings, self.extended.group, self.levels, self.extended.mesh, trained)
 
     def cut_batch(self, batch):
         """One global batch as per-replica values, cut as `experimental_distribute_dataset` cuts it.
@@ -303,7 +299,7 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
 
         With a position it shuffles as it did when the position's training began, or else the position notes how.
         """
-        if self.extended.seats.workers == 1 and position is None:
+        if self.extended.mesh.workers == 1 and position is None:
             yield
             return
         position = position or DataPosition()

@@ -1,1 +1,1 @@
-"""Checkpoints that do not know the world size, and what all workers do with files together."""
+"""Checkpoints for any number of workers, and what all workers do with files together."""

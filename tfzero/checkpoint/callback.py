@@ -10,9 +10,9 @@ from tfzero.checkpoint.directories import local_path
 from tfzero.checkpoint.saving import Save, Team, find_newest, restore
 from tfzero.checkpoint.state import METRICS
 from tfzero.host import runtime
+from tfzero.plan.settings import check_number
 from tfzero.rows.inputs import DataPosition
 from tfzero.strategy import ZeroStrategy
-from tfzero.workers.settings import check_number
 from tfzero.workers.stopping import EXIT_STOPPED
 
 

@@ -14,6 +14,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from tfzero.plan.scheme import STAGES
+
 MOST_BYTES = 2**28  # of a manifest; one of 100,000 variables has 2**24
 _MOST = 2**53
 _MOST_REPLICAS = 2**20
@@ -78,7 +80,7 @@ _POSITION: dict[str, Check] = {
 _WHOLE: dict[str, Check] = {
     "step": _is_count,
     "world_size": lambda value: _is_count(value, 1, _MOST_REPLICAS),
-    "stage": _or_none(lambda value: _is_count(value, 0, 3)),
+    "stage": _or_none(lambda value: _is_count(value, STAGES[0], STAGES[-1])),
     "files": lambda value: (
         _is_table(value, lambda name: _FILE.fullmatch(name) is not None, _is_pair) and _INDEX in value
     ),

@@ -17,8 +17,9 @@ import tensorflow as tf
 
 from tfzero.checkpoint import commits
 from tfzero.checkpoint.slices import Rectangle, rectangles
-from tfzero.checkpoint.state import LAG, RESIDUAL, Item, World
+from tfzero.checkpoint.state import LAG, RESIDUAL, Item
 from tfzero.checkpoint.teamwork import together
+from tfzero.plan.mesh import Mesh
 from tfzero.plan.placement import shard_elements
 from tfzero.variables.allocation import on_host, placed
 from tfzero.variables.classes import ShardedVariable
@@ -36,20 +37,21 @@ _DAMAGES = (
 # Which parts of which variable a replica has.
 
 
-def _range(item: Item, rank: int, world_size: int) -> tuple[int, int]:
+def _range(item: Item, rank: int, mesh: Mesh) -> tuple[int, int]:
     """The flat elements of a variable that a rank holds."""
     elements = math.prod(item.shape)
     if not isinstance(item.value, ShardedVariable):
         return 0, elements
+    shard = mesh.shard_rank(rank)
     if item.value.owner is not None:
-        return (0, elements) if item.value.owner == rank else (0, 0)
-    width = shard_elements(elements, world_size)
-    return min(rank * width, elements), min((rank + 1) * width, elements)
+        return (0, elements) if item.value.owner == shard else (0, 0)
+    width = shard_elements(elements, mesh.shards)
+    return min(shard * width, elements), min((shard + 1) * width, elements)
 
 
-def _writers(items: Sequence[Item], world: World) -> dict[str, int]:
+def _writers(items: Sequence[Item], mesh: Mesh) -> dict[str, int]:
     """The worker that writes each variable that is equal on all; the largest first, to who has least to write."""
-    load = [0] * world.workers
+    load = [0] * mesh.workers
     writers = {}
     equal = [item for item in items if item.is_equal_everywhere]
     for item in sorted(equal, key=lambda item: -item.bytes):
@@ -67,20 +69,20 @@ class Piece:
     value: tf.Tensor
 
 
-def pieces_to_write(items: Sequence[Item], world: World, advance: Callable[[int], None]) -> Iterator[Piece]:
+def pieces_to_write(items: Sequence[Item], mesh: Mesh, advance: Callable[[int], None]) -> Iterator[Piece]:
     """What this worker contributes to a checkpoint; tensors are read one by one.
 
     `advance` is told of the bytes of each variable, of all workers' parts, when this worker's part has been taken.
     """
-    writers = _writers(items, world)
+    writers = _writers(items, mesh)
     for item in items:
-        for replica, rank in enumerate(world.ranks):
+        for replica, rank in enumerate(mesh.ranks):
             if item.is_per_replica:
-                row = Rectangle((world.size, *item.shape), (rank, *[0] * len(item.shape)), (1, *item.shape))
+                row = Rectangle((mesh.replicas, *item.shape), (rank, *[0] * len(item.shape)), (1, *item.shape))
                 yield Piece(item.name, row, tf.convert_to_tensor(item.component(replica))[tf.newaxis])
             elif isinstance(item.value, ShardedVariable):
-                yield from _cut(item, item.component(replica), *_range(item, rank, world.size))
-            elif replica == 0 and writers[item.name] == world.worker:
+                yield from _cut(item, item.component(replica), *_range(item, rank, mesh))
+            elif replica == 0 and writers[item.name] == mesh.worker:
                 yield from _cut(item, item.component(replica), 0, math.prod(item.shape))
         advance(item.bytes)
 
@@ -152,14 +154,14 @@ class Writer:
 
     Args:
         channel: a control channel that only this uses while it writes.
-        world: this process's place.
+        mesh: where the workers are.
         final: the directory that the checkpoint gets.
         timeout_seconds: how long a worker waits for the others, beside the time to write.
     """
 
-    def __init__(self, channel: Channel, world: World, final: Path, timeout_seconds: float) -> None:
+    def __init__(self, channel: Channel, mesh: Mesh, final: Path, timeout_seconds: float) -> None:
         self._channel = channel
-        self._world = world
+        self._mesh = mesh
         self._final = final
         self._timeout_seconds = timeout_seconds
 
@@ -170,12 +172,12 @@ class Writer:
             OSError: on all workers, if one of them cannot write; the text names it.
             RuntimeError: likewise, for any other error.
         """
-        manifest = {**manifest, "variables": [item.describe(self._world.size) for item in items]}
+        manifest = {**manifest, "variables": [item.describe(self._mesh.replicas) for item in items]}
         self._timeout_seconds = patience(self._timeout_seconds, sum(item.bytes for item in items))
         batch_bytes = max(_LEAST_BATCH_BYTES, *(item.bytes for item in items))
-        is_chief = self._world.worker == 0
+        is_chief = self._mesh.is_chief
         folder = self._final.with_name(self._together("begin", self._begin if is_chief else lambda: None)[0])
-        written = self._together("write", lambda: write_pieces(folder, self._world.worker, pieces, batch_bytes))
+        written = self._together("write", lambda: write_pieces(folder, self._mesh.worker, pieces, batch_bytes))
 
         def commit():
             files = merge(folder, [file for of_worker in written for file in of_worker])
@@ -255,7 +257,7 @@ def _entries_of_compression(items: Sequence[Item], entries: Mapping[str, dict], 
 
 
 def read_state(
-    folder: Path, items: Sequence[Item], entries: Mapping[str, dict], world: World, advance: Callable[[int], None]
+    folder: Path, items: Sequence[Item], entries: Mapping[str, dict], mesh: Mesh, advance: Callable[[int], None]
 ) -> None:
     """Gives every variable of this worker its value, one after the other; `advance` is told of the bytes of each.
 
@@ -265,7 +267,7 @@ def read_state(
     with commits.plain_path(folder) as plain:
         for item in items:
             try:
-                _read_item(f"{plain}/{commits.STATE}", item, entries.get(item.name), world)
+                _read_item(f"{plain}/{commits.STATE}", item, entries.get(item.name), mesh)
             except _DAMAGES as error:
                 reason = error.message.replace(plain, str(folder))
                 raise commits.DamagedCheckpointError(
@@ -275,25 +277,25 @@ def read_state(
             advance(item.bytes)
 
 
-def _read_item(prefix: str, item: Item, entry: Mapping | None, world: World) -> None:
-    for replica, rank in enumerate(world.ranks):
+def _read_item(prefix: str, item: Item, entry: Mapping | None, mesh: Mesh) -> None:
+    for replica, rank in enumerate(mesh.ranks):
         component = item.component(replica)
         if entry is None:  # of compression, which the checkpoint was made without
             value = tf.zeros(component.shape, item.dtype)
         else:
-            value = _value_for(prefix, item, entry, rank, world.size, component)
+            value = _value_for(prefix, item, entry, rank, mesh, component)
         value = on_host(value)
         with tf.device(component.device):
             component.assign(placed(value, component.device) if isinstance(value, np.ndarray) else value)
 
 
-def _value_for(prefix: str, item: Item, entry: Mapping, rank: int, world_size: int, component) -> tf.Tensor:
+def _value_for(prefix: str, item: Item, entry: Mapping, rank: int, mesh: Mesh, component) -> tf.Tensor:
     stored_by = entry["replicas"]
-    if item.is_per_replica and stored_by == world_size:
+    if item.is_per_replica and stored_by == mesh.replicas:
         return tf.reshape(_read(prefix, entry, [_row(entry, rank)], item), item.shape)
     if item.is_per_replica and rank != 0:
         return tf.zeros(item.shape, item.dtype)
-    begin, end = _range(item, rank, world_size)
+    begin, end = _range(item, rank, mesh)
     if stored_by:
         whole = tf.add_n([tf.cast(_read(prefix, entry, [_row(entry, k)], item), item.dtype) for k in range(stored_by)])
         flat = tf.reshape(whole, [-1])[begin:end]

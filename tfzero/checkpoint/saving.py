@@ -15,9 +15,10 @@ import keras
 
 from tfzero.checkpoint import commits, directories
 from tfzero.checkpoint.pieces import Writer, check_fits, patience, pieces_to_write, read_state, snapshot
-from tfzero.checkpoint.state import METRICS, Item, World, bucket_bytes_of, build_optimizer, optimizers_of, state_of
+from tfzero.checkpoint.state import METRICS, Item, bucket_bytes_of, build_optimizer, mesh_of, optimizers_of, state_of
 from tfzero.checkpoint.teamwork import together
 from tfzero.collectives.joining import channel_of_one
+from tfzero.plan.mesh import Mesh
 from tfzero.strategy import ZeroStrategy
 from tfzero.workers.channel import Channel
 from tfzero.workers.progress import progress
@@ -117,13 +118,13 @@ class Team:
 
     Args:
         channel: between them.
-        world: this process's place.
+        mesh: where they are.
         stage: of their strategy; None for plain Keras.
         timeout_seconds: how long they wait for each other.
     """
 
     channel: Channel
-    world: World
+    mesh: Mesh
     stage: int | None
     timeout_seconds: float
 
@@ -135,16 +136,16 @@ class Team:
             settings = strategy.settings
             if (writing := _writing.get(strategy.saving_channel)) is not None:
                 writing.join()
-            return cls(strategy.saving_channel, World.of(strategy), settings.stage, settings.timeout_seconds)
+            return cls(strategy.saving_channel, mesh_of(strategy), settings.stage, settings.timeout_seconds)
         if strategy.num_replicas_in_sync > 1:
             raise ValueError(
                 f"tfzero's checkpoints are for models of a ZeroStrategy or of one device. Received: {strategy!r}"
             )
-        return cls(channel_of_one(), World.of(strategy), None, _SAVE_SECONDS)
+        return cls(channel_of_one(), mesh_of(strategy), None, _SAVE_SECONDS)
 
     @property
     def is_chief(self) -> bool:
-        return self.world.worker == 0
+        return self.mesh.is_chief
 
     def together(self, what: str, function):
         """The first worker's answer of `function`, which fails on all if it fails on one. For short work."""
@@ -171,7 +172,7 @@ def open_checkpoint(folder: Path, team: Team) -> dict:
         step = directories.step_of(folder)
         if step not in (None, read["step"]):
             return ["", [f"its manifest is of step {read['step']}, so it was renamed or copied"], ""]
-        damages = commits.find_damage(folder, read, team.world.worker, team.world.workers)
+        damages = commits.find_damage(folder, read, team.mesh.worker, team.mesh.workers)
         return [json.dumps(read["files"], sort_keys=True), damages, ""]
 
     answers = together(team.channel, f"opening {folder}", check, _seconds_to_check(folder, team))
@@ -232,10 +233,10 @@ def restore(model: keras.Model, folder: Path, manifest: Mapping, team: Team, onl
     with progress("restoring", size_bytes, unit="bytes", shown=team.is_chief) as bar:
 
         def read() -> None:
-            read_state(folder, items, entries, team.world, bar.advance)
+            read_state(folder, items, entries, team.mesh, bar.advance)
 
         together(team.channel, f"reading {folder}", read, patience(team.timeout_seconds, size_bytes))
-    if only is None and manifest["world_size"] == team.world.size:
+    if only is None and manifest["world_size"] == team.mesh.replicas:
         for name in bucket_bytes_of(model):
             if name in manifest.get("bucket_bytes", {}):
                 getattr(model, name).repeat_bucket_bytes(manifest["bucket_bytes"][name])
@@ -297,13 +298,13 @@ class Save:
             "step": step,
             "position": position,
             "stage": self._team.stage,
-            "world_size": self._team.world.size,
+            "world_size": self._team.mesh.replicas,
             "optimizers": optimizers_of(self._model),
             "bucket_bytes": bucket_bytes_of(self._model),
         }
         title, size_bytes = "copying" if asynchronous else "saving", sum(item.bytes for item in items)
         with progress(title, size_bytes, unit="bytes", shown=self._team.is_chief) as bar:
-            pieces: Iterator = pieces_to_write(items, self._team.world, bar.advance)
+            pieces: Iterator = pieces_to_write(items, self._team.mesh, bar.advance)
             if not asynchronous:
                 self._write(pieces, items, manifest)
                 return self.wait()
@@ -346,7 +347,7 @@ class Save:
     def _write(self, pieces: Iterator, items: Sequence[Item], manifest: Mapping) -> None:
         team, folder = self._team, directories.step_folder(self._directory, manifest["step"])
         try:
-            Writer(team.channel, team.world, folder, team.timeout_seconds).write(pieces, items, manifest)
+            Writer(team.channel, team.mesh, folder, team.timeout_seconds).write(pieces, items, manifest)
             if self._keep is not None:
                 self._damaged.discard(folder.name)
                 team.together("deleting old checkpoints", self._prune if team.is_chief else lambda: None)

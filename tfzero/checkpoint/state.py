@@ -1,4 +1,4 @@
-"""What a model's training consists of, and which replicas this process has."""
+"""What a model's training consists of."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -8,6 +8,7 @@ import keras
 import tensorflow as tf
 
 from tfzero.host import batch_rows
+from tfzero.plan.mesh import Mesh
 from tfzero.training.exchange import Wire
 from tfzero.variables.classes import OnReadVariable, ShardedVariable
 
@@ -66,29 +67,15 @@ class Item:
     def component(self, replica: int) -> tf.Variable:
         return self.value.values[replica] if hasattr(self.value, "values") else self.value
 
-    def describe(self, world_size: int) -> dict:
-        """Its entry in the manifest."""
-        replicas = world_size if self.is_per_replica else None
-        return {"name": self.name, "shape": list(self.shape), "dtype": self.dtype.name, "replicas": replicas}
+    def describe(self, replicas: int) -> dict:
+        """Its entry in the manifest of a checkpoint of so many replicas."""
+        stored_by = replicas if self.is_per_replica else None
+        return {"name": self.name, "shape": list(self.shape), "dtype": self.dtype.name, "replicas": stored_by}
 
 
-@dataclass(frozen=True)
-class World:
-    """This process among the workers: `ranks` are those of its replicas, of `size` in all."""
-
-    worker: int
-    workers: int
-    ranks: tuple[int, ...]
-    size: int
-
-    @classmethod
-    def of(cls, strategy) -> "World":
-        if not hasattr(strategy, "settings"):
-            return cls(0, 1, (0,), 1)
-        group = strategy.extended.group
-        ranks = tuple(group.rank(replica) for replica in range(len(group.devices)))
-        seats = strategy.extended.seats
-        return cls(seats.worker, seats.workers, ranks, group.world_size)
+def mesh_of(strategy: tf.distribute.Strategy) -> Mesh:
+    """The mesh of a ZeroStrategy, or of plain Keras on one device."""
+    return strategy.extended.mesh if hasattr(strategy, "settings") else Mesh()
 
 
 def state_of(model: keras.Model) -> list[Item]:

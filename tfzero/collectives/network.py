@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import tensorflow as tf
 
 from tfzero.collectives.group import Group
+from tfzero.plan.settings import Choice
 from tfzero.workers.channel import Channel
-from tfzero.workers.settings import Choice
 
 DEFAULT_BUCKET_BYTES = 25 * 2**20
 _LEAST, _MOST = 2**20, 2**26

@@ -88,7 +88,7 @@ def _save_together(model, filepath, save: Callable[[], object], skipped: Iterabl
         writer = _exchange(strategy, path).index(path)
         result = None
         with _gathers_shown(strategy, model), _called_before_gathering(strategy.extended, before_gathering):
-            if path is None or writer == strategy.extended.seats.worker:
+            if path is None or writer == strategy.extended.mesh.worker:
                 result = save()
             else:
                 runtime.saving_lib._save_state(model, _Discarded(), None, "", {id(each) for each in skipped})
@@ -119,7 +119,7 @@ def _gathers_shown(strategy, model: keras.Model):
     """Shows how many of the variables that lie in parts have been gathered."""
     variables = [*model.variables, *(model.optimizer.variables if model.optimizer else [])]
     count = sum(isinstance(variable.value, ShardedVariable) for variable in variables)
-    shown = count > 0 and strategy.extended.seats.worker == 0
+    shown = count > 0 and strategy.extended.mesh.worker == 0
     with progress("gathering", count, unit="variables", shown=shown) as bar:
         former, strategy.extended.after_gathering = strategy.extended.after_gathering, bar.advance
         try:
@@ -164,7 +164,7 @@ def _save_weights_only(original, model, filepath, max_shard_size=None, objects_t
 )
 def _save_model_to_hdf5(original, model, filepath, *args, **kwargs):
     strategy = strategy_of(model)
-    if strategy is not None and strategy.extended.seats.workers > 1:
+    if strategy is not None and strategy.extended.mesh.workers > 1:
         raise ValueError(
             f"Several workers cannot save in the legacy HDF5 format. Save as `.keras`. Received: {filepath}"
         )
@@ -216,4 +216,4 @@ def _save_backup(original, self):
 
 def _is_chief(model) -> bool:
     strategy = strategy_of(model)
-    return strategy is None or strategy.extended.seats.worker == 0
+    return strategy is None or strategy.extended.mesh.worker == 0

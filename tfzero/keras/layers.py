@@ -49,7 +49,7 @@ def _next_seed(original, self, *args, **kwargs):
     extended = losses.current_extended()
     if extended is None:
         return seed
-    rank = extended.group.rank(runtime.replica_index())
+    rank = extended.mesh.rank(runtime.replica_index())
     return mark(seed + tf.constant([rank * _FOLD % 2**31, 0], seed.dtype), OTHER)
 
 

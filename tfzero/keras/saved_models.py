@@ -28,7 +28,7 @@ def _save_saved_model(original, obj, export_dir, *args, **kwargs):
     strategies = [v.distribute_strategy for v in variables if isinstance(v.distribute_strategy, ZeroStrategy)]
     if not strategies:
         return original(obj, export_dir, *args, **kwargs)
-    channel, worker = strategies[0].channel, strategies[0].extended.seats.worker
+    channel, worker = strategies[0].channel, strategies[0].extended.mesh.worker
     sharded = [variable for variable in variables if isinstance(variable, ShardedVariable)]
     agree_on_sharded(channel, "saving a SavedModel", sharded, "variables to save")
     path = os.path.abspath(os.fspath(export_dir))

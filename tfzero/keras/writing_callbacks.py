@@ -30,15 +30,15 @@ def one_worker_writes(callbacks: Sequence[keras.callbacks.Callback], strategy: Z
     Raises:
         ValueError: for a callback that several workers cannot have.
     """
-    seats = strategy.extended.seats
-    if seats.workers > 1 and any(isinstance(callback, keras.callbacks.OrbaxCheckpoint) for callback in callbacks):
+    mesh = strategy.extended.mesh
+    if mesh.workers > 1 and any(isinstance(callback, keras.callbacks.OrbaxCheckpoint) for callback in callbacks):
         raise ValueError(
             "OrbaxCheckpoint knows the processes of JAX only: several workers would write one directory, each all of "
             "it. Use `tfzero.CheckpointCallback(directory)`, or `keras.callbacks.ModelCheckpoint`."
         )
     with contextlib.ExitStack() as stack:
         for callback in callbacks:
-            if seats.worker > 0 and callback not in _lost:  # validation within `fit` comes here again
+            if mesh.worker > 0 and callback not in _lost:  # validation within `fit` comes here again
                 stack.enter_context(_writes_lost(callback))
         yield
 

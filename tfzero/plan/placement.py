@@ -2,13 +2,13 @@
 
 Every variable of a model is placed in one of three ways:
 
-* `SHARDED`: flattened, padded to a multiple of the world size and cut into equal shards, one per rank. For
+* `SHARDED`: flattened, padded to a multiple of their number and cut into equal shards, one per rank. For
   optimizers that treat every element by itself (Adam, SGD, Lion, ...).
 * `OWNED`: whole, with one owner that updates it for all. For optimizers that need the whole tensor (Muon, Lamb, ...).
 * `WHOLE`: whole on every rank, updated by every rank alike. For small variables, and for everything at stage 0.
 
 Variables travel together in buckets; one that is large enough travels alone, which saves copying it into a bucket and
-out again. A bucket of sharded or owned variables is a matrix `[world_size, row_elements]`
+out again. A bucket of sharded or owned variables is a matrix `[shards, row_elements]`
 whose row `r` is what rank `r` owns: a reduce-scatter of the matrix gives each rank the sum of its row, and an
 all-gather of the rows gives the matrix back. A bucket of whole variables is one flat run that is all-reduced.
 """
@@ -16,6 +16,8 @@ all-gather of the rows gives the matrix back. A bucket of whole variables is one
 import enum
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+from tfzero.plan.scheme import scheme_of
 
 # A variable of this part of a bucket, or more, travels alone.
 _ALONE = 8
@@ -97,7 +99,7 @@ class Plan:
     `placements`, `owners` and `reasons` have one entry per variable; `owners` is None for variables without one.
     """
 
-    world_size: int
+    shards: int
     specs: tuple[VariableSpec, ...]
     placements: tuple[Placement, ...]
     owners: tuple[int | None, ...]
@@ -108,7 +110,7 @@ class Plan:
         """Elements of one slot of variable `index` that `rank` holds."""
         elements = self.specs[index].elements
         if self.placements[index] is Placement.SHARDED:
-            return shard_elements(elements, self.world_size)
+            return shard_elements(elements, self.shards)
         if self.placements[index] is Placement.OWNED:
             return elements if self.owners[index] == rank else 0
         return elements
@@ -116,14 +118,14 @@ class Plan:
     def wire_elements(self) -> int:
         """Elements that each rank sends in one step: gradients out, parameters out.
 
-        Reduce-scatter and all-gather send `world_size - 1` rows each; a ring all-reduce sends twice
-        `(world_size - 1) / world_size` of its run.
+        Reduce-scatter and all-gather send `shards - 1` rows each; a ring all-reduce sends twice
+        `(shards - 1) / shards` of its run.
         """
-        others = self.world_size - 1
+        others = self.shards - 1
         sent = 0
         for bucket in self.buckets:
             if bucket.placement is Placement.WHOLE:
-                sent += 2 * others * -(-bucket.row_elements // self.world_size)
+                sent += 2 * others * -(-bucket.row_elements // self.shards)
             else:
                 sent += 2 * others * bucket.row_elements
         return sent
@@ -145,9 +147,9 @@ class Plan:
         return groups
 
 
-def shard_elements(elements: int, world_size: int) -> int:
+def shard_elements(elements: int, shards: int) -> int:
     """Elements of one rank's shard, padding included."""
-    return -(-elements // world_size)
+    return -(-elements // shards)
 
 
 def split_rows(rows: int, parts: int, part: int) -> tuple[int, int]:
@@ -158,7 +160,7 @@ def split_rows(rows: int, parts: int, part: int) -> tuple[int, int]:
 
 
 def make_plan(
-    specs: Sequence[VariableSpec], world_size: int, stage: int, bucket_bytes: int, min_shard_elements: int
+    specs: Sequence[VariableSpec], shards: int, stage: int, bucket_bytes: int, min_shard_elements: int
 ) -> Plan:
     """Places the variables and packs them into buckets, in the order in which their gradients are complete.
 
@@ -166,7 +168,7 @@ def make_plan(
     """
     placed = [_place(spec, stage, min_shard_elements) for spec in specs]
     placements = tuple(placement for placement, _ in placed)
-    owners = _balance_owners(specs, placements, world_size)
+    owners = _balance_owners(specs, placements, shards)
     buckets: list[Bucket] = []
     keys = [
         (placement, s.dtype, s.optimizer, s.sharded_parameter, _travels_encoded(s, placement, min_shard_elements))
@@ -176,17 +178,17 @@ def make_plan(
         members = [i for i in range(len(specs)) if keys[i] == key][::-1]
         bucket_elements = max(1, bucket_bytes // specs[members[0]].item_bytes)
         if key[0] is Placement.OWNED:
-            groups = _owned_groups(members, specs, owners, world_size, bucket_elements)
+            groups = _owned_groups(members, specs, owners, shards, bucket_elements)
         else:
             groups = _cut(members, specs, bucket_elements)
-        buckets += [_make_bucket(key, group, specs, owners, world_size) for group in groups]
+        buckets += [_make_bucket(key, group, specs, owners, shards) for group in groups]
     buckets.sort(key=lambda bucket: -min(segment.index for segment in bucket.segments))
-    return Plan(world_size, tuple(specs), placements, owners, tuple(reason for _, reason in placed), tuple(buckets))
+    return Plan(shards, tuple(specs), placements, owners, tuple(reason for _, reason in placed), tuple(buckets))
 
 
 def _place(spec: VariableSpec, stage: int, min_shard_elements: int) -> tuple[Placement, str]:
-    if stage == 0:
-        return Placement.WHOLE, "stage 0 keeps everything whole"
+    if not scheme_of(stage).shards_slots:
+        return Placement.WHOLE, f"stage {stage} keeps everything whole"
     if spec.elements == 0:
         return Placement.WHOLE, "it has no elements"
     if spec.elements < min_shard_elements:
@@ -201,11 +203,11 @@ def _travels_encoded(spec: VariableSpec, placement: Placement, min_shard_element
 
 
 def _balance_owners(
-    specs: Sequence[VariableSpec], placements: Sequence[Placement], world_size: int
+    specs: Sequence[VariableSpec], placements: Sequence[Placement], shards: int
 ) -> tuple[int | None, ...]:
     """The largest variable first, each to the rank that owns least so far."""
     owners: list[int | None] = [None] * len(specs)
-    load = [0] * world_size
+    load = [0] * shards
     owned = [i for i, placement in enumerate(placements) if placement is Placement.OWNED]
     for i in sorted(owned, key=lambda i: (-specs[i].elements, i)):
         owner = load.index(min(load))
@@ -236,12 +238,12 @@ def _owned_groups(
     members: Sequence[int],
     specs: Sequence[VariableSpec],
     owners: Sequence[int | None],
-    world_size: int,
+    shards: int,
     bucket_elements: int,
 ) -> list[list[int]]:
     """Takes a row's worth of variables from every owner at once, so that rows are about equally long."""
-    row_limit = max(1, bucket_elements // world_size)
-    rows = [_cut([i for i in members if owners[i] == rank], specs, row_limit) for rank in range(world_size)]
+    row_limit = max(1, bucket_elements // shards)
+    rows = [_cut([i for i in members if owners[i] == rank], specs, row_limit) for rank in range(shards)]
     longest = max(len(row) for row in rows)
     return [[i for row in rows if k < len(row) for i in row[k]] for k in range(longest)]
 
@@ -251,14 +253,14 @@ def _make_bucket(
     members: Sequence[int],
     specs: Sequence[VariableSpec],
     owners: Sequence[int | None],
-    world_size: int,
+    shards: int,
 ) -> Bucket:
     placement, dtype, optimizer, *flags = key
     filled: dict[int | None, int] = {}
     segments = []
     for i in members:
         elements, row = specs[i].elements, owners[i]
-        width = shard_elements(elements, world_size) if placement is Placement.SHARDED else elements
+        width = shard_elements(elements, shards) if placement is Placement.SHARDED else elements
         segments.append(Segment(i, elements, row, filled.get(row, 0), width))
         filled[row] = filled.get(row, 0) + width
     return Bucket(placement, dtype, optimizer, tuple(segments), max(filled.values()), *flags)

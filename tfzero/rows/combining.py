@@ -34,7 +34,7 @@ def combined(variable, value: tf.Tensor, extended) -> tf.Tensor:
     Raises:
         ValueError: naming the variable, if replicas cannot agree on a value.
     """
-    if extended.group.world_size == 1:
+    if extended.mesh.replicas == 1:
         return value
     if tf.executing_eagerly():
         return _combined_eagerly(variable, value, extended)

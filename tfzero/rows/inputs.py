@@ -14,33 +14,8 @@ import tensorflow as tf
 
 from tfzero.host import batch_rows, datasets, runtime
 from tfzero.host.batch_rows import own_rows
+from tfzero.plan.mesh import Mesh
 from tfzero.workers.digests import BatchComparison
-
-
-@dataclass(frozen=True)
-class Seats:
-    """Which part of a global batch each of this worker's replicas takes.
-
-    Keras puts predictions back in order as (replica, worker), so part `p` goes to worker `p % workers`.
-    """
-
-    worker: int
-    workers: int
-    replicas_per_worker: int
-
-    @property
-    def parts(self) -> int:
-        """Number of parts: the world size."""
-        return self.workers * self.replicas_per_worker
-
-    def part(self, replica: int) -> int:
-        """The part of a local replica."""
-        return replica * self.workers + self.worker
-
-    def part_of_rank(self, rank: int) -> int:
-        """The part of any replica, by its rank in the group."""
-        worker, replica = divmod(rank, self.replicas_per_worker)
-        return replica * self.workers + worker
 
 
 @dataclass
@@ -104,14 +79,14 @@ def take_rows(value, begin, end):
     return tf.compat.v1.placeholder_with_default(part, [None, *part.shape[1:]])
 
 
-def cut_batch(batch, seats: Seats):
+def cut_batch(batch, mesh: Mesh):
     """The structure of a batch with per-replica values: the rows of each of this worker's replicas."""
 
     def of_replicas(leaf):
         leaf = tf.convert_to_tensor(leaf) if isinstance(leaf, np.ndarray) else leaf
-        if seats.parts == 1 or rows_of(leaf) is None:
-            return runtime.per_replica([leaf] * seats.replicas_per_worker)
-        parts = [cut(leaf, seats.part(replica), seats.parts) for replica in range(seats.replicas_per_worker)]
+        if mesh.replicas == 1 or rows_of(leaf) is None:
+            return runtime.per_replica([leaf] * mesh.devices_per_worker)
+        parts = [cut(leaf, mesh.part_of_rank(rank), mesh.replicas) for rank in mesh.ranks]
         return batch_rows.BatchParts(*zip(*parts, strict=True))
 
     return tf.nest.map_structure(of_replicas, batch)
@@ -201,7 +176,7 @@ def in_order(dataset: tf.data.Dataset) -> tf.data.Dataset:
     return dataset.with_options(options)
 
 
-def cut_dataset(dataset: tf.data.Dataset, seats: Seats, comparison: BatchComparison) -> tf.data.Dataset:
+def cut_dataset(dataset: tf.data.Dataset, mesh: Mesh, comparison: BatchComparison) -> tf.data.Dataset:
     """A dataset whose elements are per-replica values: of every batch the parts of this worker's replicas.
 
     The first batches are compared with those of the other workers when they are given out. [Note: digests]
@@ -212,7 +187,7 @@ def cut_dataset(dataset: tf.data.Dataset, seats: Seats, comparison: BatchCompari
     is_single = not isinstance(dataset.element_spec, tuple)
 
     def cut_all(*elements):
-        return cut_batch(elements[0] if is_single else elements, seats)
+        return cut_batch(elements[0] if is_single else elements, mesh)
 
     if not comparison.count:
         return _prepared_ahead(dataset, cut_all)

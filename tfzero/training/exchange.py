@@ -79,14 +79,14 @@ class Exchange:
         with self.group.lanes.purpose(self.replica, f"the gradients of {self._describe(bucket)}"):
             if bucket.compressed:
                 return self._reduce_encoded(bucket, gradients)
-            packed = pack(bucket, gradients, self.group.world_size)
+            packed = pack(bucket, gradients, self.plan.shards)
             if bucket.placement is Placement.WHOLE:
                 return self.group.all_reduce(packed, self.replica)
             return self.group.reduce_scatter(packed, self.replica)
 
     def _row_of_shards(self, bucket: Bucket, shards: Mapping[int, tf.Tensor]) -> tf.Tensor:
         """This replica's row from the shards that it has of a bucket's variables; a missing one leaves zeros."""
-        size = self.group.world_size
+        size = self.plan.shards
         given = {}
         for segment in bucket.segments:
             empty = tf.zeros([shard_elements(segment.elements, size)], tf.as_dtype(bucket.dtype))
@@ -97,7 +97,7 @@ class Exchange:
         return pack_row(bucket, self.rank, given)
 
     def _reduce_encoded(self, bucket: Bucket, gradients: Mapping[int, tf.Tensor]) -> tf.Tensor:
-        size, codec = self.group.world_size, self.wire.codec
+        size, codec = self.plan.shards, self.wire.codec
         is_whole = bucket.placement is Placement.WHOLE
         width = shard_elements(bucket.row_elements, size) if is_whole else bucket.row_elements
         residuals = {s.index: self._local(self.wire.residuals[s.index]) for s in bucket.segments if self.wire.residuals}
@@ -205,7 +205,7 @@ class Exchange:
 
     def can_wait(self, bucket: Bucket) -> bool:
         """Whether a bucket's parameters may be gathered later. A constraint would need the whole ones at once."""
-        is_gathered = self.group.world_size > 1 and bucket.placement is not Placement.WHOLE
+        is_gathered = self.plan.shards > 1 and bucket.placement is not Placement.WHOLE
         return is_gathered and not bucket.sharded_parameters and not self.is_constrained(bucket)
 
     def keep(self, bucket: Bucket, row: tf.Tensor) -> None:
@@ -250,7 +250,7 @@ class Exchange:
 
     def _share_shards(self, bucket: Bucket, row: tf.Tensor, updated: Collection[int]) -> None:
         mine = {s.index: row[s.offset : s.offset + s.width] for s in bucket.segments_of(self.rank)}
-        size = self.group.world_size
+        size = self.plan.shards
         if bucket.placement is Placement.OWNED:
             sent = pack_owned(bucket, mine, self.rank, size)
             mine = unpack_for_owners(bucket, self.group.all_to_all(sent, self.replica))

@@ -58,14 +58,14 @@ def unscale(value, extended):
     """The inverse, for metrics that weigh replicas by their samples.
 
     Within `_compute_loss` Keras counts each replica as one when it does not know the batch size while tracing; then
-    the parts must add up to `world_size` times the batch's mean.
+    the parts must add up to as many times the batch's mean.
     """
     static = getattr(_scope, "static", None)
     if static is True or ops.convert_to_tensor(value).shape.rank:
         return value
     share = ops.cast(extended.share(), value.dtype)
     if static is False:
-        return value * share * extended.group.world_size
+        return value * share * extended.mesh.replicas
     return ops.divide_no_nan(value, share)
 
 

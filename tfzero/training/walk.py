@@ -21,11 +21,11 @@ from tfzero.collectives.group import Group
 from tfzero.collectives.packing import pack_row
 from tfzero.host import runtime
 from tfzero.plan.placement import Bucket, Placement, Plan
+from tfzero.plan.settings import Choice
 from tfzero.training.exchange import Exchange, Wire
 from tfzero.training.overwriting import Overwriting
 from tfzero.training.pacing import WINDOW_BUCKETS, Pacer
 from tfzero.variables.classes import VariableView
-from tfzero.workers.settings import Choice
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class ReplicaStep:
         pacer = Pacer(WINDOW_BUCKETS * self.trained.bucket_bytes.value)
         for bucket in self.buckets:
             rows[bucket] = self.exchange.reduce(bucket, self.gradients)
-            if self.trained.sharded_gradients and self.group.world_size > 1 and not bucket.sharded_parameters:
+            if self.trained.sharded_gradients and self.plan.shards > 1 and not bucket.sharded_parameters:
                 large = [self.gradients[s.index] for s in bucket.segments if len(bucket.segments) == 1]
                 pacer.add(rows[bucket], large, self.plan.bucket_bytes(bucket))
         return rows
@@ -303,7 +303,7 @@ class ReplicaStep:
 
     def _is_updated_in_place(self, bucket: Bucket) -> bool:
         """Whether what this replica updates is all that it holds."""
-        is_all = bucket.placement is Placement.WHOLE or self.group.world_size == 1
+        is_all = bucket.placement is Placement.WHOLE or self.plan.shards == 1
         is_shard = bucket.sharded_parameters and bucket.placement is Placement.SHARDED
         return (is_all or is_shard) and not self.exchange.is_constrained(bucket)
 

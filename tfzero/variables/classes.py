@@ -172,9 +172,8 @@ class ShardedVariable(ReplicatedVariable):
         if self._held is not None:
             update_fn(self._held, value, **kwargs)
             return self
-        group = self.distribute_strategy.extended.group
         for replica, component in enumerate(self._values):
-            part = self._part_of(value, group.rank(replica))
+            part = self._part_of(value, replica)
             with tf.device(component.device):
                 update_fn(component, part, **kwargs)
         return self
@@ -192,11 +191,12 @@ class ShardedVariable(ReplicatedVariable):
         object_map[self], tensor_map[self] = object_map[self._held], tensor_map[self._held.handle]
         return [*resources, self]
 
-    def _part_of(self, value, rank: int) -> tf.Tensor:
-        """What a rank holds of a value for the whole variable; a scalar may stand for every element."""
+    def _part_of(self, value, replica: int) -> tf.Tensor:
+        """What a local replica holds of a value for the whole variable; a scalar may stand for every element."""
         if tf.convert_to_tensor(value).shape.rank == 0 and self._whole_shape.rank:
             return value
-        return local_part(value, self._owner, rank, self.distribute_strategy.extended.group.world_size)
+        mesh = self.distribute_strategy.extended.mesh
+        return local_part(value, self._owner, mesh.shard_rank(mesh.rank(replica)), mesh.shards)
 
 
 def agree_on_sharded(channel: Channel, topic: str, variables: Sequence[ShardedVariable], what: str) -> None:
@@ -253,11 +253,11 @@ class ShardedParameter(ShardedVariable):
         value = combined(self, tf.convert_to_tensor(value, self.dtype), extended)
         extended.forget_gathered()
         replica = runtime.replica_index()
-        return update_fn(self._values[replica], self._part_of(value, extended.group.rank(replica)), **kwargs)
+        return update_fn(self._values[replica], self._part_of(value, replica), **kwargs)
 
 
-def local_part(whole, owner: int | None, rank: int, world_size: int):
-    """What `rank` holds of a whole array or tensor: all or nothing of an owned one, else its flat shard.
+def local_part(whole, owner: int | None, rank: int, shards: int):
+    """What shard `rank` of `shards` is of a whole array or tensor: all or nothing of an owned one, else its flat shard.
 
     The shard `[shard_elements]` is padded with copies of its last element.
     """
@@ -267,7 +267,7 @@ def local_part(whole, owner: int | None, rank: int, world_size: int):
     if owner is not None:
         return whole if owner == rank else library.zeros([0], whole.dtype)
     flat = library.reshape(whole, [-1])
-    width = shard_elements(flat.shape[0], world_size)
+    width = shard_elements(flat.shape[0], shards)
     begin = min(rank * width, flat.shape[0] - 1)
     part = flat[begin : begin + width] if begin == rank * width else flat[begin:]
     return concatenate([part, library.repeat(part[-1:], width - part.shape[0])], 0)

@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from tfzero.collectives.group import Group
 from tfzero.host import batch_rows, runtime
+from tfzero.plan.mesh import Mesh
 from tfzero.variables.allocation import component, initial_value, on_host
 from tfzero.variables.classes import (
     LayerVariable,
@@ -27,15 +28,15 @@ class VariableCreation:
     Args:
         strategy: the strategy.
         group: its replicas.
-        workers: how many there are.
+        mesh: where they are.
     """
 
-    def __init__(self, strategy: tf.distribute.Strategy, group: Group, workers: int) -> None:
+    def __init__(self, strategy: tf.distribute.Strategy, group: Group, mesh: Mesh) -> None:
         self._of_strategy = weakref.ref(strategy)
         self._settings = strategy.settings
         self._channel = strategy.channel
         self._group = group
-        self._workers = workers
+        self._mesh = mesh
         self._creating_optimizer_state = False
         self.view_at_hand: VariableView | None = None  # to which an optimizer's loop has come
         # Those that are equal on all replicas, by numbers that are the same on all workers.
@@ -72,7 +73,7 @@ class VariableCreation:
         if isinstance(view, VariableView):
             return self._create_slot(next_creator, view, on_host(value), kwargs)
         self._agree_on_variable(kwargs.get("name"), value)
-        if value.dtype != tf.string and self._workers > 1:
+        if value.dtype != tf.string and self._mesh.workers > 1:
             value = self._group.launch(self._group.broadcast, [value] * len(self._group.devices))[0]
         is_sharded = self._is_sharded(value, kwargs)
         value = on_host(value)
@@ -84,7 +85,7 @@ class VariableCreation:
     def _is_sharded(self, initial_value: tf.Tensor, kwargs: dict) -> bool:
         """Whether a new variable is one that stage 3 shards: a layer's own state, made untrainable, is not."""
         return (
-            self._settings.stage == 3
+            self._settings.scheme.shards_parameters
             and not self._creating_optimizer_state
             and initial_value.dtype.is_floating
             and kwargs.get("trainable") is not False
@@ -96,8 +97,8 @@ class VariableCreation:
         """One variable for each local replica, of its part of a value."""
         kwargs.pop("shape", None)
         parts: list[tf.Variable] = []
-        for replica, device in enumerate(self._group.devices):
-            part = local_part(value, owner, self._group.rank(replica), self._group.world_size)
+        for rank, device in zip(self._mesh.ranks, self._group.devices, strict=True):
+            part = local_part(value, owner, self._mesh.shard_rank(rank), self._mesh.shards)
             parts.append(component(next_creator, device, part, parts, kwargs))
         return parts
 
@@ -132,7 +133,8 @@ class VariableCreation:
     def _create_slot(self, next_creator, view: VariableView, value, kwargs: dict):
         """An optimizer's slot: as the plan places its variable, or a replica's own."""
         adds_up = not getattr(view, "overwrite_with_gradient", False)
-        if adds_up and self._settings.stage < 2 and runtime.is_accumulator_name(kwargs.get("name") or ""):
+        accumulates_whole = self._settings.scheme.exchanges_when_accumulated
+        if adds_up and accumulates_whole and runtime.is_accumulator_name(kwargs.get("name") or ""):
             kwargs |= {
                 "synchronization": tf.VariableSynchronization.ON_READ,
                 "aggregation": tf.VariableAggregation.SUM,

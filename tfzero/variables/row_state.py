@@ -32,15 +32,15 @@ class RowsVariable(ReplicatedVariable):
 
     def _replica(self) -> int | None:
         """The local replica that is run, if there are others."""
-        return runtime.replica_index() if self.distribute_strategy.extended.group.world_size > 1 else None
+        return runtime.replica_index() if self.distribute_strategy.extended.mesh.replicas > 1 else None
 
     def _span(self, part: int) -> tuple[int, int]:
         """First row and the row after the last of a part of the batch."""
-        return split_rows(self.shape[0], self.distribute_strategy.extended.seats.parts, part)
+        return split_rows(self.shape[0], self.distribute_strategy.extended.mesh.replicas, part)
 
     def _own_rows(self) -> tf.Tensor:
         replica = self._replica()
-        begin, end = self._span(self.distribute_strategy.extended.seats.part(replica))
+        begin, end = self._span(self.distribute_strategy.extended.mesh.part(replica))
         with self._checked(current_run().own_rows(), end - begin):
             begin = min(begin, self.shape[0] - 1)  # [Note: padding row]
             rows = tf.identity(self._values[replica][begin : max(begin + 1, end)])
@@ -53,15 +53,15 @@ class RowsVariable(ReplicatedVariable):
         if replica is None:
             return super()._update_replica(update_fn, value, **kwargs)
         extended, value = self.distribute_strategy.extended, tf.convert_to_tensor(value, self.dtype)
-        spans = [self._span(part) for part in range(extended.seats.parts)]
-        begin, end = spans[extended.seats.part(replica)]
+        spans = [self._span(part) for part in range(extended.mesh.replicas)]
+        begin, end = spans[extended.mesh.part(replica)]
         most = spans[0][1]  # the first part has as many rows as any
         rows = max(1, end - begin)  # [Note: padding row]
         with self._checked(tf.shape(value, tf.int64)[0], rows):
             padded = tf.pad(value, [[0, most - rows], *([0, 0] for _ in self.shape[1:])])
         padded = tf.ensure_shape(padded, [most, *self.shape[1:]])
-        gathered = extended.replica_collective(extended.group.all_gather, padded)  # [world_size, most, ...]
-        by_part = sorted((extended.seats.part_of_rank(rank), rank) for rank in range(len(spans)))
+        gathered = extended.replica_collective(extended.group.all_gather, padded)  # [replicas, most, ...]
+        by_part = sorted((extended.mesh.part_of_rank(rank), rank) for rank in range(len(spans)))
         rows = [gathered[rank, : spans[part][1] - spans[part][0]] for part, rank in by_part]
         return update_fn(self._values[replica], tf.concat(rows, 0), **kwargs)
 

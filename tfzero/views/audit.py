@@ -9,8 +9,8 @@ import numpy as np
 
 from tfzero.checkpoint.state import LocalValues, state_of
 from tfzero.checkpoint.teamwork import together
+from tfzero.plan.settings import check_number
 from tfzero.strategy import ZeroStrategy
-from tfzero.workers.settings import check_number
 
 # What rounding explains: relative and absolute, by the widest float that the model computes in.
 _TOLERANCES = {"float32": (2e-4, 2e-5), "float64": (2e-4, 2e-5), "bfloat16": (2e-2, 2e-2), "float16": (1e-2, 1e-2)}

@@ -7,7 +7,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfzero.checkpoint.state import state_of
-from tfzero.workers.settings import check_number
+from tfzero.plan.settings import check_number
 
 
 class DriftCallback(keras.callbacks.Callback):

@@ -8,6 +8,7 @@ from dataclasses import asdict
 
 from tfzero.collectives import self_test
 from tfzero.collectives.group import Group
+from tfzero.plan.scheme import STAGES
 from tfzero.report import text_of
 from tfzero.strategy import ZeroStrategy
 from tfzero.views.facts import describe_devices, library_versions, nccl_version, unseen_gpus
@@ -15,7 +16,6 @@ from tfzero.views.speeds import measure_speeds
 from tfzero.views.trials import LIMIT, MODELS, run_trials
 from tfzero.workers.cluster import read_tf_config
 from tfzero.workers.progress import progress
-from tfzero.workers.settings import STAGES
 
 _STEP_SECONDS = 600.0  # for the others to come to the end of a part
 _UNPROVEN = (
@@ -95,7 +95,7 @@ class Examination:
         return self._group.hint == "nccl"
 
     def _why_this_transport(self) -> str:
-        group, workers = self._group, self._strategy.extended.seats.workers
+        group, workers = self._group, self._strategy.extended.mesh.workers
         if group.world_size == 1:
             return "there is one replica: --cpu-devices 2, or two workers, would have something to send"
         if self._uses_nccl:
@@ -151,7 +151,7 @@ class Examination:
             trials = run_trials(
                 names,
                 [device.rpartition("/device:")[2] for device in self._group.devices],
-                self._group.world_size,
+                self._strategy.extended.mesh.replicas,
                 lambda name, stage: bar.reach(next(done), f"{name} model, stage {stage}"),
             )
         by_worker = self._from_all(
@@ -178,8 +178,8 @@ class Examination:
         return largest
 
     def _verdict(self, largest: float) -> str:
-        workers, kind = self._strategy.extended.seats.workers, self._strategy.settings.device_type
-        where = f"{self._group.world_size} replicas, {len(self._group.devices)} {kind} devices in each of {workers}"
+        mesh, kind = self._strategy.extended.mesh, self._strategy.settings.device_type
+        where = f"{mesh.replicas} replicas, {mesh.devices_per_worker} {kind} devices in each of {mesh.workers}"
         if self._problems:
             return f"\nNOT SOUND ({where}): {'; '.join(self._problems)}."
         return f"\nSOUND ({where}): models end within {largest:.1e} of one device at every stage."

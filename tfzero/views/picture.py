@@ -46,20 +46,20 @@ def holdings(trained: Iterable[Trained]) -> list[Holding]:
     found = []
     for each in trained:
         for variable, slots in zip(each.variables, each.slots, strict=True):
-            parts = [_part(value, each.plan.world_size) for value in (variable.value, *slots)]
-            ranks = tuple(sum((part[rank] for part in parts), Counter()) for rank in range(each.plan.world_size))
+            parts = [_part(value, each.plan.shards) for value in (variable.value, *slots)]
+            ranks = tuple(sum((part[rank] for part in parts), Counter()) for rank in range(each.plan.shards))
             found.append(Holding(variable.path, ranks))
     return sorted(found, key=lambda holding: -holding.total_bytes)
 
 
-def _part(value, world_size: int) -> list[Counter]:
+def _part(value, shards: int) -> list[Counter]:
     """What each rank holds of a variable or slot."""
     elements, item_bytes = math.prod(value.shape), tf.as_dtype(value.dtype).size
     if not isinstance(value, ShardedVariable):
-        return [Counter(whole=elements * item_bytes)] * world_size
+        return [Counter(whole=elements * item_bytes)] * shards
     if value.owner is None:
-        return [Counter(sharded=shard_elements(elements, world_size) * item_bytes)] * world_size
-    return [Counter(owned=elements * item_bytes * (rank == value.owner)) for rank in range(world_size)]
+        return [Counter(sharded=shard_elements(elements, shards) * item_bytes)] * shards
+    return [Counter(owned=elements * item_bytes * (rank == value.owner)) for rank in range(shards)]
 
 
 def draw(rows: Sequence[Holding]) -> np.ndarray:
@@ -72,8 +72,8 @@ def draw(rows: Sequence[Holding]) -> np.ndarray:
         rest = rows[MOST_ROWS:]
         ranks = tuple(sum(of_rank, Counter()) for of_rank in zip(*(row.ranks for row in rest), strict=True))
         rows = [*rows[:MOST_ROWS], Holding(f"{len(rest)} smaller variables", ranks)]
-    world_size = len(rows[0].ranks)
-    shown = min(world_size, MOST_RANKS)
+    shards = len(rows[0].ranks)
+    shown = min(shards, MOST_RANKS)
     figure = Figure(figsize=(4 + 1.2 * shown, 1.6 + 0.28 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
     scale = _SHARE / max(1, *(row.most_bytes for row in rows))
@@ -88,7 +88,7 @@ def draw(rows: Sequence[Holding]) -> np.ndarray:
     labels = [f"rank {rank}\n{text_of(size_bytes)}" for rank, size_bytes in enumerate(held)]
     axes.set_xticks([rank + _SHARE / 2 for rank in range(shown)], labels, fontsize=8)
     axes.set(xlim=(-0.05, shown), ylim=(len(rows) - 0.4, -0.6))
-    axes.set_title(f"Parameters and slots, on {shown} of {world_size} ranks", fontsize=9)
+    axes.set_title(f"Parameters and slots, on {shown} of {shards} ranks", fontsize=9)
     axes.legend(handles=[Patch(color=c, label=k) for k, c in _COLOURS.items()], ncols=3, fontsize=8, loc="lower right",
                 bbox_to_anchor=(1, 1.02 + 0.4 / len(rows)), frameon=False)  # fmt: skip
     canvas = FigureCanvasAgg(figure)

@@ -11,10 +11,10 @@ import tensorflow as tf
 
 from tfzero.host import runtime
 from tfzero.optimizer import ZeroOptimizer
+from tfzero.plan.settings import check_number
 from tfzero.strategy import ZeroStrategy
 from tfzero.views.gradient_time import UnmeasurableError, gradient_seconds
 from tfzero.views.picture import draw, holdings
-from tfzero.workers.settings import check_number
 
 
 class TensorBoardCallback(keras.callbacks.Callback):

@@ -12,8 +12,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tfzero.plan.scheme import STAGES
 from tfzero.strategy import ZeroStrategy
-from tfzero.workers.settings import STAGES
 
 # The largest difference of a weight that the order of float32 additions explains.
 LIMIT = 1e-4
@@ -73,20 +73,20 @@ MODELS: dict[str, Callable[[], keras.Model]] = {
 
 
 def run_trials(
-    names: Sequence[str], devices: Sequence[str], world_size: int, on_stage: Callable[[str, int], object]
+    names: Sequence[str], devices: Sequence[str], replicas: int, on_stage: Callable[[str, int], object]
 ) -> list[Trial]:
     """Trains models on all replicas, and on the first device of each worker. All workers call it together.
 
     Args:
         names: of `MODELS`.
         devices: of this worker, for `ZeroStrategy`.
-        world_size: number of replicas.
+        replicas: number of replicas.
         on_stage: is told the name and the stage of what comes next.
     """
     tf.config.experimental.enable_tensor_float_32_execution(False)  # its 10 bits would hide what is compared
     trials = []
     for name in names:
-        x, y, batch_size = _data(MODELS[name], world_size)
+        x, y, batch_size = _data(MODELS[name], replicas)
         with tf.device(f"/device:{devices[0]}"):
             alone = MODELS[name]()
             initial = initial_weights(alone)
@@ -101,11 +101,11 @@ def run_trials(
     return trials
 
 
-def _data(make_model: Callable[[], keras.Model], world_size: int) -> tuple[np.ndarray, np.ndarray, int]:
+def _data(make_model: Callable[[], keras.Model], replicas: int) -> tuple[np.ndarray, np.ndarray, int]:
     """Samples, the same on all workers, and the batch size: no multiple of the number of replicas, and some left."""
     with tf.Graph().as_default():
         shape = make_model().input_shape[1:]
-    batch_size = 30 if world_size < 16 else 2 * world_size - 1
+    batch_size = 30 if replicas < 16 else 2 * replicas - 1
     random = np.random.default_rng(0)
     x = random.normal(size=(_STEPS * batch_size - 7, *shape)).astype("float32")
     return x, np.eye(_CLASSES, dtype="float32")[random.integers(0, _CLASSES, len(x))], batch_size

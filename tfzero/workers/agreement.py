@@ -46,7 +46,7 @@ def versions() -> dict[str, str]:
 
 def agree_on_compile(strategy: tf.distribute.Strategy, call: inspect.BoundArguments) -> None:
     """Raises ValueError on all workers unless `compile` was given the same on all."""
-    if strategy.extended.seats.workers > 1:
+    if strategy.extended.mesh.workers > 1:
         _agree_that_models_are_made(strategy.channel, "compile")
         agree_on(strategy.channel, "compiling", of_call(call), "arguments of `compile`")
 
@@ -54,7 +54,7 @@ def agree_on_compile(strategy: tf.distribute.Strategy, call: inspect.BoundArgume
 def agree_on_call(strategy: tf.distribute.Strategy, name: str, call: inspect.BoundArguments) -> None:
     """Raises ValueError on all workers unless a method of a model was given the same, and the models are alike."""
     is_of_fit = "_use_cached_eval_dataset" in call.kwargs  # which has been agreed on
-    if strategy.extended.seats.workers > 1 and not is_of_fit:
+    if strategy.extended.mesh.workers > 1 and not is_of_fit:
         _agree_that_models_are_made(strategy.channel, name)
         what = of_call(call) | of_model(call.args[0])
         agree_on(strategy.channel, f"beginning to {name}", what, f"models or arguments of `{name}`")

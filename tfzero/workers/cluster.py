@@ -74,6 +74,18 @@ def cluster_from_spec(spec: dict, task_type: str, task_id: int | str) -> Cluster
     return Cluster(addresses, names, list(tasks).index(task))
 
 
+def find_cluster(resolver) -> Cluster | None:
+    """The `Cluster` that a user's resolver names; without one that of TF_CONFIG."""
+    if resolver is None:
+        return read_tf_config()
+    import tensorflow as tf  # here alone, as launchers read TF_CONFIG without TensorFlow
+
+    if not isinstance(resolver, tf.distribute.cluster_resolver.ClusterResolver):
+        raise ValueError(f"`cluster_resolver` must be a ClusterResolver. Received: {resolver!r}")
+    spec = resolver.cluster_spec()
+    return cluster_from_spec(spec.as_dict() if spec else {}, resolver.task_type, resolver.task_id)
+
+
 def _require(condition, advice):
     if not condition:
         raise ValueError(advice)

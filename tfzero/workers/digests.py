@@ -25,7 +25,6 @@ import tensorflow as tf
 
 from tfzero.workers.channel import Channel
 
-DEFAULT_COMPARE_BATCHES = 2
 MOST_BYTES = 2**24  # of a tensor that are hashed; of a larger one evenly spaced parts
 _PART_BYTES = 64
 _SCATTER = 0x9E3779B9  # the golden ratio in 32 bits, whose multiples are spread evenly

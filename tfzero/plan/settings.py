@@ -1,0 +1,124 @@
+"""What all workers agree on: the settings of a ZeroStrategy, and what makes sense of them; no TensorFlow."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from tfzero.plan.formats import FORMATS
+from tfzero.plan.scheme import Scheme, scheme_of
+
+DEFAULT_MIN_SHARD_ELEMENTS = 1024
+DEFAULT_COMPARE_BATCHES = 2
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all workers must agree on. See `ZeroStrategy`."""
+
+    stage: int
+    bucket_bytes: int | str
+    min_shard_elements: int
+    timeout_seconds: float
+    devices_per_worker: int
+    device_type: str
+    reshard_after_forward: bool = True
+    compression: str | None = None
+    error_feedback: bool = False
+    hierarchical: bool | str = "auto"
+    overlap_param_gather: bool = False
+    compare_batches: int = DEFAULT_COMPARE_BATCHES
+
+    @property
+    def scheme(self) -> Scheme:
+        """What their stage means."""
+        return scheme_of(self.stage, self.reshard_after_forward)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen where the user left the choice, and why."""
+
+    value: int | bool
+    reason: str
+
+
+def check_number(name: str, value: Any, kinds: Any, least: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value < math.inf:
+        kind = "an integer" if kinds is int else "a number"
+        raise ValueError(f"`{name}` must be {kind} of at least {least}. Received: {name}={value!r}")
+
+
+def check_bucket_bytes(bucket_bytes: Any) -> None:
+    if isinstance(bucket_bytes, str) and bucket_bytes == "auto":
+        return
+    if isinstance(bucket_bytes, str):
+        raise ValueError(
+            f"`bucket_bytes` must be 'auto' or an integer of at least 1. Received: bucket_bytes={bucket_bytes!r}"
+        )
+    check_number("bucket_bytes", bucket_bytes, int, 1)
+
+
+def choose_levels(settings: Settings, workers: int) -> Choice:
+    """Whether sums are taken within each worker first. [Note: two levels] in `collectives/group.py`
+
+    Raises:
+        ValueError: if two levels are asked for and would have no effect, or cannot be.
+    """
+    asked, devices = settings.hierarchical, settings.devices_per_worker
+    if not isinstance(asked, bool) and asked != "auto":
+        raise ValueError(f"`hierarchical` must be 'auto', True or False. Received: hierarchical={asked!r}")
+    obstacle = None
+    if workers == 1 or devices == 1:
+        obstacle = f"{workers} workers of {devices} replicas are one level"
+    elif settings.scheme.reduces_to_all and settings.compression is None:
+        obstacle = f"stage {settings.stage} all-reduces in a ring, which crosses the network once"
+    elif settings.error_feedback:
+        obstacle = "error_feedback keeps what each replica's own encoding lost, before any sum"
+    if asked is True and obstacle is not None:
+        raise ValueError(f"hierarchical=True has no effect: {obstacle}. Leave `hierarchical` away.")
+    if isinstance(asked, bool):
+        return Choice(asked, f"hierarchical={asked}")
+    if obstacle is None and settings.device_type == "GPU":
+        obstacle = "NCCL's own reduce-scatter knows which GPUs are near"
+    if obstacle is not None:
+        return Choice(False, obstacle)
+    return Choice(True, f"gradients cross the network once for {devices} replicas")
+
+
+def check_reshard(reshard_after_forward: Any, stage: int) -> None:
+    has_effect = scheme_of(stage).shards_parameters
+    if reshard_after_forward not in (None, True, False) or (reshard_after_forward is not None and not has_effect):
+        raise ValueError(
+            "`reshard_after_forward` must be True or False, and has an effect at stage 3 only. "
+            f"Received: reshard_after_forward={reshard_after_forward!r}, stage={stage}"
+        )
+
+
+def check_overlap(overlap_param_gather: Any, stage: int) -> None:
+    has_effect = scheme_of(stage).gathers_updates
+    if overlap_param_gather not in (True, False) or (overlap_param_gather and not has_effect):
+        raise ValueError(
+            "`overlap_param_gather` must be True or False, and has an effect at stages 1 and 2 only. "
+            f"Received: overlap_param_gather={overlap_param_gather!r}, stage={stage}"
+        )
+
+
+def check_compression(compression: Any, error_feedback: Any) -> None:
+    if compression is not None and compression not in FORMATS:
+        known = ", ".join(map(repr, FORMATS))
+        raise ValueError(f"`compression` must be None or one of {known}. Received: compression={compression!r}")
+    if error_feedback not in (True, False) or (error_feedback and compression != "int8"):
+        raise ValueError(
+            "`error_feedback` must be True or False, and has an effect with compression='int8' only. "
+            f"Received: error_feedback={error_feedback!r}, compression={compression!r}"
+        )
+
+
+def check_exchange(settings: Settings, workers: int, hint: str) -> None:
+    """Refuses what has no effect over a transport. [Note: ways] in `collectives/ways.py`"""
+    if settings.error_feedback and hint == "nccl" and workers > 1:
+        raise ValueError(
+            "error_feedback=True has no effect between GPUs of several processes: there gradients are not encoded, "
+            "as TensorFlow's NCCL adds them on the way, in float32; only parameters travel as "
+            f"{settings.compression}. Leave `error_feedback` away."
+        )
