@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
-from tfzero.collectives import self_test
+from tfzero.collectives import self_test, transport_choice
 from tfzero.collectives.codec import Codec
 from tfzero.collectives.group import Group
 from tfzero.collectives.network import DEFAULT_BUCKET_BYTES, Network, measure_network
-from tfzero.host import distributed, graphs, runtime
+from tfzero.host import graphs, runtime
 from tfzero.host.batch_rows import own_rows
 from tfzero.rows.dependence import COUNT, OTHER, ROWS, SAME, Dependence, mark_global
 from tfzero.rows.inputs import (
@@ -32,7 +32,7 @@ from tfzero.variables.gathering import Gatherer
 from tfzero.workers.channel import Channel
 from tfzero.workers.cluster import Cluster
 from tfzero.workers.digests import BatchComparison
-from tfzero.workers.settings import Choice, Settings, gpus_have_nccl
+from tfzero.workers.settings import Choice, Settings
 
 _EAGER = (
     "Eagerly, stage 3 keeps every parameter that it has gathered until the step is over: the memory of stage 2. "
@@ -63,8 +63,7 @@ class ZeroExtended(runtime.CollectiveAllReduceExtended):
         self._enable_check_health = False
         resolver = None if cluster is None else _resolver(cluster)
         options = tf.distribute.experimental.CommunicationOptions()
-        # The process is configured once, whichever devices its first strategy takes.
-        with distributed.with_nccl(cluster is not None and gpus_have_nccl()):
+        with transport_choice.configured(cluster is not None):
             super().__init__(strategy, resolver, options, devices=None if cluster else list(devices))
         self._cut_datasets: weakref.WeakSet = weakref.WeakSet()
         self.seats = Seats(self._id_in_cluster, self._num_workers, len(self.worker_devices))
@@ -72,9 +71,8 @@ class ZeroExtended(runtime.CollectiveAllReduceExtended):
             self.worker_devices,
             self._num_replicas_in_sync,
             self._id_in_cluster * len(self.worker_devices),
-            strategy.hint,
+            strategy.transport,
             strategy.levels.value,
-            strategy.links if len(self.worker_devices) == 1 and strategy.settings.device_type == "CPU" else (),
         )
         self.creation = VariableCreation(strategy, self.group, self._num_workers)
         self.gives_first_values = False

@@ -63,8 +63,13 @@ def check_bucket_bytes(bucket_bytes) -> None:
     check_number("bucket_bytes", bucket_bytes, int, 1)
 
 
-def choose_levels(settings: Settings, workers: int) -> Choice:
+def choose_levels(settings: Settings, workers: int, why_one: str = "") -> Choice:
     """Whether sums are taken within each worker first. [Note: two levels] in `collectives/group.py`
+
+    Args:
+        settings: of the strategy.
+        workers: how many there are.
+        why_one: why the transport takes one level if that is left to it; "" if it does not mind.
 
     Raises:
         ValueError: if two levels are asked for and would have no effect, or cannot be.
@@ -83,9 +88,8 @@ def choose_levels(settings: Settings, workers: int) -> Choice:
         raise ValueError(f"hierarchical=True has no effect: {obstacle}. Leave `hierarchical` away.")
     if isinstance(asked, bool):
         return Choice(asked, f"hierarchical={asked}")
-    if obstacle is None and settings.device_type == "GPU":
-        obstacle = "NCCL's own reduce-scatter knows which GPUs are near"
-    if obstacle is not None:
+    obstacle = obstacle or why_one
+    if obstacle:
         return Choice(False, obstacle)
     return Choice(True, f"gradients cross the network once for {devices} replicas")
 
@@ -140,27 +144,6 @@ def _machine_devices(kind: str) -> list[str]:
     """Names of this process's logical devices, without making TensorFlow create them yet."""
     configurations = [tf.config.get_logical_device_configuration(d) for d in tf.config.list_physical_devices(kind)]
     return [f"{kind}:{k}" for k in range(sum(len(c) if c else 1 for c in configurations))]
-
-
-def gpus_have_nccl() -> bool:
-    """Whether this process's GPUs are whole ones: NCCL refuses two replicas on one, which then take rings."""
-    gpus = tf.config.list_physical_devices("GPU")
-    return bool(gpus) and all(len(tf.config.get_logical_device_configuration(gpu) or [None]) == 1 for gpu in gpus)
-
-
-def choose_hint(device_type: str) -> str:
-    """What TensorFlow's collectives are told of how to travel; compared in lower case."""
-    return "nccl" if device_type == "GPU" and gpus_have_nccl() else "ring"
-
-
-def check_exchange(settings: Settings, workers: int, hint: str) -> None:
-    """Refuses what has no effect over a transport. [Note: ways] in `collectives/ways.py`"""
-    if settings.error_feedback and hint == "nccl" and workers > 1:
-        raise ValueError(
-            "error_feedback=True has no effect between GPUs of several processes: there gradients are not encoded, "
-            "as TensorFlow's NCCL adds them on the way, in float32; only parameters travel as "
-            f"{settings.compression}. Leave `error_feedback` away."
-        )
 
 
 def choose_devices(devices: Sequence[str] | None) -> list[str]:
