@@ -3,6 +3,8 @@
 import ast
 import dataclasses
 import itertools
+import json
+import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +16,7 @@ import tensorflow as tf
 from marks import FLEET_SECONDS
 
 import tfzero
+from tfzero.collectives import group as group_module
 from tfzero.collectives import transport_choice, ways
 from tfzero.collectives.group import Group
 from tfzero.collectives.over_links import OverLinks
@@ -106,19 +109,31 @@ def train_over_noting(stages) -> list[dict]:
     return found
 
 
-@pytest.fixture(params=[(1, 2), (2, 1), (2, 2)], ids=["1x2", "2x1", "2x2"])
+def train_and_differ(stages) -> tuple[list[dict], str]:
+    """The same, and the error where the last worker has made one more group before a strategy."""
+    found = train_over_noting(stages)
+    if os.environ.get("TF_CONFIG") and json.loads(os.environ["TF_CONFIG"])["task"]["index"] == 1:
+        next(group_module._group_keys)
+    try:
+        tfzero.ZeroStrategy()
+    except ValueError as error:
+        return found, str(error)
+    return found, ""
+
+
+@pytest.fixture(scope="module", params=[(1, 2), (2, 1), (2, 2)], ids=["1x2", "2x1", "2x2"])
 def over_noting(request):
     workers, devices = request.param
     stages = (0, 1, 2, 3)
     found = tfzero.run_local(
-        train_over_noting, workers=workers, cpu_devices=devices, args=(stages,), timeout_seconds=FLEET_SECONDS
+        train_and_differ, workers=workers, cpu_devices=devices, args=(stages,), timeout_seconds=FLEET_SECONDS
     )
     return workers, devices, found
 
 
 def test_a_fourth_transport_is_one_class_and_one_row(over_noting):
     workers, devices, found = over_noting
-    for of_worker in found:
+    for of_worker, _ in found:
         for told in of_worker:
             assert told["name"] == "noting"
             assert told["reason"] == f"a test wants it on {devices} devices of {workers} workers"
@@ -129,6 +144,15 @@ def test_a_fourth_transport_is_one_class_and_one_row(over_noting):
             arguments = {"optimizer": keras.optimizers.Adam(0.01), "loss": "categorical_crossentropy"}
             expected = oracle.train(reference, *oracle.Data().arrays(), arguments, epochs=2)
             oracle.assert_same(oracle.Outcome(**told["outcome"]), expected)
+
+
+def test_workers_whose_groups_have_other_keys_are_told(over_noting):
+    workers, _, found = over_noting
+    for _, error in found:
+        if workers == 1:
+            assert error == ""
+        else:
+            assert re.match(r"The workers' earlier strategies differ: key of the new group is 10\d+ on ", error), error
 
 
 def test_a_transport_without_a_primitive_says_so():

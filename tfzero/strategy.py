@@ -173,7 +173,8 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         self.transport.prepare()
         # The stock constructor would make its own extended.
         runtime.distribute_lib.Strategy.__init__(self, ZeroExtended(self, cluster, devices))
-        self.channel.all_gather("starting TensorFlow's servers", None)
+        made = {"key of the new group": self.extended.group.key}
+        self.channel.agree("starting TensorFlow's servers", made, "earlier strategies")
         if joined.pulse is not None:
             joined.pulse.add(self.extended.group)
         name = "this process" if cluster is None else cluster.name

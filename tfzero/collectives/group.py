@@ -29,7 +29,8 @@ from tfzero.collectives.keys import BOUND_TO, SIZES, Keys
 from tfzero.collectives.transport import Call, Silent, Transport
 from tfzero.collectives.ways import Place, Way
 
-# Far from the keys that TensorFlow's own collectives count up from 1.
+# Far from the keys that TensorFlow's own collectives count up from 1. All workers must make the same groups: those of a
+# strategy compare `Group.key` when they meet.
 _group_keys = itertools.count(1_000_000)
 # Rings exchange among so many members of one process. [Note: ways]
 _MOST_EXCHANGING = 11
@@ -90,6 +91,11 @@ class Group:
         self.across._group_keys = keys[workers:]
         self.across._members_here = 1
         self.within.across, self.across.across = self.within, self.across
+
+    @property
+    def key(self) -> int:
+        """By which TensorFlow knows it in all processes."""
+        return self._group_keys[0]
 
     def rank(self, replica: int) -> int:
         """Rank of a local replica."""
@@ -267,7 +273,7 @@ class Group:
     ) -> tf.Tensor:
         """Has a primitive carried. `size` is the index of that of `SIZES` to which a value is padded."""
         content = (BOUND_TO[primitive], value.dtype.name, None if size is not None else tuple(value.shape))
-        # A broadcast waits for nothing but counts, of which the first lane's will do.
+        # A broadcast has no token, and no count but between processes: it is always in the same lane.
         lane = 0 if primitive == ways.BROADCAST else -1 if backward else None
         key, lane = self.keys.take(replica, content, lane, is_sized=size is not None)
         lane = self.transport.lane(lane, backward)

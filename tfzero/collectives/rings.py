@@ -34,7 +34,7 @@ class TensorFlows(Transport):
         return self._run(tf.raw_ops.CollectiveGatherV2, row, call)
 
     def broadcast(self, value: tf.Tensor, call: Call) -> tf.Tensor:
-        """Rank 0's value. It needs no token: among operations of one device without, TensorFlow keeps the order."""
+        """Rank 0's value. It takes no token: its key tells it from others, and between processes counts order it."""
         attributes = {
             "group_size": call.members,
             "group_key": call.group_key,
