@@ -32,8 +32,6 @@ from tfzero.collectives.ways import Place, Way
 # Far from the keys that TensorFlow's own collectives count up from 1. All workers must make the same groups: those of a
 # strategy compare `Group.key` when they meet.
 _group_keys = itertools.count(1_000_000)
-# Rings exchange among so many members of one process. [Note: ways]
-_MOST_EXCHANGING = 11
 # [Note: small sums]
 _MOST_GATHERED_BYTES, _MOST_RECEIVED_BYTES = 2**16, 2**18
 
@@ -104,10 +102,7 @@ class Group:
     @property
     def place(self) -> Place:
         """Where its collectives run. [Note: ways]"""
-        rows = self.transport.rows
-        is_crowded = rows == ways.RINGS and self._members_here > _MOST_EXCHANGING
-        processes = ways.SEVERAL if self.world_size > self._members_here else ways.ONE
-        return Place(ways.CROWDED if is_crowded else rows, processes)
+        return ways.place_of(self.transport.rows, self._members_here, self.world_size)
 
     @property
     def is_between(self) -> bool:

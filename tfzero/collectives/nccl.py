@@ -93,7 +93,7 @@ class Nccl(TensorFlows):
         return f"NCCL; reduce-scatter is its own, of 16-bit floats {narrow} in float32"
 
     @property
-    def note(self) -> str:  # type: ignore[override]
+    def note(self) -> str:
         """Which NCCL that is."""
         return f"NCCL {version()}. {_UNPROVEN}"
 

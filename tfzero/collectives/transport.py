@@ -106,7 +106,6 @@ class Transport:
     lanes = LANES + 1  # [Note: ordering]
     gathers_small_sums = True  # [Note: small sums] in `collectives/group.py`
     is_tested_in_every_dtype = False  # by the self-test of every start
-    note = ""  # what else `python -m tfzero.doctor` says of it
 
     def __init__(self, reason: str = "") -> None:
         self.reason = reason
@@ -176,6 +175,11 @@ class Transport:
     def describe(self, is_between: bool) -> str:
         """How it carries, for `strategy.report()`: between processes, or within one."""
         raise NotImplementedError
+
+    @property
+    def note(self) -> str:
+        """What else `python -m tfzero.doctor` says of it; "" for nothing."""
+        return ""
 
     def of_tensorflow(self, primitive: str, place: Place) -> "Transport | None":
         """That of TensorFlow's own operation for a primitive, to compare this one with; None if there is none."""
