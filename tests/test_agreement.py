@@ -316,7 +316,7 @@ class Side(Channel):
 def both(act, *arguments) -> list[str]:
     """What two workers are told that do something with their strategy and each its argument; "" for nothing."""
     said, barrier, told = [None, None], threading.Barrier(2), ["", ""]
-    seats = types.SimpleNamespace(seats=types.SimpleNamespace(workers=2))
+    seats = types.SimpleNamespace(mesh=types.SimpleNamespace(workers=2))
 
     def run(index):
         try:

@@ -7,14 +7,16 @@ from marks import FLEET_SECONDS
 
 import tfzero
 from tfzero.collectives.group import Group
+from tfzero.collectives.nccl import Nccl
 from tfzero.collectives.packing import pack, unpack
+from tfzero.collectives.rings import Rings
 from tfzero.plan.placement import VariableSpec, make_plan
 
 DTYPES = [tf.float32, tf.float64, tf.float16, tf.bfloat16, tf.int32, tf.int64, tf.int8, tf.uint8, tf.bool]
 
 
 def make_group(world_size: int) -> Group:
-    return Group([f"/CPU:{k}" for k in range(world_size)], world_size, 0, "ring")
+    return Group([f"/CPU:{k}" for k in range(world_size)], world_size, 0, Rings())
 
 
 def different(shape, dtype, replicas: int) -> list[tf.Tensor]:
@@ -120,7 +122,7 @@ def _waits(operation, awaited):
 
 def test_nccl_operations():
     """On GPUs: the native reduce-scatter, the NCCL hint, and one ordering token for each device."""
-    group = Group(["/GPU:0", "/GPU:1"], 4, 2, "nccl")  # the second of two workers
+    group = Group(["/GPU:0", "/GPU:1"], 4, 2, Nccl())  # the second of two workers
 
     @tf.function(autograph=False)
     def step():
@@ -161,7 +163,7 @@ def test_nccl_operations():
 )  # fmt: skip
 def test_how_a_sum_is_taken(devices, world_size, elements, kind):
     """Small ones between processes by gathering: up to 64 KiB each, and 256 KiB from all others."""
-    group = Group([f"/CPU:{k}" for k in range(devices)], world_size, 0, "ring")
+    group = Group([f"/CPU:{k}" for k in range(devices)], world_size, 0, Rings())
     step = tf.function(lambda value: group.all_reduce(value, 0), autograph=False)
     graph = step.get_concrete_function(tf.TensorSpec([elements])).graph
     assert [op.type for op in graph.get_operations() if op.type.startswith("Coll")] == [f"Collective{kind}V2"]
@@ -184,7 +186,7 @@ def test_unpack_is_the_inverse_of_pack(world_size, elementwise):
 
 
 def test_sums_of_16_bits_on_gpus_are_taken_in_32_bits():
-    group = Group(["/GPU:0", "/GPU:1"], 2, 0, "nccl")
+    group = Group(["/GPU:0", "/GPU:1"], 2, 0, Nccl())
     rows = tf.TensorSpec([2, 8], tf.bfloat16)
     step = tf.function(lambda rows: group.reduce_scatter(rows, 0, tf.float32), autograph=False)
     function = step.get_concrete_function(rows)

@@ -11,11 +11,12 @@ from marks import FLEET_SECONDS
 import tfzero
 from tfzero.collectives.group import Group
 from tfzero.collectives.pulse import _Watched
+from tfzero.collectives.rings import Rings
 from tfzero.extended import ZeroExtended
 
 
 def test_a_dropped_group_keeps_its_place_among_the_counts():
-    group = Group(["CPU:0"], 2, 0, "RING")
+    group = Group(["CPU:0"], 2, 0, Rings())
     watched = _Watched(group)
     for counter in group.lanes._counters[0][:2]:
         counter.assign(3)  # in flight

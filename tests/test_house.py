@@ -22,8 +22,8 @@ LINE = {
     ),
     "launch": (),
     "collectives": (
-        "counts", "keys", "ways", "group", "self_test", "network", "codec", "pulse", "nccl_failures", "joining",
-        "packing",
+        "counts", "keys", "ways", "transport", "rings", "over_links", "group", "self_test", "network", "codec", "pulse",
+        "nccl_failures", "nccl", "transport_choice", "joining", "packing",
     ),
     "rows": ("kinds", "moves", "sums", "dependence", "inputs", "replica_run", "padding", "combining"),
     "variables": ("gathering", "allocation", "classes", "row_state", "creation"),

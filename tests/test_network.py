@@ -12,7 +12,9 @@ from test_compression import int8
 
 import tfzero
 from tfzero import extended
+from tfzero.collectives.nccl import Nccl
 from tfzero.collectives.network import DEFAULT_BUCKET_BYTES, Network
+from tfzero.collectives.rings import Rings
 from tfzero.plan.settings import Settings, choose_levels
 
 TRAINED = [(2, "int8"), (3, "bf16")]
@@ -38,8 +40,16 @@ SETTINGS = Settings(2, 2**20, 1024, 60.0, devices_per_worker=4, device_type="CPU
     ],
 )
 def test_choice_of_levels(changes, workers, value, reason):
-    choice = choose_levels(dataclasses.replace(SETTINGS, **changes), workers)
+    settings = dataclasses.replace(SETTINGS, **changes)
+    transport = Nccl() if settings.device_type == "GPU" else Rings()
+    choice = choose_levels(settings, workers, transport.obstacle_of_levels(settings.device_type))
     assert choice.value is value and reason in choice.reason
+
+
+def test_parts_of_gpus_have_one_level():
+    settings = dataclasses.replace(SETTINGS, device_type="GPU")
+    choice = choose_levels(settings, 2, Rings().obstacle_of_levels("GPU"))
+    assert choice.value is False and choice.reason == "two levels are chosen between CPUs only"
 
 
 @pytest.mark.parametrize(

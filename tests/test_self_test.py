@@ -16,6 +16,7 @@ import tfzero
 from tfzero.collectives import self_test
 from tfzero.collectives.group import Group
 from tfzero.collectives.joining import channel_of_one
+from tfzero.collectives.rings import Rings
 
 FEW = {"all_reduce", "reduce_scatter", "all_to_all", "all_gather", "all_gather in the backward pass", "broadcast"}
 PRIMITIVES = FEW | {"all_gather_parts"}
@@ -25,7 +26,7 @@ SHORT_SECONDS = 5
 
 
 def make_group(world_size):
-    return Group([f"/CPU:{k}" for k in range(world_size)], world_size, 0, "ring")
+    return Group([f"/CPU:{k}" for k in range(world_size)], world_size, 0, Rings())
 
 
 # What is right.

@@ -12,6 +12,7 @@ from marks import FLEET_SECONDS, sweep
 from oracle import Data, dense_model
 
 import tfzero
+from tfzero.collectives import joining
 from tfzero.host import distributed
 
 STALL_SECONDS = 15  # more than the ten of TensorFlow's own watch
@@ -72,7 +73,8 @@ def _wait_in_a_second_strategy():
     strategy = tfzero.ZeroStrategy(2, timeout_seconds=SHORT_SECONDS)
     told = strategy.report().options["timeout_seconds"]
     limits = {strategy.channel.timeout_seconds, strategy.saving_channel.timeout_seconds, strategy.stop.timeout_seconds}
-    limits |= {links.timeout_seconds for links in strategy.links}
+    [joined] = joining._joined.values()
+    limits |= {each.timeout_seconds for each in joined.connections["links"]}
     began = time.monotonic()
     if strategy.cluster_resolver.task_id == 1:
         time.sleep(SHORT_SECONDS + 3)

@@ -21,6 +21,7 @@ from oracle import Data, dense_model
 
 import tfzero
 from tfzero.collectives.group import Group
+from tfzero.collectives.rings import Rings
 from tfzero.views import gradient_time
 from tfzero.views.gradient_time import UnmeasurableError, gradient_seconds
 from tfzero.views.picture import MOST_ROWS, Holding, draw, holdings
@@ -236,7 +237,7 @@ def test_two_workers(tmp_path):
 @pytest.mark.parametrize("dtype", [tf.float32, tf.bfloat16, tf.int8, tf.bool], ids=lambda dtype: dtype.name)
 @pytest.mark.parametrize("two_level", [False, True])
 def test_silent_collectives_give_own_values_in_the_shapes_of_results(dtype, two_level):
-    group = Group([f"/CPU:{k}" for k in range(3)], 3, 0, "RING", two_level)
+    group = Group([f"/CPU:{k}" for k in range(3)], 3, 0, Rings(), two_level)
     values = [tf.cast(tf.reshape(tf.range(6), [3, 2]) + k, dtype) for k in range(3)]
     methods = ["all_reduce", "broadcast", "all_gather", "all_gather_parts"]
     if dtype in (tf.float32, tf.bfloat16):

@@ -15,14 +15,15 @@ import tensorflow as tf
 from marks import FLEET_SECONDS
 
 import tfzero
-from tfzero import extended, strategy
-from tfzero.collectives import group as collectives
-from tfzero.collectives import ways
+from tfzero.collectives import nccl, transport_choice, ways
 from tfzero.collectives.group import Group
-from tfzero.collectives.ways import NCCL, ONE, RINGS, SEVERAL, Place
+from tfzero.collectives.nccl import Nccl, has_whole_gpus
+from tfzero.collectives.rings import Rings
+from tfzero.collectives.transport import Surroundings
+from tfzero.collectives.transport_choice import choose
+from tfzero.collectives.ways import ONE, RINGS, SEVERAL, Place
 from tfzero.host import distributed
-from tfzero.host.devices import choose_hint, gpus_have_nccl
-from tfzero.plan.settings import Settings, check_exchange
+from tfzero.plan.settings import Settings
 
 DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 OF_NCCL = {"float16", "float32", "float64", "int32", "int64"}
@@ -50,7 +51,7 @@ def traced(group, primitive, shape, dtype) -> list[tf.Operation]:
 @pytest.mark.parametrize(("topology", "levels"), [*((name, False) for name in GROUPS), ("two workers of two", True)])
 def test_nccl_is_asked_for_what_it_can_do(topology, primitive, levels):
     here, size = GROUPS[topology]
-    group = Group([f"/CPU:{k}" for k in range(here)], size, 0, "nccl", levels)
+    group = Group([f"/CPU:{k}" for k in range(here)], size, 0, Nccl(), levels)
     shapes = [[size, 5]] + [[None, 3]] * (primitive in (ways.ALL_REDUCE, "all_gather_parts"))
     for dtype in DTYPES:
         for shape in shapes:
@@ -68,7 +69,7 @@ def test_nccl_is_asked_for_what_it_can_do(topology, primitive, levels):
 
 def test_float32_is_reduced_and_scattered_by_nccl_itself():
     for here, size in GROUPS.values():
-        group = Group([f"/CPU:{k}" for k in range(here)], size, 0, "nccl")
+        group = Group([f"/CPU:{k}" for k in range(here)], size, 0, Nccl())
         kinds = [op.type for op in traced(group, ways.REDUCE_SCATTER, [size, 5], "float32")]
         assert kinds == ["CollectiveReduceScatterV2"]
 
@@ -88,25 +89,26 @@ def test_the_table_is_that_of_the_readme():
     assert ways.as_markdown() in (Path(__file__).parents[1] / "README.md").read_text()
 
 
-def test_the_hint_is_lower_case_whoever_gives_it():
-    assert Group(["/CPU:0"], 2, 0, "NCCL").hint == "nccl"
-    assert choose_hint("CPU") == "ring" and not gpus_have_nccl()
+def test_the_hint_is_lower_case():
+    for kind in (Rings, Nccl):
+        assert kind.hint == kind.hint.lower() == kind.name, "TensorFlow compares it so, and takes all else for a ring"
+    assert choose(Surroundings("CPU")).name == "ring" and not has_whole_gpus()
 
 
 def test_two_replicas_on_one_gpu_take_rings(monkeypatch):
     monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind=None: ["a", "b"])
-    for parts, hint in ((None, "nccl"), ([1], "nccl"), ([1, 2], "ring")):
+    for parts, name in ((None, "nccl"), ([1], "nccl"), ([1, 2], "ring")):
         monkeypatch.setattr(tf.config, "get_logical_device_configuration", lambda device, parts=parts: parts)
-        assert choose_hint("GPU") == hint
-        assert choose_hint("CPU") == "ring"
+        assert choose(Surroundings("GPU")).name == name
+        assert choose(Surroundings("CPU")).name == "ring"
 
 
 def test_error_feedback_without_effect_is_refused():
     settings = Settings(2, 2**20, 8, 60.0, 1, "GPU", compression="int8", error_feedback=True)
     with pytest.raises(ValueError, match="error_feedback=True has no effect between GPUs of several processes"):
-        check_exchange(settings, 2, "nccl")
-    for changes, workers, hint in (({}, 1, "nccl"), ({}, 2, "ring"), ({"error_feedback": False}, 2, "nccl")):
-        check_exchange(dataclasses.replace(settings, **changes), workers, hint)
+        Nccl().check(settings, 2)
+    for changes, workers, transport in (({}, 1, Nccl()), ({}, 2, Rings()), ({"error_feedback": False}, 2, Nccl())):
+        transport.check(dataclasses.replace(settings, **changes), workers)
 
 
 # Run on CPUs, with the ways of GPUs of several processes.
@@ -124,23 +126,19 @@ TRAINED = {
 emitted: list[tuple] = []  # in a worker: operation, dtype, members
 
 
-def _sum_all_and_keep_a_row(group, rows, replica):
-    emitted.append(("reduce-scatter", rows.dtype.name, group.world_size))
-    summed = group._emit(tf.raw_ops.CollectiveReduceV2, rows, replica, merge_op="Add", final_op="Id")
-    return summed[group.rank(replica)]
+class LikeGpus(Nccl):
+    """NCCL's ways, by rings, which have no reduce-scatter; it notes what travels."""
 
+    hint = Rings.hint
+    device_types = ("CPU",)
 
-def _emit_and_note(original):
-    def emit(group, operation, value, *arguments, **named):
-        emitted.append((operation.__name__, value.dtype.name, group.world_size))
-        return original(group, operation, value, *arguments, **named)
+    def reduce_scatter(self, rows, call):
+        emitted.append(("reduce-scatter", rows.dtype.name, call.members))
+        return tf.reshape(self.all_reduce(rows, call), [call.members, -1])[call.rank]
 
-    return emit
-
-
-def _group_of_gpus(devices, world_size, first_rank, hint, two_level, links):
-    del links
-    return Group(devices, world_size, first_rank, hint, two_level, (), NCCL)
+    def _run(self, operation, value, call, **attributes):
+        emitted.append((operation.__name__, value.dtype.name, call.members))
+        return super()._run(operation, value, call, **attributes)
 
 
 def _values(group) -> dict:
@@ -187,22 +185,18 @@ def _train_over(name) -> dict:
 
 
 def _as_gpus_do() -> dict:
-    extended.gpus_have_nccl = lambda: True
-    extended.Group = _group_of_gpus
-    collectives.Group._scatter_sum = _sum_all_and_keep_a_row
-    collectives.Group._emit = _emit_and_note(collectives.Group._emit)
-    strategy.choose_hint = lambda kind: "nccl"
+    nccl.has_whole_gpus = lambda: True
+    transport_choice.TRANSPORTS[0] = LikeGpus
     try:
         tfzero.ZeroStrategy(compression="int8", error_feedback=True)
     except ValueError as error:
         found: dict = {"refused": str(error)}
-    strategy.choose_hint = lambda kind: "ring"
     first = tfzero.ZeroStrategy()
     found["config"] = distributed.uses_nccl()
     devices = first.extended.worker_devices
     for levels in {False, len(devices) > 1}:
         size, rank = first.num_replicas_in_sync, first.extended.group.rank(0)
-        group = Group(devices, size, rank, "ring", levels, (), NCCL)
+        group = Group(devices, size, rank, LikeGpus(), levels)
         found["values", levels] = _values(group)
     found |= {name: _train_over(name) for name in TRAINED}
     return found | {"emitted": sorted(set(emitted))}

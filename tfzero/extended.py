@@ -8,12 +8,11 @@ from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
-from tfzero.collectives import self_test
+from tfzero.collectives import self_test, transport_choice
 from tfzero.collectives.codec import Codec
 from tfzero.collectives.group import Group
 from tfzero.collectives.network import DEFAULT_BUCKET_BYTES, Network, measure_network
-from tfzero.host import distributed, graphs, runtime
-from tfzero.host.devices import gpus_have_nccl
+from tfzero.host import graphs, runtime
 from tfzero.plan.mesh import Mesh
 from tfzero.plan.settings import Choice, Settings
 from tfzero.rows.dependence import Dependence, mark_global
@@ -62,8 +61,7 @@ class ZeroExtended(runtime.CollectiveAllReduceExtended):
         self._enable_check_health = False
         resolver = None if cluster is None else _resolver(cluster)
         options = tf.distribute.experimental.CommunicationOptions()
-        # The process is configured once, whichever devices its first strategy takes.
-        with distributed.with_nccl(cluster is not None and gpus_have_nccl()):
+        with transport_choice.configured(cluster is not None):
             super().__init__(strategy, resolver, options, devices=None if cluster else list(devices))
         self._cut_datasets: weakref.WeakSet = weakref.WeakSet()
         workers, worker = (1, 0) if cluster is None else (cluster.size, cluster.index)
@@ -72,9 +70,8 @@ class ZeroExtended(runtime.CollectiveAllReduceExtended):
             self.worker_devices,
             self.mesh.shards,
             self.mesh.rank(0),
-            strategy.hint,
+            strategy.transport,
             strategy.levels.value,
-            strategy.links if len(self.worker_devices) == 1 and strategy.settings.device_type == "CPU" else (),
         )
         self.creation = VariableCreation(strategy, self.group, self.mesh)
         self.gives_first_values = False

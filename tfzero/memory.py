@@ -24,7 +24,7 @@ from pathlib import Path
 import keras
 import tensorflow as tf
 
-from tfzero.collectives.group import LANES
+from tfzero.collectives.counts import LANES
 from tfzero.collectives.network import DEFAULT_BUCKET_BYTES
 from tfzero.host import runtime
 from tfzero.plan.placement import Placement, Plan, VariableSpec, make_plan, shard_elements

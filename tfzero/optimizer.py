@@ -226,22 +226,22 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
         given = list(variables)
         strategy = strategy_of(given)
         choose = chooser(self.inner_optimizer)
-        links = list(dict.fromkeys([*chain(self._wrapped), *map(choose, given)]))
+        chained = list(dict.fromkeys([*chain(self._wrapped), *map(choose, given)]))
         overwritten = [variable for variable in given if is_overwritten(variable)]
         variables = [variable for variable in given if not is_overwritten(variable)]
-        optimizers = [link for link in links if not isinstance(link, CONTAINERS)]
+        optimizers = [each for each in chained if not isinstance(each, CONTAINERS)]
         settings = strategy.settings
         codec = Codec.of(settings.compression) if strategy.num_replicas_in_sync > 1 else None
         specs = [spec(variable, optimizers, choose(variable), codec) for variable in variables]
         keep_whole(overwritten, strategy)
         with tf.init_scope():
-            strategy.channel.agree("building an optimizer", settings_of(links), "optimizers")
+            strategy.channel.agree("building an optimizer", settings_of(chained), "optimizers")
             choice = strategy.extended.choose_bucket_bytes(sum(s.elements * s.item_bytes for s in specs))
         plan = make_plan(
             specs, strategy.extended.mesh.shards, settings.stage, choice.value, settings.min_shard_elements
         )
         home = Home(self, strategy)
-        for link in links:
+        for link in chained:
             runtime.adopt(link, home)
             strategy.extended.take_in(runtime.own_scalars(link))
         slots, wire = self._build_slots(given, variables, plan, strategy)
@@ -251,7 +251,7 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
         self._trained = Trained(
             variables=tuple(variables),
             optimizers=tuple(optimizers),
-            counting=counting(links, map(choose, given)),
+            counting=counting(chained, map(choose, given)),
             compiled=tuple(is_compiled(optimizer) for optimizer in optimizers),
             plan=plan,
             group=strategy.extended.group,
@@ -264,7 +264,7 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
             overwritten=tuple((variable, choose(variable)) for variable in overwritten),
         )
         strategy.optimizers.add(self)
-        strategy.extended.group.lanes.iterations = runtime.iteration_counter(links[-1]).value.values[0]
+        strategy.extended.group.lanes.iterations = runtime.iteration_counter(chained[-1]).value.values[0]
         self.built = True
         if self._watches_norm:
             self.watch_norm()

@@ -170,13 +170,7 @@ def _resharding(settings: Settings) -> str:
 def _algorithm(group: Group) -> str:
     if group.world_size == 1:
         return "one replica exchanges nothing"
-    if group.transport == ways.NCCL:
-        narrow = "an all-to-all and a sum" if group.across.place.processes == ways.ONE else "its own too,"
-        return f"NCCL; reduce-scatter is its own, of 16-bit floats {narrow} in float32"
-    if group.links:
-        return "all-to-all and all-gather over connections between every two workers, sums in rank order"
-    between = "" if group.world_size == len(group.devices) else "; sums of up to 64 KiB are gathered and added"
-    return f"rings; reduce-scatter is an all-to-all and a sum, as TensorFlow has none on CPU{between}"
+    return group.transport.describe(group.is_between)
 
 
 def _buckets(settings: Settings, trained: Sequence[Trained]) -> str:
@@ -203,7 +197,7 @@ def _compression(settings: Settings, group: Group) -> str:
         what = "sums of gradients" if settings.scheme.reduces_to_all else "parameters"
         return (
             f"{what} travel as {settings.compression} where they are float32 matrices; gradients as they are, which "
-            "NCCL adds on the way"
+            f"{group.transport.title} adds on the way"
         )
     parameters = ""
     if settings.scheme.shards_parameters:

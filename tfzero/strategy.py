@@ -5,16 +5,17 @@ import itertools
 import os
 import weakref
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import tensorflow as tf
 
 from tfzero.collectives.joining import join
-from tfzero.collectives.nccl_failures import keep_log, naming_nccl
 from tfzero.collectives.network import DEFAULT_BUCKET_BYTES
+from tfzero.collectives.transport import Surroundings
+from tfzero.collectives.transport_choice import choose
 from tfzero.extended import ZeroExtended
 from tfzero.host import patches, runtime
-from tfzero.host.devices import choose_devices, choose_hint, configure_cpu_devices
+from tfzero.host.devices import choose_devices, configure_cpu_devices
 from tfzero.plan.scheme import check_stage
 from tfzero.plan.settings import (
     DEFAULT_COMPARE_BATCHES,
@@ -22,7 +23,6 @@ from tfzero.plan.settings import (
     Settings,
     check_bucket_bytes,
     check_compression,
-    check_exchange,
     check_number,
     check_overlap,
     check_reshard,
@@ -143,9 +143,11 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
             overlap_param_gather,
             compare_batches,
         )
-        workers, self.hint = 1 if cluster is None else cluster.size, choose_hint(self.settings.device_type)
-        self.levels = choose_levels(self.settings, workers)
-        check_exchange(self.settings, workers, self.hint)
+        workers, kind = 1 if cluster is None else cluster.size, self.settings.device_type
+        self._surroundings = Surroundings(kind, len(local), workers)
+        self.transport = choose(self._surroundings)  # chosen again when the workers have met
+        self.levels = choose_levels(self.settings, workers, self.transport.obstacle_of_levels(kind))
+        self.transport.check(self.settings, workers)
         self.optimizers: weakref.WeakSet = weakref.WeakSet()  # that were built for its variables
         self.announced: weakref.WeakSet = weakref.WeakSet()  # those that `fit` has printed a report of
         self.data_position: DataPosition | None = None  # for the next training data
@@ -155,25 +157,27 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
     def _join(self, cluster: Cluster | None, devices: Sequence[str]) -> None:
         """Meets the other workers, agrees with them on the settings, and forms the group of all replicas."""
         joined = join(cluster, self.settings.timeout_seconds)
-        self.channel, self.saving_channel, self.links = joined.channel, joined.saving_channel, joined.links
+        self.channel, self.saving_channel = joined.channel, joined.saving_channel
         self.stop = AgreedStop() if joined.pulse is None else joined.pulse.stop_together
         if cluster is not None:
             agree_on_devices(self.channel, cluster, devices)
-        self.channel.agree("making a ZeroStrategy", {**asdict(self.settings), "transport": self.hint}, "settings")
+        agreed = {**asdict(self.settings), "transport": self.transport.name}
+        self.channel.agree("making a ZeroStrategy", agreed, "settings")
+        self.transport = choose(replace(self._surroundings, connections=joined.connections))
         joined.wait_at_most(self.settings.timeout_seconds)
         workers, on_loss = (1, print) if joined.pulse is None else (cluster.size, joined.pulse.hear_of_loss)
         self.comparison = BatchComparison(joined.batch_channel, workers, self.settings.compare_batches, on_loss)
         self._check_batch = self.comparison.of_given("those given to `cut_batch`")
         self.check_predicted = self.comparison.of_given("those given to `predict_on_batch`")
-        if self.settings.device_type == "GPU":
-            keep_log()
+        self.transport.prepare()
         # The stock constructor would make its own extended.
         runtime.distribute_lib.Strategy.__init__(self, ZeroExtended(self, cluster, devices))
-        self.channel.all_gather("starting TensorFlow's servers", None)
+        made = {"key of the new group": self.extended.group.key}
+        self.channel.agree("starting TensorFlow's servers", made, "earlier strategies")
         if joined.pulse is not None:
             joined.pulse.add(self.extended.group)
         name = "this process" if cluster is None else cluster.name
-        with naming_nccl(self.extended.group.hint == "nccl", name, self.settings.timeout_seconds):
+        with self.transport.meeting(name, self.settings.timeout_seconds):
             self.extended.meet()
 
     def reduce(self, reduce_op, value, axis=None):

@@ -1,28 +1,26 @@
 """What a process has of the cluster that it has joined, once for all its strategies."""
 
-import os
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
-import tensorflow as tf
-
-from tfzero.collectives.group import LINKED_LANES
+from tfzero.collectives import transport_choice
 from tfzero.collectives.pulse import Pulse
+from tfzero.collectives.transport import Connection
 from tfzero.host import distributed, runtime
 from tfzero.workers.agreement import versions
 from tfzero.workers.channel import Channel
 from tfzero.workers.cluster import Cluster
-from tfzero.workers.links import Links, link
 from tfzero.workers.stopping import let_children_end
 
 
 @dataclass(frozen=True)
 class Joined:
-    """Control channels for the program, saving in the background and batches; links for collectives; the pulse."""
+    """Control channels for the program, saving in the background and batches; what transports need; the pulse."""
 
     channel: Channel
     saving_channel: Channel
     batch_channel: Channel
-    links: tuple[Links, ...] = ()
+    connections: Mapping[str, Sequence[Connection]] = field(default_factory=dict)  # by the transport's name
     pulse: Pulse | None = None
 
     def wait_at_most(self, timeout_seconds: float) -> None:
@@ -31,7 +29,7 @@ class Joined:
             self.channel,
             self.saving_channel,
             self.batch_channel,
-            *self.links,
+            *in_a_row(self.connections),
             *(() if self.pulse is None else (self.pulse,)),
         ):
             each.timeout_seconds = timeout_seconds
@@ -59,19 +57,15 @@ def join(cluster: Cluster | None, timeout_seconds: float) -> Joined:
         distributed.leave_watch_out()
         channel, of_saving, of_pulse, of_batches = (Channel.join(cluster, timeout_seconds) for _ in range(4))
         channel.agree("comparing versions", versions(), "versions")
-        links = _make_links(cluster, channel, timeout_seconds)
-        _joined[cluster] = Joined(
-            channel, of_saving, of_batches, links, Pulse(cluster, of_pulse, timeout_seconds, links)
-        )
+        connections = transport_choice.connect(cluster, channel, timeout_seconds)
+        pulse = Pulse(cluster, of_pulse, timeout_seconds, in_a_row(connections))
+        _joined[cluster] = Joined(channel, of_saving, of_batches, connections, pulse)
     return _joined[cluster]
 
 
-def _make_links(cluster: Cluster, channel: Channel, timeout_seconds: float) -> tuple[Links, ...]:
-    """Links for the collectives' lanes, if every worker has threads enough. [Note: links]"""
-    threads = tf.config.threading.get_inter_op_parallelism_threads() or os.cpu_count() or 1
-    if cluster.size == 1 or min(channel.all_gather("counting threads", threads)) < LINKED_LANES:
-        return ()
-    return link(cluster, channel, LINKED_LANES, timeout_seconds)
+def in_a_row(connections: Mapping[str, Sequence[Connection]]) -> list[Connection]:
+    """Those of all transports."""
+    return [each for several in connections.values() for each in several]
 
 
 def channel_of_one() -> Channel:

@@ -21,6 +21,14 @@ from tfzero.host import graphs
 
 # 64 sizes for values of unknown shape: powers of two from 1 to 2^62, and 0.
 SIZES = (0, *(2**k for k in range(63)))
+# To what a key is bound for each primitive: workers with one function have the same keys, whatever carries them.
+BOUND_TO = {
+    "all_reduce": "collective_reduce_v2",
+    "reduce_scatter": "collective_reduce_scatter_v2",
+    "all_to_all": "collective_all_to_all_v2",
+    "all_gather": "collective_gather_v2",
+    "broadcast": "Broadcast",
+}
 # Keys are positive int32: those of one shape below this, those of all sizes above.
 _SIZED = 2**30
 

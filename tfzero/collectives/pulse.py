@@ -22,10 +22,10 @@ from time import monotonic
 import tensorflow as tf
 
 from tfzero.collectives.group import Group
+from tfzero.collectives.transport import Connection
 from tfzero.host import runtime
 from tfzero.workers.channel import Channel
 from tfzero.workers.cluster import Cluster
-from tfzero.workers.links import Links
 from tfzero.workers.stopping import EXIT_WORKER_LOST, AgreedStop, blamed_by, note_blame
 
 _INTERVAL_SECONDS = 1.0
@@ -75,13 +75,15 @@ class Pulse:
         cluster: the workers.
         channel: a control channel that nothing else uses.
         timeout_seconds: how long a collective may take, and a worker may not answer.
-        links: what collectives may wait for beside TensorFlow's own.
+        connections: what collectives may wait for beside TensorFlow's own.
     """
 
-    def __init__(self, cluster: Cluster, channel: Channel, timeout_seconds: float, links: Sequence[Links]) -> None:
+    def __init__(
+        self, cluster: Cluster, channel: Channel, timeout_seconds: float, connections: Sequence[Connection]
+    ) -> None:
         self._cluster = cluster
         self._channel = channel
-        self._links = links
+        self._connections = connections
         self._groups: list[_Watched] = []
         self._since: list[tuple[int, float]] = []  # each count and when it came to it
         self._lock = threading.Lock()  # held while the thread is in TensorFlow
@@ -150,7 +152,7 @@ class Pulse:
 
     def _exchange(self, counts: list[int], where: str) -> list["_Beat"]:
         """The beats of all workers, in rank order."""
-        at_odds = next((links.at_odds for links in self._links if links.at_odds), "")
+        at_odds = next((each.at_odds for each in self._connections if each.at_odds), "")
         beat = [counts, self.stop_together.tell(), at_odds, where, [watched.traced() for watched in self._groups]]
         told = self._channel.all_gather("the pulse", beat, _PATIENCE * self.timeout_seconds)
         beats = [_Beat.read(each, name) for each, name in zip(told, self._cluster.names, strict=True)]
@@ -190,7 +192,7 @@ class Pulse:
         blamed = blamed_by(error)
         if blamed is not None:
             return self._reason or str(error), self._blamed or blamed
-        if not isinstance(error, _LOSSES) and not any(links.is_lost for links in self._links):
+        if not isinstance(error, _LOSSES) and not any(each.is_lost for each in self._connections):
             return "", ()
         # TensorFlow has such errors of its own, as of files: the pulse knows of what no collective waits for.
         if self._has_reason.wait(self.timeout_seconds if self._where() else 2 * _INTERVAL_SECONDS + _GRACE_SECONDS):
@@ -250,8 +252,8 @@ class Pulse:
         return ""
 
     def _abort(self, reason: str) -> None:
-        for links in self._links:
-            links.close(reason)
+        for connection in self._connections:
+            connection.close(reason)
         with self._lock:
             if not self._stopped.is_set():
                 runtime.abort_collectives(reason)

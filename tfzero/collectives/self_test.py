@@ -19,6 +19,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfzero.collectives.group import Group
+from tfzero.collectives.transport import LIBRARIES
 from tfzero.host import graphs, runtime
 from tfzero.workers.channel import Channel
 
@@ -28,7 +29,7 @@ _MOST_CHARACTERS = 2000  # of what a worker tells
 _TOPIC = "testing the transport"
 
 # The dtypes in which training uses a primitive, or may. On CPUs the first ones have a way of their own, and the others
-# travel as one of them does: all_gather_parts is two all-gathers. NCCL comes in many versions: there all are tested.
+# travel as one of them does: all_gather_parts is two all-gathers. A transport may want all of them tested always.
 _DTYPES = {
     "all_reduce": ((tf.float32, tf.bfloat16, tf.int64), (tf.float64, tf.float16, tf.int32, tf.bool)),
     "reduce_scatter": ((tf.float32, tf.bfloat16), (tf.float16,)),
@@ -49,7 +50,7 @@ class Row:
 
     primitive: str  # such as "all_reduce", or "reduce_scatter within workers" for a level of two
     dtype: str
-    way: str  # "ring", "nccl" or "links"
+    way: str  # the transport's name
     ok: bool
     rank: int
     expected: str  # "" if it is right
@@ -93,7 +94,7 @@ def check(group: Group, channel: Channel) -> None:
         where = [f"worker {worker}: {answer}" for worker, answer in enumerate(answers) if answer]
         raise TransportError(
             f"The first exchange between the replicas went wrong. {'. '.join(where)}. Training "
-            "would go wrong without an error. Give all machines the same drivers and libraries (NCCL on GPUs), or "
+            f"would go wrong without an error. Give all machines the same drivers and libraries {LIBRARIES}, or "
             'choose other devices: `ZeroStrategy(devices=["CPU:0"])` leaves GPUs out.'
         )
 
@@ -104,7 +105,7 @@ def run(group: Group, timeout_seconds: float = 60.0, every_dtype: bool = False) 
     Args:
         group: the replicas of a strategy.
         timeout_seconds: how long it may take within one process. Between processes the pulse limits it.
-        every_dtype: whether what travels as something else does is tested too. With NCCL it always is.
+        every_dtype: whether what travels as something else does is tested too, where the transport leaves it out.
 
     Returns:
         A row for each primitive and dtype, of what this process's replicas received; none for a single replica.
@@ -116,11 +117,11 @@ def run(group: Group, timeout_seconds: float = 60.0, every_dtype: bool = False) 
     if group.world_size == 1:
         return []
     start = perf_counter()
-    cases = _cases(group, every_dtype or group.hint == "nccl")
+    cases = _cases(group, every_dtype or group.transport.is_tested_in_every_dtype)
     received = _received(group, cases, timeout_seconds)
     seconds = perf_counter() - start
-    way = "links" if group.links else group.hint
-    return [_row(case, [results[k] for results in received], group, way, seconds) for k, case in enumerate(cases)]
+    name = group.transport.name
+    return [_row(case, [results[k] for results in received], group, name, seconds) for k, case in enumerate(cases)]
 
 
 @dataclass(frozen=True)

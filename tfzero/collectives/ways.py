@@ -24,6 +24,9 @@ ALL_REDUCE, REDUCE_SCATTER, ALL_TO_ALL, ALL_GATHER, BROADCAST = PRIMITIVES = (
 RINGS, CROWDED, NCCL = TRANSPORTS = ("rings", "crowded rings", "nccl")
 ONE, SEVERAL = PROCESSES = ("one process", "several processes")
 
+# Rings exchange among so many members of one process.
+_MOST_EXCHANGING = 11
+
 _PLAIN = ("float32", "float64", "int64")
 _NARROW = ("float16", "bfloat16")
 _INTEGERS = ("bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "uint64")  # but int64
@@ -92,6 +95,12 @@ class Place:
     def exchanges_encoded(self) -> bool:
         """Whether encoded gradients are exchanged; else they are added on the way, as they are. [Note: ways]"""
         return (self.transport, self.processes) != (NCCL, SEVERAL)
+
+
+def place_of(rows: str, members_here: int, members: int) -> Place:
+    """Where a group's collectives run, by a transport's rows and the group's members in this process and in all."""
+    is_crowded = rows == RINGS and members_here > _MOST_EXCHANGING
+    return Place(CROWDED if is_crowded else rows, SEVERAL if members > members_here else ONE)
 
 
 def choose(primitive: str, dtype: str, place: Place) -> Way:

@@ -24,17 +24,6 @@ def _machine_devices(kind: str) -> list[str]:
     return [f"{kind}:{k}" for k in range(sum(len(c) if c else 1 for c in configurations))]
 
 
-def gpus_have_nccl() -> bool:
-    """Whether this process's GPUs are whole ones: NCCL refuses two replicas on one, which then take rings."""
-    gpus = tf.config.list_physical_devices("GPU")
-    return bool(gpus) and all(len(tf.config.get_logical_device_configuration(gpu) or [None]) == 1 for gpu in gpus)
-
-
-def choose_hint(device_type: str) -> str:
-    """What TensorFlow's collectives are told of how to travel; compared in lower case."""
-    return "nccl" if device_type == "GPU" and gpus_have_nccl() else "ring"
-
-
 def choose_devices(devices: Sequence[str] | None) -> list[str]:
     cpus, gpus = _machine_devices("CPU"), _machine_devices("GPU")
     if devices is None:

@@ -58,8 +58,13 @@ def check_bucket_bytes(bucket_bytes: Any) -> None:
     check_number("bucket_bytes", bucket_bytes, int, 1)
 
 
-def choose_levels(settings: Settings, workers: int) -> Choice:
+def choose_levels(settings: Settings, workers: int, why_one: str = "") -> Choice:
     """Whether sums are taken within each worker first. [Note: two levels] in `collectives/group.py`
+
+    Args:
+        settings: of the strategy.
+        workers: how many there are.
+        why_one: why the transport takes one level if that is left to it; "" if it does not mind.
 
     Raises:
         ValueError: if two levels are asked for and would have no effect, or cannot be.
@@ -78,9 +83,8 @@ def choose_levels(settings: Settings, workers: int) -> Choice:
         raise ValueError(f"hierarchical=True has no effect: {obstacle}. Leave `hierarchical` away.")
     if isinstance(asked, bool):
         return Choice(asked, f"hierarchical={asked}")
-    if obstacle is None and settings.device_type == "GPU":
-        obstacle = "NCCL's own reduce-scatter knows which GPUs are near"
-    if obstacle is not None:
+    obstacle = obstacle or why_one
+    if obstacle:
         return Choice(False, obstacle)
     return Choice(True, f"gradients cross the network once for {devices} replicas")
 
@@ -111,14 +115,4 @@ def check_compression(compression: Any, error_feedback: Any) -> None:
         raise ValueError(
             "`error_feedback` must be True or False, and has an effect with compression='int8' only. "
             f"Received: error_feedback={error_feedback!r}, compression={compression!r}"
-        )
-
-
-def check_exchange(settings: Settings, workers: int, hint: str) -> None:
-    """Refuses what has no effect over a transport. [Note: ways] in `collectives/ways.py`"""
-    if settings.error_feedback and hint == "nccl" and workers > 1:
-        raise ValueError(
-            "error_feedback=True has no effect between GPUs of several processes: there gradients are not encoded, "
-            "as TensorFlow's NCCL adds them on the way, in float32; only parameters travel as "
-            f"{settings.compression}. Leave `error_feedback` away."
         )

@@ -62,10 +62,10 @@ def chooser(optimizer):
     return lambda variable: optimizer
 
 
-def counting(links, chosen) -> tuple:
-    """Those of `links` that count steps: the optimizers that are `chosen` for variables, and a `MultiOptimizer`."""
+def counting(chained, chosen) -> tuple:
+    """Those of `chained` that count steps: the optimizers that are `chosen` for variables, and a `MultiOptimizer`."""
     chosen = list(chosen)
-    return tuple(link for link in links if isinstance(link, runtime.MultiOptimizer) or link in chosen)
+    return tuple(each for each in chained if isinstance(each, runtime.MultiOptimizer) or each in chosen)
 
 
 def spec(variable, optimizers: list, optimizer, codec: Codec | None) -> VariableSpec:
@@ -116,11 +116,11 @@ def config_of(optimizer: ko.Optimizer) -> dict:
             optimizer.__dict__["_learning_rate"] = learning_rate
 
 
-def settings_of(links: list) -> dict:
+def settings_of(chained: list) -> dict:
     """What workers must agree on: the classes and their settings, but not names counted up per process."""
     settings = {}
-    for place, optimizer in enumerate(links):
-        where = f"{place}" if len(links) > 1 else ""
+    for place, optimizer in enumerate(chained):
+        where = f"{place}" if len(chained) > 1 else ""
         is_container = isinstance(optimizer, CONTAINERS)
         settings |= by_path({"class": type(optimizer).__name__} if is_container else describe(optimizer), where)
     return {path: value for path, value in settings.items() if not path.endswith("name")}

@@ -11,17 +11,13 @@ from tfzero.collectives.group import Group
 from tfzero.plan.scheme import STAGES
 from tfzero.report import text_of
 from tfzero.strategy import ZeroStrategy
-from tfzero.views.facts import describe_devices, library_versions, nccl_version, unseen_gpus
+from tfzero.views.facts import describe_devices, library_versions, unseen_gpus
 from tfzero.views.speeds import measure_speeds
 from tfzero.views.trials import LIMIT, MODELS, run_trials
 from tfzero.workers.cluster import read_tf_config
 from tfzero.workers.progress import progress
 
 _STEP_SECONDS = 600.0  # for the others to come to the end of a part
-_UNPROVEN = (
-    "Unproven by tfzero's own tests, which have been run on CPUs only: GPUs, of one process and of several. "
-    "There this command is the proof."
-)
 
 
 def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -87,28 +83,13 @@ class Examination:
         algorithm = self._strategy.report().options["algorithm"]
         self._say(f"\nTransport: {algorithm}")
         self._say(f"  because {self._why_this_transport()}.")
-        if self._uses_nccl:
-            self._say(f"  NCCL {nccl_version()}. {_UNPROVEN}")
-
-    @property
-    def _uses_nccl(self) -> bool:
-        return self._group.hint == "nccl"
+        if self._group.transport.note:
+            self._say(f"  {self._group.transport.note}")
 
     def _why_this_transport(self) -> str:
-        group, workers = self._group, self._strategy.extended.mesh.workers
-        if group.world_size == 1:
+        if self._group.world_size == 1:
             return "there is one replica: --cpu-devices 2, or two workers, would have something to send"
-        if self._uses_nccl:
-            return "replicas compute on GPUs of their own"
-        if self._strategy.settings.device_type == "GPU":
-            return "replicas share GPUs, which NCCL refuses"
-        if group.links:
-            return "each worker has one CPU device, and threads enough to wait for others"
-        if workers == 1:
-            return "all replicas are CPU devices of one process"
-        if len(group.devices) > 1:
-            return "workers have several CPU devices each: their own connections are for one"
-        return "a worker has too few threads to wait in connections of its own"
+        return self._group.transport.reason
 
     def _test_transport(self) -> None:
         found = [asdict(row) for row in self_test.run(self._group, self._timeout_seconds, every_dtype=True)]

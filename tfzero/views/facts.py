@@ -1,7 +1,6 @@
 """What a process computes with: versions of libraries, and its devices with their memory."""
 
 import contextlib
-import ctypes
 import os
 import platform
 from collections.abc import Sequence
@@ -21,19 +20,6 @@ def library_versions() -> dict[str, str]:
     built = {f"{name} (built for)": str(build.get(key, "none")) for name, key in
              (("CUDA", "cuda_version"), ("cuDNN", "cudnn_version"))}  # fmt: skip
     return versions() | {"operating system": platform.platform()} | built
-
-
-def nccl_version() -> str:
-    """Of the NCCL that this process has loaded, or would."""
-    try:
-        library = ctypes.CDLL("libnccl.so.2")
-    except OSError:
-        return "not found by the loader"
-    number = ctypes.c_int()
-    if library.ncclGetVersion(ctypes.byref(number)) != 0:
-        return "does not tell"
-    major, rest = divmod(number.value, 10000) if number.value >= 10000 else divmod(number.value, 1000)
-    return f"{major}.{rest // 100}.{rest % 100}"
 
 
 def describe_devices(devices: Sequence[str]) -> list[str]:

@@ -1,7 +1,7 @@
 """How long each collective takes by its size, beside TensorFlow's own operation for the same.
 
-TensorFlow's own are emitted bare: by `tf.raw_ops`, under keys of this module, as `tf.distribute` does. There is none
-for a reduce-scatter on CPUs, and NCCL's all-to-all is left out, as TensorFlow's is wrong between processes.
+TensorFlow's own are emitted bare, under keys of this module, as `tf.distribute` does. Which there are, each transport
+says (`Transport.of_tensorflow`).
 """
 
 import itertools
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import tensorflow as tf
 
 from tfzero.collectives.group import Group
-from tfzero.collectives.ways import CROWDED
+from tfzero.collectives.transport import Call
 
 SIZES_BYTES = tuple(2**k for k in (10, 14, 18, 22, 26))  # 1 KiB to 64 MiB
 _LARGE_BYTES = 2**22
@@ -74,37 +74,23 @@ class _Stock:
     """TensorFlow's own operations among the replicas of a group, with keys of their own."""
 
     def __init__(self, group: Group) -> None:
-        sums = {"merge_op": "Add", "final_op": "Id"}
         self._group = group
         self._group_key = next(_group_keys)
         self._instance_keys = itertools.count(1)
-        self._operations: dict[str, tuple[Callable, dict]] = {
-            "all_reduce": (tf.raw_ops.CollectiveReduceV2, sums),
-            "all_gather": (tf.raw_ops.CollectiveGatherV2, {}),
-        }
-        if group.hint == "nccl":
-            self._operations["reduce_scatter"] = (tf.raw_ops.CollectiveReduceScatterV2, sums)
-        elif group.place.transport != CROWDED:
-            self._operations["all_to_all"] = (tf.raw_ops.CollectiveAllToAllV2, {})
 
     def ways(self, primitive: str) -> list[Callable]:
         """A function that is called as the group's method of this name; none if TensorFlow has no such operation."""
-        if primitive not in self._operations:
+        group = self._group
+        stock = group.transport.of_tensorflow(primitive, group.place)
+        if stock is None:
             return []
-        operation, attributes = self._operations[primitive]
-        key, group = next(self._instance_keys), self._group
+        key = next(self._instance_keys)
 
         def run(value, replica):
+            token = group.lanes.tokens[replica][0]
+            call = Call(group.world_size, group.rank(replica), self._group_key, key, token=token)
             with tf.device(group.devices[replica]), group.lanes.counted(replica, 0, value) as ended:
-                result = operation(
-                    input=value,
-                    group_size=group.world_size,
-                    group_key=self._group_key,
-                    instance_key=key,
-                    ordering_token=[group.lanes.tokens[replica][0].handle],
-                    communication_hint=group.hint,
-                    **attributes,
-                )
+                result = getattr(stock, primitive)(value, call)
                 ended(result)
             return result
 

@@ -101,8 +101,8 @@ class Worker:
     def verdict(self, workers: int) -> str:
         ending = f"exit code {self.exit_code}"
         if self.exit_code < 0:
-            hint = ", often: out of memory" if self.exit_code == -signal.SIGKILL else ""
-            ending = f"signal {-self.exit_code} ({signal.strsignal(-self.exit_code)}{hint})"
+            guess = ", often: out of memory" if self.exit_code == -signal.SIGKILL else ""
+            ending = f"signal {-self.exit_code} ({signal.strsignal(-self.exit_code)}{guess})"
         return f"worker {self.index} (of {workers}) failed first, with {ending}"
 
     def show(self, lines: list[str]) -> str:

@@ -4,8 +4,9 @@ TensorFlow's own collectives copy each tensor several times on its way through g
 processor time (`benchmarks/transport.py`). Here the kernel copies from the sender's tensor and into the receiver's.
 
 [Note: links] The connections are made while the workers meet, at their ports of TF_CONFIG; no other port is needed.
-A `Links` carries one collective at a time, and all workers must begin the same ones in the same order. While it waits
-it keeps one of TensorFlow's inter-op threads: with as many threads as `Links`, a worker always has one left to go on
+A `Links` carries one collective at a time, and refuses a second one. All workers must begin the same ones in the same
+order: number and key of each exchange travel with it, and who receives others ends with an error. While it waits it
+keeps one of TensorFlow's inter-op threads: with as many threads as `Links`, a worker always has one left to go on
 to what another waits for.
 """
 
@@ -49,11 +50,17 @@ class Links:
         self._reason = ""
         self._closed = threading.Event()
         self._in_use = threading.Lock()
+        self._is_carrying = threading.Lock()  # one collective, of several exchanges
         self.is_lost = False
         self.at_odds = ""  # how another worker's collective differs; who closes may say more
         for connection in self._connections.values():
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connection.setblocking(False)
+
+    @property
+    def workers(self) -> int:
+        """How many are connected, with this one."""
+        return self._cluster.size
 
     def close(self, reason: str) -> None:
         """Ends the connections. A collective that waits, and each later one, raises ConnectionError for this reason."""
@@ -73,21 +80,37 @@ class Links:
     def all_reduce(self, value: np.ndarray, out: np.ndarray, key: int = 0) -> None:
         """Sum over workers, always added in rank order, into `out` of the same shape."""
         parts, sums = (np.array_split(array.reshape(-1), self._cluster.size) for array in (value, out))
-        self._sum(parts, sums[self._cluster.index], key)
-        self._gather(sums, key)
+        with self._carrying(key):
+            self._sum(parts, sums[self._cluster.index], key)
+            self._gather(sums, key)
 
     def all_gather(self, value: np.ndarray, out: np.ndarray, key: int = 0) -> None:
         """Every worker's value, into `out` of shape `[workers, *value.shape]`."""
         parts = out.reshape(self._cluster.size, value.size)
-        parts[self._cluster.index] = value.reshape(-1)
-        self._gather(list(parts), key)
+        with self._carrying(key):
+            parts[self._cluster.index] = value.reshape(-1)
+            self._gather(list(parts), key)
 
     def all_to_all(self, value: np.ndarray, out: np.ndarray, key: int = 0) -> None:
         """Row `r` goes to worker `r`, into its `out`, of the same shape, at this worker's place."""
         rank, size = self._cluster.index, self._cluster.size
         sent, received = (array.reshape(size, value.size // size) for array in (value, out))
-        received[rank] = sent[rank]
-        self._exchange(sent, received, key)
+        with self._carrying(key):
+            received[rank] = sent[rank]
+            self._exchange(sent, received, key)
+
+    @contextlib.contextmanager
+    def _carrying(self, key: int) -> Iterator[None]:
+        """Within it one collective is carried; a second one would take the other workers' arrays for its own."""
+        if not self._is_carrying.acquire(blocking=False):
+            raise RuntimeError(
+                f"{self._cluster.name} began the collective {key} before the last one over the same connections had "
+                "ended. Collectives of one program wait for each other: use the strategies of a process in one thread."
+            )
+        try:
+            yield
+        finally:
+            self._is_carrying.release()
 
     def _gather(self, parts: Sequence[np.ndarray], key: int) -> None:
         """Each worker's part goes to all others, to the same place."""
