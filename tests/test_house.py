@@ -13,8 +13,8 @@ LINE = {
     "plan": ("placement", "formats"),
     "costs": (),
     "host": (
-        "backend", "runtime", "datasets", "graphs", "batch_rows", "distributed", "keras_optimizers", "saved_model",
-        "edges", "patches",
+        "backend", "registry", "tensorflow_names", "keras_names", "runtime", "datasets", "graphs", "batch_rows",
+        "distributed", "keras_objects", "keras_optimizers", "saved_model", "edges", "patches", "__main__",
     ),
     "workers": (
         "progress", "differences", "cluster", "stopping", "messages", "handshake", "meeting", "channel", "fleet",

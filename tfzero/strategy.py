@@ -170,7 +170,7 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         if self.settings.device_type == "GPU":
             keep_log()
         # The stock constructor would make its own extended.
-        runtime.distribute_lib.Strategy.__init__(self, ZeroExtended(self, cluster, devices))
+        tf.distribute.Strategy.__init__(self, ZeroExtended(self, cluster, devices))
         self.channel.all_gather("starting TensorFlow's servers", None)
         if joined.pulse is not None:
             joined.pulse.add(self.extended.group)

@@ -40,5 +40,10 @@ def replace_listed(root, replacements: Mapping[int, tf.Variable]) -> list | None
     """
     listed = getattr(root, "_all_variables", None)
     if listed is not None:
-        root._all_variables = list({id(v): v for v in (replacements.get(id(v), v) for v in listed)}.values())
+        list_anew(root, list({id(v): v for v in (replacements.get(id(v), v) for v in listed)}.values()))
     return listed
+
+
+def list_anew(root, variables: list) -> None:
+    """Has Keras list these for an export."""
+    root._all_variables = variables
