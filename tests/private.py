@@ -1,12 +1,16 @@
 """Finds the private names of TensorFlow and Keras in the syntax trees of tfzero's modules."""
 
 import ast
+import inspect
 import re
+
+from tfzero.host import registry
 
 PACKAGES = ("tensorflow.python", "tf.python", "keras.src")
 PRIVATE = re.compile(r"_[a-z]\w*")
 OURS = "_tfzero_"  # tfzero's notes on objects of others
 OF_PYTHON = {"_exit"}  # of `os`
+OF_CLASSES = {"_abc_impl", "_is_protocol"}  # what Python gives a class
 HIDDEN = "tf.__internal__."
 
 
@@ -67,7 +71,8 @@ def of_patches(tree):
 
 def used(tree):
     """Private names that are attributes of something, or text by which an attribute is asked for."""
-    skipped = of_patches(tree)
+    joined = (node for node in ast.walk(tree) if isinstance(node, ast.JoinedStr))
+    skipped = of_patches(tree) | {id(part) for each in joined for part in each.values}
     for node in ast.walk(tree):
         if id(node) in skipped:
             continue
@@ -82,30 +87,44 @@ def foreign_names(tree, ours):
     return {name for name in used(tree) if name not in ours}
 
 
+def asked_of_others(tree):
+    """Private names that are attributes of anything but `self` and `cls`."""
+    nodes = (node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and is_private(node.attr))
+    return {node.attr for node in nodes if ast.unparse(node.value) not in ("self", "cls")}
+
+
+def imported_modules(tree):
+    """The names of the private modules that a module imports, and does not only take something from."""
+    return {name for name, path in imported(tree).items() if inspect.ismodule(registry.find(path))}
+
+
 def beyond(tree, modules):
     """What is reached by way of private modules that `tfzero.host` has imported, but for what is patched."""
     skipped = of_patches(tree)
+    taken = (node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom))
+    names = {a.asname or a.name for n in taken for a in n.names if f"{n.module}.".startswith("tfzero.host.")}
     return {
         ast.unparse(node)
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute)
         and id(node) not in skipped
-        and isinstance(node.value, ast.Attribute | ast.Name)
-        and ast.unparse(node.value).rpartition(".")[2] in modules
+        and (
+            (isinstance(node.value, ast.Attribute) and node.value.attr in modules)
+            or (isinstance(node.value, ast.Name) and node.value.id in modules & names)
+        )
     }
 
 
 def overrides(owner):
-    """The private names that a class of tfzero defines though a class of another package, from which it derives, has them.
+    """The private names that a class of tfzero defines though a class of another package has them, which it derives from.
 
-    Also those that its methods give the object, as far as the other's methods give it them too.
+    Also those that the methods of both give the object.
     """
-    from tfzero.host.registry import attributes_of_objects, set_by_methods
-
     others = [each for each in owner.__mro__[1:] if each.__module__.partition(".")[0] != "tfzero"]
-    mine = {*vars(owner), *set_by_methods(owner)}
+    mine = {*vars(owner), *registry.set_by_methods(owner)} - OF_CLASSES
     return {
         name
         for name in mine
-        if is_private(name) and any(name in vars(each) or name in attributes_of_objects(each) for each in others)
+        if is_private(name)
+        and any(name in vars(each) or name in registry.attributes_of_objects(each) for each in others)
     }

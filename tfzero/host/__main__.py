@@ -20,7 +20,7 @@ def names() -> tuple[Name, ...]:
 
 
 def replaced() -> tuple[tuple[Name, ...], list[str]]:
-    """A row for each replaced function; and why they cannot be listed, as where a module has no private name any more."""
+    """A row for each replaced function; and why they cannot be listed, as where a whole module is no more."""
     try:
         return tuple(patch.row for patch in patches.registry()), []
     except (ImportError, AttributeError) as error:

@@ -73,7 +73,7 @@ def without_rate(optimizer: keras.optimizers.Optimizer) -> Iterator[None]:
 
 
 def walk_as_saving(model: keras.Model, store: H5IOStore, skipped: Iterable[int]) -> None:
-    """Goes over a model as Keras does when it saves, and gives the variables to a store, but for objects of these ids."""
+    """Gives a store the variables of a model as Keras does when it saves, without objects of these ids."""
     _save_state(model, store, None, "", set(skipped))
 
 

@@ -10,6 +10,7 @@ import importlib
 import inspect
 import pkgutil
 import textwrap
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 _MISSING = object()
@@ -46,6 +47,24 @@ class Name:
     def __str__(self) -> str:
         takes = "" if self.takes is None else f"({self.takes})"
         return f"{self.path}{takes}\n    {self.why}\n    since {self.since}; {self.test}"
+
+
+def rows(owner: str, since: str, test: str, names: Mapping[str, str]) -> tuple[Name, ...]:
+    """Rows for several names of one class or module; of itself, for "".
+
+    Args:
+        owner: its path; "" if the names are whole paths.
+        since: as in `Name`, of all of them.
+        test: as in `Name`, of all of them; "file::" may be left away for `test_compat.py`.
+        names: by "name(what it takes)", or by "name" where that is not known, why each is needed.
+    """
+    found = []
+    for key, why in names.items():
+        name, bracket, takes = key.removesuffix(")").partition("(")
+        path = ".".join(part for part in (owner, name) if part)
+        place = test if "::" in test else f"test_compat.py::{test}"
+        found.append(Name(path, takes if bracket else None, why, since, place))
+    return tuple(found)
 
 
 def difference(found, path: str, takes: str | None) -> str:

@@ -1,7 +1,4 @@
-"""Private symbols of TensorFlow and Keras that have to do with SavedModels, each with its reason.
-
-As in `host/runtime.py`, `tests/test_compat.py` notices when a release changes one of them.
-"""
+"""What SavedModels need of TensorFlow's and Keras's private names. See `host/registry.py`."""
 
 from collections.abc import Mapping
 
