@@ -1,4 +1,4 @@
-"""A release of TensorFlow or Keras that changes what `tfzero/host/runtime.py` stands on is noticed here."""
+"""A release that changes what a private name of TensorFlow or Keras stands for is noticed here (`tfzero/host/registry.py`)."""
 
 import inspect
 import random
@@ -11,7 +11,7 @@ from tensorflow.python.framework import auto_control_deps
 
 import tfzero
 from tfzero.extended import ZeroExtended
-from tfzero.host import batch_rows, datasets, distributed, graphs, keras_optimizers, runtime, saved_model
+from tfzero.host import batch_rows, datasets, distributed, graphs, keras_objects, keras_optimizers, runtime, saved_model
 from tfzero.keras.data import _Epochs
 from tfzero.variables.classes import LayerVariable, OnReadVariable, ReplicatedVariable, ShardedVariable
 
@@ -52,11 +52,11 @@ def test_what_is_called_has_these_arguments(owner, name, arguments):
 @pytest.mark.parametrize(
     ("ours", "base"),
     [
-        (ZeroExtended, runtime.CollectiveAllReduceExtended),
-        (ReplicatedVariable, runtime.MirroredVariable),
-        (LayerVariable, runtime.MirroredVariable),
-        (ShardedVariable, runtime.MirroredVariable),
-        (OnReadVariable, runtime.SyncOnReadVariable),
+        (ZeroExtended, distributed.CollectiveAllReduceExtended),
+        (ReplicatedVariable, distributed.MirroredVariable),
+        (LayerVariable, distributed.MirroredVariable),
+        (ShardedVariable, distributed.MirroredVariable),
+        (OnReadVariable, distributed.SyncOnReadVariable),
         (_Epochs, runtime.keras_tensorflow_trainer.TFEpochIterator),
     ],
 )
@@ -79,7 +79,7 @@ def test_private_methods_override_something(ours, base):
 def test_attributes_of_the_extended(strategy):
     names = ("_id_in_cluster", "_num_workers", "_num_replicas_in_sync", "_std_server_started")
     assert all(hasattr(strategy.extended, name) for name in names)
-    assert runtime.CollectiveAllReduceExtended._enable_check_health is True
+    assert distributed.CollectiveAllReduceExtended._enable_check_health is True
     assert strategy.extended._enable_check_health is False
 
 
@@ -527,13 +527,13 @@ def test_a_loop_is_known_where_it_is_traced():
 
 def test_the_stock_strategy_leaves_a_coordination_service_that_is_configured():
     assert callable(distributed.context.context().configure_coordination_service)
-    source = inspect.getsource(runtime.CollectiveAllReduceExtended._initialize_multi_worker)
+    source = inspect.getsource(distributed.CollectiveAllReduceExtended._initialize_multi_worker)
     assert "if context.context().coordination_service is None:" in source
 
 
 def test_nccl_is_configured_by_way_of_the_stock_strategy():
     target = distributed.context.context()
-    source = inspect.getsource(runtime.CollectiveAllReduceExtended._initialize_multi_worker)
+    source = inspect.getsource(distributed.CollectiveAllReduceExtended._initialize_multi_worker)
     configured, started = (
         source.index(f"context.context().{name}(") for name in ("configure_collective_ops", "enable_collective_ops")
     )
@@ -547,6 +547,82 @@ def test_nccl_is_configured_by_way_of_the_stock_strategy():
         assert target.configure_collective_ops.keywords == {"use_nccl_communication": True}
     assert target.configure_collective_ops == original
     assert not distributed.uses_nccl()
+
+
+# `host/keras_objects.py`.
+
+
+def test_parts_of_models_and_callbacks(strategy, variable, tmp_path):
+    with strategy.scope():
+        model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    assert keras_objects.strategy_of(model) is strategy and keras_objects.strategy_of(object()) is None
+    assert not keras_objects.has_compiled_loss(model)
+    model.compile("sgd", "mse")
+    assert keras_objects.has_compiled_loss(model)
+    assert keras_objects.loss_tracker(model).name == "loss"
+    checkpoint = keras.callbacks.ModelCheckpoint(tmp_path / "{epoch}.weights.h5", save_weights_only=True)
+    assert keras_objects.checkpoint_path(checkpoint, 2, None, {}) == str(tmp_path / "3.weights.h5")
+    backup = keras.callbacks.BackupAndRestore(tmp_path)
+    assert keras_objects.backup_path(backup) == str(tmp_path / "latest.weights.h5")
+
+    class Stand(keras_objects.SlotKey):
+        def identity(self):
+            return variable.value
+
+    adam = built(keras.optimizers.Adam(0.5), variable)
+    assert adam._get_variable_index(Stand()) == adam._get_variable_index(variable) == 0
+    rate = keras_objects.own_rate(adam)
+    with keras_objects.without_rate(adam):
+        assert keras_objects.own_rate(adam) is None
+    assert keras_objects.own_rate(adam) is rate is not None
+
+
+def test_evaluation_within_fit(monkeypatch):
+    given = []
+
+    class Model(keras.Sequential):
+        def evaluate(self, *args, **kwargs):
+            given.append(keras_objects.is_within_fit(kwargs))
+            return super().evaluate(*args, **kwargs)
+
+    model = Model([keras.Input((2,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    x, y = np.ones((4, 2)), np.ones((4, 1))
+    model.fit(x, y, validation_data=(x, y), verbose=0)
+    model.evaluate(x, y, verbose=0)
+    assert given == [True, False]
+
+
+def test_a_function_of_another_one_has_its_options():
+    @tf.function(autograph=False, reduce_retracing=True)
+    def double(x):
+        return 2 * x
+
+    def change(function):
+        return lambda x: function(x) + 1
+
+    changed = graphs.cloned(double, change)
+    assert changed is graphs.cloned(double, change)
+    assert type(changed) is type(double) and float(changed(tf.constant(3.0))) == 7
+    assert (changed._autograph, changed._reduce_retracing) == (False, True)
+
+    def absolute(x):
+        if x < 0:  # of a tensor, which AutoGraph alone takes for a condition
+            x = -x
+        return x
+
+    @tf.function
+    def run(x):
+        return tf.autograph.experimental.do_not_convert(lambda: graphs.converted(absolute)(x))()
+
+    assert float(run(tf.constant(-2.0))) == 2
+
+
+def test_values_are_told_from_symbols():
+    symbols = []
+    value = tf.constant(1.0)
+    tf.function(symbols.append, autograph=False).get_concrete_function(value)
+    assert isinstance(value, batch_rows.EagerTensor) and not isinstance(symbols[0], batch_rows.EagerTensor)
 
 
 # `host/datasets.py`.

@@ -11,7 +11,9 @@ import pytest
 from marks import FLEET_SECONDS
 
 import tfzero
+from tfzero.host import __main__ as listing
 from tfzero.host import patches
+from tfzero.host.registry import Name
 
 TESTS = Path(__file__).parent
 ROWS = {row.target: row for row in patches.registry()}
@@ -83,7 +85,7 @@ def test_importing_tfzero_patches_nothing():
     names = ", ".join(name for name in sorted(tfzero.__all__))
     code = (
         f"from tfzero import {names}\n"
-        "from tfzero import patches\n"
+        "from tfzero.host import patches\n"
         "assert not any(hasattr(getattr(r.owner, r.name), '_tfzero_patch') for r in patches.registry())\n"
         "patches.install()\n"
         "assert all(hasattr(getattr(r.owner, r.name), '_tfzero_patch') for r in patches.registry())"
@@ -124,11 +126,45 @@ def test_a_patched_function_that_changed_is_named_and_nothing_is_installed(monke
 
 
 def test_the_registry_is_listed():
-    done = subprocess.run(
-        [sys.executable, "-m", "tfzero.host.patches"], capture_output=True, text=True, timeout=FLEET_SECONDS
-    )
+    done = subprocess.run([sys.executable, "-m", "tfzero.host"], capture_output=True, text=True, timeout=FLEET_SECONDS)
     assert done.returncode == 0, done.stderr
     assert all(target in done.stdout and ROWS[target].reason in done.stdout for target in ROWS)
+    names = listing.names()
+    assert all(str(row) in done.stdout for row in names)
+    assert f"{len(names)} private names and {len(ROWS)} replaced functions, compared with tensorflow" in done.stdout
+    assert "none is missing or changed." in done.stdout
+
+
+def test_what_a_release_has_changed_is_listed_and_ends_with_1(monkeypatch, capsys):
+    base = "keras.src.trainers.trainer.Trainer"
+    rows = [
+        Name(f"{base}.fit_anew", None, "why", "since", "test"),
+        Name("keras.src.no_such_module.f", None, "why", "since", "test"),
+        Name(f"{base}._loss_tracker", None, "why", "since", "test"),
+        Name(f"{base}._compute_loss", "self x", "why", "since", "test"),
+        Name("keras.src.models.sequential.Sequential", "Layer", "why", "since", "test"),
+        Name(f"{base}.compile:_no_such_attribute", None, "why", "since", "test"),
+        Name(f"{base}.compile:_loss_tracker", None, "why", "since", "test"),
+    ]
+    monkeypatch.setattr(listing, "names", lambda: tuple(rows))
+    assert listing.main() == 1
+    told = capsys.readouterr().out.partition("compared with")[2].splitlines()[1:]
+    assert told == [
+        f"{base}.fit_anew is no more",
+        "keras.src.no_such_module.f is no more",
+        f"{base}._compute_loss takes (self x y y_pred sample_weight training), not (self x)",
+        "keras.src.models.sequential.Sequential derives from (Model), not (Layer)",
+        f"{base}.compile:_no_such_attribute is no more",
+    ]
+
+
+def test_functions_that_cannot_be_listed_are_told(monkeypatch, capsys):
+    def registry():
+        raise ImportError("cannot import name 'gone'")
+
+    monkeypatch.setattr(patches, "registry", registry)
+    assert listing.main() == 1
+    assert "What is replaced cannot be listed: cannot import name 'gone'" in capsys.readouterr().out
 
 
 def test_how_many_there_are():

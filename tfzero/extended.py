@@ -12,7 +12,7 @@ from tfzero.collectives import self_test, transport_choice
 from tfzero.collectives.codec import Codec
 from tfzero.collectives.group import Group
 from tfzero.collectives.network import DEFAULT_BUCKET_BYTES, Network, measure_network
-from tfzero.host import graphs, runtime
+from tfzero.host import distributed, graphs, runtime
 from tfzero.plan.mesh import Mesh
 from tfzero.plan.settings import Choice, Settings
 from tfzero.rows.dependence import Dependence, mark_global
@@ -38,7 +38,7 @@ _EAGER = (
 )
 
 
-class ZeroExtended(runtime.CollectiveAllReduceExtended):
+class ZeroExtended(distributed.ExtendedBase):
     """The implementation behind a ZeroStrategy (`strategy.extended`).
 
     Args:
@@ -55,14 +55,9 @@ class ZeroExtended(runtime.CollectiveAllReduceExtended):
         self._settings: Settings = strategy.settings
         self._channel: Channel = strategy.channel
         self.comparison: BatchComparison = strategy.comparison
-        # TensorFlow's server runs once in a process.
-        self._std_server_started = runtime.collectives_are_configured()
-        # `collectives/pulse.py` takes the place of TensorFlow's watch, which is slower and begins without a timeout.
-        self._enable_check_health = False
         resolver = None if cluster is None else _resolver(cluster)
-        options = tf.distribute.experimental.CommunicationOptions()
         with transport_choice.configured(cluster is not None):
-            super().__init__(strategy, resolver, options, devices=None if cluster else list(devices))
+            super().__init__(strategy, resolver, list(devices))
         self._cut_datasets: weakref.WeakSet = weakref.WeakSet()
         workers, worker = (1, 0) if cluster is None else (cluster.size, cluster.index)
         self.mesh = Mesh(workers, len(devices), worker)
@@ -106,11 +101,11 @@ class ZeroExtended(runtime.CollectiveAllReduceExtended):
 
     # Collectives.
 
-    def _use_merge_call(self) -> bool:
+    def replicas_merge(self) -> bool:
         # In a graph every replica's part of a collective is traced with it; eager replicas run one after the other.
         return tf.executing_eagerly()
 
-    def _call_for_each_replica(self, fn, args, kwargs):
+    def run_replicas(self, function, args, kwargs):
         if not tf.executing_eagerly():
             self.group.keys.align()
             if len(self.worker_devices) > 1:
@@ -118,8 +113,8 @@ class ZeroExtended(runtime.CollectiveAllReduceExtended):
         self._traced = traced = []
         leaves = tf.nest.flatten([args, kwargs])
         self._is_for_all = [not isinstance(leaf, tf.distribute.DistributedValues) for leaf in leaves]
-        function = fn if self.mesh.replicas == 1 else with_own_results(fn)
-        results = super()._call_for_each_replica(function, args, kwargs)
+        function = function if self.mesh.replicas == 1 else with_own_results(function)
+        results = super().run_replicas(function, args, kwargs)
         for dependence in traced:
             dependence.check_updates()
         return results
@@ -225,14 +220,12 @@ class ZeroExtended(runtime.CollectiveAllReduceExtended):
 
     def _spread(self, value) -> list:
         """One tensor for each local replica."""
-        results = self._container_strategy().experimental_local_results(value)
+        results = self.own_strategy.experimental_local_results(value)
         if len(results) < len(self.worker_devices):
             results = results * len(self.worker_devices)
         return [tf.convert_to_tensor(result) for result in results]
 
-    def _replica_ctx_all_reduce(self, reduce_op, value, options=None):
-        del options
-
+    def all_reduce_in_replica(self, reduce_op, value):
         def reduce(leaf):
             total = self.replica_collective(self.group.all_reduce, tf.convert_to_tensor(leaf))
             return _divide(total, self.mesh.replicas) if reduce_op == tf.distribute.ReduceOp.MEAN else total
@@ -240,8 +233,7 @@ class ZeroExtended(runtime.CollectiveAllReduceExtended):
         flat = tf.nest.flatten(value)
         return tf.nest.pack_sequence_as(value, [reduce(leaf) for leaf in flat])
 
-    def _reduce_to(self, reduce_op, value, destinations, options):
-        del destinations, options
+    def reduce_values(self, reduce_op, value):
         mean = reduce_op == tf.distribute.ReduceOp.MEAN
         if mean and (
             isinstance(value, tf.types.experimental.distributed.Mirrored)
@@ -255,27 +247,20 @@ class ZeroExtended(runtime.CollectiveAllReduceExtended):
         totals = self.group.launch(self.group.all_reduce, values)
         return runtime.mirrored([_divide(total, count) if mean else total for total in totals])
 
-    def _batch_reduce_to(self, reduce_op, value_destination_pairs, options):
-        return [self._reduce_to(reduce_op, value, where, options) for value, where in value_destination_pairs]
-
-    def _gather_to_implementation(self, value, destinations, axis, options):
-        del destinations, options
+    def gather_values(self, value, axis: int):
         parts = self.group.launch(self.group.all_gather_parts, self._spread(value))
         if not isinstance(value, tf.distribute.DistributedValues):
             # One value for each worker: its first replica speaks for it.
             parts = [replica_parts[:: len(self.worker_devices)] for replica_parts in parts]
         return runtime.mirrored([tf.concat(replica_parts, axis) for replica_parts in parts])
 
-    def _batch_gather_to(self, value_destination_pairs, axis, options=None):
-        return [self._gather_to_implementation(value, where, axis, options) for value, where in value_destination_pairs]
-
     # Variables.
 
     def take_in(self, variables) -> None:
         """Makes Keras variables that were made outside the scope this strategy's, with their values, in place."""
         for variable in variables:
-            if getattr(variable.value, "distribute_strategy", None) is not self._container_strategy():
-                with tf.init_scope(), self._container_strategy().scope():
+            if getattr(variable.value, "distribute_strategy", None) is not self.own_strategy:
+                with tf.init_scope(), self.own_strategy.scope():
                     runtime.remake(variable)
 
     def value_container(self, value):
@@ -283,14 +268,14 @@ class ZeroExtended(runtime.CollectiveAllReduceExtended):
         container = super().value_container(value)
         return value if isinstance(container, ShardedParameter) else container
 
-    def _validate_colocate_with_variable(self, colocate_with_variable):
-        if not isinstance(colocate_with_variable, VariableView):
-            super()._validate_colocate_with_variable(colocate_with_variable)
+    def check_colocation(self, variable) -> None:
+        if not isinstance(variable, VariableView):
+            super().check_colocation(variable)
 
-    def _create_variable(self, next_creator, **kwargs):
+    def make_variable(self, next_creator, **kwargs):
         view = kwargs.pop("colocate_with", None)
         if view is not None and not isinstance(view, VariableView | runtime.DistributedVariable):
-            return super()._create_variable(next_creator, colocate_with=view, **kwargs)
+            return super().make_variable(next_creator, colocate_with=view, **kwargs)
         return self.creation.create(next_creator, view, kwargs)
 
     # Input.
@@ -299,14 +284,12 @@ class ZeroExtended(runtime.CollectiveAllReduceExtended):
         """One global batch as per-replica values."""
         return cut_batch(batch, self.mesh)
 
-    def _initialize_local_devices(self, cluster_resolver, worker_device):
-        del cluster_resolver
+    def devices_under(self, worker_device: str) -> tuple[tuple[str, ...], str]:
         return tuple(f"{worker_device}/device:{name}" for name in self._local_devices), self._settings.device_type
 
-    def _experimental_distribute_dataset(self, dataset, options):
+    def distribute(self, dataset):
         if not isinstance(dataset, tf.data.Dataset):
             raise ValueError(f"ZeroStrategy distributes a tf.data.Dataset, but received {dataset!r}.")
-        del options
         if dataset in self._cut_datasets:
             return dataset
         check_shardable(dataset, self.mesh.workers)

@@ -171,7 +171,7 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         self.check_predicted = self.comparison.of_given("those given to `predict_on_batch`")
         self.transport.prepare()
         # The stock constructor would make its own extended.
-        runtime.distribute_lib.Strategy.__init__(self, ZeroExtended(self, cluster, devices))
+        tf.distribute.Strategy.__init__(self, ZeroExtended(self, cluster, devices))
         made = {"key of the new group": self.extended.group.key}
         self.channel.agree("starting TensorFlow's servers", made, "earlier strategies")
         if joined.pulse is not None:

@@ -1,4 +1,4 @@
-"""Private symbols of TensorFlow by which a replica's rows of a batch are known. See `host/runtime.py`."""
+"""How a replica's rows of a batch are known, by private names of TensorFlow. See `host/registry.py`."""
 
 import keras
 import tensorflow as tf

@@ -1,6 +1,6 @@
-"""Private symbols of TensorFlow and Keras by which pipelines and settings are described to other workers.
+"""How pipelines and settings are described to other workers, by private names of TensorFlow and Keras.
 
-As in `host/runtime.py`, each has its reason, and `tests/test_compat.py` notices when a release changes it.
+See `host/registry.py`.
 """
 
 from collections.abc import Iterator

@@ -1,11 +1,189 @@
-"""Private symbols of TensorFlow about clusters of processes, each with its reason. See `host/runtime.py`."""
+"""The classes by which TensorFlow's strategies and variables become tfzero's, and what clusters of processes need.
+
+TensorFlow calls methods with private names; here each calls a public one that a class elsewhere overrides, which by
+itself does what TensorFlow's does. See `host/registry.py` for the names.
+"""
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-# TensorFlow's coordination service and its collectives are configured on the context alone.
+import tensorflow as tf
+from tensorflow.python.distribute.collective_all_reduce_strategy import CollectiveAllReduceExtended
+from tensorflow.python.distribute.values import MirroredVariable, SyncOnReadVariable
 from tensorflow.python.eager import context
+
+from tfzero.host import runtime
+
+
+class ExtendedBase(CollectiveAllReduceExtended):
+    """The extended that knows clusters, runs on each replica and input; what it asks of a strategy has public names.
+
+    Args:
+        strategy: the strategy.
+        resolver: of the cluster; None for a single process.
+        devices: this process's devices, such as "CPU:0".
+    """
+
+    def __init__(self, strategy, resolver, devices: list[str]) -> None:
+        # TensorFlow's server runs once in a process.
+        self._std_server_started = runtime.collectives_are_configured()
+        # `collectives/pulse.py` takes the place of TensorFlow's watch, which is slower and begins without a timeout.
+        self._enable_check_health = False
+        options = tf.distribute.experimental.CommunicationOptions()
+        super().__init__(strategy, resolver, options, devices=None if resolver is not None else devices)
+
+    @property
+    def own_strategy(self) -> tf.distribute.Strategy:
+        """The strategy that this is behind."""
+        return self._container_strategy()
+
+    def run_replicas(self, function: Callable, args, kwargs):
+        """Runs a function on each local replica."""
+        return super()._call_for_each_replica(function, args, kwargs)
+
+    def check_colocation(self, variable) -> None:
+        """Raises ValueError unless a variable may be made beside this one."""
+        super()._validate_colocate_with_variable(variable)
+
+    def make_variable(self, next_creator: Callable, **kwargs):
+        """A new variable."""
+        return super()._create_variable(next_creator, **kwargs)
+
+    def replicas_merge(self) -> bool:
+        """Whether replicas meet by `merge_call`, each waiting for the others."""
+        raise NotImplementedError
+
+    def all_reduce_in_replica(self, reduce_op, value):
+        """Within a replica: a structure, reduced over all replicas."""
+        raise NotImplementedError
+
+    def reduce_values(self, reduce_op, value):
+        """Outside replicas: a value of each, reduced over all."""
+        raise NotImplementedError
+
+    def gather_values(self, value, axis: int):
+        """Outside replicas: a value of each, joined along an axis."""
+        raise NotImplementedError
+
+    def devices_under(self, worker_device: str) -> tuple[tuple[str, ...], str]:
+        """The full names of this process's devices, and their type."""
+        raise NotImplementedError
+
+    def distribute(self, dataset):
+        """A data set of each replica's part of the batches of another."""
+        raise NotImplementedError
+
+    # What TensorFlow calls.
+
+    def _use_merge_call(self):
+        return self.replicas_merge()
+
+    def _call_for_each_replica(self, fn, args, kwargs):
+        return self.run_replicas(fn, args, kwargs)
+
+    def _replica_ctx_all_reduce(self, reduce_op, value, options=None):
+        del options
+        return self.all_reduce_in_replica(reduce_op, value)
+
+    def _reduce_to(self, reduce_op, value, destinations, options):
+        del destinations, options
+        return self.reduce_values(reduce_op, value)
+
+    def _batch_reduce_to(self, reduce_op, value_destination_pairs, options):
+        del options
+        return [self.reduce_values(reduce_op, value) for value, _ in value_destination_pairs]
+
+    def _gather_to_implementation(self, value, destinations, axis, options):
+        del destinations, options
+        return self.gather_values(value, axis)
+
+    def _batch_gather_to(self, value_destination_pairs, axis, options=None):
+        del options
+        return [self.gather_values(value, axis) for value, _ in value_destination_pairs]
+
+    def _validate_colocate_with_variable(self, colocate_with_variable):
+        self.check_colocation(colocate_with_variable)
+
+    def _create_variable(self, next_creator, **kwargs):
+        return self.make_variable(next_creator, **kwargs)
+
+    def _initialize_local_devices(self, cluster_resolver, worker_device):
+        del cluster_resolver
+        return self.devices_under(worker_device)
+
+    def _experimental_distribute_dataset(self, dataset, options):
+        del options
+        return self.distribute(dataset)
+
+
+class VariableBase(MirroredVariable):
+    """A variable with a component for each local replica; what reads and changes it has public names."""
+
+    @property
+    def own_component(self) -> tf.Variable:
+        """That of the replica that is run; outside replicas the first one."""
+        return self._get_on_device_or_primary()
+
+    def value_here(self):
+        """The value in a replica or outside, wherever one is."""
+        return super()._get()
+
+    def value_outside(self):
+        """The value outside replicas."""
+        return super()._get_cross_replica()
+
+    def as_tensor(self, dtype=None, name: str | None = None, as_ref: bool = False):
+        """The value for an operation that takes a tensor."""
+        return super()._dense_var_to_tensor(dtype, name, as_ref)
+
+    def update_in_replica(self, update: Callable, value, **kwargs):
+        """Within a replica: changes it by `update(component, value)`."""
+        return super()._update_replica(update, value, **kwargs)
+
+    def update_outside(self, update: Callable, value, **kwargs):
+        """Outside replicas: changes all components by `update(component, value)`."""
+        return super()._update_cross_replica(update, value, **kwargs)
+
+    def exported_as(self) -> tf.Variable:
+        """What is written into a SavedModel in its place."""
+        return self
+
+    # What TensorFlow calls.
+
+    def _get(self):
+        return self.value_here()
+
+    def _get_cross_replica(self):
+        return self.value_outside()
+
+    def _dense_var_to_tensor(self, dtype=None, name=None, as_ref=False):
+        return self.as_tensor(dtype, name, as_ref)
+
+    def _update_replica(self, update_fn, value, **kwargs):
+        return self.update_in_replica(update_fn, value, **kwargs)
+
+    def _update_cross_replica(self, update_fn, value, **kwargs):
+        return self.update_outside(update_fn, value, **kwargs)
+
+    def _export_to_saved_model_graph(self, object_map=None, tensor_map=None, options=None, **kwargs):
+        stand_in = self.exported_as()
+        if stand_in is self:
+            return super()._export_to_saved_model_graph(object_map, tensor_map, options, **kwargs)
+        resources = stand_in._export_to_saved_model_graph(
+            object_map=object_map, tensor_map=tensor_map, options=options, **kwargs
+        )
+        object_map[self], tensor_map[self] = object_map[stand_in], tensor_map[stand_in.handle]
+        return [*resources, self]
+
+
+class OnReadBase(SyncOnReadVariable):
+    """A variable that each replica changes by itself, and that is combined when it is read."""
+
+    @property
+    def own_component(self) -> tf.Variable:
+        """That of the replica that is run; outside replicas the first one."""
+        return self._get_on_device_or_primary()
 
 
 def leave_watch_out() -> None:

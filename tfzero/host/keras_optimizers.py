@@ -1,4 +1,4 @@
-"""Which methods of Keras's optimizers tfzero takes the place of. See `host/runtime.py`."""
+"""Which methods of Keras's optimizers tfzero takes the place of. See `host/registry.py`."""
 
 from keras.src.optimizers.base_optimizer import BaseOptimizer
 from keras.src.optimizers.loss_scale_optimizer import LossScaleOptimizer

@@ -1,8 +1,8 @@
 """Every function of Keras and TensorFlow that tfzero replaces, each with its reason.
 
-`python -m tfzero.host.patches` lists them. They offer a strategy no hook at these places. A wrapper stands beside what
-it is about, in the modules of `_HOMES`, and asks first whether a `ZeroStrategy` is concerned: models of other
-strategies run the original code. The constructor of `ZeroStrategy` installs all of them, however it was imported.
+`python -m tfzero.host` lists them. They offer a strategy no hook at these places. A wrapper stands beside what it is
+about, in the modules of `_HOMES`, and asks first whether a `ZeroStrategy` is concerned: models of other strategies run
+the original code. The constructor of `ZeroStrategy` installs all of them, however it was imported.
 """
 
 import functools
@@ -10,6 +10,10 @@ import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+
+from tfzero.host.keras_names import KERAS
+from tfzero.host.registry import Name, difference
+from tfzero.host.tensorflow_names import TENSORFLOW
 
 # They stand after the strategy in the line of modules, so they are named and not imported.
 _HOMES = (
@@ -53,10 +57,13 @@ class Patch:
     def problem(self) -> str:
         """What a release has changed, or nothing."""
         function = getattr(self.owner, self.name, None)
-        if function is None:
-            return f"{self.target} is no more"
-        found = " ".join(inspect.signature(inspect.unwrap(function)).parameters)
-        return "" if found == self.arguments else f"{self.target} takes ({found}), not ({self.arguments})"
+        return f"{self.target} is no more" if function is None else difference(function, self.target, self.arguments)
+
+    @property
+    def row(self) -> Name:
+        """Its row of the registry."""
+        since = TENSORFLOW if self.target.startswith("tensorflow.") else KERAS
+        return Name(self.target, self.arguments, f"Replaced: {self.reason}", since, self.test)
 
     def install(self) -> None:
         """Puts the wrapper in its place; doing it twice is once."""
@@ -110,13 +117,3 @@ def install() -> None:
         )
     for each in patches:
         each.install()
-
-
-def main() -> None:
-    for each in registry():
-        print(f"{each.target}({each.arguments})\n    {each.reason}\n    {each.test}")
-
-
-if __name__ == "__main__":
-    # Not as `__main__`, of which the modules that register know nothing.
-    importlib.import_module("tfzero.host.patches").main()

@@ -1,7 +1,6 @@
-"""Every private symbol of TensorFlow and Keras that tfzero uses, each with its reason; see `host/graphs.py` too.
+"""What tfzero asks of TensorFlow's runtime, and of Keras, by private names.
 
-`tests/test_compat.py` notices when a release changes one of them. TensorFlow's modules under `tf.distribute` have not
-changed in substance from 2.16 to 2.21; Keras's have.
+`host/registry.py` has a row for each name, with its reason and with the test that notices when a release changes it.
 """
 
 from tfzero.host import backend  # noqa: F401, isort: skip. It refuses other backends before Keras imports them.
@@ -12,67 +11,35 @@ import threading
 
 import keras
 import tensorflow as tf
-
-# Casts what layers read to the dtype of their computation.
 from keras.src.backend.common.variables import AutocastScope
-
-# Recomputes activations in the backward pass (`keras.RematScope`).
 from keras.src.backend.tensorflow import core as keras_core
-
-# Convolutions and poolings, which fail for an empty batch.
 from keras.src.backend.tensorflow import nn as keras_nn
-
-# Where batches are built and steps are made.
 from keras.src.backend.tensorflow import trainer as keras_tensorflow_trainer
-
-# Keras's files, of which one worker writes one.
 from keras.src.legacy.saving import legacy_h5_format
-
-# Keras's losses divide by what one replica sees; the divisor must be global.
 from keras.src.losses import loss as keras_loss
 from keras.src.optimizers.base_optimizer import BaseOptimizer
 from keras.src.optimizers.multi_optimizer import MultiOptimizer
 from keras.src.saving import saving_lib
-
-# `compile` decides about the optimizer, `_compute_loss` about the scale of a user's loss.
 from keras.src.trainers.trainer import Trainer
-
-# The strategy hands its own extended to the base class, and replicas are asked for their place.
-from tensorflow.python.distribute import distribute_lib
-
-# The extended that knows clusters, per-replica execution and input; ours derives from it.
-from tensorflow.python.distribute.collective_all_reduce_strategy import CollectiveAllReduceExtended
-
-# `create_mirrored_variable` builds a distributed variable from components; `regroup` makes per-replica values.
 from tensorflow.python.distribute.distribute_utils import create_mirrored_variable, regroup
-
-# The distributed variables that ours derive from.
 from tensorflow.python.distribute.values import (
     DistributedVariable,
     Mirrored,
-    MirroredVariable,
     PerReplicaSpec,
     SyncOnReadVariable,
 )
 from tensorflow.python.eager import context, record, tape
-
-# The graphs of branches and loops.
 from tensorflow.python.ops.control_flow_v2_func_graphs import ControlFlowFuncGraph
-
-# A variable that no strategy's scope turns into another kind.
 from tensorflow.python.ops.resource_variable_ops import ResourceVariable
 
 __all__ = [
     "AutocastScope",
     "BaseOptimizer",
-    "CollectiveAllReduceExtended",
     "DistributedVariable",
-    "MirroredVariable",
     "MultiOptimizer",
     "SyncOnReadVariable",
     "Trainer",
     "create_mirrored_variable",
-    "distribute_lib",
     "keras_core",
     "keras_loss",
     "keras_nn",

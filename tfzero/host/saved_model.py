@@ -1,7 +1,4 @@
-"""Private symbols of TensorFlow and Keras that have to do with SavedModels, each with its reason.
-
-As in `host/runtime.py`, `tests/test_compat.py` notices when a release changes one of them.
-"""
+"""What SavedModels need of TensorFlow's and Keras's private names. See `host/registry.py`."""
 
 from collections.abc import Mapping
 
@@ -40,5 +37,10 @@ def replace_listed(root, replacements: Mapping[int, tf.Variable]) -> list | None
     """
     listed = getattr(root, "_all_variables", None)
     if listed is not None:
-        root._all_variables = list({id(v): v for v in (replacements.get(id(v), v) for v in listed)}.values())
+        list_anew(root, list({id(v): v for v in (replacements.get(id(v), v) for v in listed)}.values()))
     return listed
+
+
+def list_anew(root, variables: list) -> None:
+    """Has Keras list these for an export."""
+    root._all_variables = variables

@@ -8,6 +8,7 @@ import contextlib
 import tensorflow as tf
 
 from tfzero.host import runtime
+from tfzero.host.keras_objects import EpochsBase
 from tfzero.host.patches import patch
 from tfzero.keras.model_building import build_unless_the_step_does
 from tfzero.keras.training import strategy_of
@@ -17,23 +18,23 @@ from tfzero.strategy import ZeroStrategy
 _EMPTY = "The data set is empty: it has no batch. Pass at least one sample."
 
 
-class _Epochs(runtime.keras_tensorflow_trainer.TFEpochIterator):
+class _Epochs(EpochsBase):
     """Keras's loop over the epochs of data, under a ZeroStrategy."""
 
     place: DataPosition | None = None  # in the data, where the loop begins
 
-    def _enumerate_iterator(self):
+    def steps_of_epoch(self):
         """At first passes over the epochs and batches that a checkpoint has behind it."""
         place, self.place = self.place or DataPosition(), None
         for _ in range(place.epochs):
-            steps = super()._enumerate_iterator()
+            steps = super().steps_of_epoch()
             if self.steps_per_epoch:  # one iterator serves all epochs
                 runtime.draw_batches(self, steps, None)
             else:  # a new one shuffles anew when it gives its first batch
                 runtime.draw_batches(self, steps, 1)
                 steps.close()
                 runtime.end_epoch(self, place.epoch_batches)
-        steps = super()._enumerate_iterator()
+        steps = super().steps_of_epoch()
         runtime.draw_batches(self, steps, place.batches)
         yield from steps
 

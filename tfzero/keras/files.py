@@ -17,7 +17,7 @@ import keras
 import numpy as np
 
 from tfzero.checkpoint.teamwork import SAVING_SECONDS, together
-from tfzero.host import runtime
+from tfzero.host import keras_objects, runtime
 from tfzero.host.patches import patch
 from tfzero.keras.training import strategy_of
 from tfzero.optimizer import ZeroOptimizer
@@ -27,7 +27,7 @@ from tfzero.workers.progress import progress
 _TOPIC = "saving a model"
 
 
-class _Discarded(runtime.saving_lib.H5IOStore):
+class _Discarded(keras_objects.H5IOStore):
     """Takes what Keras would write, one variable after the other, and drops it."""
 
     def __init__(self) -> None:
@@ -91,7 +91,7 @@ def _save_together(model, filepath, save: Callable[[], object], skipped: Iterabl
             if path is None or writer == strategy.extended.mesh.worker:
                 result = save()
             else:
-                runtime.saving_lib._save_state(model, _Discarded(), None, "", {id(each) for each in skipped})
+                keras_objects.walk_as_saving(model, _Discarded(), [id(each) for each in skipped])
         _agree_on_place(strategy, "the end")
     return result
 
@@ -187,7 +187,7 @@ keras.saving.get_custom_objects()["ZeroOptimizer"] = ZeroOptimizer
 )
 def _save_model_checkpoint(original, self, epoch, batch, logs):
     if (strategy := strategy_of(self.model)) is not None:
-        path = self._get_file_path(epoch, batch, logs)
+        path = keras_objects.checkpoint_path(self, epoch, batch, logs)
         # Keras's own check and `makedirs` fail if another worker is as fast.
         with _telling(strategy):
             if "://" not in path:
@@ -210,7 +210,7 @@ def _save_backup(original, self):
         if _is_chief(self.model):
             original(self)
         else:
-            self.model.save_weights(self._weights_path, overwrite=True)
+            self.model.save_weights(keras_objects.backup_path(self), overwrite=True)
         _exchange(strategy, None)
 
 

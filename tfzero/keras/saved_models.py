@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from tfzero.checkpoint.teamwork import SAVING_SECONDS, together
 from tfzero.host.patches import patch
-from tfzero.host.saved_model import distributed_variables, replace_listed, saver
+from tfzero.host.saved_model import distributed_variables, list_anew, replace_listed, saver
 from tfzero.strategy import ZeroStrategy
 from tfzero.variables.classes import ShardedVariable, agree_on_sharded
 
@@ -60,6 +60,6 @@ def _held(obj, sharded: Sequence[ShardedVariable], keeps: bool) -> Iterator[None
         yield
     finally:
         if listed is not None:
-            obj._all_variables = listed
+            list_anew(obj, listed)
         for variable in sharded:
             variable.let_go(write_back=False)

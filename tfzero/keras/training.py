@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from tfzero.checkpoint.callback import CheckpointCallback
 from tfzero.checkpoint.teamwork import SAVING_SECONDS
-from tfzero.host import runtime
+from tfzero.host import keras_objects, runtime
 from tfzero.host.patches import patch
 from tfzero.keras.best_weights import BestWeightsInParts
 from tfzero.keras.model_building import take_in_strays
@@ -30,7 +30,7 @@ _NO_JIT = (
 
 
 def strategy_of(model) -> ZeroStrategy | None:
-    strategy = getattr(model, "_distribute_strategy", None)
+    strategy = keras_objects.strategy_of(model)
     return strategy if isinstance(strategy, ZeroStrategy) else None
 
 
@@ -70,7 +70,7 @@ def _compile(original, self, *args, **kwargs):
     with strategy.scope():
         result = original(self, *args, **kwargs)
         self.optimizer = wrap_optimizer(self.optimizer, strategy)
-    for metric in [self._loss_tracker, *_metric_objects((args, kwargs))]:
+    for metric in [keras_objects.loss_tracker(self), *_metric_objects((args, kwargs))]:
         strategy.extended.take_in(metric.variables)
     return result
 

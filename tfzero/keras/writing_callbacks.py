@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 
 import keras
 
+from tfzero.host.keras_objects import close_writers
 from tfzero.strategy import ZeroStrategy
 
 _lost: weakref.WeakSet = weakref.WeakSet()  # callbacks that write so at this time
@@ -56,7 +57,7 @@ def _writes_lost(callback: keras.callbacks.Callback) -> Iterator[None]:
                     if callback.model is not None:  # of a CallbackList, which has told it where to write
                         callback.set_model(callback.model)
                     yield
-                callback._close_writers()
+                close_writers(callback)
         elif isinstance(callback, keras.callbacks.RemoteMonitor):
             with _replaced(callback, "on_epoch_end", lambda epoch, logs=None: None):
                 yield

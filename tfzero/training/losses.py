@@ -15,7 +15,7 @@ import threading
 import tensorflow as tf
 from keras import ops
 
-from tfzero.host import runtime
+from tfzero.host import keras_objects
 from tfzero.rows.padding import counted
 
 _scope = threading.local()
@@ -71,7 +71,7 @@ def unscale(value, extended):
 
 def reduce_loss(values, sample_weight, mask, reduction, dtype, extended):
     """`reduce_weighted_values` of keras/src/losses/loss.py with a global divisor. [Note: the divisor]"""
-    reduction = runtime.keras_loss.standardize_reduction(reduction)
+    reduction = keras_objects.standardize_reduction(reduction)
     values = ops.convert_to_tensor(values, dtype=dtype)
     sample_weight = None if sample_weight is None else ops.convert_to_tensor(sample_weight, dtype=values.dtype)
     unmasked = tf.size(values, tf.int64) if mask is None else tf.math.count_nonzero(mask)
@@ -81,10 +81,10 @@ def reduce_loss(values, sample_weight, mask, reduction, dtype, extended):
         if sample_weight is None:
             sample_weight = mask
         else:
-            mask, sample_weight = runtime.keras_loss.squeeze_or_expand_to_same_rank(mask, sample_weight)
+            mask, sample_weight = keras_objects.squeeze_or_expand_to_same_rank(mask, sample_weight)
             sample_weight = sample_weight * mask
     if sample_weight is not None:
-        values, sample_weight = runtime.keras_loss.squeeze_or_expand_to_same_rank(values, sample_weight)
+        values, sample_weight = keras_objects.squeeze_or_expand_to_same_rank(values, sample_weight)
         values = values * sample_weight
     if reduction in (None, "none"):
         return values

@@ -4,7 +4,7 @@ import tensorflow as tf
 from keras import optimizers as ko
 
 from tfzero.collectives.codec import Codec
-from tfzero.host import keras_optimizers, runtime
+from tfzero.host import keras_objects, keras_optimizers, runtime
 from tfzero.plan.placement import VariableSpec
 from tfzero.variables.classes import ShardedParameter
 from tfzero.workers.agreement import by_path, describe
@@ -105,15 +105,12 @@ def config_of(optimizer: ko.Optimizer) -> dict:
     try:
         return optimizer.get_config()
     except (NotImplementedError, TypeError, ValueError):
-        learning_rate = optimizer.__dict__.get("_learning_rate")
+        learning_rate = keras_objects.own_rate(optimizer)
         if not callable(learning_rate):
             raise
         # Without it the rest can be asked for, of a subclass too.
-        optimizer.__dict__["_learning_rate"] = None
-        try:
+        with keras_objects.without_rate(optimizer):
             return optimizer.get_config() | {"learning_rate": learning_rate}
-        finally:
-            optimizer.__dict__["_learning_rate"] = learning_rate
 
 
 def settings_of(chained: list) -> dict:

@@ -6,14 +6,15 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfzero.host import runtime
+from tfzero.host import distributed, runtime
+from tfzero.host.keras_objects import SlotKey
 from tfzero.plan.placement import Placement, Plan, shard_elements
 from tfzero.rows.combining import combined, is_eager_sum
 from tfzero.rows.padding import added, kept
 from tfzero.workers.channel import Channel
 
 
-class ReplicatedVariable(runtime.MirroredVariable):
+class ReplicatedVariable(distributed.VariableBase):
     """A variable of which every replica holds an equal copy.
 
     Within a replica, a write with aggregation `only_first_replica` takes rank 0's value, also in a nested graph, where
@@ -29,19 +30,19 @@ class ReplicatedVariable(runtime.MirroredVariable):
     def __float__(self) -> float:
         return float(self.numpy())
 
-    def _update_replica(self, update_fn, value, **kwargs):
+    def update_in_replica(self, update, value, **kwargs):
         first = self.aggregation == tf.VariableAggregation.ONLY_FIRST_REPLICA
         if first and tf.is_tensor(value) and not tf.executing_eagerly():
             extended = self.distribute_strategy.extended
             value = extended.replica_collective(extended.group.broadcast, value)
-            return update_fn(self._get_on_device_or_primary(), value, **kwargs)
-        return super()._update_replica(update_fn, value, **kwargs)
+            return update(self.own_component, value, **kwargs)
+        return super().update_in_replica(update, value, **kwargs)
 
-    def _update_cross_replica(self, update_fn, value, **kwargs):
+    def update_outside(self, update, value, **kwargs):
         # A sharded variable must be read here, where it is whole, and not on each device, where it is a part.
         if isinstance(value, tf.Variable | keras.Variable):
             value = tf.convert_to_tensor(value)
-        return super()._update_cross_replica(update_fn, value, **kwargs)
+        return super().update_outside(update, value, **kwargs)
 
 
 class LayerVariable(ReplicatedVariable):
@@ -56,19 +57,19 @@ class LayerVariable(ReplicatedVariable):
             return self.assign_add(tf.convert_to_tensor(value, self.dtype) - self.value(), *args, **kwargs)
         return super().assign(value, *args, **kwargs)
 
-    def _update_replica(self, update_fn, value, **kwargs):
+    def update_in_replica(self, update, value, **kwargs):
         if self.aggregation == tf.VariableAggregation.ONLY_FIRST_REPLICA or self.dtype == tf.string:
-            return super()._update_replica(update_fn, value, **kwargs)
+            return super().update_in_replica(update, value, **kwargs)
         if isinstance(value, tf.IndexedSlices):
             raise TypeError(
                 f"The variable {self.name!r} is updated in some rows only (`scatter_...`), which replicas cannot "
                 "combine. Assign a whole value, for example with `tf.tensor_scatter_nd_add`."
             )
         value = combined(self, tf.convert_to_tensor(value, self.dtype), self.distribute_strategy.extended)
-        return update_fn(self._get_on_device_or_primary(), value, **kwargs)
+        return update(self.own_component, value, **kwargs)
 
 
-class OnReadVariable(runtime.SyncOnReadVariable):
+class OnReadVariable(distributed.OnReadBase):
     """A variable that each replica counts up by itself and that is combined when read: metrics and such.
 
     A replica without rows of the batch counts nothing. [Note: padding row]
@@ -76,7 +77,7 @@ class OnReadVariable(runtime.SyncOnReadVariable):
 
     def assign(self, value, *args, **kwargs):
         if runtime.replica_index() is not None:
-            own = self._get_on_device_or_primary()
+            own = self.own_component
             value = kept(own, tf.convert_to_tensor(value, self.dtype), self.distribute_strategy.extended)
         return super().assign(value, *args, **kwargs)
 
@@ -137,7 +138,7 @@ class ShardedVariable(ReplicatedVariable):
         Who holds what is held already shares it.
         """
         if self._held is None:
-            self._held = runtime.plain_variable(self._get_cross_replica(), self.name.split(":")[0])
+            self._held = runtime.plain_variable(self.value_outside(), self.name.split(":")[0])
         self._holders += 1
 
     def let_go(self, write_back: bool) -> None:
@@ -146,50 +147,46 @@ class ShardedVariable(ReplicatedVariable):
         held, self._held = self._held, None
         if write_back:
             group = self.distribute_strategy.extended.group
-            value = group.launch(group.broadcast, [tf.convert_to_tensor(held)] * len(self._values))[0]
+            value = group.launch(group.broadcast, [tf.convert_to_tensor(held)] * len(self.values))[0]
             self.assign(value)
             held.assign(value)
         if self._holders:
             self._held = held
 
-    def _get(self):
+    def value_here(self):
         # Outside any scope, and while it saves a SavedModel, TensorFlow takes the first component for the whole.
         is_outside = self._held is not None and runtime.replica_index() is None
-        return self._get_cross_replica() if is_outside or not tf.distribute.has_strategy() else super()._get()
+        return self.value_outside() if is_outside or not tf.distribute.has_strategy() else super().value_here()
 
-    def _get_cross_replica(self):
+    def value_outside(self):
         if self._held is not None:
             return tf.convert_to_tensor(self._held)
         extended = self.distribute_strategy.extended
-        return extended.whole_value(self._values, self._whole_shape, self._owner)
+        return extended.whole_value(self.values, self._whole_shape, self._owner)
 
     def value(self):
         if tf.distribute.in_cross_replica_context() or not tf.distribute.has_strategy():
-            return self._get_cross_replica()
+            return self.value_outside()
         return super().value()
 
-    def _update_cross_replica(self, update_fn, value, **kwargs):
+    def update_outside(self, update, value, **kwargs):
         if self._held is not None:
-            update_fn(self._held, value, **kwargs)
+            update(self._held, value, **kwargs)
             return self
-        for replica, component in enumerate(self._values):
+        for replica, component in enumerate(self.values):
             part = self._part_of(value, replica)
             with tf.device(component.device):
-                update_fn(component, part, **kwargs)
+                update(component, part, **kwargs)
         return self
 
-    def _export_to_saved_model_graph(self, object_map=None, tensor_map=None, options=None, **kwargs):
-        """What TensorFlow asks of a variable that it writes into a SavedModel: here an ordinary one. [Note: export]"""
+    def exported_as(self) -> tf.Variable:
+        """An ordinary variable with the whole value. [Note: export]"""
         if self._held is None:
             raise RuntimeError(
                 f"The variable {self.name!r} lies in shards, and is read by a function that belongs to nothing which "
                 "is saved. Save an object that the model is an attribute of."
             )
-        resources = self._held._export_to_saved_model_graph(
-            object_map=object_map, tensor_map=tensor_map, options=options, **kwargs
-        )
-        object_map[self], tensor_map[self] = object_map[self._held], tensor_map[self._held.handle]
-        return [*resources, self]
+        return self._held
 
     def _part_of(self, value, replica: int) -> tf.Tensor:
         """What a local replica holds of a value for the whole variable; a scalar may stand for every element."""
@@ -226,34 +223,34 @@ class ShardedParameter(ShardedVariable):
                 f"The parameter {self.name!r} belongs to another strategy than the one whose replica reads it. "
                 "Make the model under the `scope()` of the strategy that runs it."
             )
-        shard = self._values[runtime.replica_index()]
+        shard = self.values[runtime.replica_index()]
         return self.distribute_strategy.extended.gathered(shard, self._whole_shape, dtype or self.dtype, self.name)
 
-    def _get(self):
-        return super()._get() if runtime.replica_index() is None else self.whole()
+    def value_here(self):
+        return super().value_here() if runtime.replica_index() is None else self.whole()
 
     def value(self):
-        return self._get()
+        return self.value_here()
 
-    def _get_cross_replica(self):
+    def value_outside(self):
         # A tape cannot follow how it is made: it takes it for what was read of the first shard. Where a tape is around
         # the call of a function in which this is read, it is a constant.
         with runtime.unrecorded():
-            whole = tf.stop_gradient(super()._get_cross_replica())
-        runtime.record_read(self._values[0], whole)
+            whole = tf.stop_gradient(super().value_outside())
+        runtime.record_read(self.values[0], whole)
         return whole
 
-    def _dense_var_to_tensor(self, dtype=None, name=None, as_ref=False):
+    def as_tensor(self, dtype=None, name=None, as_ref=False):
         if runtime.replica_index() is None:
-            return super()._dense_var_to_tensor(dtype, name, as_ref)
-        return tf.convert_to_tensor(self._get(), dtype, name=name)
+            return super().as_tensor(dtype, name, as_ref)
+        return tf.convert_to_tensor(self.value_here(), dtype, name=name)
 
-    def _update_replica(self, update_fn, value, **kwargs):
+    def update_in_replica(self, update, value, **kwargs):
         extended = self.distribute_strategy.extended
         value = combined(self, tf.convert_to_tensor(value, self.dtype), extended)
         extended.forget_gathered()
         replica = runtime.replica_index()
-        return update_fn(self._values[replica], self._part_of(value, replica), **kwargs)
+        return update(self.values[replica], self._part_of(value, replica), **kwargs)
 
 
 def local_part(whole, owner: int | None, rank: int, shards: int):
@@ -273,7 +270,7 @@ def local_part(whole, owner: int | None, rank: int, shards: int):
     return concatenate([part, library.repeat(part[-1:], width - part.shape[0])], 0)
 
 
-class VariableView:
+class VariableView(SlotKey):
     """What an inner optimizer sees of a model variable.
 
     While the optimizer is built it stands for the whole variable. In a step it holds `value`, the replica's part, which
@@ -308,8 +305,7 @@ class VariableView:
         """The rank that owns the variable, if one does."""
         return self.plan.owners[self.index]
 
-    def _distributed_container(self):
-        # Keras finds an optimizer's slots by the variable's identity.
+    def identity(self):
         return self.variable.value
 
     def assign(self, value, **_) -> None:

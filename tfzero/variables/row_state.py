@@ -16,18 +16,18 @@ class RowsVariable(ReplicatedVariable):
     files and at any number of replicas it is what one device has.
     """
 
-    def _get(self):
-        return super()._get() if self._replica() is None else self._own_rows()
+    def value_here(self):
+        return super().value_here() if self._replica() is None else self._own_rows()
 
     def value(self):
-        return self._get()
+        return self.value_here()
 
     def read_value(self):
-        return self._get()
+        return self.value_here()
 
-    def _dense_var_to_tensor(self, dtype=None, name=None, as_ref=False):
+    def as_tensor(self, dtype=None, name=None, as_ref=False):
         if self._replica() is None:
-            return super()._dense_var_to_tensor(dtype, name, as_ref)
+            return super().as_tensor(dtype, name, as_ref)
         return tf.convert_to_tensor(self._own_rows(), dtype, name=name)
 
     def _replica(self) -> int | None:
@@ -43,15 +43,15 @@ class RowsVariable(ReplicatedVariable):
         begin, end = self._span(self.distribute_strategy.extended.mesh.part(replica))
         with self._checked(current_run().own_rows(), end - begin):
             begin = min(begin, self.shape[0] - 1)  # [Note: padding row]
-            rows = tf.identity(self._values[replica][begin : max(begin + 1, end)])
+            rows = tf.identity(self.values[replica][begin : max(begin + 1, end)])
         if tf.executing_eagerly():
             return rows
         return mark(tf.compat.v1.placeholder_with_default(rows, [None, *rows.shape[1:]]), ROWS)
 
-    def _update_replica(self, update_fn, value, **kwargs):
+    def update_in_replica(self, update, value, **kwargs):
         replica = self._replica()
         if replica is None:
-            return super()._update_replica(update_fn, value, **kwargs)
+            return super().update_in_replica(update, value, **kwargs)
         extended, value = self.distribute_strategy.extended, tf.convert_to_tensor(value, self.dtype)
         spans = [self._span(part) for part in range(extended.mesh.replicas)]
         begin, end = spans[extended.mesh.part(replica)]
@@ -63,7 +63,7 @@ class RowsVariable(ReplicatedVariable):
         gathered = extended.replica_collective(extended.group.all_gather, padded)  # [replicas, most, ...]
         by_part = sorted((extended.mesh.part_of_rank(rank), rank) for rank in range(len(spans)))
         rows = [gathered[rank, : spans[part][1] - spans[part][0]] for part, rank in by_part]
-        return update_fn(self._values[replica], tf.concat(rows, 0), **kwargs)
+        return update(self.values[replica], tf.concat(rows, 0), **kwargs)
 
     def _checked(self, rows: tf.Tensor | None, expected: int):
         """A context whose operations wait for a check of the number of rows that a replica has.

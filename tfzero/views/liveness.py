@@ -12,6 +12,7 @@ import keras
 import tensorflow as tf
 
 from tfzero.host import runtime
+from tfzero.host.keras_objects import has_compiled_loss
 
 # Operations whose result lies in the memory of an input.
 _VIEWS = {"Reshape", "Identity", "IdentityN", "ExpandDims", "Squeeze", "StopGradient", "PreventGradient", "Snapshot"}
@@ -94,7 +95,7 @@ def _input_specs(model: keras.Model, rows: int):
 
 def _loss(model: keras.Model, inputs, outputs) -> tf.Tensor:
     """The compiled loss, of targets of the shape that it takes; without one a sum of squares."""
-    if getattr(model, "compiled", False) and getattr(model, "_compile_loss", None) is not None:
+    if has_compiled_loss(model):
         for targets in (outputs, tf.nest.map_structure(lambda t: tf.zeros(t.shape[:-1], tf.int32), outputs)):
             try:
                 return model.compute_loss(inputs, tf.nest.map_structure(tf.stop_gradient, targets), outputs)

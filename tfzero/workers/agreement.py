@@ -23,7 +23,7 @@ import numpy as np
 import tensorflow as tf
 
 import tfzero
-from tfzero.host import datasets
+from tfzero.host import datasets, keras_objects
 from tfzero.workers.channel import Channel
 
 _MOST_LEVELS = 8  # of things in things; deeper ones are told by their type
@@ -53,7 +53,7 @@ def agree_on_compile(strategy: tf.distribute.Strategy, call: inspect.BoundArgume
 
 def agree_on_call(strategy: tf.distribute.Strategy, name: str, call: inspect.BoundArguments) -> None:
     """Raises ValueError on all workers unless a method of a model was given the same, and the models are alike."""
-    is_of_fit = "_use_cached_eval_dataset" in call.kwargs  # which has been agreed on
+    is_of_fit = keras_objects.is_within_fit(call.kwargs)  # which has been agreed on
     if strategy.extended.mesh.workers > 1 and not is_of_fit:
         _agree_that_models_are_made(strategy.channel, name)
         what = of_call(call) | of_model(call.args[0])

@@ -1,0 +1,43 @@
+"""Lists every private name of TensorFlow and Keras, and every replaced function; tells which a release has changed.
+
+    python -m tfzero.host
+
+The exit status is 1 if any of them is missing or changed in the installed versions.
+"""
+
+import importlib.metadata
+import sys
+
+from tfzero.host import backend  # noqa: F401, isort: skip. It refuses other backends before Keras is imported.
+
+from tfzero.host import keras_names, patches, tensorflow_names
+from tfzero.host.registry import Name
+
+
+def names() -> tuple[Name, ...]:
+    """A row for each private name."""
+    return (*tensorflow_names.ROWS, *keras_names.ROWS)
+
+
+def replaced() -> tuple[tuple[Name, ...], list[str]]:
+    """A row for each replaced function; and why they cannot be listed, as where a whole module is no more."""
+    try:
+        return tuple(patch.row for patch in patches.registry()), []
+    except (ImportError, AttributeError) as error:
+        return (), [f"What is replaced cannot be listed: {error}"]
+
+
+def main() -> int:
+    patched, problems = replaced()
+    rows = (*names(), *patched)
+    for row in rows:
+        print(row)
+    problems += [problem for row in rows if (problem := row.problem)]
+    versions = " and ".join(f"{name} {importlib.metadata.version(name)}" for name in ("tensorflow", "keras"))
+    print(f"\n{len(names())} private names and {len(patched)} replaced functions, compared with {versions}:")
+    print("\n".join(problems) or "none is missing or changed.")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
