@@ -27,9 +27,12 @@ def defined_names(tree):
             yield node.arg
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             yield node.id
-        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
-            if isinstance(node.value, ast.Name) and node.value.id == "self":
-                yield node.attr
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and is_self(node.value):
+            yield node.attr
+
+
+def is_self(node):
+    return isinstance(node, ast.Name) and node.id in ("self", "cls")
 
 
 def imported(tree):
@@ -90,7 +93,7 @@ def foreign_names(tree, ours):
 def asked_of_others(tree):
     """Private names that are attributes of anything but `self` and `cls`."""
     nodes = (node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and is_private(node.attr))
-    return {node.attr for node in nodes if ast.unparse(node.value) not in ("self", "cls")}
+    return {node.attr for node in nodes if not is_self(node.value)}
 
 
 def imported_modules(tree):
@@ -116,7 +119,7 @@ def beyond(tree, modules):
 
 
 def overrides(owner):
-    """The private names that a class of tfzero defines though a class of another package has them, which it derives from.
+    """The private names that a class of tfzero defines though it has them from a class of another package.
 
     Also those that the methods of both give the object.
     """

@@ -1,4 +1,4 @@
-"""A release that changes what a private name of TensorFlow or Keras stands for is noticed here (`tfzero/host/registry.py`)."""
+"""A release that changes what a private name of TensorFlow or Keras stands for is noticed here: `host/registry.py`."""
 
 import inspect
 import random

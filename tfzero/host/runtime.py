@@ -13,7 +13,6 @@ import keras
 import tensorflow as tf
 from keras.src.backend.common.variables import AutocastScope
 from keras.src.backend.tensorflow import core as keras_core
-from keras.src.backend.tensorflow import nn as keras_nn
 from keras.src.backend.tensorflow import trainer as keras_tensorflow_trainer
 from keras.src.legacy.saving import legacy_h5_format
 from keras.src.losses import loss as keras_loss
@@ -42,7 +41,6 @@ __all__ = [
     "create_mirrored_variable",
     "keras_core",
     "keras_loss",
-    "keras_nn",
     "keras_tensorflow_trainer",
     "legacy_h5_format",
     "saving_lib",

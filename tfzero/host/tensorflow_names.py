@@ -1,604 +1,387 @@
 """The private names of TensorFlow that tfzero uses, a row for each. See `host/registry.py`."""
 
-from tfzero.host.registry import Name
+from tfzero.host.registry import rows
 
-# [Note: since] "At least" stands where no earlier release was looked at. Of the others the syntax trees of the modules
-# were compared from 2.16.2 to 2.21.0.
+# "At least" where no earlier release was looked at. Of the others the syntax trees of the modules were compared, from
+# 2.16.2 to 2.21.0.
 TENSORFLOW = "at least TensorFlow 2.21"
 DISTRIBUTED = "TensorFlow 2.16"
-DISTRIBUTE = "tensorflow.python.distribute"
-EXTENDED = f"{DISTRIBUTE}.collective_all_reduce_strategy.CollectiveAllReduceExtended"
-VALUES = f"{DISTRIBUTE}.values"
-MIRRORED = f"{VALUES}.MirroredVariable"
-THREAD = f"{DISTRIBUTE}.mirrored_run._MirroredReplicaThread"
-EAGER = "tensorflow.python.eager"
-CONTEXT = f"{EAGER}.context.Context"
-DATA = "tensorflow.python.data.ops"
-AUTOMATIC = "tensorflow.python.framework.auto_control_deps"
-OPERATION = "tensorflow.python.framework.ops.Operation"
-OPS = "tensorflow.python.ops"
+_DISTRIBUTE = "tensorflow.python.distribute"
+_EXTENDED = f"{_DISTRIBUTE}.collective_all_reduce_strategy.CollectiveAllReduceExtended"
+_VALUES = f"{_DISTRIBUTE}.values"
+_MIRRORED = f"{_VALUES}.MirroredVariable"
+_EAGER = "tensorflow.python.eager"
+_DATA = "tensorflow.python.data.ops"
+_AUTOMATIC = "tensorflow.python.framework.auto_control_deps"
+_OPERATION = "tensorflow.python.framework.ops.Operation"
+_OPS = "tensorflow.python.ops"
 
 ROWS = (
     # What TensorFlow asks of a strategy; `host/distributed.py` overrides it.
-    Name(
-        EXTENDED,
-        "MirroredExtended",
-        "knows clusters, runs replicas and reads input; there is no public class to derive from",
+    *rows(
+        _EXTENDED,
         DISTRIBUTED,
-        "test_compat.py::test_private_methods_override_something",
+        "test_private_methods_override_something",
+        {
+            "(MirroredExtended)": (
+                "knows clusters, runs replicas and reads input; there is no public class to derive from"
+            ),
+            "_use_merge_call(self)": "replicas meet by `merge_call` only where they run one after the other",
+            "_call_for_each_replica(self fn args kwargs)": "what depends on rows is followed in each replica",
+            "_replica_ctx_all_reduce(self reduce_op value options)": "by the group's collectives, in any graph",
+            "_reduce_to(self reduce_op value destinations options)": "by the group's collectives",
+            "_batch_reduce_to(self reduce_op value_destination_pairs options)": "by the group's collectives",
+            "_gather_to_implementation(self value destinations axis options)": (
+                "by the group's collectives, of parts of any length"
+            ),
+            "_batch_gather_to(self value_destination_pairs axis options)": (
+                "by the group's collectives, of parts of any length"
+            ),
+            "_validate_colocate_with_variable(self colocate_with_variable)": (
+                "a slot is made beside what stands for a variable"
+            ),
+            "_create_variable(self next_creator kwargs)": (
+                "variables are made as replicas hold them, whole or in shards"
+            ),
+            "_initialize_local_devices(self cluster_resolver worker_device)": (
+                "the stock strategy takes one CPU device a process"
+            ),
+            "_experimental_distribute_dataset(self dataset options)": (
+                "batches are cut by rows, and shuffled alike on all workers"
+            ),
+        },
     ),
-    Name(
-        f"{EXTENDED}._use_merge_call",
-        "self",
-        "replicas meet by `merge_call` only where they run one after the other",
+    *rows(
+        _EXTENDED,
         DISTRIBUTED,
-        "test_compat.py::test_private_methods_override_something",
-    ),
-    Name(
-        f"{EXTENDED}._call_for_each_replica",
-        "self fn args kwargs",
-        "what depends on rows is followed in each replica",
-        DISTRIBUTED,
-        "test_compat.py::test_private_methods_override_something",
-    ),
-    Name(
-        f"{EXTENDED}._replica_ctx_all_reduce",
-        "self reduce_op value options",
-        "by the group's collectives, in any graph",
-        DISTRIBUTED,
-        "test_compat.py::test_private_methods_override_something",
-    ),
-    Name(
-        f"{EXTENDED}._reduce_to",
-        "self reduce_op value destinations options",
-        "by the group's collectives",
-        DISTRIBUTED,
-        "test_compat.py::test_private_methods_override_something",
-    ),
-    Name(
-        f"{EXTENDED}._batch_reduce_to",
-        "self reduce_op value_destination_pairs options",
-        "by the group's collectives",
-        DISTRIBUTED,
-        "test_compat.py::test_private_methods_override_something",
-    ),
-    Name(
-        f"{EXTENDED}._gather_to_implementation",
-        "self value destinations axis options",
-        "by the group's collectives, of parts of any length",
-        DISTRIBUTED,
-        "test_compat.py::test_private_methods_override_something",
-    ),
-    Name(
-        f"{EXTENDED}._batch_gather_to",
-        "self value_destination_pairs axis options",
-        "by the group's collectives, of parts of any length",
-        DISTRIBUTED,
-        "test_compat.py::test_private_methods_override_something",
-    ),
-    Name(
-        f"{EXTENDED}._validate_colocate_with_variable",
-        "self colocate_with_variable",
-        "a slot is made beside what stands for a variable",
-        DISTRIBUTED,
-        "test_compat.py::test_private_methods_override_something",
-    ),
-    Name(
-        f"{EXTENDED}._create_variable",
-        "self next_creator kwargs",
-        "variables are made as replicas hold them, whole or in shards",
-        DISTRIBUTED,
-        "test_compat.py::test_private_methods_override_something",
-    ),
-    Name(
-        f"{EXTENDED}._initialize_local_devices",
-        "self cluster_resolver worker_device",
-        "the stock strategy takes one CPU device a process",
-        DISTRIBUTED,
-        "test_compat.py::test_private_methods_override_something",
-    ),
-    Name(
-        f"{EXTENDED}._experimental_distribute_dataset",
-        "self dataset options",
-        "batches are cut by rows, and shuffled alike on all workers",
-        DISTRIBUTED,
-        "test_compat.py::test_private_methods_override_something",
-    ),
-    Name(
-        f"{EXTENDED}._container_strategy",
-        "self",
-        "the strategy behind which it is",
-        DISTRIBUTED,
-        "test_compat.py::test_attributes_of_the_extended",
-    ),
-    Name(
-        f"{EXTENDED}._id_in_cluster",
-        None,
-        "the worker's number",
-        DISTRIBUTED,
-        "test_compat.py::test_attributes_of_the_extended",
-    ),
-    Name(
-        f"{EXTENDED}._num_workers",
-        None,
-        "how many workers there are",
-        DISTRIBUTED,
-        "test_compat.py::test_attributes_of_the_extended",
-    ),
-    Name(
-        f"{EXTENDED}._num_replicas_in_sync",
-        "self",
-        "the strategy has the public name, but not yet while it is made",
-        DISTRIBUTED,
-        "test_compat.py::test_attributes_of_the_extended",
-    ),
-    Name(
-        f"{EXTENDED}._std_server_started",
-        None,
-        "TensorFlow's server runs once in a process",
-        DISTRIBUTED,
-        "test_compat.py::test_attributes_of_the_extended",
-    ),
-    Name(
-        f"{EXTENDED}._enable_check_health",
-        None,
-        "`collectives/pulse.py` watches instead",
-        DISTRIBUTED,
-        "test_compat.py::test_attributes_of_the_extended",
+        "test_attributes_of_the_extended",
+        {
+            "_container_strategy(self)": "the strategy behind which it is",
+            "_id_in_cluster": "the worker's number",
+            "_num_workers": "how many workers there are",
+            "_num_replicas_in_sync(self)": "the strategy has the public name, but not yet while it is made",
+            "_std_server_started": "TensorFlow's server runs once in a process",
+            "_enable_check_health": "`collectives/pulse.py` watches instead",
+        },
     ),
     # Replicas: their threads, their values, their variables.
-    Name(
-        f"{DISTRIBUTE}.mirrored_run._MirroredReplicaContext._replica_id",
-        "self",
-        "the local index of a replica",
+    *rows(
+        _DISTRIBUTE,
         DISTRIBUTED,
-        "test_compat.py::test_places_of_replicas",
+        "test_places_of_replicas",
+        {
+            "mirrored_run._MirroredReplicaContext._replica_id(self)": "the local index of a replica",
+            "mirrored_run._MirroredReplicaThread.main_args": "what a replica was given: the rows of its batch",
+            "mirrored_run._MirroredReplicaThread.main_kwargs": "what a replica was given: the rows of its batch",
+            "mirrored_run._MirroredReplicaThread.graph": "the graph in which a replica is traced",
+        },
     ),
-    Name(
-        f"{THREAD}.main_args",
-        None,
-        "what a replica was given: the rows of its batch",
+    *rows(
+        _DISTRIBUTE,
         DISTRIBUTED,
-        "test_compat.py::test_places_of_replicas",
+        "test_private_methods_override_something",
+        {
+            "distribute_utils.create_mirrored_variable(strategy real_mirrored_creator class_mapping "
+            "policy_mapping kwargs)": ("builds a distributed variable from components"),
+        },
     ),
-    Name(
-        f"{THREAD}.main_kwargs",
-        None,
-        "what a replica was given: the rows of its batch",
+    *rows(
+        _DISTRIBUTE,
         DISTRIBUTED,
-        "test_compat.py::test_places_of_replicas",
+        "test_values_of_replicas",
+        {
+            "distribute_utils.regroup(values wrap_class always_wrap)": "makes per-replica and mirrored values",
+        },
     ),
-    Name(
-        f"{THREAD}.graph",
-        None,
-        "the graph in which a replica is traced",
+    *rows(
+        _DISTRIBUTE,
         DISTRIBUTED,
-        "test_compat.py::test_places_of_replicas",
+        "test_distributed_variables_of_what_is_saved",
+        {
+            "distribute_utils.value_container(val)": "the distributed variable that a component belongs to",
+        },
     ),
-    Name(
-        f"{DISTRIBUTE}.distribute_utils.create_mirrored_variable",
-        "strategy real_mirrored_creator class_mapping policy_mapping kwargs",
-        "builds a distributed variable from components",
+    *rows(
+        _VALUES,
         DISTRIBUTED,
-        "test_compat.py::test_private_methods_override_something",
+        "test_values_of_replicas",
+        {
+            "Mirrored(DistributedDelegate Mirrored)": "one equal value for each local replica",
+        },
     ),
-    Name(
-        f"{DISTRIBUTE}.distribute_utils.regroup",
-        "values wrap_class always_wrap",
-        "makes per-replica and mirrored values",
+    *rows(
+        _VALUES,
         DISTRIBUTED,
-        "test_compat.py::test_values_of_replicas",
+        "test_parts_of_a_batch_stay_so_through_functions_and_data_sets",
+        {
+            "PerReplica(DistributedValues CompositeTensor PerReplica)": (
+                "carries how many rows of the batch a replica has, also through data sets"
+            ),
+            "PerReplica._type_spec(self)": "tells functions and data sets of the rows",
+            "PerReplica._values": "one for each replica",
+            "PerReplicaSpec._to_components(self value)": "takes the rows along",
+            "PerReplicaSpec._from_components(self tensor_list)": "takes the rows along",
+        },
     ),
-    Name(
-        f"{DISTRIBUTE}.distribute_utils.value_container",
-        "val",
-        "the distributed variable that a component belongs to",
+    *rows(
+        _VALUES,
         DISTRIBUTED,
-        "test_compat.py::test_distributed_variables_of_what_is_saved",
+        "test_specs_of_elements",
+        {
+            "PerReplicaSpec(TypeSpec)": "of `PerReplica`",
+            "PerReplicaSpec._value_specs": "the specs of what each replica gets",
+        },
     ),
-    Name(
-        f"{VALUES}.Mirrored",
-        "DistributedDelegate Mirrored",
-        "one equal value for each local replica",
+    *rows(
+        _VALUES,
         DISTRIBUTED,
-        "test_compat.py::test_values_of_replicas",
+        "test_a_plain_variable_in_a_scope",
+        {
+            "DistributedVariable(DistributedDelegate Variable Tensor)": "what a variable with components is known by",
+        },
     ),
-    Name(
-        f"{VALUES}.PerReplica",
-        "DistributedValues CompositeTensor PerReplica",
-        "carries how many rows of the batch a replica has, also through data sets",
+    *rows(
+        _VALUES,
         DISTRIBUTED,
-        "test_compat.py::test_parts_of_a_batch_stay_so_through_functions_and_data_sets",
+        "test_the_variable_of_a_handle",
+        {
+            "DistributedVariable.__init__:_distributed_container": (
+                "a handle's note of the variable that it is a component of"
+            ),
+        },
     ),
-    Name(
-        f"{VALUES}.PerReplica._type_spec",
-        "self",
-        "tells functions and data sets of the rows",
+    *rows(
+        _VALUES,
         DISTRIBUTED,
-        "test_compat.py::test_parts_of_a_batch_stay_so_through_functions_and_data_sets",
+        "test_private_methods_override_something",
+        {
+            "DistributedVariable._get_on_device_or_primary(self)": "the component of the replica that is run",
+            "SyncOnReadVariable(DistributedVariable)": "what replicas count up by themselves derives from it",
+        },
     ),
-    Name(
-        f"{VALUES}.PerReplica._values",
-        None,
-        "one for each replica",
+    *rows(
+        _MIRRORED,
         DISTRIBUTED,
-        "test_compat.py::test_parts_of_a_batch_stay_so_through_functions_and_data_sets",
+        "test_private_methods_override_something",
+        {
+            "(DistributedVariable Mirrored)": "replicated variables and those in shards derive from it",
+            "_get(self)": "reading a parameter in shards gathers it",
+            "_get_cross_replica(self)": "outside replicas a variable in shards is whole",
+            "_dense_var_to_tensor(self dtype name as_ref)": "reading a parameter in shards gathers it",
+            "_update_replica(self update_fn value kwargs)": "all replicas take what one device would have computed",
+            "_update_cross_replica(self update_fn value kwargs)": "each component takes its part",
+            "_export_to_saved_model_graph(self object_map tensor_map options kwargs)": (
+                "a SavedModel has ordinary variables"
+            ),
+        },
     ),
-    Name(
-        f"{VALUES}.PerReplicaSpec", "TypeSpec", "of `PerReplica`", DISTRIBUTED, "test_compat.py::test_specs_of_elements"
-    ),
-    Name(
-        f"{VALUES}.PerReplicaSpec._value_specs",
-        None,
-        "the specs of what each replica gets",
-        DISTRIBUTED,
-        "test_compat.py::test_specs_of_elements",
-    ),
-    Name(
-        f"{VALUES}.PerReplicaSpec._to_components",
-        "self value",
-        "takes the rows along",
-        DISTRIBUTED,
-        "test_compat.py::test_parts_of_a_batch_stay_so_through_functions_and_data_sets",
-    ),
-    Name(
-        f"{VALUES}.PerReplicaSpec._from_components",
-        "self tensor_list",
-        "takes the rows along",
-        DISTRIBUTED,
-        "test_compat.py::test_parts_of_a_batch_stay_so_through_functions_and_data_sets",
-    ),
-    Name(
-        f"{VALUES}.DistributedVariable",
-        "DistributedDelegate Variable Tensor",
-        "what a variable with components is known by",
-        DISTRIBUTED,
-        "test_compat.py::test_a_plain_variable_in_a_scope",
-    ),
-    Name(
-        f"{VALUES}.DistributedVariable.__init__:_distributed_container",
-        None,
-        "a handle's note of the variable that it is a component of",
-        DISTRIBUTED,
-        "test_compat.py::test_the_variable_of_a_handle",
-    ),
-    Name(
-        f"{VALUES}.DistributedVariable._get_on_device_or_primary",
-        "self",
-        "the component of the replica that is run",
-        DISTRIBUTED,
-        "test_compat.py::test_private_methods_override_something",
-    ),
-    Name(
-        MIRRORED,
-        "DistributedVariable Mirrored",
-        "replicated variables and those in shards derive from it",
-        DISTRIBUTED,
-        "test_compat.py::test_private_methods_override_something",
-    ),
-    Name(
-        f"{MIRRORED}._get",
-        "self",
-        "reading a parameter in shards gathers it",
-        DISTRIBUTED,
-        "test_compat.py::test_private_methods_override_something",
-    ),
-    Name(
-        f"{MIRRORED}._get_cross_replica",
-        "self",
-        "outside replicas a variable in shards is whole",
-        DISTRIBUTED,
-        "test_compat.py::test_private_methods_override_something",
-    ),
-    Name(
-        f"{MIRRORED}._dense_var_to_tensor",
-        "self dtype name as_ref",
-        "reading a parameter in shards gathers it",
-        DISTRIBUTED,
-        "test_compat.py::test_private_methods_override_something",
-    ),
-    Name(
-        f"{MIRRORED}._update_replica",
-        "self update_fn value kwargs",
-        "all replicas take what one device would have computed",
-        DISTRIBUTED,
-        "test_compat.py::test_private_methods_override_something",
-    ),
-    Name(
-        f"{MIRRORED}._update_cross_replica",
-        "self update_fn value kwargs",
-        "each component takes its part",
-        DISTRIBUTED,
-        "test_compat.py::test_private_methods_override_something",
-    ),
-    Name(
-        f"{MIRRORED}._export_to_saved_model_graph",
-        "self object_map tensor_map options kwargs",
-        "a SavedModel has ordinary variables",
-        DISTRIBUTED,
-        "test_compat.py::test_private_methods_override_something",
-    ),
-    Name(
-        f"{VALUES}.SyncOnReadVariable",
-        "DistributedVariable",
-        "what replicas count up by themselves derives from it",
-        DISTRIBUTED,
-        "test_compat.py::test_private_methods_override_something",
-    ),
-    Name(
-        f"{OPS}.resource_variable_ops.ResourceVariable",
-        "BaseResourceVariable CompositeTensor",
-        "a variable that no strategy's scope turns into another kind",
+    *rows(
+        _OPS,
         TENSORFLOW,
-        "test_compat.py::test_a_plain_variable_in_a_scope",
+        "test_a_plain_variable_in_a_scope",
+        {
+            "resource_variable_ops.ResourceVariable(BaseResourceVariable CompositeTensor)": (
+                "a variable that no strategy's scope turns into another kind"
+            ),
+        },
     ),
     # The process: its devices, its collectives between workers, its seed.
-    Name(
-        f"{EAGER}.context.context",
-        "",
-        "TensorFlow's collectives and its own watch are configured there alone",
+    *rows(
+        _EAGER,
         TENSORFLOW,
-        "test_compat.py::test_state_of_the_runtime",
+        "test_state_of_the_runtime",
+        {
+            "context.context()": "TensorFlow's collectives and its own watch are configured there alone",
+            "context.Context._initialized": "collectives cannot be configured after devices are made",
+            "context.Context._collective_ops_server_def": "whether TensorFlow's server already runs",
+            "context.Context.abort_collective_ops(self code message)": (
+                "ends collectives in which a lost worker is awaited"
+            ),
+        },
     ),
-    Name(
-        f"{CONTEXT}._initialized",
-        None,
-        "collectives cannot be configured after devices are made",
+    *rows(
+        _EAGER,
         TENSORFLOW,
-        "test_compat.py::test_state_of_the_runtime",
+        "test_the_stock_strategy_leaves_a_coordination_service_that_is_configured",
+        {
+            "context.Context.configure_coordination_service(self service_type service_leader "
+            "enable_health_check cluster_register_timeout_in_ms heartbeat_timeout_in_ms "
+            "shutdown_barrier_timeout_in_ms coordinated_jobs allow_new_incarnation_to_reconnect)": (
+                "leaves TensorFlow's own watch out"
+            ),
+            "context.Context.coordination_service(self)": "whether TensorFlow's own watch is left out",
+        },
     ),
-    Name(
-        f"{CONTEXT}._collective_ops_server_def",
-        None,
-        "whether TensorFlow's server already runs",
+    *rows(
+        _EAGER,
         TENSORFLOW,
-        "test_compat.py::test_state_of_the_runtime",
+        "test_nccl_is_configured_by_way_of_the_stock_strategy",
+        {
+            "context.Context.configure_collective_ops(self collective_leader scoped_allocator_enabled_ops "
+            "use_nccl_communication device_filters)": (
+                "NCCL between processes, which the stock strategy does not ask for"
+            ),
+            "context.Context.config(self)": "whether NCCL is configured",
+        },
     ),
-    Name(
-        f"{CONTEXT}.abort_collective_ops",
-        "self code message",
-        "ends collectives in which a lost worker is awaited",
+    *rows(
+        _EAGER,
         TENSORFLOW,
-        "test_compat.py::test_state_of_the_runtime",
-    ),
-    Name(
-        f"{CONTEXT}.configure_coordination_service",
-        "self service_type service_leader enable_health_check cluster_register_timeout_in_ms heartbeat_timeout_in_ms shutdown_barrier_timeout_in_ms coordinated_jobs allow_new_incarnation_to_reconnect",
-        "leaves TensorFlow's own watch out",
-        TENSORFLOW,
-        "test_compat.py::test_the_stock_strategy_leaves_a_coordination_service_that_is_configured",
-    ),
-    Name(
-        f"{CONTEXT}.coordination_service",
-        "self",
-        "whether TensorFlow's own watch is left out",
-        TENSORFLOW,
-        "test_compat.py::test_the_stock_strategy_leaves_a_coordination_service_that_is_configured",
-    ),
-    Name(
-        f"{CONTEXT}.configure_collective_ops",
-        "self collective_leader scoped_allocator_enabled_ops use_nccl_communication device_filters",
-        "NCCL between processes, which the stock strategy does not ask for",
-        TENSORFLOW,
-        "test_compat.py::test_nccl_is_configured_by_way_of_the_stock_strategy",
-    ),
-    Name(
-        f"{CONTEXT}.config",
-        "self",
-        "whether NCCL is configured",
-        TENSORFLOW,
-        "test_compat.py::test_nccl_is_configured_by_way_of_the_stock_strategy",
-    ),
-    Name(
-        f"{EAGER}.context.global_seed",
-        "",
-        "`tf.random.set_seed` has no way back",
-        TENSORFLOW,
-        "test_compat.py::test_random_state",
+        "test_random_state",
+        {
+            "context.global_seed()": "`tf.random.set_seed` has no way back",
+        },
     ),
     # Data sets.
-    Name(
-        f"{DATA}.dataset_ops.DatasetV2._inputs",
-        "self",
-        "what a data set is made from",
+    *rows(
+        _DATA,
         TENSORFLOW,
-        "test_compat.py::test_pipelines_tell_what_they_are_made_of",
+        "test_pipelines_tell_what_they_are_made_of",
+        {
+            "dataset_ops.DatasetV2._inputs(self)": "what a data set is made from",
+            "dataset_ops.DatasetV2._functions(self)": "the functions of a data set's stages",
+        },
     ),
-    Name(
-        f"{DATA}.dataset_ops.DatasetV2._functions",
-        "self",
-        "the functions of a data set's stages",
+    *rows(
+        _DATA,
         TENSORFLOW,
-        "test_compat.py::test_pipelines_tell_what_they_are_made_of",
+        "test_shuffle_seeds",
+        {
+            "shuffle_op._ShuffleDataset._seed": "workers must shuffle alike",
+            "shuffle_op._ShuffleDataset._seed2": "workers must shuffle alike",
+        },
     ),
-    Name(
-        f"{DATA}.shuffle_op._ShuffleDataset._seed",
-        None,
-        "workers must shuffle alike",
+    *rows(
+        _DATA,
         TENSORFLOW,
-        "test_compat.py::test_shuffle_seeds",
-    ),
-    Name(
-        f"{DATA}.shuffle_op._ShuffleDataset._seed2",
-        None,
-        "workers must shuffle alike",
-        TENSORFLOW,
-        "test_compat.py::test_shuffle_seeds",
-    ),
-    Name(
-        f"{DATA}.map_op._ParallelMapDataset._deterministic",
-        None,
-        "a stage may keep no order, whatever the options say",
-        TENSORFLOW,
-        "test_compat.py::test_stages_that_keep_no_order",
-    ),
-    Name(
-        f"{DATA}.batch_op._ParallelBatchDataset._deterministic",
-        None,
-        "a stage may keep no order, whatever the options say",
-        TENSORFLOW,
-        "test_compat.py::test_stages_that_keep_no_order",
+        "test_stages_that_keep_no_order",
+        {
+            "map_op._ParallelMapDataset._deterministic": "a stage may keep no order, whatever the options say",
+            "batch_op._ParallelBatchDataset._deterministic": "a stage may keep no order, whatever the options say",
+        },
     ),
     # Tapes and graphs that are being traced.
-    Name(
-        f"{EAGER}.tape.variable_accessed",
-        "variable",
-        "lets tapes know of a variable that is read as shards",
+    *rows(
+        _EAGER,
         TENSORFLOW,
-        "test_compat.py::test_a_tape_takes_a_value_for_what_was_read",
+        "test_a_tape_takes_a_value_for_what_was_read",
+        {
+            "tape.variable_accessed(variable)": "lets tapes know of a variable that is read as shards",
+            "record.record_operation(op_type output_tensors input_tensors backward_function forward_function)": (
+                "a gathered value has the gradient of the shard"
+            ),
+            "record.stop_recording()": "no tape follows how a value is gathered",
+        },
     ),
-    Name(
-        f"{EAGER}.record.record_operation",
-        "op_type output_tensors input_tensors backward_function forward_function",
-        "a gathered value has the gradient of the shard",
+    *rows(
+        _EAGER,
         TENSORFLOW,
-        "test_compat.py::test_a_tape_takes_a_value_for_what_was_read",
+        "test_is_recorded",
+        {
+            "record.could_possibly_record()": "whether a tape knows how a value was made",
+            "record.should_record_backprop(tensors)": "whether a tape knows how a value was made",
+        },
     ),
-    Name(
-        f"{EAGER}.record.stop_recording",
+    *rows(
+        _EAGER,
+        TENSORFLOW,
+        "test_gradient_tapes_know_of_operations_that_are_repeated",
+        {
+            "execute.must_record_gradient()": "an operation that is made anew is recorded",
+            "execute.record_gradient(op_name inputs attrs outputs)": "an operation that is made anew is recorded",
+        },
+    ),
+    *rows(
+        _EAGER,
+        TENSORFLOW,
+        "test_a_function_of_another_one_has_its_options",
+        {
+            "polymorphic_function.polymorphic_function.Function._clone(self python_function)": (
+                "a `tf.function` of another Python function with the same options"
+            ),
+        },
+    ),
+    *rows(
+        _AUTOMATIC,
+        DISTRIBUTED,
+        "test_what_orders_an_operation",
+        {
+            "register_acd_resource_resolver(f)": (
+                "each device has a chain of its own for operations without a resource"
+            ),
+            "op_is_stateful(op)": "which operations will wait for which",
+            "_get_resource_inputs(op)": "which operations will wait for which",
+            "ResourceType.READ_WRITE": "which operations will wait for which",
+            "ops.tensor_id(tensor)": "a number for a resource",
+            "AutomaticControlDependencies.run_independently:_independent_side_effects": (
+                "an operation that waits for its inputs alone"
+            ),
+        },
+    ),
+    *rows(
+        _OPERATION,
+        TENSORFLOW,
+        "test_run_after",
+        {
+            "_add_control_input": "`tf.control_dependencies` only serves new operations",
+        },
+    ),
+    *rows(
+        _OPERATION,
+        TENSORFLOW,
+        "test_what_a_second_gather_is_made_of",
+        {
+            "_update_input(self index tensor)": "a backward operation takes a value that is gathered anew",
+            "_id(self)": "the order in which operations were made",
+        },
+    ),
+    *rows(
         "",
-        "no tape follows how a value is gathered",
         TENSORFLOW,
-        "test_compat.py::test_a_tape_takes_a_value_for_what_was_read",
+        "test_functions_of_operations",
+        {
+            "tensorflow.python.framework.ops.Graph._get_function(self name)": "the functions that operations call",
+        },
     ),
-    Name(
-        f"{EAGER}.record.could_possibly_record",
+    *rows(
+        _OPS,
+        TENSORFLOW,
+        "test_graphs_around_control_flow",
+        {
+            "control_flow_v2_func_graphs.ControlFlowFuncGraph(FuncGraph)": (
+                "branches and loops have graphs of their own"
+            ),
+        },
+    ),
+    *rows(
+        _OPS,
+        TENSORFLOW,
+        "test_a_loop_is_known_where_it_is_traced",
+        {
+            "control_flow_v2_func_graphs.WhileBodyFuncGraph(ControlFlowFuncGraph)": "nothing is gathered within loops",
+        },
+    ),
+    *rows(
         "",
-        "whether a tape knows how a value was made",
         TENSORFLOW,
-        "test_compat.py::test_is_recorded",
+        "test_values_are_told_from_symbols",
+        {
+            "tensorflow.__internal__.EagerTensor(_EagerTensorBase)": (
+                "tells values from symbols where a graph is looked at"
+            ),
+        },
     ),
-    Name(
-        f"{EAGER}.record.should_record_backprop",
-        "tensors",
-        "whether a tape knows how a value was made",
-        TENSORFLOW,
-        "test_compat.py::test_is_recorded",
-    ),
-    Name(
-        f"{EAGER}.execute.must_record_gradient",
+    *rows(
         "",
-        "an operation that is made anew is recorded",
         TENSORFLOW,
-        "test_compat.py::test_gradient_tapes_know_of_operations_that_are_repeated",
-    ),
-    Name(
-        f"{EAGER}.execute.record_gradient",
-        "op_name inputs attrs outputs",
-        "an operation that is made anew is recorded",
-        TENSORFLOW,
-        "test_compat.py::test_gradient_tapes_know_of_operations_that_are_repeated",
-    ),
-    Name(
-        f"{EAGER}.polymorphic_function.polymorphic_function.Function._clone",
-        "self python_function",
-        "a `tf.function` of another Python function with the same options",
-        TENSORFLOW,
-        "test_late_gathers.py::test_a_nested_function_is_traced_with_the_change",
-    ),
-    Name(
-        f"{AUTOMATIC}.register_acd_resource_resolver",
-        "f",
-        "each device has a chain of its own for operations without a resource",
-        DISTRIBUTED,
-        "test_compat.py::test_what_orders_an_operation",
-    ),
-    Name(
-        f"{AUTOMATIC}.op_is_stateful",
-        "op",
-        "which operations will wait for which",
-        DISTRIBUTED,
-        "test_compat.py::test_what_orders_an_operation",
-    ),
-    Name(
-        f"{AUTOMATIC}._get_resource_inputs",
-        "op",
-        "which operations will wait for which",
-        DISTRIBUTED,
-        "test_compat.py::test_what_orders_an_operation",
-    ),
-    Name(
-        f"{AUTOMATIC}.ResourceType.READ_WRITE",
-        None,
-        "which operations will wait for which",
-        DISTRIBUTED,
-        "test_compat.py::test_what_orders_an_operation",
-    ),
-    Name(
-        f"{AUTOMATIC}.ops.tensor_id",
-        "tensor",
-        "a number for a resource",
-        DISTRIBUTED,
-        "test_compat.py::test_what_orders_an_operation",
-    ),
-    Name(
-        f"{AUTOMATIC}.AutomaticControlDependencies.run_independently:_independent_side_effects",
-        None,
-        "an operation that waits for its inputs alone",
-        DISTRIBUTED,
-        "test_compat.py::test_what_orders_an_operation",
-    ),
-    Name(
-        f"{OPERATION}._add_control_input",
-        None,
-        "`tf.control_dependencies` only serves new operations",
-        TENSORFLOW,
-        "test_compat.py::test_run_after",
-    ),
-    Name(
-        f"{OPERATION}._update_input",
-        "self index tensor",
-        "a backward operation takes a value that is gathered anew",
-        TENSORFLOW,
-        "test_compat.py::test_what_a_second_gather_is_made_of",
-    ),
-    Name(
-        f"{OPERATION}._id",
-        "self",
-        "the order in which operations were made",
-        TENSORFLOW,
-        "test_compat.py::test_what_a_second_gather_is_made_of",
-    ),
-    Name(
-        "tensorflow.python.framework.ops.Graph._get_function",
-        "self name",
-        "the functions that operations call",
-        TENSORFLOW,
-        "test_compat.py::test_functions_of_operations",
-    ),
-    Name(
-        f"{OPS}.control_flow_v2_func_graphs.ControlFlowFuncGraph",
-        "FuncGraph",
-        "branches and loops have graphs of their own",
-        TENSORFLOW,
-        "test_compat.py::test_graphs_around_control_flow",
-    ),
-    Name(
-        f"{OPS}.control_flow_v2_func_graphs.WhileBodyFuncGraph",
-        "ControlFlowFuncGraph",
-        "nothing is gathered within loops",
-        TENSORFLOW,
-        "test_compat.py::test_a_loop_is_known_where_it_is_traced",
-    ),
-    Name(
-        "tensorflow.__internal__.EagerTensor",
-        "_EagerTensorBase",
-        "tells values from symbols where a graph is looked at",
-        TENSORFLOW,
-        "test_gathered.py",
-    ),
-    Name(
-        "tensorflow.__internal__.autograph.tf_convert",
-        "f ctx convert_by_default user_requested",
-        "a function of ours is converted as what it stands for",
-        TENSORFLOW,
-        "test_late_gathers.py",
-    ),
-    Name(
-        "tensorflow.__internal__.autograph.control_status_ctx",
-        "",
-        "a function of ours is converted as what it stands for",
-        TENSORFLOW,
-        "test_late_gathers.py",
+        "test_a_function_of_another_one_has_its_options",
+        {
+            "tensorflow.__internal__.autograph.tf_convert(f ctx convert_by_default user_requested)": (
+                "a function of ours is converted as what it stands for"
+            ),
+            "tensorflow.__internal__.autograph.control_status_ctx()": (
+                "a function of ours is converted as what it stands for"
+            ),
+        },
     ),
 )
