@@ -57,9 +57,6 @@ ROWS = (
         "test_attributes_of_the_extended",
         {
             "_container_strategy(self)": "the strategy behind which it is",
-            "_id_in_cluster": "the worker's number",
-            "_num_workers": "how many workers there are",
-            "_num_replicas_in_sync(self)": "the strategy has the public name, but not yet while it is made",
             "_std_server_started": "TensorFlow's server runs once in a process",
             "_enable_check_health": "`collectives/pulse.py` watches instead",
         },
