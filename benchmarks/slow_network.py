@@ -15,7 +15,7 @@ import subprocess
 import sys
 import uuid
 
-from tfzero.measuring import Work, measure
+from gpt_worker import Work, measure
 
 PORT = 23457
 CONTESTANTS: dict[str, dict] = {

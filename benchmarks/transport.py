@@ -11,9 +11,10 @@ import statistics
 import time
 from collections.abc import Callable
 
+from gpt_torch import join_gloo
+
 import tfzero
 from tfzero.collectives.rings import Rings
-from tfzero.peers import join_gloo
 
 ELEMENTS, CALLS, WARM_UP_CALLS = 11_000_000, 15, 3
 

@@ -2,11 +2,13 @@
 
 import json
 import socket
+import sys
 
+import gpt
 import pytest
+from gpt_worker import received_bytes
 
 from tfzero import benchmark
-from tfzero.measuring import received_bytes
 
 SMALL = ["--dim", "48", "--layers", "1", "--steps", "3", "--rounds", "1"]
 
@@ -14,7 +16,7 @@ SMALL = ["--dim", "48", "--layers", "1", "--steps", "3", "--rounds", "1"]
 def test_a_small_model_is_measured(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("TF_ENABLE_ONEDNN_OPTS", "0")  # as by default on CPUs where TensorFlow counts no bytes
     path = tmp_path / "figures.json"
-    benchmark.main([*SMALL, "--stages", "2", "--json", str(path)])
+    assert benchmark.main([*SMALL, "--stages", "2", "--json", str(path)]) == 0
     written = json.loads(path.read_text())
     rows = {row["name"]: row for row in written["rows"]}
     assert list(rows) == ["stock", "stage 2"] and written["workers"] == 2
@@ -42,14 +44,14 @@ def test_received_bytes_are_those_of_the_connections_of_this_process():
 
 def test_the_table_leaves_out_what_is_not_known():
     rows = [{"name": "stock", "step_ms": 200.0, "held_bytes": 12.0}, {"name": "torch ddp", "step_ms": 100.0}]
-    lines = benchmark.table(rows).splitlines()
+    lines = gpt.table(rows).splitlines()
     assert lines[2].startswith("| stock | 200 | 1.00 |  |") and "| 12.00 |" in lines[2]
     assert lines[3].startswith("| torch ddp | 100 | 0.50 |") and "12.00" not in lines[3]
 
 
 def test_stock_comes_first_and_options_add_contestants():
-    options = benchmark.read_options(["--stages", "2", "3", "--compression", "bf16", "--error-feedback"])
-    names = [contestant.name for contestant in benchmark.contestants(options)]
+    options = gpt.read_options(["--stages", "2", "3", "--compression", "bf16", "--error-feedback"])
+    names = [contestant.name for contestant in gpt.contestants(options)]
     assert names == [
         "stock", "stage 2", "stage 3", "stage 2 bf16", "stage 3 bf16", "stage 2 int8 with feedback",
         "stage 3 int8 with feedback",
@@ -67,12 +69,22 @@ def test_stock_comes_first_and_options_add_contestants():
 )
 def test_bad_options_are_refused(arguments, message, capsys):
     with pytest.raises(SystemExit):
-        benchmark.read_options(arguments)
+        gpt.read_options(arguments)
     assert message in capsys.readouterr().err
 
 
 def test_a_peer_that_is_not_installed_is_named(monkeypatch, capsys):
-    monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(gpt.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit):
-        benchmark.read_options(["--peers", "torch"])
+        gpt.read_options(["--peers", "torch"])
     assert "torch is not installed: `pip install torch`" in capsys.readouterr().err
+
+
+def test_apart_from_a_checkout_it_says_where_it_is_found(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "CHECKOUT", tmp_path)
+    before = list(sys.path)
+    assert benchmark.main(["--rounds", "1"]) == 2 and sys.path == before
+    printed = capsys.readouterr()
+    assert printed.out == "" and len(printed.err.splitlines()) == 1
+    assert "run `python -m tfzero.benchmark` from a checkout" in printed.err
+    assert str(tmp_path / "benchmarks" / "gpt.py") in printed.err

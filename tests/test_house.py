@@ -48,8 +48,6 @@ LINE = {
     ),
     "memory": (),
     "doctor": (),
-    "measuring": (),
-    "peers": (),
     "benchmark": (),
 }  # fmt: skip
 ORDER = [f"{room}.{module}" if module else room for room, modules in LINE.items() for module in modules or [""]]

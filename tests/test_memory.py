@@ -4,10 +4,10 @@ import itertools
 from pathlib import Path
 
 import pytest
+from gpt_worker import received_bytes
 from marks import FLEET_SECONDS
 
 import tfzero
-from tfzero.measuring import received_bytes
 
 COMPRESSED = [(3, "bf16"), (2, "int8")]
 WORLD_SIZE = 2

@@ -10,9 +10,9 @@ import subprocess
 import sys
 import time
 
+import gpt
 import pytest
 
-from tfzero import benchmark
 from tfzero.launch import run_local
 from tfzero.workers import progress
 from tfzero.workers.fleet import LineSplitter
@@ -84,7 +84,7 @@ def script(tmp_path):
     """Writes a script in which all work shows a bar, each time that it advances."""
 
     def write(body):
-        head = "import os, subprocess, sys, time\nfrom tfzero import progress\n"
+        head = "import os, subprocess, sys, time\nfrom tfzero.workers import progress\n"
         head += "progress.QUICK_SECONDS = progress.REDRAW_SECONDS = 0\n"
         path = tmp_path / "script.py"
         path.write_text(head + body)
@@ -205,7 +205,7 @@ for step in range(20):
             bar.advance()
             time.sleep(0.02)
     print(" ends")
-child = "from tfzero import progress\\nprogress.QUICK_SECONDS = 0\\n"
+child = "from tfzero.workers import progress\\nprogress.QUICK_SECONDS = 0\\n"
 child += "with progress.progress('work of a child', 3) as bar: bar.advance()"
 subprocess.run([sys.executable, "-c", child])
 """
@@ -257,14 +257,14 @@ def test_a_fleet_within_other_work_shows_that_alone(monkeypatch):
 
 def test_the_benchmark_shows_one_bar_on_a_terminal_and_lines_in_a_pipe(monkeypatch, capsys):
     terminal = take_terminal(monkeypatch)
-    monkeypatch.setattr(benchmark.Contestant, "run", lambda *_: {})
-    monkeypatch.setattr(benchmark, "summarize", lambda *_: {"name": "", "step_ms": 1.0})
-    benchmark.main(["--rounds", "2", "--stages", "3"])
+    monkeypatch.setattr(gpt.Contestant, "run", lambda *_: {})
+    monkeypatch.setattr(gpt, "summarize", lambda *_: {"name": "", "step_ms": 1.0})
+    gpt.main(["--rounds", "2", "--stages", "3"])
     shown = bars(terminal.getvalue())
     assert [line.split(f" {BAR}")[0] for line in shown] == [f"round {k} of 2: {n}" for k in (1, 2) for n in NAMES]
     assert [re.search(r"\d/4 runs", line)[0] for line in shown] == [f"{done}/4 runs" for done in range(4)]
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    benchmark.main(["--rounds", "2", "--stages", "3"])
+    gpt.main(["--rounds", "2", "--stages", "3"])
     assert sys.stderr.getvalue().splitlines() == [f"round {k} of 2: {n}" for k in (1, 2) for n in NAMES]
 
 

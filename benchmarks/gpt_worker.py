@@ -1,6 +1,6 @@
 """What one worker of the benchmark does: trains a GPT with stock all-reduce or with tfzero, and measures.
 
-It runs in processes of its own (`benchmark.py`). Keras and TensorFlow are imported there only, when threads are set.
+It runs in processes of its own (`gpt.py`). Keras and TensorFlow are imported there only, when threads are set.
 """
 
 import contextlib

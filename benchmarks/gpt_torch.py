@@ -7,13 +7,13 @@ import json
 import os
 import time
 
-from tfzero.measuring import HEADS, LENGTH, VOCABULARY, WARM_UP_STEPS, Work, received_bytes
+from gpt_worker import HEADS, LENGTH, VOCABULARY, WARM_UP_STEPS, Work, received_bytes
 
 PEERS = ("ddp", "zero1", "fsdp2")
 
 
 def make_torch_model(work: Work):
-    """The same GPT as `measuring.make_model`, in PyTorch."""
+    """The same GPT as `gpt_worker.make_model`, in PyTorch."""
     import torch
     from torch import nn
 
@@ -67,7 +67,7 @@ def join_gloo(threads: int) -> int:
 
 
 def measure_peer(work: Work, kind: str) -> dict:
-    """One worker's run, as `measuring.measure`; PyTorch does not tell the bytes of its CPU tensors."""
+    """One worker's run, as `gpt_worker.measure`; PyTorch does not tell the bytes of its CPU tensors."""
     import torch
 
     rank = join_gloo(work.threads)
