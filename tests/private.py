@@ -3,6 +3,7 @@
 import ast
 import inspect
 import re
+import sys
 
 from tfzero.host import registry
 
@@ -123,7 +124,8 @@ def overrides(owner):
 
     Also those that the methods of both give the object.
     """
-    others = [each for each in owner.__mro__[1:] if each.__module__.partition(".")[0] != "tfzero"]
+    known = {"tfzero", *sys.stdlib_module_names}
+    others = [each for each in owner.__mro__[1:] if each.__module__.partition(".")[0] not in known]
     mine = {*vars(owner), *registry.set_by_methods(owner)} - OF_CLASSES
     return {
         name
