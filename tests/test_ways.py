@@ -85,8 +85,8 @@ def test_the_table_has_a_way_for_all(transport, processes):
             ways.choose(primitive, "string", Place(transport, processes))
 
 
-def test_the_table_is_that_of_the_readme():
-    assert ways.as_markdown() in (Path(__file__).parents[1] / "README.md").read_text()
+def test_the_table_is_that_of_the_documents():
+    assert ways.as_markdown() in (Path(__file__).parents[1] / "docs" / "gpus.md").read_text()
 
 
 def test_the_hint_is_lower_case():

@@ -131,7 +131,7 @@ _BY_ANOTHER = {
 
 
 def as_markdown() -> str:
-    """The table, as the README has it."""
+    """The table, as docs/gpus.md has it."""
     rows = [["", *_COLUMNS], ["---"] * (1 + len(_COLUMNS))]
     rows += [[name.replace("_", "-"), *(_cell(name, place) for place in _COLUMNS.values())] for name in PRIMITIVES]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

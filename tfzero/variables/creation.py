@@ -117,7 +117,7 @@ class VariableCreation:
 
         kind: type = ReplicatedVariable if self._creating_optimizer_state else LayerVariable
         if batch_rows.is_moving_statistic(kwargs) and kind is LayerVariable:
-            # The variance is one about the replica's own mean; README.md names it among the exceptions.
+            # The variance is one about the replica's own mean; docs/limits.md names it among the exceptions.
             kwargs["aggregation"] = tf.VariableAggregation.MEAN
         if batch_rows.is_recurrent_state(kwargs) and not self._creating_optimizer_state:
             kind = RowsVariable
