@@ -306,8 +306,12 @@ def test_the_library_raises_and_never_asserts(module):
 
 
 @pytest.mark.parametrize(
-    "name", ["tfzero", "tfzero.plan.placement", "tfzero.workers.cluster", "tfzero.workers.gpus", "tfzero.launch"]
-)
+    "name",
+    [
+        "tfzero", *(f"tfzero.plan.{module}" for module in LINE["plan"]), "tfzero.workers.cluster",
+        "tfzero.workers.gpus", "tfzero.launch",
+    ],
+)  # fmt: skip
 def test_importing_does_not_load_tensorflow(name):
     code = f"import sys, {name}; sys.exit(any(heavy in sys.modules for heavy in ('tensorflow', 'keras')))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
