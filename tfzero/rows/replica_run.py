@@ -69,7 +69,7 @@ class ReplicaRun:
         return self.dependence
 
 
-def _kind_of(leaf, has_rows: bool, is_for_all: bool) -> Kind:
+def _kind_of(leaf: object, has_rows: bool, is_for_all: bool) -> Kind:
     if has_rows and isinstance(leaf, tf.Tensor):
         return ROWS
     return SAME if is_for_all else OTHER
