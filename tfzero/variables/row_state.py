@@ -1,5 +1,9 @@
 """State with a row for each sample of the batch, which stateful recurrent layers carry from batch to batch."""
 
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
 import tensorflow as tf
 
 from tfzero.host import runtime
@@ -16,16 +20,18 @@ class RowsVariable(ReplicatedVariable):
     files and at any number of replicas it is what one device has.
     """
 
-    def _get(self):
+    def _get(self) -> tf.Tensor | tf.Variable:
         return super()._get() if self._replica() is None else self._own_rows()
 
-    def value(self):
+    def value(self) -> tf.Tensor | tf.Variable:
         return self._get()
 
-    def read_value(self):
+    def read_value(self) -> tf.Tensor | tf.Variable:
         return self._get()
 
-    def _dense_var_to_tensor(self, dtype=None, name=None, as_ref=False):
+    def _dense_var_to_tensor(
+        self, dtype: tf.DType | None = None, name: str | None = None, as_ref: bool = False
+    ) -> tf.Tensor:
         if self._replica() is None:
             return super()._dense_var_to_tensor(dtype, name, as_ref)
         return tf.convert_to_tensor(self._own_rows(), dtype, name=name)
@@ -48,7 +54,9 @@ class RowsVariable(ReplicatedVariable):
             return rows
         return mark(tf.compat.v1.placeholder_with_default(rows, [None, *rows.shape[1:]]), ROWS)
 
-    def _update_replica(self, update_fn, value, **kwargs):
+    def _update_replica(
+        self, update_fn: Callable[..., Any], value: tf.types.experimental.TensorLike, **kwargs: Any
+    ) -> Any:
         replica = self._replica()
         if replica is None:
             return super()._update_replica(update_fn, value, **kwargs)
@@ -65,7 +73,7 @@ class RowsVariable(ReplicatedVariable):
         rows = [gathered[rank, : spans[part][1] - spans[part][0]] for part, rank in by_part]
         return update_fn(self._values[replica], tf.concat(rows, 0), **kwargs)
 
-    def _checked(self, rows: tf.Tensor | None, expected: int):
+    def _checked(self, rows: tf.Tensor | None, expected: int) -> contextlib.AbstractContextManager[object]:
         """A context whose operations wait for a check of the number of rows that a replica has.
 
         Its name is all that it can say. `tf.debugging.assert_equal` would be kept in order with those of the other
