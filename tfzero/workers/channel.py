@@ -13,6 +13,7 @@ import selectors
 import socket
 import threading
 from time import monotonic
+from typing import Any
 
 from tfzero.workers import meeting
 from tfzero.workers.cluster import Cluster
@@ -58,7 +59,7 @@ class Channel:
         channel.all_gather("join", None, seconds)  # afterwards all are here, and nobody listens any more
         return channel
 
-    def all_gather(self, topic: str, value, timeout_seconds: float | None = None) -> list:
+    def all_gather(self, topic: str, value: Any, timeout_seconds: float | None = None) -> list:
         """The values of all workers in rank order, as JSON has them: tuples come back as lists.
 
         Raises on all: RuntimeError if topics differ, TimeoutError if one is late, ConnectionError if lost, TypeError or
@@ -77,18 +78,18 @@ class Channel:
                 self._fail(error)
                 raise
 
-    def compare(self, topic: str, value) -> tuple[list, str]:
+    def compare(self, topic: str, value: Any) -> tuple[list, str]:
         """The values of all workers, as `all_gather` gives them; and who has what, or "" if all have the same."""
         values = self.all_gather(topic, value)
         return values, differences_of(values, self._cluster.group)
 
-    def agree(self, topic: str, value, what: str) -> None:
+    def agree(self, topic: str, value: Any, what: str) -> None:
         """Raise ValueError on all, who may go on, unless all give the same value. `what` names it: "settings"."""
         _, differences = self.compare(topic, value)
         if differences:
             raise ValueError(f"The workers' {what} differ: {differences}. Give every worker the same {what}.")
 
-    def broadcast(self, topic: str, value):
+    def broadcast(self, topic: str, value: Any) -> Any:
         """The first worker's value, on all workers. What the others give is not used."""
         return self.all_gather(topic, value if self._cluster.index == 0 else None)[0]
 

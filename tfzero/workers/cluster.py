@@ -3,7 +3,9 @@
 import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 _EXAMPLE = """Set it to, for example, {"cluster": {"worker": ["host1:2222", "host2:2222"]}, \
 "task": {"type": "worker", "index": 0}}, or unset it to train in one process."""
@@ -39,7 +41,7 @@ class Cluster:
         return " and ".join(f"{kind}{'s' * (len(ns) > 1)} {', '.join(ns)}" for kind, ns in numbers.items())
 
 
-def read_tf_config(environ=os.environ) -> Cluster | None:
+def read_tf_config(environ: Mapping[str, str] = os.environ) -> Cluster | None:
     """The `Cluster` of TF_CONFIG, or None if TF_CONFIG is absent, empty, or holds no cluster."""
     text = environ.get("TF_CONFIG", "").strip()
     try:
@@ -74,12 +76,12 @@ def cluster_from_spec(spec: dict, task_type: str, task_id: int | str) -> Cluster
     return Cluster(addresses, names, list(tasks).index(task))
 
 
-def _require(condition, advice):
+def _require(condition: object, advice: str) -> None:
     if not condition:
         raise ValueError(advice)
 
 
-def _check_jobs(spec, task_type):
+def _check_jobs(spec: Any, task_type: str) -> None:
     advice = "Run `model.evaluate` on checkpoints, in a process without TF_CONFIG or with a plain strategy."
     _require(task_type != "evaluator", f"An evaluator task takes no part in training. {advice}")
     advice = 'The cluster must be an object with lists of addresses, "worker" and perhaps "chief".'
@@ -90,7 +92,7 @@ def _check_jobs(spec, task_type):
     _require(task_type in ("chief", "worker"), advice)
 
 
-def _list_tasks(job, tasks):
+def _list_tasks(job: str, tasks: Any) -> list[tuple[int, str]]:
     """Sorted pairs of task index and address."""
     advice = f'"{job}" must be a list of at least one "host:port". Fill it, or leave it out.'
     _require(isinstance(tasks, (list, tuple, dict)) and tasks, advice)
@@ -105,7 +107,7 @@ def _list_tasks(job, tasks):
     return pairs
 
 
-def _read_index(value):
+def _read_index(value: Any) -> int:
     integer = value.strip().isdecimal() if isinstance(value, str) else type(value) is int
     _require(integer, f"The task index {value!r} is not an integer. Number each type's tasks 0, 1, 2, ...")
     return int(value)

@@ -13,7 +13,7 @@ import select
 import socket
 import struct
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import repeat
 from time import monotonic, sleep
@@ -48,7 +48,7 @@ def error_of(message: dict) -> Exception:
     return blaming(error, blamed) if known else error
 
 
-def part(connections, error: BaseException | None) -> None:
+def part(connections: Iterable[socket.socket], error: BaseException | None) -> None:
     """Closes the connections. If there is an error, tells it first to the peers that still hear."""
     for connection in connections:
         with connection, contextlib.suppress(OSError):
@@ -110,7 +110,7 @@ def callers(listener: socket.socket, greet: Callable, deadline: float, refusals:
     done: queue.SimpleQueue = queue.SimpleQueue()
     ear, bell = socket.socketpair()
 
-    def ring(future):
+    def ring(future: Future) -> None:
         done.put(future)
         bell.send(b".")
 
@@ -179,7 +179,7 @@ class _Call:
 
 
 def _call(cluster: Cluster, secret: bytes, index: int, deadline: float) -> _Call:
-    def soon():
+    def soon() -> float:
         return monotonic() + CALL_SECONDS
 
     try:
@@ -298,6 +298,6 @@ def await_call(
     raise TimeoutError(f"{what} in TF_CONFIG; it must reach {cluster.describe(cluster.index)}.")
 
 
-def is_seconds(value) -> bool:
+def is_seconds(value: object) -> bool:
     """Whether a value that was received is a time to wait: not negative, and less than a year."""
     return type(value) in (int, float) and 0 <= value < 3e7
