@@ -52,7 +52,7 @@ def holdings(trained: Iterable[Trained]) -> list[Holding]:
     return sorted(found, key=lambda holding: -holding.total_bytes)
 
 
-def _part(value, world_size: int) -> list[Counter]:
+def _part(value: tf.Variable, world_size: int) -> list[Counter]:
     """What each rank holds of a variable or slot."""
     elements, item_bytes = math.prod(value.shape), tf.as_dtype(value.dtype).size
     if not isinstance(value, ShardedVariable):
