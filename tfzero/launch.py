@@ -142,7 +142,7 @@ def run_local(fn: Callable[..., Any], workers: int = 2, *, args: Sequence[Any] =
         return [pickle.loads(each.read_bytes()) for each in results]
 
 
-def _pickle_call(fn: Callable[..., Any], args: tuple) -> bytes:
+def _pickle_call(fn: Callable[..., Any], args: tuple[Any, ...]) -> bytes:
     """The call as bytes. What is defined in the file of `fn` travels by value, unless it is installed."""
     name = getattr(fn.func if isinstance(fn, functools.partial) else fn, "__module__", None) or ""
     file = Path(getattr(sys.modules.get(name), "__file__", None) or sysconfig.get_path("stdlib"))
@@ -152,7 +152,8 @@ def _pickle_call(fn: Callable[..., Any], args: tuple) -> bytes:
     if by_value:
         cloudpickle.register_pickle_by_value(sys.modules[name])
     try:
-        return cloudpickle.dumps((fn, args))
+        call: bytes = cloudpickle.dumps((fn, args))
+        return call
     except Exception as error:
         raise TypeError(
             "run_local sends fn, what it refers to, and args to other processes, but could not pickle them. "
@@ -233,7 +234,7 @@ class _Outcome:
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns 0, the first failure's exit code, or 124 after a timeout; bad input is 2."""
     options = _parse(arguments)
-    sys.stdout.reconfigure(errors="backslashreplace")
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     for number in _STOP_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # as it is under nohup
             signal.signal(number, _stop)
@@ -273,7 +274,9 @@ def _number_of(stop: KeyboardInterrupt) -> signal.Signals:
     return signal.Signals((*stop.args, signal.SIGINT)[0])
 
 
-def _environments_of(options: argparse.Namespace, ports: list[int], gpus: list[dict[str, str]], restarts: int) -> list:
+def _environments_of(
+    options: argparse.Namespace, ports: list[int], gpus: list[dict[str, str]], restarts: int
+) -> list[dict[str, str]]:
     return _environments(ports, {RESTARTS_VARIABLE: str(restarts)}, options.cpu_devices, gpus)
 
 

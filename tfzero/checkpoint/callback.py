@@ -74,7 +74,7 @@ class CheckpointCallback(keras.callbacks.Callback):
         self.asynchronous = asynchronous
         self.step = 0  # batches trained, in all
         self._save: Save | None = None
-        self._former_handler = None
+        self._former_handler: Any = None
 
     # Before and after `fit` itself (`keras/training.py`).
 
@@ -87,7 +87,7 @@ class CheckpointCallback(keras.callbacks.Callback):
         search = find_newest(self.directory, self._team)
         self._found, self._damaged = search.found, search.damaged
         self.step = 0
-        self._position = dict.fromkeys(("epoch", "batch", "epoch_batches"), 0)
+        self._position: dict[str, Any] = dict.fromkeys(("epoch", "batch", "epoch_batches"), 0)
         self._position |= dict.fromkeys(("first_epoch", "finished", "randomness", "steps", "batch_size"))
         self._data = DataPosition()
         self._saved: tuple | None = None

@@ -61,7 +61,7 @@ def _exchange(strategy: ZeroStrategy, place: str | None, error: BaseException | 
     try:
         return together(strategy.channel, _TOPIC, tell, SAVING_SECONDS)
     except BaseException as told:
-        told._tfzero_told = True
+        told._tfzero_told = True  # type: ignore[attr-defined]
         raise
 
 
@@ -107,7 +107,7 @@ def _agree_on_place(strategy: ZeroStrategy, place: str) -> None:
     if len(set(places)) > 1:
         where = ", ".join(f"worker {worker} at {each}" for worker, each in enumerate(places))
         error = RuntimeError(f"While a model is saved the workers are at different places: {where}. Save it alike.")
-        error._tfzero_told = True  # as all raise it
+        error._tfzero_told = True  # type: ignore[attr-defined] # as all raise it
         raise error
 
 

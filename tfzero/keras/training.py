@@ -112,7 +112,8 @@ def _make_function(
 
     def function_of_cut_batches(iterator: Any) -> Any:
         if isinstance(iterator, tf.data.Iterator | tf.distribute.DistributedIterator):
-            function_of_cut_batches.element_spec = iterator.element_spec  # for `views/gradient_time.py`
+            # For `views/gradient_time.py`.
+            function_of_cut_batches.element_spec = iterator.element_spec  # type: ignore[attr-defined]
         else:
             iterator = map(functools.partial(_cut_checked, strategy, check), iterator)
         return function(iterator) if late is None else late.run(function, iterator)
@@ -165,7 +166,7 @@ def _make_result_global(metric: keras.metrics.Metric, strategy: ZeroStrategy) ->
         with keras.StatelessScope(state_mapping=zip(metric.variables, reduced, strict=True)):
             return tf.nest.map_structure(lambda value: mark_global(tf.identity(value)), original())
 
-    result._tfzero_global = True
+    result._tfzero_global = True  # type: ignore[attr-defined]
     object.__setattr__(metric, "result", result)
 
 

@@ -83,7 +83,7 @@ class Dependence:
             if not functions:
                 found = [OTHER] * len(operation.outputs)
             elif operation.type in _LOOPS:
-                found = _of_loop(*functions, kinds)
+                found = _of_loop(functions[0], functions[1], kinds)
             elif operation.type in _BRANCHES:
                 found = _of_branches(functions, kinds)
             else:

@@ -1,6 +1,7 @@
 """What is inside a ZeroOptimizer: Keras's own optimizers, and what they are known for."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -122,7 +123,7 @@ def config_of(optimizer: ko.Optimizer) -> dict:
 
 def settings_of(links: list) -> dict:
     """What workers must agree on: the classes and their settings, but not names counted up per process."""
-    settings = {}
+    settings: dict[str, Any] = {}
     for place, optimizer in enumerate(links):
         where = f"{place}" if len(links) > 1 else ""
         is_container = isinstance(optimizer, CONTAINERS)

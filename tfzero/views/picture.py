@@ -70,7 +70,9 @@ def draw(rows: Sequence[Holding]) -> np.ndarray:
 
     if len(rows) > MOST_ROWS:
         rest = rows[MOST_ROWS:]
-        ranks = tuple(sum(of_rank, Counter()) for of_rank in zip(*(row.ranks for row in rest), strict=True))
+        ranks: tuple[Counter, ...] = tuple(
+            sum(of_rank, Counter()) for of_rank in zip(*(row.ranks for row in rest), strict=True)
+        )
         rows = [*rows[:MOST_ROWS], Holding(f"{len(rest)} smaller variables", ranks)]
     world_size = len(rows[0].ranks)
     shown = min(world_size, MOST_RANKS)

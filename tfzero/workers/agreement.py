@@ -226,7 +226,7 @@ def _of_code(code: CodeType) -> list:
     return [code.co_code.hex(), constants, list(code.co_names), list(code.co_varnames)]
 
 
-def _configuration(value: Any, level: int) -> dict | str:
+def _configuration(value: Any, level: int) -> Any:
     """What `get_config` tells, and numbers that a class of the user's own keeps beside it."""
     try:
         config = dict(value.get_config())

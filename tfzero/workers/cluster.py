@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +34,7 @@ class Cluster:
 
     def group(self, indexes: list[int]) -> str:
         """Names in short: "chief 0 and workers 1, 3"."""
-        numbers = {}
+        numbers: dict[str, list[str]] = {}
         for index in indexes:
             kind, number = self.names[index].rsplit(" ", 1)
             numbers.setdefault(kind, []).append(number)
@@ -57,14 +57,16 @@ def read_tf_config(environ: Mapping[str, str] = os.environ) -> Cluster | None:
     return cluster_from_spec(config["cluster"], task["type"], task["index"])
 
 
-def cluster_from_spec(spec: dict, task_type: str, task_id: int | str) -> Cluster | None:
+def cluster_from_spec(spec: dict[str, Any], task_type: str, task_id: int | str) -> Cluster | None:
     """The `Cluster` of a cluster resolver's specification (jobs are lists or dicts); None if it is empty."""
     if not spec:
         return None
     try:
         _check_jobs(spec, task_type)
         jobs = [job for job in ("chief", "worker") if job in spec]
-        tasks = {(job, number): address for job in jobs for number, address in _list_tasks(job, spec[job])}
+        tasks: dict[tuple[str, int], str] = {
+            (job, number): address for job in jobs for number, address in _list_tasks(job, spec[job])
+        }
         names, addresses = tuple(f"{job} {number}" for job, number in tasks), tuple(tasks.values())
         unique = len(set(addresses)) == len(addresses)
         _require(unique, "Two workers have the same address. Give each its own host or port.")
@@ -98,8 +100,8 @@ def _list_tasks(job: str, tasks: Any) -> list[tuple[int, str]]:
     _require(isinstance(tasks, (list, tuple, dict)) and tasks, advice)
     advice = 'There is more than one chief. Leave one, and list the others under "worker".'
     _require(job != "chief" or len(tasks) == 1, advice)
-    pairs = tasks.items() if isinstance(tasks, dict) else enumerate(tasks)
-    pairs = sorted((_read_index(number), address) for number, address in pairs)
+    numbered: Iterable[tuple[Any, Any]] = tasks.items() if isinstance(tasks, dict) else enumerate(tasks)
+    pairs = sorted((_read_index(number), address) for number, address in numbered)
     for _, address in pairs:
         match = isinstance(address, str) and _ADDRESS.fullmatch(address)
         advice = '"host:port" with a port of 1 to 65535. Write host1:2222 or [::1]:2222, without grpc://.'

@@ -17,7 +17,7 @@ import hashlib
 import itertools
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -176,7 +176,7 @@ def judge(values: Sequence[Mapping], source: Source) -> str:
 
 def digest(names: Sequence[str], index: int | np.integer, *arrays: np.ndarray) -> bytes:
     """JSON: for each of the named parts of batch number `index` its shape, a digest and its first values."""
-    described = {"index": int(index)}
+    described: dict[str, Any] = {"index": int(index)}
     for name, array in zip(names, arrays, strict=True):
         array = np.asarray(array)
         described[name + _SHAPE] = f"{array.dtype} {list(array.shape)}"
@@ -231,6 +231,7 @@ def _as_array(value: Any) -> np.ndarray:
 
 def _named_arrays(batch: Any) -> list[tuple[str, object]]:
     """The dense parts of a batch and what to call them."""
+    named: Iterable[tuple[str, Any]]
     if isinstance(batch, tuple) and len(batch) <= len(_NAMES):
         named = zip(_NAMES, batch, strict=False)
     else:

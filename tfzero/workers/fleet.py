@@ -17,7 +17,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import IO
+from typing import IO, Any
 
 from tfzero.workers.progress import Bar, Task, cut_report, is_asked, make_room, progress, refresh, relay
 from tfzero.workers.stopping import EXIT_WORKER_LOST
@@ -88,7 +88,7 @@ class Worker:
         self.lines: deque[str] = deque(maxlen=_KEPT_LINES)
         self.splitter = LineSplitter(has_reports=is_asked(environment))
         stdin = subprocess.PIPE if hold else subprocess.DEVNULL
-        streams = {"stdin": stdin, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "bufsize": 0}
+        streams: dict[str, Any] = {"stdin": stdin, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "bufsize": 0}
         self.process = subprocess.Popen(command, env=environment, start_new_session=True, **streams)
         os.set_blocking(self.process.stdout.fileno(), False)
         try:
