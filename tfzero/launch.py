@@ -21,9 +21,11 @@ import sysconfig
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import cloudpickle
 
@@ -80,9 +82,9 @@ def held_ports(count: int) -> Iterator[list[int]]:
         yield [each.getsockname()[1] for each in sockets]
 
 
-def run_local(
-    fn, workers=2, *, args=(), timeout_seconds=600, env=None, cpu_devices=None, gpus_per_worker=None, echo=False
-) -> list:
+def run_local(fn: Callable[..., Any], workers: int = 2, *, args: Sequence[Any] = (),
+              timeout_seconds: float | None = 600, env: dict[str, str] | None = None, cpu_devices: int | None = None,
+              gpus_per_worker: int | None = None, echo: bool = False) -> list[Any]:  # fmt: skip
     """Calls `fn(*args)` in `workers` fresh local processes; returns their results in worker order.
 
     All travels by cloudpickle: closures and functions of notebooks work. A delivered result is what counts, not how
@@ -140,7 +142,7 @@ def run_local(
         return [pickle.loads(each.read_bytes()) for each in results]
 
 
-def _pickle_call(fn, args: tuple) -> bytes:
+def _pickle_call(fn: Callable[..., Any], args: tuple[Any, ...]) -> bytes:
     """The call as bytes. What is defined in the file of `fn` travels by value, unless it is installed."""
     name = getattr(fn.func if isinstance(fn, functools.partial) else fn, "__module__", None) or ""
     file = Path(getattr(sys.modules.get(name), "__file__", None) or sysconfig.get_path("stdlib"))
@@ -150,7 +152,8 @@ def _pickle_call(fn, args: tuple) -> bytes:
     if by_value:
         cloudpickle.register_pickle_by_value(sys.modules[name])
     try:
-        return cloudpickle.dumps((fn, args))
+        call: bytes = cloudpickle.dumps((fn, args))
+        return call
     except Exception as error:
         raise TypeError(
             "run_local sends fn, what it refers to, and args to other processes, but could not pickle them. "
@@ -231,7 +234,7 @@ class _Outcome:
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns 0, the first failure's exit code, or 124 after a timeout; bad input is 2."""
     options = _parse(arguments)
-    sys.stdout.reconfigure(errors="backslashreplace")
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     for number in _STOP_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # as it is under nohup
             signal.signal(number, _stop)
@@ -271,7 +274,9 @@ def _number_of(stop: KeyboardInterrupt) -> signal.Signals:
     return signal.Signals((*stop.args, signal.SIGINT)[0])
 
 
-def _environments_of(options: argparse.Namespace, ports: list[int], gpus: list[dict[str, str]], restarts: int) -> list:
+def _environments_of(
+    options: argparse.Namespace, ports: list[int], gpus: list[dict[str, str]], restarts: int
+) -> list[dict[str, str]]:
     return _environments(ports, {RESTARTS_VARIABLE: str(restarts)}, options.cpu_devices, gpus)
 
 
@@ -345,7 +350,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def _stop(number: int, _) -> None:
+def _stop(number: int, _: FrameType | None) -> None:
     for each in _STOP_SIGNALS:
         signal.signal(each, signal.SIG_IGN)  # the end is quick: do not interrupt it
     raise KeyboardInterrupt(number)

@@ -1,8 +1,10 @@
 """CheckpointCallback: checkpoints that a run goes on from, for `fit`."""
 
+import os
 import signal
 import threading
 import warnings
+from typing import Any
 
 import keras
 
@@ -48,7 +50,12 @@ class CheckpointCallback(keras.callbacks.Callback):
     """
 
     def __init__(
-        self, directory, save_every_steps=None, save_every_epochs=1, keep=3, asynchronous: bool = True
+        self,
+        directory: str | os.PathLike[str],
+        save_every_steps: int | None = None,
+        save_every_epochs: int | None = 1,
+        keep: int | None = 3,
+        asynchronous: bool = True,
     ) -> None:
         super().__init__()
         for name, value in (
@@ -67,7 +74,7 @@ class CheckpointCallback(keras.callbacks.Callback):
         self.asynchronous = asynchronous
         self.step = 0  # batches trained, in all
         self._save: Save | None = None
-        self._former_handler = None
+        self._former_handler: Any = None
 
     # Before and after `fit` itself (`keras/training.py`).
 
@@ -80,7 +87,7 @@ class CheckpointCallback(keras.callbacks.Callback):
         search = find_newest(self.directory, self._team)
         self._found, self._damaged = search.found, search.damaged
         self.step = 0
-        self._position = dict.fromkeys(("epoch", "batch", "epoch_batches"), 0)
+        self._position: dict[str, Any] = dict.fromkeys(("epoch", "batch", "epoch_batches"), 0)
         self._position |= dict.fromkeys(("first_epoch", "finished", "randomness", "steps", "batch_size"))
         self._data = DataPosition()
         self._saved: tuple | None = None
@@ -124,7 +131,7 @@ class CheckpointCallback(keras.callbacks.Callback):
 
     # While `fit` runs.
 
-    def on_train_begin(self, logs=None) -> None:
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         strategy = self.model.distribute_strategy
         if not isinstance(strategy, ZeroStrategy):
             raise ValueError("CheckpointCallback needs a model of a ZeroStrategy; with others use BackupAndRestore.")
@@ -165,7 +172,7 @@ class CheckpointCallback(keras.callbacks.Callback):
             f"twice.{rest}"
         )
 
-    def on_epoch_begin(self, epoch, logs=None) -> None:
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         if self._position["first_epoch"] is None:
             self._position["first_epoch"] = epoch
         if self._found is not None and self._position["batch"]:
@@ -174,7 +181,7 @@ class CheckpointCallback(keras.callbacks.Callback):
         self._position["epoch"] = epoch
         self._save_if_due()
 
-    def on_train_batch_begin(self, batch, logs=None) -> None:
+    def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         if not self._stop.begin_step():
             self._due = True
             self._save_if_due()
@@ -182,7 +189,7 @@ class CheckpointCallback(keras.callbacks.Callback):
             print(f"Told to stop: saved step {self.step} in {self.directory}, and exits.", flush=True)
             raise SystemExit(EXIT_STOPPED)
 
-    def on_train_batch_end(self, batch, logs=None) -> None:
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         before = self.step
         self.step += batch + 1 - self._position["batch"]
         self._position["batch"] = batch + 1
@@ -192,7 +199,7 @@ class CheckpointCallback(keras.callbacks.Callback):
         if batch + 1 != self.params["steps"]:  # else the epoch's end comes first
             self._save_if_due()
 
-    def on_epoch_end(self, epoch, logs=None) -> None:
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         self._position |= {"epoch": epoch + 1, "batch": 0, "epoch_batches": self._position["batch"]}
         if self.save_every_epochs is not None and (epoch + 1) % self.save_every_epochs == 0:
             self._due = True

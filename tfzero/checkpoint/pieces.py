@@ -111,7 +111,7 @@ def write_pieces(folder: Path, worker: int, pieces: Iterator[Piece], batch_bytes
     batch: list[Piece] = []
     size_bytes = 0
 
-    def write_batch():
+    def write_batch() -> None:
         name = f"worker-{worker:05d}-{len(written):05d}"
         with commits.plain_path(folder) as plain:
             tf.raw_ops.SaveV2(
@@ -179,7 +179,7 @@ class Writer:
         folder = self._final.with_name(self._together("begin", self._begin if is_chief else lambda: None)[0])
         written = self._together("write", lambda: write_pieces(folder, self._mesh.worker, pieces, batch_bytes))
 
-        def commit():
+        def commit() -> None:
             files = merge(folder, [file for of_worker in written for file in of_worker])
             commits.commit(folder, self._final, {**manifest, "files": files})
 
@@ -188,7 +188,7 @@ class Writer:
     def _begin(self) -> str:
         return commits.begin(self._final).name
 
-    def _together(self, what: str, function) -> list:
+    def _together(self, what: str, function: Callable[[], object]) -> list:
         try:
             return together(self._channel, f"checkpoint: {what}", function, self._timeout_seconds)
         except (OSError, ValueError, RuntimeError) as error:
@@ -289,7 +289,7 @@ def _read_item(prefix: str, item: Item, entry: Mapping | None, mesh: Mesh) -> No
             component.assign(placed(value, component.device) if isinstance(value, np.ndarray) else value)
 
 
-def _value_for(prefix: str, item: Item, entry: Mapping, rank: int, mesh: Mesh, component) -> tf.Tensor:
+def _value_for(prefix: str, item: Item, entry: Mapping, rank: int, mesh: Mesh, component: tf.Variable) -> tf.Tensor:
     stored_by = entry["replicas"]
     if item.is_per_replica and stored_by == mesh.replicas:
         return tf.reshape(_read(prefix, entry, [_row(entry, rank)], item), item.shape)

@@ -3,11 +3,11 @@
 from tfzero.host import backend  # noqa: F401, isort: skip. It refuses other backends before Keras imports them.
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 
 import keras
 import tensorflow as tf
-from keras.src.backend.tensorflow.trainer import TFEpochIterator
+from keras.src.backend.tensorflow.trainer import Iterator
 from keras.src.losses.loss import squeeze_or_expand_to_same_rank, standardize_reduction
 from keras.src.saving.saving_lib import H5IOStore, _save_state
 
@@ -17,7 +17,7 @@ __all__ = ["H5IOStore", "squeeze_or_expand_to_same_rank", "standardize_reduction
 class EpochsBase(TFEpochIterator):
     """Keras's loop over the epochs of data."""
 
-    def steps_of_epoch(self) -> Iterator:
+    def steps_of_epoch(self) -> Generator:
         """The first step of each execution, the first one that is not in it, and an iterator over its batches."""
         return super()._enumerate_iterator()
 

@@ -1,6 +1,7 @@
 """The best weights that `EarlyStopping` keeps of parameters in shards: each process keeps its own part."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -20,7 +21,7 @@ class BestWeightsInParts(keras.callbacks.Callback):
         super().__init__()
         self._callbacks = [each for each in callbacks if type(each) is keras.callbacks.EarlyStopping]
 
-    def on_train_begin(self, logs=None) -> None:
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         if any(isinstance(variable.value, ShardedVariable) for variable in self.model.weights):
             for callback in self._callbacks:
                 callback.set_model(_ModelInParts(self.model))
@@ -32,10 +33,10 @@ class _ModelInParts:
     def __init__(self, model: keras.Model) -> None:
         self.__dict__["model"] = model
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
 
-    def __setattr__(self, name: str, value) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
         setattr(self.model, name, value)
 
     def get_weights(self) -> list[np.ndarray]:

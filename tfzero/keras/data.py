@@ -4,7 +4,10 @@ They are patched as the training's are (`host/patches.py`).
 """
 
 import contextlib
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
 
+import keras
 import tensorflow as tf
 
 from tfzero.host import runtime
@@ -23,7 +26,7 @@ class _Epochs(EpochsBase):
 
     place: DataPosition | None = None  # in the data, where the loop begins
 
-    def steps_of_epoch(self):
+    def steps_of_epoch(self) -> Generator[Any, None, None]:
         """At first passes over the epochs and batches that a checkpoint has behind it."""
         place, self.place = self.place or DataPosition(), None
         for _ in range(place.epochs):
@@ -39,7 +42,7 @@ class _Epochs(EpochsBase):
         yield from steps
 
     @contextlib.contextmanager
-    def catch_stop_iteration(self):
+    def catch_stop_iteration(self) -> Iterator[None]:
         """Data of unknown length without a batch are an error, not an epoch."""
         with super().catch_stop_iteration():
             try:
@@ -57,7 +60,13 @@ class _Epochs(EpochsBase):
     "workers shuffle alike, and agree how much data there is; a run goes on from its place in them",
     "test_workers.py::test_every_sample_is_seen_once_in_an_epoch",
 )
-def _epoch_iterator(original, self, distribute_strategy=None, *args, **kwargs):
+def _epoch_iterator(
+    original: Callable[..., Any],
+    self: runtime.keras_tensorflow_trainer.TFEpochIterator,
+    distribute_strategy: tf.distribute.Strategy | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
     if not isinstance(distribute_strategy, ZeroStrategy):
         return original(self, distribute_strategy, *args, **kwargs)
     # Of the training data, if a callback goes on from a checkpoint: they come first.
@@ -79,7 +88,9 @@ def _epoch_iterator(original, self, distribute_strategy=None, *args, **kwargs):
     "Keras draws a batch to learn shapes from, which a shuffled pipeline then has drawn",
     "test_step.py::test_a_tf_dataset_that_shuffles_anew_in_each_epoch",
 )
-def _maybe_symbolic_build(original, self, iterator=None, data_batch=None):
+def _maybe_symbolic_build(
+    original: Callable[..., Any], self: keras.Model, iterator: Any = None, data_batch: Any = None
+) -> None:
     """Builds a model from what its data say of their elements.
 
     Keras draws a batch for that, which a shuffled dataset or a shared generator then has drawn.

@@ -10,17 +10,21 @@ fails on one, such as a full disk under the one that writes, is raised on all at
 import contextlib
 import functools
 import io
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
 
 from tfzero.checkpoint.teamwork import SAVING_SECONDS, together
+from tfzero.extended import ZeroExtended
 from tfzero.host import keras_objects, runtime
 from tfzero.host.patches import patch
 from tfzero.keras.training import strategy_of
 from tfzero.optimizer import ZeroOptimizer
+from tfzero.strategy import ZeroStrategy
 from tfzero.variables.classes import ShardedVariable
 from tfzero.workers.progress import progress
 
@@ -36,20 +40,20 @@ class _Discarded(keras_objects.H5IOStore):
     def __bool__(self) -> bool:
         return True
 
-    def make(self, path, metadata=None):
+    def make(self, path: str, metadata: dict[str, Any] | None = None) -> "_Discarded":
         return self
 
-    def __setitem__(self, key, value) -> None:
+    def __setitem__(self, key: str, value: Any) -> None:
         np.asarray(value)
 
     def close(self) -> None:
         pass
 
 
-def _exchange(strategy, place, error: BaseException | None = None) -> list:
+def _exchange(strategy: ZeroStrategy, place: str | None, error: BaseException | None = None) -> list:
     """What each worker gives as its place in the walk. Raises on all what has failed on one. [Note: told]"""
 
-    def tell():
+    def tell() -> str | None:
         if error is not None:
             raise error
         return place
@@ -57,12 +61,12 @@ def _exchange(strategy, place, error: BaseException | None = None) -> list:
     try:
         return together(strategy.channel, _TOPIC, tell, SAVING_SECONDS)
     except BaseException as told:
-        told._tfzero_told = True
+        told._tfzero_told = True  # type: ignore[attr-defined]
         raise
 
 
 @contextlib.contextmanager
-def _telling(strategy):
+def _telling(strategy: ZeroStrategy) -> Iterator[None]:
     """What fails within it fails on all, at their next exchange. [Note: told]"""
     try:
         yield
@@ -72,7 +76,9 @@ def _telling(strategy):
         _exchange(strategy, None, error)
 
 
-def _save_together(model, filepath, save: Callable[[], object], skipped: Iterable = ()) -> object:
+def _save_together(
+    model: keras.Model, filepath: str | os.PathLike[str] | io.IOBase, save: Callable[[], object], skipped: Iterable = ()
+) -> object:
     """Saves by `save` on the worker that writes; the others take part in what it gathers."""
     strategy = strategy_of(model)
     gathered = 0
@@ -96,17 +102,17 @@ def _save_together(model, filepath, save: Callable[[], object], skipped: Iterabl
     return result
 
 
-def _agree_on_place(strategy, place: str) -> None:
+def _agree_on_place(strategy: ZeroStrategy, place: str) -> None:
     places = _exchange(strategy, place)
     if len(set(places)) > 1:
         where = ", ".join(f"worker {worker} at {each}" for worker, each in enumerate(places))
         error = RuntimeError(f"While a model is saved the workers are at different places: {where}. Save it alike.")
-        error._tfzero_told = True  # as all raise it
+        error._tfzero_told = True  # type: ignore[attr-defined] # as all raise it
         raise error
 
 
 @contextlib.contextmanager
-def _called_before_gathering(extended, function: Callable[[], object]):
+def _called_before_gathering(extended: ZeroExtended, function: Callable[[], object]) -> Iterator[None]:
     former, extended.before_gathering = extended.before_gathering, function
     try:
         yield
@@ -115,7 +121,7 @@ def _called_before_gathering(extended, function: Callable[[], object]):
 
 
 @contextlib.contextmanager
-def _gathers_shown(strategy, model: keras.Model):
+def _gathers_shown(strategy: ZeroStrategy, model: keras.Model) -> Iterator[None]:
     """Shows how many of the variables that lie in parts have been gathered."""
     variables = [*model.variables, *(model.optimizer.variables if model.optimizer else [])]
     count = sum(isinstance(variable.value, ShardedVariable) for variable in variables)
@@ -135,7 +141,13 @@ def _gathers_shown(strategy, model: keras.Model):
     "reading a variable in shards is a collective: all workers save, one writes",
     "test_keras_files.py::test_one_worker_writes",
 )
-def _save_model(original, model, filepath, *args, **kwargs):
+def _save_model(
+    original: Callable[..., Any],
+    model: keras.Model,
+    filepath: str | os.PathLike[str] | io.IOBase,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
     if strategy_of(model) is None:
         return original(model, filepath, *args, **kwargs)
     return _save_together(model, filepath, lambda: original(model, filepath, *args, **kwargs))
@@ -148,7 +160,13 @@ def _save_model(original, model, filepath, *args, **kwargs):
     "reading a variable in shards is a collective: all workers save, one writes",
     "test_keras_files.py::test_one_worker_writes",
 )
-def _save_weights_only(original, model, filepath, max_shard_size=None, objects_to_skip=None):
+def _save_weights_only(
+    original: Callable[..., Any],
+    model: keras.Model,
+    filepath: str | os.PathLike[str] | io.IOBase,
+    max_shard_size: float | None = None,
+    objects_to_skip: Iterable[object] | None = None,
+) -> Any:
     if strategy_of(model) is None:
         return original(model, filepath, max_shard_size, objects_to_skip)
     save = functools.partial(original, model, filepath, max_shard_size, objects_to_skip)
@@ -162,7 +180,13 @@ def _save_weights_only(original, model, filepath, max_shard_size=None, objects_t
     "several workers would write one file; it is refused",
     "test_keras_files.py::test_one_worker_writes",
 )
-def _save_model_to_hdf5(original, model, filepath, *args, **kwargs):
+def _save_model_to_hdf5(
+    original: Callable[..., Any],
+    model: keras.Model,
+    filepath: str | os.PathLike[str] | io.IOBase,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
     strategy = strategy_of(model)
     if strategy is not None and strategy.extended.mesh.workers > 1:
         raise ValueError(
@@ -185,7 +209,13 @@ keras.saving.get_custom_objects()["ZeroOptimizer"] = ZeroOptimizer
     "making its folder fails if another worker is as fast",
     "test_keras_files.py::test_a_folder_that_another_worker_has_just_made_is_no_error",
 )
-def _save_model_checkpoint(original, self, epoch, batch, logs):
+def _save_model_checkpoint(
+    original: Callable[..., Any],
+    self: keras.callbacks.ModelCheckpoint,
+    epoch: int,
+    batch: int | None,
+    logs: dict[str, Any] | None,
+) -> Any:
     if (strategy := strategy_of(self.model)) is not None:
         path = keras_objects.checkpoint_path(self, epoch, batch, logs)
         # Keras's own check and `makedirs` fail if another worker is as fast.
@@ -203,7 +233,7 @@ def _save_model_checkpoint(original, self, epoch, batch, logs):
     "one worker writes what is beside the weights",
     "test_keras_files.py::test_one_worker_writes",
 )
-def _save_backup(original, self):
+def _save_backup(original: Callable[..., Any], self: keras.callbacks.BackupAndRestore) -> Any:
     if (strategy := strategy_of(self.model)) is None:
         return original(self)
     with _telling(strategy):
@@ -214,6 +244,6 @@ def _save_backup(original, self):
         _exchange(strategy, None)
 
 
-def _is_chief(model) -> bool:
+def _is_chief(model: keras.Model) -> bool:
     strategy = strategy_of(model)
     return strategy is None or strategy.extended.mesh.worker == 0

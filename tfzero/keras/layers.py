@@ -4,6 +4,8 @@ They are patched as the training's are (`host/patches.py`).
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -28,7 +30,7 @@ _FOLD = 0x9E3779B9  # the golden ratio in 32 bits: far apart and odd
     "in mixed precision a parameter in shards travels in the dtype of the layer that reads it",
     "test_stage3.py::test_mixed_precision_moves_half_the_bytes",
 )
-def _maybe_cast(original, self, value):
+def _maybe_cast(original: Callable[..., Any], self: runtime.AutocastScope, value: Any) -> Any:
     is_parameter = isinstance(value, ShardedParameter) and losses.current_extended() is not None
     return value.whole(tf.as_dtype(self.dtype)) if is_parameter and self.dtype is not None else original(self, value)
 
@@ -43,7 +45,7 @@ def _maybe_cast(original, self, value):
     "all replicas would draw the same dropout masks",
     "test_step.py::test_dropout_draws_its_own_mask_on_each_replica_and_again_for_the_same_seed",
 )
-def _next_seed(original, self, *args, **kwargs):
+def _next_seed(original: Callable[..., Any], self: keras.random.SeedGenerator, *args: Any, **kwargs: Any) -> tf.Tensor:
     """Every replica draws from a stream of its own; rank 0's is the stream of one device."""
     seed = original(self, *args, **kwargs)
     extended = losses.current_extended()
@@ -63,12 +65,12 @@ def _next_seed(original, self, *args, **kwargs):
     "TensorFlow's `recompute_grad` takes no keyword arguments in a graph, and layers pass some",
     "test_stage3.py::test_remat_composes_with_stage_3",
 )
-def _remat(original, function):
+def _remat(original: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
     if not isinstance(tf.distribute.get_strategy(), ZeroStrategy):
         return original(function)
 
     @functools.wraps(function)
-    def recomputed(*args, **kwargs):
+    def recomputed(*args: Any, **kwargs: Any) -> Any:
         return original(functools.partial(function, **kwargs))(*args)
 
     return recomputed

@@ -3,6 +3,10 @@
 They are patched as the training's are (`host/patches.py`).
 """
 
+from collections.abc import Callable
+from typing import Any
+
+import keras
 import tensorflow as tf
 
 from tfzero.host import runtime
@@ -17,7 +21,15 @@ from tfzero.training import losses
     "a user's `compute_loss` takes the mean of one replica's samples",
     "test_step.py::test_losses_of_the_users_own",
 )
-def _compute_loss(original, self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+def _compute_loss(
+    original: Callable[..., Any],
+    self: keras.Model,
+    x: Any = None,
+    y: Any = None,
+    y_pred: Any = None,
+    sample_weight: Any = None,
+    training: bool = True,
+) -> tf.Tensor:
     extended = losses.current_extended()
     arguments = {"x": x, "y": y, "y_pred": y_pred, "sample_weight": sample_weight, "training": training}
     if extended is None:
@@ -36,8 +48,13 @@ def _compute_loss(original, self, x=None, y=None, y_pred=None, sample_weight=Non
     "test_step.py::test_masked_losses",
 )
 def _reduce_weighted_values(
-    original, values, sample_weight=None, mask=None, reduction="sum_over_batch_size", dtype=None
-):
+    original: Callable[..., Any],
+    values: tf.types.experimental.TensorLike,
+    sample_weight: tf.types.experimental.TensorLike | None = None,
+    mask: tf.types.experimental.TensorLike | None = None,
+    reduction: str | None = "sum_over_batch_size",
+    dtype: str | tf.DType | None = None,
+) -> tf.Tensor:
     extended = losses.current_extended()
     if extended is None:
         return original(values, sample_weight=sample_weight, mask=mask, reduction=reduction, dtype=dtype)
@@ -51,7 +68,7 @@ def _reduce_weighted_values(
     "replicas count by their samples, not as one each",
     "test_step.py::test_added_losses_and_regularizers",
 )
-def _scale_loss(original, value):
+def _scale_loss(original: Callable[..., Any], value: tf.types.experimental.TensorLike) -> tf.Tensor:
     extended = losses.current_extended()
     return original(value) if extended is None else losses.scale(value, extended)
 
@@ -63,6 +80,6 @@ def _scale_loss(original, value):
     "the inverse, for metrics",
     "test_step.py::test_ragged_batches",
 )
-def _unscale_loss(original, value):
+def _unscale_loss(original: Callable[..., Any], value: tf.types.experimental.TensorLike) -> tf.Tensor:
     extended = losses.current_extended()
     return original(value) if extended is None else losses.unscale(value, extended)

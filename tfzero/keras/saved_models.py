@@ -7,7 +7,8 @@ TensorFlow alone loads it. `model.export`, `keras.export.ExportArchive` and TFLi
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from tfzero.checkpoint.teamwork import SAVING_SECONDS, together
 from tfzero.host.patches import patch
@@ -23,7 +24,9 @@ from tfzero.variables.classes import ShardedVariable, agree_on_sharded
     "what lies in shards is held whole while it is saved, and one worker writes",
     "test_saved_models.py::test_plain_tensorflow_serves_what_the_model_gives",
 )
-def _save_saved_model(original, obj, export_dir, *args, **kwargs):
+def _save_saved_model(
+    original: Callable[..., Any], obj: Any, export_dir: str | os.PathLike[str], *args: Any, **kwargs: Any
+) -> Any:
     variables = distributed_variables(obj)
     strategies = [v.distribute_strategy for v in variables if isinstance(v.distribute_strategy, ZeroStrategy)]
     if not strategies:
@@ -45,7 +48,7 @@ def _save_saved_model(original, obj, export_dir, *args, **kwargs):
 
 
 @contextlib.contextmanager
-def _held(obj, sharded: Sequence[ShardedVariable], keeps: bool) -> Iterator[None]:
+def _held(obj: Any, sharded: Sequence[ShardedVariable], keeps: bool) -> Iterator[None]:
     """Whole values of sharded variables; who does not keep them takes part in gathering them, one after the other."""
     for variable in sharded:
         variable.hold()

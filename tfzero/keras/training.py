@@ -5,12 +5,15 @@ Keras offers a strategy no hook for these, so they are patched (`host/patches.py
 
 import functools
 import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import keras
 import tensorflow as tf
 
 from tfzero.checkpoint.callback import CheckpointCallback
 from tfzero.checkpoint.teamwork import SAVING_SECONDS
+from tfzero.extended import ZeroExtended
 from tfzero.host import keras_objects, runtime
 from tfzero.host.patches import patch
 from tfzero.keras.best_weights import BestWeightsInParts
@@ -29,7 +32,7 @@ _NO_JIT = (
 )
 
 
-def strategy_of(model) -> ZeroStrategy | None:
+def strategy_of(model: object) -> ZeroStrategy | None:
     strategy = keras_objects.strategy_of(model)
     return strategy if isinstance(strategy, ZeroStrategy) else None
 
@@ -37,7 +40,7 @@ def strategy_of(model) -> ZeroStrategy | None:
 # Compile: optimizer and metrics belong to the strategy, wherever they were made.
 
 
-def wrap_optimizer(optimizer, strategy: ZeroStrategy):
+def wrap_optimizer(optimizer: keras.optimizers.Optimizer | None, strategy: ZeroStrategy) -> ZeroOptimizer | None:
     """The ZeroOptimizer of an optimizer: itself, the one it has, or a new one."""
     if optimizer is None or isinstance(optimizer, ZeroOptimizer):
         return optimizer
@@ -59,7 +62,7 @@ def wrap_optimizer(optimizer, strategy: ZeroStrategy):
     "`compile` does not enter the scope: optimizer and metrics that were made elsewhere become the strategy's",
     "test_step.py::test_ways_to_compile",
 )
-def _compile(original, self, *args, **kwargs):
+def _compile(original: Callable[..., Any], self: keras.Model, *args: Any, **kwargs: Any) -> None:
     strategy = strategy_of(self)
     if strategy is None:
         return original(self, *args, **kwargs)
@@ -75,7 +78,7 @@ def _compile(original, self, *args, **kwargs):
     return result
 
 
-def _metric_objects(arguments) -> list[keras.metrics.Metric]:
+def _metric_objects(arguments: Any) -> list[keras.metrics.Metric]:
     return [leaf for leaf in tf.nest.flatten(arguments) if isinstance(leaf, keras.metrics.Metric)]
 
 
@@ -89,7 +92,9 @@ def _metric_objects(arguments) -> list[keras.metrics.Metric]:
     "raw batches are cut, the logs of a step are global, late gathers",
     "test_step.py::test_batches_on_their_own",
 )
-def _make_function(original, self, step_function):
+def _make_function(
+    original: Callable[..., Any], self: keras.Model, step_function: Callable[..., Any]
+) -> Callable[..., Any]:
     strategy = strategy_of(self)
     if strategy is None:
         return original(self, step_function)
@@ -105,9 +110,10 @@ def _make_function(original, self, step_function):
     late = LateGathers.of(self, step_function, strategy)
     function = original(self, step_function if late is None else late.step)
 
-    def function_of_cut_batches(iterator):
+    def function_of_cut_batches(iterator: Any) -> Any:
         if isinstance(iterator, tf.data.Iterator | tf.distribute.DistributedIterator):
-            function_of_cut_batches.element_spec = iterator.element_spec  # for `views/gradient_time.py`
+            # For `views/gradient_time.py`.
+            function_of_cut_batches.element_spec = iterator.element_spec  # type: ignore[attr-defined]
         else:
             iterator = map(functools.partial(_cut_checked, strategy, check), iterator)
         return function(iterator) if late is None else late.run(function, iterator)
@@ -115,7 +121,7 @@ def _make_function(original, self, step_function):
     return function_of_cut_batches
 
 
-def _cut_checked(strategy: ZeroStrategy, check, batch):
+def _cut_checked(strategy: ZeroStrategy, check: Callable[[Any], None], batch: Any) -> Any:
     """One batch of `train_on_batch`, `test_on_batch` or `predict_on_batch`, for the replicas."""
     check(batch)
     return strategy.extended.cut_batch(batch)
@@ -128,7 +134,7 @@ def _cut_checked(strategy: ZeroStrategy, check, batch):
     "each replica would predict the whole batch",
     "test_step.py::test_batches_on_their_own",
 )
-def _predict_on_batch(original, self, x):
+def _predict_on_batch(original: Callable[..., Any], self: keras.Model, x: Any) -> Any:
     strategy = strategy_of(self)
     if strategy is None:
         return original(self, x)
@@ -136,7 +142,7 @@ def _predict_on_batch(original, self, x):
         return original(self, _cut_checked(strategy, strategy.check_predicted, x))
 
 
-def _flat_metrics(metrics) -> list[keras.metrics.Metric]:
+def _flat_metrics(metrics: Iterable[keras.metrics.Metric]) -> list[keras.metrics.Metric]:
     """Metrics and, for those that hold others, the held ones."""
     flat = []
     for metric in metrics:
@@ -152,7 +158,7 @@ def _make_result_global(metric: keras.metrics.Metric, strategy: ZeroStrategy) ->
     original = metric.result
 
     @functools.wraps(original)
-    def result():
+    def result() -> Any:
         extended = losses.current_extended()
         if extended is None or not metric.variables:
             return original()
@@ -160,11 +166,11 @@ def _make_result_global(metric: keras.metrics.Metric, strategy: ZeroStrategy) ->
         with keras.StatelessScope(state_mapping=zip(metric.variables, reduced, strict=True)):
             return tf.nest.map_structure(lambda value: mark_global(tf.identity(value)), original())
 
-    result._tfzero_global = True
+    result._tfzero_global = True  # type: ignore[attr-defined]
     object.__setattr__(metric, "result", result)
 
 
-def _sum_over_replicas(values, extended) -> list[tf.Tensor]:
+def _sum_over_replicas(values: Sequence[tf.Variable], extended: ZeroExtended) -> list[tf.Tensor]:
     """One all-reduce for all values of a dtype."""
     tensors = [tf.convert_to_tensor(value) for value in values]
     reduced: list = [None] * len(tensors)
@@ -181,7 +187,9 @@ def _sum_over_replicas(values, extended) -> list[tf.Tensor]:
 # What users call.
 
 
-def _bind(original, model, args, kwargs) -> inspect.BoundArguments:
+def _bind(
+    original: Callable[..., Any], model: keras.Model, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> inspect.BoundArguments:
     """A call's arguments by name. Of several workers the first one shows progress: logs are the same on all."""
     call = inspect.signature(original).bind(model, *args, **kwargs)
     if not strategy_of(model).extended.should_checkpoint:
@@ -189,7 +197,7 @@ def _bind(original, model, args, kwargs) -> inspect.BoundArguments:
     return call
 
 
-def _evaluate_or_predict(original, self, *args, **kwargs):
+def _evaluate_or_predict(original: Callable[..., Any], self: keras.Model, *args: Any, **kwargs: Any) -> Any:
     strategy = strategy_of(self)
     if strategy is None:
         return original(self, *args, **kwargs)
@@ -216,7 +224,7 @@ for _name, _arguments in _CALLS.items():
 class _Announcement(keras.callbacks.Callback):
     """Prints the report's summary, once for each optimizer."""
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         strategy, optimizer = strategy_of(self.model), self.model.optimizer
         if optimizer is not None and optimizer not in strategy.announced:
             strategy.announced.add(optimizer)
@@ -231,7 +239,7 @@ class _Announcement(keras.callbacks.Callback):
     "prints the report; checkpoints are looked for before data are prepared",
     "test_report.py::test_fit_prints_it_once_at_verbose_1",
 )
-def _fit(original, self, *args, **kwargs):
+def _fit(original: Callable[..., Any], self: keras.Model, *args: Any, **kwargs: Any) -> keras.callbacks.History:
     """Adds the report, and tells a callback of checkpoints before data are prepared and after all others have ended."""
     strategy = strategy_of(self)
     if strategy is None:
@@ -245,7 +253,9 @@ def _fit(original, self, *args, **kwargs):
     return history
 
 
-def _fit_bound(original, self, call: inspect.BoundArguments):
+def _fit_bound(
+    original: Callable[..., Any], self: keras.Model, call: inspect.BoundArguments
+) -> keras.callbacks.History:
     strategy = strategy_of(self)
     given = call.arguments.get("callbacks")
     if not isinstance(given, keras.callbacks.CallbackList):
@@ -272,7 +282,7 @@ def _callbacks_in(call: inspect.BoundArguments) -> list:
     return _flat_callbacks(call.arguments.get("callbacks"))
 
 
-def _flat_callbacks(callbacks) -> list:
+def _flat_callbacks(callbacks: Any) -> list:
     if isinstance(callbacks, keras.callbacks.CallbackList):
         callbacks = callbacks.callbacks
     return [] if callbacks is None else tf.nest.flatten(callbacks)
@@ -288,7 +298,7 @@ def _flat_callbacks(callbacks) -> list:
     "an optimizer without its wrapper would update each replica by itself",
     "test_step.py::test_an_optimizer_without_its_wrapper_is_refused_in_a_replica",
 )
-def _apply(original, self, *args, **kwargs):
+def _apply(original: Callable[..., Any], self: runtime.BaseOptimizer, *args: Any, **kwargs: Any) -> Any:
     if losses.current_extended() is not None:
         raise RuntimeError(
             f"The optimizer {self.name!r} was applied in a replica of a ZeroStrategy without its wrapper. "

@@ -71,7 +71,7 @@ def _writes_lost(callback: keras.callbacks.Callback) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _replaced(callback: keras.callbacks.Callback, name: str, value) -> Iterator[None]:
+def _replaced(callback: keras.callbacks.Callback, name: str, value: object) -> Iterator[None]:
     """Within it an object has another attribute of its own."""
     own = vars(callback)
     former = {name: own[name]} if name in own else {}

@@ -23,7 +23,7 @@ _DECLARE = 'Declare how replicas combine: `self.add_weight(..., aggregation="sum
 _OR_MEAN = _DECLARE + ', `aggregation="mean"` for averages.'
 
 
-def combined(variable, value: tf.Tensor, extended) -> tf.Tensor:
+def combined(variable: tf.Variable, value: tf.Tensor, extended: tf.distribute.StrategyExtended) -> tf.Tensor:
     """Within a replica: what `variable` is to be assigned on all, where this replica has `value`. [Note: layer state]
 
     Args:
@@ -63,14 +63,14 @@ def combined(variable, value: tf.Tensor, extended) -> tf.Tensor:
     return tf.reshape(tf.add_n(totals), tf.shape(value))
 
 
-def summed(value: tf.Tensor, extended) -> tf.Tensor:
+def summed(value: tf.Tensor, extended: tf.distribute.StrategyExtended) -> tf.Tensor:
     """Sum over replicas, of 16-bit floats in float32."""
     is_narrow = value.dtype in (tf.float16, tf.bfloat16)
     wide = tf.cast(value, tf.float32) if is_narrow else value
     return tf.cast(extended.replica_collective(extended.group.all_reduce, wide), value.dtype)
 
 
-def _check(variable, dtype: tf.DType, parts: dict[str, tf.Tensor]) -> None:
+def _check(variable: tf.Variable, dtype: tf.DType, parts: dict[str, tf.Tensor]) -> None:
     """Refuses what cannot be combined; `parts` depend on the replica's rows."""
     run = current_run()
     if run is not None and graphs.is_in_a_loop(run.graph):
@@ -96,7 +96,7 @@ def _check(variable, dtype: tf.DType, parts: dict[str, tf.Tensor]) -> None:
         )
 
 
-def _undecided(variable) -> str:
+def _undecided(variable: tf.Variable) -> str:
     return (
         f"The variable {variable.name!r} is assigned a value that depends on the replica's rows of the batch, and is "
         "seen to be neither a sum nor a mean over them. Replicas take the mean of their values, which need not be what "
@@ -104,7 +104,7 @@ def _undecided(variable) -> str:
     )
 
 
-def _combined_eagerly(variable, value: tf.Tensor, extended) -> tf.Tensor:
+def _combined_eagerly(variable: tf.Variable, value: tf.Tensor, extended: tf.distribute.StrategyExtended) -> tf.Tensor:
     if variable.aggregation == tf.VariableAggregation.SUM:
         return summed(counted(value, extended), extended)
     if value.dtype.is_floating:
@@ -126,7 +126,7 @@ def _combined_eagerly(variable, value: tf.Tensor, extended) -> tf.Tensor:
     return value
 
 
-def is_eager_sum(variable) -> bool:
+def is_eager_sum(variable: tf.Variable) -> bool:
     """Whether what a replica adds to a variable is summed over replicas without a graph that could be taken apart."""
     return (
         variable.aggregation == tf.VariableAggregation.SUM

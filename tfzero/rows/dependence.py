@@ -37,7 +37,7 @@ class Dependence:
         graph: the graph that the replicas are traced in: else what a function is given is the same for all.
     """
 
-    def __init__(self, given: Iterable[tuple[tf.Tensor, Kind]], graph=None) -> None:
+    def __init__(self, given: Iterable[tuple[tf.Tensor, Kind]], graph: tf.Graph | None = None) -> None:
         self._given = list(given)  # held, as they are known by their identity
         self._known = {_key(tensor): kind for tensor, kind in self._given}
         self._around = graphs.graphs_around(graph)
@@ -63,7 +63,7 @@ class Dependence:
                 waiting.pop()
         return self._known[_key(tensor)]
 
-    def _kind_from(self, tensor, kinds: list[Kind]) -> Kind:
+    def _kind_from(self, tensor: tf.Tensor, kinds: list[Kind]) -> Kind:
         """The kind of a tensor, from those of the tensors that it depends on."""
         if self._is_own(tensor):
             return OWN
@@ -83,7 +83,7 @@ class Dependence:
             if not functions:
                 found = [OTHER] * len(operation.outputs)
             elif operation.type in _LOOPS:
-                found = _of_loop(*functions, kinds)
+                found = _of_loop(functions[0], functions[1], kinds)
             elif operation.type in _BRANCHES:
                 found = _of_branches(functions, kinds)
             else:
@@ -121,7 +121,7 @@ class Dependence:
         kinds = [SAME if each.dtype == tf.resource else self.kind(each) for each in operation.inputs]
         return _is_round_for_all(condition, _before_a_round(body, kinds))
 
-    def _is_own(self, tensor) -> bool:
+    def _is_own(self, tensor: tf.Tensor) -> bool:
         """Whether a tensor is read from a variable that each replica counts up by itself."""
         if isinstance(tensor, batch_rows.EagerTensor) or tensor.op.type != "ReadVariableOp":
             return False
@@ -174,7 +174,7 @@ class Dependence:
             found[name] = graphs.repeat_operation(operation, taken, output)
         return found
 
-    def _sources(self, tensor) -> list:
+    def _sources(self, tensor: tf.Tensor) -> list:
         """The tensors on which a tensor depends, variables aside."""
         if hasattr(tensor, "_tfzero_kind") or isinstance(tensor, batch_rows.EagerTensor):
             return []
@@ -186,7 +186,7 @@ class Dependence:
             return [operation.inputs[tensor.value_index]]
         return [each for each in operation.inputs if each.dtype != tf.resource]
 
-    def _outer(self, placeholder):
+    def _outer(self, placeholder: tf.Tensor) -> tf.Tensor | None:
         """The tensor of the graph around that a graph has captured as this placeholder, or None."""
         graph = placeholder.graph
         count, captures = self._captures.get(id(graph), (-1, {}))
@@ -197,7 +197,7 @@ class Dependence:
         return captures.get(_key(placeholder))
 
 
-def _of_function(graph, kinds: list[Kind]) -> list[Kind]:
+def _of_function(graph: tf.Graph, kinds: list[Kind]) -> list[Kind]:
     """The kinds of a function's results, where it is given inputs of these kinds."""
     within = Dependence(zip(graph.inputs, kinds, strict=True))
     return [within.kind(each) for each in graph.outputs]
@@ -211,13 +211,13 @@ def _of_branches(functions: list, kinds: list[Kind]) -> list[Kind]:
     return [each.pop() if kinds[0] == SAME and len(each) == 1 else OTHER for each in alike]
 
 
-def _of_loop(condition, body, kinds: list[Kind]) -> list[Kind]:
+def _of_loop(condition: tf.Graph, body: tf.Graph, kinds: list[Kind]) -> list[Kind]:
     """The number of rounds must be the same everywhere."""
     kinds = _before_a_round(body, kinds)
     return kinds if _is_round_for_all(condition, kinds) else [OTHER] * len(kinds)
 
 
-def _before_a_round(body, kinds: list[Kind]) -> list[Kind]:
+def _before_a_round(body: tf.Graph, kinds: list[Kind]) -> list[Kind]:
     """What holds before and after each round."""
     for _ in range(len(kinds) + 1):
         after = _of_function(body, kinds)
@@ -228,7 +228,7 @@ def _before_a_round(body, kinds: list[Kind]) -> list[Kind]:
     return kinds
 
 
-def _is_round_for_all(condition, kinds: list[Kind]) -> bool:
+def _is_round_for_all(condition: tf.Graph, kinds: list[Kind]) -> bool:
     return _of_function(condition, kinds)[0] == SAME
 
 
@@ -239,11 +239,11 @@ def _of_both(before: Kind, after: Kind, value: tf.Tensor) -> Kind:
     return after if before == SAME and after.name == "rows" and value.dtype == tf.variant else OTHER
 
 
-def _key(tensor):
+def _key(tensor: tf.Tensor) -> int | tuple[int, str]:
     return id(tensor) if isinstance(tensor, batch_rows.EagerTensor) else (id(tensor.graph), tensor.name)
 
 
-def _kind(tensor, kinds: list[Kind]) -> Kind:
+def _kind(tensor: tf.Tensor, kinds: list[Kind]) -> Kind:
     """The kind of a tensor, from those of the tensors that it depends on."""
     if hasattr(tensor, "_tfzero_kind"):
         return tensor._tfzero_kind

@@ -52,6 +52,6 @@ def mark_global(tensor: tf.Tensor) -> tf.Tensor:
     return mark(tensor, SAME)
 
 
-def is_global(tensor) -> bool:
+def is_global(tensor: object) -> bool:
     """Whether `mark_global` was called on a tensor."""
     return getattr(tensor, "_tfzero_kind", None) == SAME

@@ -29,40 +29,40 @@ _DRAWN = (
 )  # fmt: skip
 
 
-def _static(tensor) -> np.ndarray | None:
+def _static(tensor: tf.Tensor) -> np.ndarray | None:
     value = tf.get_static_value(tensor)
     return None if value is None else np.asarray(value).reshape(-1)
 
 
-def _of_each_row(tensor, operation, kinds: list[Kind]) -> Kind:
+def _of_each_row(tensor: tf.Tensor, operation: tf.Operation, kinds: list[Kind]) -> Kind:
     value = next(each for each in operation.inputs if each.dtype != tf.resource)
     is_enough = value.shape.rank is not None and value.shape.rank >= _EACH_ROW[operation.type]
     return ROWS if is_enough and kinds[0] == ROWS and all(kind == SAME for kind in kinds[1:]) else OTHER
 
 
-def _of_cross_entropy(tensor, operation, kinds: list[Kind]) -> Kind:
+def _of_cross_entropy(tensor: tf.Tensor, operation: tf.Operation, kinds: list[Kind]) -> Kind:
     return ROWS if set(kinds) == {ROWS} else OTHER
 
 
-def _of_batch_norm(tensor, operation, kinds: list[Kind]) -> Kind:
+def _of_batch_norm(tensor: tf.Tensor, operation: tf.Operation, kinds: list[Kind]) -> Kind:
     is_each = not operation.get_attr("is_training") and tensor.value_index == 0
     return ROWS if is_each and kinds[0] == ROWS and all(kind == SAME for kind in kinds[1:]) else OTHER
 
 
-def _of_conv_transpose(tensor, operation, kinds: list[Kind]) -> Kind:
+def _of_conv_transpose(tensor: tf.Tensor, operation: tf.Operation, kinds: list[Kind]) -> Kind:
     return ROWS if kinds[1:] == [SAME, ROWS] else OTHER
 
 
-def _of_drawn(tensor, operation, kinds: list[Kind]) -> Kind:
+def _of_drawn(tensor: tf.Tensor, operation: tf.Operation, kinds: list[Kind]) -> Kind:
     """Random numbers for each row: one device has others, as many."""
     return rows_along(kinds[0].axis) if kinds[0].name == "shape" else OTHER
 
 
-def _of_fill(tensor, operation, kinds: list[Kind]) -> Kind:
+def _of_fill(tensor: tf.Tensor, operation: tf.Operation, kinds: list[Kind]) -> Kind:
     return rows_along(kinds[0].axis) if kinds[0].name == "shape" and kinds[1] == SAME else OTHER
 
 
-def _of_pack(tensor, operation, kinds: list[Kind]) -> Kind:
+def _of_pack(tensor: tf.Tensor, operation: tf.Operation, kinds: list[Kind]) -> Kind:
     """Of shapes put together, `[rows, 3]`; of statistics; and of tensors with rows."""
     rank = tensor.shape.rank
     if rank == 1 and tensor.dtype.is_integer and kinds.count(COUNT) == 1 and kinds.count(SAME) == len(kinds) - 1:
@@ -78,7 +78,7 @@ def _of_statistics(kinds: list[Kind]) -> Kind:
     return MEAN if set(kinds) == {MEAN} else OTHER
 
 
-def _of_concat(tensor, operation, kinds: list[Kind]) -> Kind:
+def _of_concat(tensor: tf.Tensor, operation: tf.Operation, kinds: list[Kind]) -> Kind:
     axis, rank = _static(operation.inputs[-1]), tensor.shape.rank
     kinds = kinds[:-1]
     if axis is None or rank is None:
@@ -90,7 +90,7 @@ def _of_concat(tensor, operation, kinds: list[Kind]) -> Kind:
     return OTHER if axis[0] % rank == kinds[0].axis else kinds[0]
 
 
-def _of_joined_shapes(operation, kinds: list[Kind]) -> Kind:
+def _of_joined_shapes(operation: tf.Operation, kinds: list[Kind]) -> Kind:
     place = next(k for k, kind in enumerate(kinds) if kind.name == "shape")
     before = [each.shape.num_elements() for each in operation.inputs[:place]]
     if None in before or any(kind != SAME for k, kind in enumerate(kinds) if k != place):
@@ -98,7 +98,7 @@ def _of_joined_shapes(operation, kinds: list[Kind]) -> Kind:
     return Kind("shape", sum(before) + kinds[place].axis)
 
 
-def _of_gather(tensor, operation, kinds: list[Kind]) -> Kind:
+def _of_gather(tensor: tf.Tensor, operation: tf.Operation, kinds: list[Kind]) -> Kind:
     values, indexes = operation.inputs[0].shape.rank, operation.inputs[1].shape.rank
     axis, batch_dims = _static(operation.inputs[2]), operation.get_attr("batch_dims")
     if axis is None or values is None or indexes is None:
@@ -124,13 +124,13 @@ def _of_shape_elements(places: np.ndarray | None, kind: Kind, shape: tf.Tensor) 
     return SAME if not found else Kind("shape", found[0]) if len(found) == 1 else OTHER
 
 
-def _of_gather_nd(tensor, operation, kinds: list[Kind]) -> Kind:
+def _of_gather_nd(tensor: tf.Tensor, operation: tf.Operation, kinds: list[Kind]) -> Kind:
     rank = operation.inputs[1].shape.rank
     is_each = kinds[0] == SAME and kinds[1].name == "rows" and rank is not None and kinds[1].axis < rank - 1
     return kinds[1] if is_each else OTHER
 
 
-def _of_one_hot(tensor, operation, kinds: list[Kind]) -> Kind:
+def _of_one_hot(tensor: tf.Tensor, operation: tf.Operation, kinds: list[Kind]) -> Kind:
     if kinds[0].name != "rows" or any(kind != SAME for kind in kinds[1:]) or tensor.shape.rank is None:
         return OTHER
     return rows_along(kinds[0].axis + (operation.get_attr("axis") % tensor.shape.rank <= kinds[0].axis))
@@ -139,7 +139,7 @@ def _of_one_hot(tensor, operation, kinds: list[Kind]) -> Kind:
 # Of the tensor at a place among the inputs; its axes that are touched are told by a constant input or an attribute.
 
 
-def _of_unpack(tensor, operation, kinds: list[Kind]) -> Kind:
+def _of_unpack(tensor: tf.Tensor, operation: tf.Operation, kinds: list[Kind]) -> Kind:
     rank = operation.inputs[0].shape.rank
     if kinds[0].name != "rows" or rank is None:
         return OTHER
@@ -150,7 +150,7 @@ def _of_unpack(tensor, operation, kinds: list[Kind]) -> Kind:
 def _along(value_place: int, axes_place: int) -> Callable[..., Kind]:
     """A rule of operations that work along the axes that one of their inputs tells."""
 
-    def rule(tensor, operation, kinds: list[Kind]) -> Kind:
+    def rule(tensor: tf.Tensor, operation: tf.Operation, kinds: list[Kind]) -> Kind:
         value, axes = operation.inputs[value_place], _static(operation.inputs[axes_place])
         others = [kind for k, kind in enumerate(kinds) if k != value_place]
         kind, rank = kinds[value_place], value.shape.rank
@@ -161,28 +161,28 @@ def _along(value_place: int, axes_place: int) -> Callable[..., Kind]:
     return rule
 
 
-def _of_arg(tensor, operation, kinds: list[Kind]) -> Kind:
+def _of_arg(tensor: tf.Tensor, operation: tf.Operation, kinds: list[Kind]) -> Kind:
     kind, rank = _along(0, 1)(tensor, operation, kinds), operation.inputs[0].shape.rank
     if kind == OTHER:
         return OTHER
     return rows_along(kind.axis - (int(_static(operation.inputs[1])[0]) % rank < kind.axis))
 
 
-def _of_pad(tensor, operation, kinds: list[Kind]) -> Kind:
+def _of_pad(tensor: tf.Tensor, operation: tf.Operation, kinds: list[Kind]) -> Kind:
     padding = tf.get_static_value(operation.inputs[1])
     if kinds[0].name != "rows" or padding is None or any(kind != SAME for kind in kinds[1:]):
         return OTHER
     return OTHER if np.any(padding[kinds[0].axis]) else kinds[0]
 
 
-def _of_slice(tensor, operation, kinds: list[Kind]) -> Kind:
+def _of_slice(tensor: tf.Tensor, operation: tf.Operation, kinds: list[Kind]) -> Kind:
     begin, size = (_static(each) for each in operation.inputs[1:])
     if kinds[0].name != "rows" or begin is None or size is None:
         return OTHER
     return kinds[0] if (begin[kinds[0].axis], size[kinds[0].axis]) == (0, -1) else OTHER
 
 
-def of_strided_slice(operation, kind: Kind) -> Kind:
+def of_strided_slice(operation: tf.Operation, kind: Kind) -> Kind:
     """Of `x[:, 3]` and such, where x has rows; OTHER unless all rows are taken."""
     rank, strides = operation.inputs[0].shape.rank, _static(operation.inputs[3])
     if rank is None or strides is None:
@@ -210,7 +210,7 @@ def of_strided_slice(operation, kind: Kind) -> Kind:
 _MASKS = ("begin", "end", "ellipsis", "new_axis", "shrink_axis")
 
 
-def of_sliced_shape(operation, kind: Kind) -> Kind:
+def of_sliced_shape(operation: tf.Operation, kind: Kind) -> Kind:
     """Of `shape[0]`, `shape[1:]` and such, of a tensor with rows."""
     begin, end, strides = (_static(each) for each in operation.inputs[1:])
     rank = operation.inputs[0].shape[0]
@@ -226,7 +226,7 @@ def of_sliced_shape(operation, kind: Kind) -> Kind:
     return _of_shape_elements(np.arange(rank)[from_ : to : int(strides[0])], kind, operation.inputs[0])
 
 
-def of_reshape(tensor, operation, kinds: list[Kind]) -> Kind:
+def of_reshape(tensor: tf.Tensor, operation: tf.Operation, kinds: list[Kind]) -> Kind:
     """Of a tensor with rows along its first axis: each row of the result must be of one row of the batch."""
     before, after = operation.inputs[0].shape, tensor.shape
     if kinds[0] != ROWS or None in (before.rank, after.rank) or not after.rank or after[0] is not None:
@@ -245,7 +245,7 @@ def _begins_with_rows(shape: tf.Tensor, kind: Kind) -> bool:
     return first is not None and tf.get_static_value(first) == -1
 
 
-def of_axes_moved(tensor, operation, kinds: list[Kind]) -> Kind:
+def of_axes_moved(tensor: tf.Tensor, operation: tf.Operation, kinds: list[Kind]) -> Kind:
     """Of a tensor with rows, of which axes are added, taken away or put in another order."""
     kind, rank = kinds[0], operation.inputs[0].shape.rank
     static = [_static(each) for each in operation.inputs[1:]]
@@ -266,7 +266,7 @@ def of_axes_moved(tensor, operation, kinds: list[Kind]) -> Kind:
     return kind if static[0][kind.axis] == 1 else OTHER  # Tile
 
 
-def _of_list(tensor, operation, kinds: list[Kind]) -> Kind:
+def _of_list(tensor: tf.Tensor, operation: tf.Operation, kinds: list[Kind]) -> Kind:
     """Of the lists of loops: what they are stacked is of their kind."""
     kind = kinds[0]
     if operation.type == "TensorListFromTensor":

@@ -8,6 +8,7 @@ Eagerly there is no graph that could tell: there all of it is dropped that is no
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import tensorflow as tf
 
@@ -22,7 +23,7 @@ _LARGE_BYTES = 2**20
 
 
 @tf.autograph.experimental.do_not_convert
-def counted(value: tf.Tensor, extended) -> tf.Tensor:
+def counted(value: tf.Tensor, extended: tf.distribute.StrategyExtended) -> tf.Tensor:
     """Within a replica: a value, or what does not depend on rows of it if the replica has none. [Note: padding row]
 
     Args:
@@ -45,7 +46,7 @@ def counted(value: tf.Tensor, extended) -> tf.Tensor:
 
 
 @tf.autograph.experimental.do_not_convert
-def kept(variable: tf.Variable, value: tf.Tensor, extended) -> tf.Tensor:
+def kept(variable: tf.Variable, value: tf.Tensor, extended: tf.distribute.StrategyExtended) -> tf.Tensor:
     """Within a replica: what of a value counts that it assigns to a variable of its own. [Note: padding row]
 
     Where the value does not tell, the variable stays as it is.
@@ -60,7 +61,7 @@ def kept(variable: tf.Variable, value: tf.Tensor, extended) -> tf.Tensor:
 
 
 @tf.autograph.experimental.do_not_convert
-def added(value: tf.Tensor, extended) -> tf.Tensor:
+def added(value: tf.Tensor, extended: tf.distribute.StrategyExtended) -> tf.Tensor:
     """Within a replica: what of a value counts that it adds to a variable of its own. [Note: padding row]
 
     In a loop that may be one over rows, of which there are as many rounds: then also what is the same in each.
@@ -85,7 +86,7 @@ def with_own_results(function: Callable) -> Callable:
 
 
 def _of_own_rows(function: Callable) -> Callable:
-    def of_own_rows(*args, **kwargs):
+    def of_own_rows(*args: Any, **kwargs: Any) -> Any:
         args, kwargs = _padded((args, kwargs))
         _exchange_own_rows()
         return _own_results(function(*args, **kwargs))
@@ -94,7 +95,7 @@ def _of_own_rows(function: Callable) -> Callable:
 
 
 @tf.autograph.experimental.do_not_convert
-def _padded(arguments):
+def _padded(arguments: Any) -> Any:
     """A replica's arguments, with a row of zeros in each tensor if none that may be of a batch has rows.
 
     What was cut has its padding already; a user's own data set gives the last replicas empty tensors.
@@ -111,7 +112,7 @@ def _padded(arguments):
     has_rows = tf.reduce_any(tf.stack(numbers) > 0)
     current_run().found_rows = has_rows
 
-    def padded(leaf):
+    def padded(leaf: Any) -> Any:
         if not any(leaf is each for each in unpadded):
             return leaf
         shape = tf.concat([[1], tf.shape(leaf)[1:]], 0)
@@ -121,7 +122,7 @@ def _padded(arguments):
     return tf.nest.map_structure(padded, arguments)
 
 
-def _of_unknown_rows(leaf):
+def _of_unknown_rows(leaf: Any) -> Any:
     """A part of a batch as its number of rows is known to depend on the replica. [Note: kinds]"""
     if tf.executing_eagerly() or (rows := own_rows(leaf)) is None:
         return leaf
@@ -146,12 +147,18 @@ def _exchange_own_rows() -> None:
     all_reduce = replica.all_reduce
 
     @tf.autograph.experimental.do_not_convert
-    def all_reduce_counted(reduce_op, value, options=None):
+    def all_reduce_counted(
+        reduce_op: tf.distribute.ReduceOp | str,
+        value: Any,
+        options: tf.distribute.experimental.CommunicationOptions | None = None,
+    ) -> Any:
         value = tf.nest.map_structure(lambda each: counted(tf.convert_to_tensor(each), extended), value)
         return tf.nest.map_structure(mark_global, all_reduce(reduce_op, value, options))
 
     @tf.autograph.experimental.do_not_convert
-    def all_gather(value, axis, options=None):
+    def all_gather(
+        value: Any, axis: int, options: tf.distribute.experimental.CommunicationOptions | None = None
+    ) -> Any:
         del options
         own = tf.nest.map_structure(lambda each: _own_along(each, axis, extended), value)
         return tf.nest.map_structure(lambda each: mark_global(_gather(each, axis, extended)), own)
@@ -159,7 +166,9 @@ def _exchange_own_rows() -> None:
     replica.all_reduce, replica.all_gather = all_reduce_counted, all_gather
 
 
-def _own_along(value, axis: int, extended) -> tf.Tensor:
+def _own_along(
+    value: tf.types.experimental.TensorLike, axis: int, extended: tf.distribute.StrategyExtended
+) -> tf.Tensor:
     """What counts of a replica's value: its own rows, if they lie along an axis along which replicas may differ."""
     value, has_rows = tf.convert_to_tensor(value), extended.has_rows()
     if has_rows is None:
@@ -168,15 +177,15 @@ def _own_along(value, axis: int, extended) -> tf.Tensor:
     return _without_padding(value, axis % value.shape.rank, has_rows) if may_differ else counted(value, extended)
 
 
-def _gather(value: tf.Tensor, axis: int, extended) -> tf.Tensor:
+def _gather(value: tf.Tensor, axis: int, extended: tf.distribute.StrategyExtended) -> tf.Tensor:
     """As `tf.distribute.ReplicaContext.all_gather`, also where replicas cannot be merged."""
     rank = extended.group.rank(runtime.replica_index())
 
     @tf.custom_gradient
-    def gather(own):
+    def gather(own: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
         parts = extended.replica_collective(extended.group.all_gather_parts, own)
 
-        def gradient(upstream):
+        def gradient(upstream: tf.Tensor) -> tf.Tensor:
             total = extended.replica_collective(extended.group.all_reduce, counted(upstream, extended))
             sizes = [tf.shape(part)[axis] for part in parts]
             return tf.ensure_shape(tf.split(total, sizes, axis, num=len(sizes))[rank], own.shape)
@@ -187,13 +196,13 @@ def _gather(value: tf.Tensor, axis: int, extended) -> tf.Tensor:
 
 
 @tf.autograph.experimental.do_not_convert
-def _own_results(results):
+def _own_results(results: Any) -> Any:
     extended = tf.distribute.get_replica_context().strategy.extended
     has_rows = extended.has_rows()
     return results if has_rows is None else tf.nest.map_structure(lambda each: _own(each, has_rows, extended), results)
 
 
-def _own(result, has_rows: tf.Tensor, extended):
+def _own(result: Any, has_rows: tf.Tensor, extended: tf.distribute.StrategyExtended) -> Any:
     if isinstance(result, tf.Variable | tf.distribute.DistributedValues):
         return result
     if isinstance(result, batch_rows.CompositeTensor) and not isinstance(result, tf.SparseTensor | tf.RaggedTensor):
@@ -210,7 +219,7 @@ def _own(result, has_rows: tf.Tensor, extended):
     return _without_padding(result, axis, has_rows)
 
 
-def _own_of_unknown_rank(result: tf.Tensor, has_rows: tf.Tensor, extended) -> tf.Tensor:
+def _own_of_unknown_rank(result: tf.Tensor, has_rows: tf.Tensor, extended: tf.distribute.StrategyExtended) -> tf.Tensor:
     """A result that has rows along its first axis, if it has any axis, as far as can be told."""
     if extended.dependence().kind(result) in (SAME, OWN):
         return result
@@ -226,7 +235,9 @@ def _without_padding(value: tf.Tensor, axis: int, has_rows: tf.Tensor) -> tf.Ten
     return tf.slice(value, tf.zeros_like(size), tf.where(has_rows, size, size * others))
 
 
-def _axis_of_rows(result, has_rows: tf.Tensor, extended) -> int | None:
+def _axis_of_rows(
+    result: tf.Tensor | tf.SparseTensor | tf.RaggedTensor, has_rows: tf.Tensor, extended: tf.distribute.StrategyExtended
+) -> int | None:
     """The axis along which a result has rows, as far as that can be told."""
     if isinstance(result, tf.SparseTensor | tf.RaggedTensor):
         return 0
@@ -244,7 +255,7 @@ def _axis_of_rows(result, has_rows: tf.Tensor, extended) -> int | None:
 def _if_any(has_rows: tf.Tensor, value: tf.Tensor) -> tf.Tensor:
     """A value, or zeros without rows, to which no gradient leads."""
 
-    def chosen():
+    def chosen() -> tf.Tensor:
         # Of a tensor of zeros TensorFlow would make a constant, and hold it for ever.
         return tf.where(has_rows, value, tf.zeros([], value.dtype))
 

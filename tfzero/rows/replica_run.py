@@ -12,8 +12,9 @@ import tensorflow as tf
 
 from tfzero.host import runtime
 from tfzero.host.batch_rows import own_rows
-from tfzero.rows.dependence import COUNT, OTHER, ROWS, SAME, Dependence, Kind
+from tfzero.rows.dependence import COUNT, OTHER, ROWS, SAME, Dependence
 from tfzero.rows.inputs import batch_leaves, own_rows_of
+from tfzero.rows.kinds import Kind
 
 
 class ReplicaRun:
@@ -24,8 +25,8 @@ class ReplicaRun:
     """
 
     def __init__(self, thread: threading.Thread) -> None:
-        self.arguments = [thread.main_args, thread.main_kwargs]
-        self.graph = thread.graph
+        self.arguments = [thread.main_args, thread.main_kwargs]  # type: ignore[attr-defined]
+        self.graph = thread.graph  # type: ignore[attr-defined]
         self.found_rows: tf.Tensor | None = None  # whether it has rows, where only its own tensors tell
         self.gathers_late = False  # whether it is a step that begins by gathering parameters
         self.gatherers: dict = {}  # of parameters in shards, by graph
@@ -69,7 +70,7 @@ class ReplicaRun:
         return self.dependence
 
 
-def _kind_of(leaf, has_rows: bool, is_for_all: bool) -> Kind:
+def _kind_of(leaf: object, has_rows: bool, is_for_all: bool) -> Kind:
     if has_rows and isinstance(leaf, tf.Tensor):
         return ROWS
     return SAME if is_for_all else OTHER

@@ -41,7 +41,7 @@ _ELEMENTWISE = {
 }  # fmt: skip
 
 
-def kind_of_result(tensor, kinds: list[Kind]) -> Kind:
+def kind_of_result(tensor: tf.Tensor, kinds: list[Kind]) -> Kind:
     """The kind of what an operation gives, from those of its inputs; of an operation that is not known, "other"."""
     operation = tensor.op
     kind = OTHER
@@ -55,7 +55,7 @@ def kind_of_result(tensor, kinds: list[Kind]) -> Kind:
     return OTHER if kind == MIXED and not tensor.shape.is_fully_defined() else kind
 
 
-def linear_places(operation, kinds: list[Kind]) -> list[int]:
+def linear_places(operation: tf.Operation, kinds: list[Kind]) -> list[int]:
     """The inputs in which an operation of `LINEAR_IN` is linear together; none if another depends on rows."""
     depending = [place for place, kind in enumerate(kinds) if kind != SAME]
     places = list(range(len(kinds)))[LINEAR_IN[operation.type]]
@@ -64,7 +64,7 @@ def linear_places(operation, kinds: list[Kind]) -> list[int]:
     return places if set(depending) <= set(places) else []
 
 
-def _of_parts(operation, kinds: list[Kind]) -> Kind:
+def _of_parts(operation: tf.Operation, kinds: list[Kind]) -> Kind:
     """Of what adds up: the kind of the inputs in which an operation is linear; zeros are of any kind."""
     places = [place for place in linear_places(operation, kinds) if not _is_zero(operation.inputs[place])]
     found = {SUM if kinds[place] == COUNT else kinds[place] for place in places}
@@ -73,12 +73,12 @@ def _of_parts(operation, kinds: list[Kind]) -> Kind:
     return found.pop() if len(found) == 1 else MIXED
 
 
-def _is_zero(tensor) -> bool:
+def _is_zero(tensor: tf.Tensor) -> bool:
     value = tf.get_static_value(tensor)
     return value is not None and not value.any()
 
 
-def _of_elements(tensor, operation, kinds: list[Kind]) -> Kind:
+def _of_elements(tensor: tf.Tensor, operation: tf.Operation, kinds: list[Kind]) -> Kind:
     axes = set()
     for each, kind in zip(operation.inputs, kinds, strict=True):
         if kind.name == "rows" and None not in (each.shape.rank, tensor.shape.rank):
@@ -88,7 +88,7 @@ def _of_elements(tensor, operation, kinds: list[Kind]) -> Kind:
     return Kind("rows", axes.pop()) if len(axes) == 1 else OTHER
 
 
-def _of_sum(tensor, operation, kinds: list[Kind]) -> Kind:
+def _of_sum(tensor: tf.Tensor, operation: tf.Operation, kinds: list[Kind]) -> Kind:
     if any(kind.name in ("rows", "shape") for kind in kinds):
         return _of_elements(tensor, operation, kinds)
     if set(kinds) <= {SUM, COUNT}:
@@ -96,14 +96,14 @@ def _of_sum(tensor, operation, kinds: list[Kind]) -> Kind:
     return kinds[0] if set(kinds) in ({MEAN}, {OWN}, {OTHER}) else MIXED
 
 
-def _of_product(tensor, operation, kinds: list[Kind]) -> Kind:
+def _of_product(tensor: tf.Tensor, operation: tf.Operation, kinds: list[Kind]) -> Kind:
     left, right = kinds
     if SAME in kinds and left.name != "rows" and right.name != "rows":
         return right if left == SAME else left
     return _of_elements(tensor, operation, kinds)
 
 
-def _of_quotient(tensor, operation, kinds: list[Kind]) -> Kind:
+def _of_quotient(tensor: tf.Tensor, operation: tf.Operation, kinds: list[Kind]) -> Kind:
     numerator, denominator = kinds
     if denominator == SAME and numerator.name != "rows":
         return OTHER if tensor.dtype.is_integer else numerator  # integers are cut off
@@ -112,13 +112,13 @@ def _of_quotient(tensor, operation, kinds: list[Kind]) -> Kind:
     return _of_elements(tensor, operation, kinds)
 
 
-def _of_cast(tensor, operation, kinds: list[Kind]) -> Kind:
+def _of_cast(tensor: tf.Tensor, operation: tf.Operation, kinds: list[Kind]) -> Kind:
     source = operation.inputs[0].dtype
     rounds = tensor.dtype.is_bool or (tensor.dtype.is_integer and source.is_floating)
     return OTHER if rounds and kinds[0].name not in ("rows", "shape") else kinds[0]
 
 
-def _of_linear(tensor, operation, kinds: list[Kind]) -> Kind:
+def _of_linear(tensor: tf.Tensor, operation: tf.Operation, kinds: list[Kind]) -> Kind:
     """Of shapes, slices, and sums over other axes than that of rows."""
     kind = kinds[0]
     if operation.type == "StridedSlice" and kind.name in ("rows", "shape"):
@@ -134,7 +134,7 @@ def _of_linear(tensor, operation, kinds: list[Kind]) -> Kind:
     return kind if kind.name != "shape" and all(other == SAME for other in kinds[1:]) else OTHER
 
 
-def _of_reduction(tensor, operation, kinds: list[Kind]) -> Kind:
+def _of_reduction(tensor: tf.Tensor, operation: tf.Operation, kinds: list[Kind]) -> Kind:
     kind, value = kinds[0], operation.inputs[0]
     axes = tf.get_static_value(operation.inputs[1])
     if kind.name == "shape":
@@ -152,7 +152,7 @@ def _of_reduction(tensor, operation, kinds: list[Kind]) -> Kind:
     return Kind("rows", kind.axis - before)
 
 
-def _of_matmul(tensor, operation, kinds: list[Kind]) -> Kind:
+def _of_matmul(tensor: tf.Tensor, operation: tf.Operation, kinds: list[Kind]) -> Kind:
     """`[..., a, b]` times `[..., b, c]`: a sum over rows where both are summed along theirs."""
     batched, rank = operation.type.startswith("Batch"), tensor.shape.rank
     turned = [operation.get_attr(f"adj_{side}" if batched else f"transpose_{'ab'[k]}") for k, side in enumerate("xy")]
@@ -171,7 +171,7 @@ def _of_matmul(tensor, operation, kinds: list[Kind]) -> Kind:
     return rows_along(axes[side] if axes[side] < rank - 2 else rank - 1 if side else rank - 2)
 
 
-def _of_einsum(tensor, operation, kinds: list[Kind]) -> Kind:
+def _of_einsum(tensor: tf.Tensor, operation: tf.Operation, kinds: list[Kind]) -> Kind:
     terms, result = operation.get_attr("equation").decode().replace(" ", "").split("->")
     if "." in terms or not all(kind.name in ("rows", "same") for kind in kinds):
         return OTHER
@@ -185,12 +185,12 @@ def _of_einsum(tensor, operation, kinds: list[Kind]) -> Kind:
     return Kind("rows", result.index(label)) if label in result else SUM
 
 
-def _of_added_by_number(tensor, operation, kinds: list[Kind]) -> Kind:
+def _of_added_by_number(tensor: tf.Tensor, operation: tf.Operation, kinds: list[Kind]) -> Kind:
     """Sums of rows by their numbers."""
     return SUM if kinds == [ROWS, ROWS, SAME] else OTHER
 
 
-def _of_counted(tensor, operation, kinds: list[Kind]) -> Kind:
+def _of_counted(tensor: tf.Tensor, operation: tf.Operation, kinds: list[Kind]) -> Kind:
     """How often numbers come in a vector, or what they weigh."""
     is_each = operation.inputs[0].shape.rank != 1 or (
         operation.type == "DenseBincount" and operation.get_attr("binary_output")
@@ -198,20 +198,20 @@ def _of_counted(tensor, operation, kinds: list[Kind]) -> Kind:
     return OTHER if is_each or kinds[:2] != [ROWS, SAME] or kinds[2] not in (ROWS, SAME) else SUM
 
 
-def _of_scattered(tensor, operation, kinds: list[Kind]) -> Kind:
+def _of_scattered(tensor: tf.Tensor, operation: tf.Operation, kinds: list[Kind]) -> Kind:
     """Sums of rows by their numbers, added to a tensor."""
     is_apart = kinds[0] in (SAME, SUM, COUNT, MEAN, MIXED)
     return MIXED if is_apart and kinds[1:] == [ROWS, ROWS] else OTHER
 
 
-def _of_shape(tensor, operation, kinds: list[Kind]) -> Kind:
+def _of_shape(tensor: tf.Tensor, operation: tf.Operation, kinds: list[Kind]) -> Kind:
     kind = kinds[0]
     if kind.name == "rows":
         return Kind("shape", kind.axis)
     return OTHER if kind in (OTHER, MIXED) and not operation.inputs[0].shape.is_fully_defined() else SAME
 
 
-def _of_size(tensor, operation, kinds: list[Kind]) -> Kind:
+def _of_size(tensor: tf.Tensor, operation: tf.Operation, kinds: list[Kind]) -> Kind:
     kind = _of_shape(tensor, operation, kinds)
     return COUNT if kind.name == "shape" else kind
 

@@ -15,6 +15,7 @@ layer waits for its own parameters only. Between the two a variable is nobody's 
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -102,12 +103,12 @@ class Exchange:
         width = shard_elements(bucket.row_elements, size) if is_whole else bucket.row_elements
         residuals = {s.index: self._local(self.wire.residuals[s.index]) for s in bucket.segments if self.wire.residuals}
 
-        def as_rows_of_ranks(tensors):
+        def as_rows_of_ranks(tensors: Mapping[int, tf.Tensor]) -> tf.Tensor:
             """For each rank what it is to sum up; a whole bucket is cut evenly."""
             packed = pack(bucket, tensors, size)
             return as_rows(packed, size) if is_whole else packed
 
-        def encode(gradients):
+        def encode(gradients: Mapping[int, tf.Tensor]) -> tf.Tensor:
             rows = as_rows_of_ranks(gradients)
             if not residuals:
                 return codec.encoded(rows)
@@ -194,7 +195,7 @@ class Exchange:
         values = unpack(bucket, packed, self._shapes_of(bucket))
         values = {index: self._constrained(index, value, updated) for index, value in values.items()}
 
-        def assign(values):
+        def assign(values: Mapping[int, tf.Tensor]) -> None:
             for index, value in values.items():
                 self.component(index).assign(value)
 
@@ -211,7 +212,7 @@ class Exchange:
     def keep(self, bucket: Bucket, row: tf.Tensor) -> None:
         """Keeps what this replica updated of a bucket, for `share_kept`."""
 
-        def assign(row):
+        def assign(row: tf.Tensor) -> None:
             for segment in bucket.segments_of(self.rank):
                 value = self.component(segment.index)
                 if segment.index in self.wire.lags:
@@ -232,11 +233,11 @@ class Exchange:
         self.share(bucket, pack_row(bucket, self.rank, parts), ())
 
     def _share_differences(self, bucket: Bucket, row: tf.Tensor) -> None:
-        def encode(row):
+        def encode(row: tf.Tensor) -> tf.Tensor:
             ahead = {s.index: self._ahead(s, row, self.component(s.index)) for s in bucket.segments}
             return self.wire.codec.encoded(pack_row(bucket, self.rank, ahead)[tf.newaxis])[0]
 
-        def assign(gathered, row):
+        def assign(gathered: tf.Tensor, row: tf.Tensor) -> None:
             differences = tf.cast(self.wire.codec.decoded(gathered, bucket.row_elements), row.dtype)
             values = unpack(bucket, differences, self._shapes_of(bucket))
             for segment in bucket.segments:
@@ -290,7 +291,13 @@ class Exchange:
         return f"bucket {self.plan.buckets.index(bucket)} ({first} and so on)"
 
 
-def make_wire(codec: Codec | None, views: Sequence[VariableView], plan: Plan, strategy, loss_scale=None) -> Wire:
+def make_wire(
+    codec: Codec | None,
+    views: Sequence[VariableView],
+    plan: Plan,
+    strategy: tf.distribute.Strategy,
+    loss_scale: keras.optimizers.LossScaleOptimizer | None = None,
+) -> Wire:
     """Makes what compression makes replicas keep of each variable that travels encoded.
 
     Raises:
@@ -321,12 +328,14 @@ def _is_parameter(view: VariableView) -> bool:
     return isinstance(view.variable.value, ShardedParameter)
 
 
-def _zeros_like(view: VariableView, name: str, **arguments) -> keras.Variable:
+def _zeros_like(view: VariableView, name: str, **arguments: Any) -> keras.Variable:
     name = f"{view.variable.name}_{name}"
     return keras.Variable("zeros", view.shape, "float32", trainable=False, name=name, **arguments)
 
 
-def _hand_out(residual: keras.Variable, view: VariableView, loss_scale) -> None:
+def _hand_out(
+    residual: keras.Variable, view: VariableView, loss_scale: keras.optimizers.LossScaleOptimizer | None
+) -> None:
     """Lets each shard of a parameter know its replica's residual: the gradient tape needs it there."""
     for replica, shard in enumerate(view.variable.value.values):
         scale = None if loss_scale is None else loss_scale.dynamic_scale.value.values[replica]

@@ -7,6 +7,7 @@ ever sees a parameter of which parts are old, and each is gathered once a step a
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -36,20 +37,20 @@ class LateGathers:
         strategy: its strategy.
     """
 
-    def __init__(self, model: keras.Model, train_step: Callable, strategy) -> None:
+    def __init__(self, model: keras.Model, train_step: Callable, strategy: tf.distribute.Strategy) -> None:
         self._model = model
         self._train_step = train_step
         self._finish = tf.function(lambda: strategy.run(self._share_kept), autograph=False)
 
     @classmethod
-    def of(cls, model: keras.Model, step_function: Callable, strategy) -> "LateGathers | None":
+    def of(cls, model: keras.Model, step_function: Callable, strategy: tf.distribute.Strategy) -> "LateGathers | None":
         """Of a model's step function, if it trains and its parameters can be gathered late."""
         is_own = runtime.is_train_step_of_keras(step_function)
         several = model.steps_per_execution > 1 and not model.run_eagerly
         serves = strategy.settings.overlap_param_gather and is_own and several and model.optimizer is not None
         return cls(model, step_function, strategy) if serves else None
 
-    def step(self, data):
+    def step(self, data: Any) -> Any:
         """Within a replica: gathers what the step before has updated, and trains on a batch."""
         self._share_kept()
         trained, replica = self._model.optimizer.trained, runtime.replica_index()
@@ -60,7 +61,7 @@ class LateGathers:
             _refuse_reads_of_kept(trained, replica)
         return logs
 
-    def run(self, execution: Callable, iterator):
+    def run(self, execution: Callable, iterator: Any) -> Any:
         """Runs an execution of several steps, and gathers what its last one has updated."""
         try:
             logs = execution(iterator)
@@ -81,7 +82,7 @@ class LateGathers:
         is_pending = tf.unstack(pending)
         for bucket in reversed(_waiting(exchange)):
 
-            def share(bucket=bucket):
+            def share(bucket: Bucket = bucket) -> bool:
                 exchange.share_kept(bucket)
                 return True
 
@@ -89,7 +90,7 @@ class LateGathers:
         pending.assign(tf.zeros_like(pending))
 
 
-def make_pending(variables: int, strategy) -> keras.Variable | None:
+def make_pending(variables: int, strategy: tf.distribute.Strategy) -> keras.Variable | None:
     """Makes `Trained.pending` for so many variables, if the strategy's parameters are to be gathered late."""
     if not strategy.settings.overlap_param_gather:
         return None

@@ -11,17 +11,19 @@ is as right as one that adds up Keras losses.
 
 import contextlib
 import threading
+from collections.abc import Iterator, Sequence
 
 import tensorflow as tf
 from keras import ops
 
+from tfzero.extended import ZeroExtended
 from tfzero.host import keras_objects
 from tfzero.rows.padding import counted
 
 _scope = threading.local()
 
 
-def current_extended():
+def current_extended() -> ZeroExtended | None:
     """The extended of the ZeroStrategy whose replica is being run, or None."""
     replica = tf.distribute.get_replica_context()
     if replica is None or not hasattr(replica.strategy, "settings"):
@@ -30,7 +32,7 @@ def current_extended():
 
 
 @contextlib.contextmanager
-def local_unit(batch_is_static: bool):
+def local_unit(batch_is_static: bool) -> Iterator[None]:
     """Within it losses are means over this replica's samples. [Note: a user's own loss]"""
     before = getattr(_scope, "static", None)
     _scope.static = batch_is_static
@@ -40,7 +42,7 @@ def local_unit(batch_is_static: bool):
         _scope.static = before
 
 
-def scale(value, extended):
+def scale(value: tf.types.experimental.TensorLike, extended: ZeroExtended) -> tf.Tensor:
     """A mean over this replica's samples as its part of the mean over all.
 
     A loss for each sample (`reduction="none"`) is no mean: on one device its gradient is that of the sum.
@@ -54,7 +56,7 @@ def scale(value, extended):
     return ops.where(share > 0, value * share, ops.zeros_like(value))
 
 
-def unscale(value, extended):
+def unscale(value: tf.types.experimental.TensorLike, extended: ZeroExtended) -> tf.Tensor:
     """The inverse, for metrics that weigh replicas by their samples.
 
     Within `_compute_loss` Keras counts each replica as one when it does not know the batch size while tracing; then
@@ -69,7 +71,14 @@ def unscale(value, extended):
     return ops.divide_no_nan(value, share)
 
 
-def reduce_loss(values, sample_weight, mask, reduction, dtype, extended):
+def reduce_loss(
+    values: tf.types.experimental.TensorLike,
+    sample_weight: tf.types.experimental.TensorLike | None,
+    mask: tf.types.experimental.TensorLike | None,
+    reduction: str | None,
+    dtype: str | tf.DType | None,
+    extended: ZeroExtended,
+) -> tf.Tensor:
     """`reduce_weighted_values` of keras/src/losses/loss.py with a global divisor. [Note: the divisor]"""
     reduction = keras_objects.standardize_reduction(reduction)
     values = ops.convert_to_tensor(values, dtype=dtype)
@@ -103,7 +112,7 @@ def reduce_loss(values, sample_weight, mask, reduction, dtype, extended):
     return total
 
 
-def _global_divisor(counts, dtype, extended):
+def _global_divisor(counts: Sequence[tf.Tensor], dtype: tf.DType, extended: ZeroExtended) -> tf.Tensor:
     """Keras's divisor `elements * unmasked / maskable`, or the sum of weights, of the whole batch."""
     local = tf.stack([tf.stop_gradient(tf.cast(counted(count, extended), tf.float64)) for count in counts])
     total = extended.replica_collective(extended.group.all_reduce, local)

@@ -16,7 +16,7 @@ from tfzero.host import runtime
 from tfzero.variables.classes import ShardedParameter, VariableView
 
 
-def is_overwritten(variable) -> bool:
+def is_overwritten(variable: keras.Variable) -> bool:
     """Whether a variable's gradient is its next value. [Note: overwriting]"""
     return bool(getattr(variable, "overwrite_with_gradient", False))
 
@@ -24,7 +24,7 @@ def is_overwritten(variable) -> bool:
 class OverwrittenView(VariableView):
     """What an inner optimizer sees of such a variable while it is built: no slots, an accumulator at most."""
 
-    def __init__(self, variable) -> None:
+    def __init__(self, variable: keras.Variable) -> None:
         super().__init__(variable, plan=None, index=-1)
         self.overwrite_with_gradient = True
 
@@ -37,7 +37,7 @@ class OverwrittenView(VariableView):
         return None
 
 
-def keep_whole(variables: Sequence[keras.Variable], strategy) -> None:
+def keep_whole(variables: Sequence[keras.Variable], strategy: tf.distribute.Strategy) -> None:
     """Makes such variables whole, which at stage 3 may lie in shards. All workers call it together.
 
     Raises:

@@ -1,12 +1,17 @@
 """What is inside a ZeroOptimizer: Keras's own optimizers, and what they are known for."""
 
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import keras
 import tensorflow as tf
 from keras import optimizers as ko
 
 from tfzero.collectives.codec import Codec
 from tfzero.host import keras_objects, keras_optimizers, runtime
 from tfzero.plan.placement import VariableSpec
-from tfzero.variables.classes import ShardedParameter
+from tfzero.variables.classes import ShardedParameter, VariableView
+from tfzero.variables.creation import VariableCreation
 from tfzero.workers.agreement import by_path, describe
 
 # Optimizers whose `update_step` treats every element by itself, checked by reading each; a subclass that keeps the
@@ -23,7 +28,7 @@ _COMPILED_STEPS = _ELEMENTWISE_STEPS | {optimizer.update_step for optimizer in _
 CONTAINERS = (ko.LossScaleOptimizer, runtime.MultiOptimizer)
 
 
-def chain(optimizer) -> list:
+def chain(optimizer: ko.Optimizer) -> list:
     """An optimizer and all inside it."""
     if isinstance(optimizer, ko.LossScaleOptimizer):
         return [optimizer, *chain(optimizer.inner_optimizer)]
@@ -32,7 +37,7 @@ def chain(optimizer) -> list:
     return [optimizer]
 
 
-def check_wrappable(optimizer) -> None:
+def check_wrappable(optimizer: object) -> None:
     """
     Raises:
         TypeError: if it is no Keras optimizer, or one that overrides what tfzero does in its place.
@@ -55,20 +60,20 @@ def check_wrappable(optimizer) -> None:
         )
 
 
-def chooser(optimizer):
+def chooser(optimizer: ko.Optimizer) -> Callable[[keras.Variable], ko.Optimizer]:
     """A function that gives the optimizer of a variable."""
     if isinstance(optimizer, runtime.MultiOptimizer):
         return lambda variable: runtime.optimizer_for(optimizer, variable)
     return lambda variable: optimizer
 
 
-def counting(chained, chosen) -> tuple:
+def counting(chained: Sequence[ko.Optimizer], chosen: Iterable[ko.Optimizer]) -> tuple:
     """Those of `chained` that count steps: the optimizers that are `chosen` for variables, and a `MultiOptimizer`."""
     chosen = list(chosen)
     return tuple(each for each in chained if isinstance(each, runtime.MultiOptimizer) or each in chosen)
 
 
-def spec(variable, optimizers: list, optimizer, codec: Codec | None) -> VariableSpec:
+def spec(variable: keras.Variable, optimizers: list, optimizer: ko.Optimizer, codec: Codec | None) -> VariableSpec:
     """What the plan needs to know of a variable that `optimizer`, one of `optimizers`, trains.
 
     Raises:
@@ -115,7 +120,7 @@ def config_of(optimizer: ko.Optimizer) -> dict:
 
 def settings_of(chained: list) -> dict:
     """What workers must agree on: the classes and their settings, but not names counted up per process."""
-    settings = {}
+    settings: dict[str, Any] = {}
     for place, optimizer in enumerate(chained):
         where = f"{place}" if len(chained) > 1 else ""
         is_container = isinstance(optimizer, CONTAINERS)
@@ -123,17 +128,17 @@ def settings_of(chained: list) -> dict:
     return {path: value for path, value in settings.items() if not path.endswith("name")}
 
 
-def is_elementwise(optimizer) -> bool:
+def is_elementwise(optimizer: ko.Optimizer) -> bool:
     """Whether it is known to treat every element by itself."""
     return type(optimizer).update_step in _ELEMENTWISE_STEPS
 
 
-def is_compiled(optimizer) -> bool:
+def is_compiled(optimizer: ko.Optimizer) -> bool:
     """Whether XLA compiles its update."""
     return type(optimizer).update_step in _COMPILED_STEPS
 
 
-def strategy_of(variables):
+def strategy_of(variables: Sequence[keras.Variable]) -> tf.distribute.Strategy:
     """The one ZeroStrategy of all variables; without variables the current one.
 
     Raises:
@@ -158,11 +163,11 @@ class ViewsAtHand(list):
     Adafactor makes slots of shapes of its own, without naming the variable that they belong to.
     """
 
-    def __init__(self, views, creation) -> None:
+    def __init__(self, views: Iterable[VariableView], creation: VariableCreation) -> None:
         super().__init__(views)
         self._creation = creation
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[VariableView]:
         for view in super().__iter__():
             self._creation.view_at_hand = view
             yield view

@@ -11,7 +11,7 @@ Gradients are summed over replicas; the loss has been divided by the global coun
 vote comes with a loss scale only, and once per micro-step, as in Keras.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import keras
@@ -20,7 +20,7 @@ import tensorflow as tf
 from tfzero.collectives.group import Group
 from tfzero.collectives.packing import pack_row
 from tfzero.host import runtime
-from tfzero.plan.placement import Bucket, Placement, Plan
+from tfzero.plan.placement import Bucket, Placement, Plan, Segment
 from tfzero.plan.settings import Choice
 from tfzero.training.exchange import Exchange, Wire
 from tfzero.training.overwriting import Overwriting
@@ -72,7 +72,7 @@ class Trained:
         return Exchange(self.variables, self.plan, self.group, self.wire, replica)
 
 
-def with_norms(trained: Trained, strategy) -> Trained:
+def with_norms(trained: Trained, strategy: tf.distribute.Strategy) -> Trained:
     """The same, but the step computes the gradient's norm too. All workers call it together."""
     with strategy.extended.creation.of_optimizer_state():
         norms = [keras.Variable("zeros", (), "float32", False, name="squared_norm") for _ in trained.optimizers]
@@ -139,7 +139,7 @@ class ReplicaStep:
         flawed = tf.add_n([tf.cast(tf.reduce_any(~tf.math.is_finite(t)), tf.int64) for t in tensors])
         return self.group.all_reduce(flawed, self.replica) == 0
 
-    def _advance_and_grow_scale(self, rows) -> None:
+    def _advance_and_grow_scale(self, rows: dict[Bucket, tf.Tensor] | None) -> None:
         self._advance(rows)
         scaler = self.trained.loss_scale
         counter, scale = self._local(scaler.step_counter), self._local(scaler.dynamic_scale)
@@ -180,14 +180,16 @@ class ReplicaStep:
             counter = self._local(runtime.iteration_counter(optimizer))
             counter.assign_add(tf.ones_like(counter))
 
-    def _rows_of(self, buckets, rows) -> dict[Bucket, tf.Tensor]:
+    def _rows_of(self, buckets: Sequence[Bucket], rows: Mapping[Bucket, tf.Tensor] | None) -> dict[Bucket, tf.Tensor]:
         return {b: self.exchange.reduce(b, self.gradients) if rows is None else rows[b] for b in buckets}
 
-    def _accumulate_or_update(self, optimizer, buckets, rows) -> None:
+    def _accumulate_or_update(
+        self, optimizer: keras.optimizers.Optimizer, buckets: Sequence[Bucket], rows: Mapping[Bucket, tf.Tensor] | None
+    ) -> None:
         counter = self._local(runtime.iteration_counter(optimizer))
         steps = optimizer.gradient_accumulation_steps
 
-        def update():
+        def update() -> None:
             if self.trained.sharded_gradients:
                 totals = {b: (rows[b] + self._accumulated_row(b)) / steps for b in buckets}
             else:
@@ -197,7 +199,7 @@ class ReplicaStep:
                 self._accumulator(i).assign(tf.zeros_like(self._accumulator(i)))
             self._update(optimizer, buckets, totals)
 
-        def accumulate():
+        def accumulate() -> None:
             for bucket in buckets:
                 for segment in self._active(bucket):
                     if self.trained.sharded_gradients:
@@ -217,7 +219,7 @@ class ReplicaStep:
 
     # Clip.
 
-    def _clipper(self, optimizer, rows: Mapping[Bucket, tf.Tensor]) -> Callable:
+    def _clipper(self, optimizer: keras.optimizers.Optimizer, rows: Mapping[Bucket, tf.Tensor]) -> Callable:
         """A function of a gradient's part and its variable's index that clips as Keras does, by the true norm."""
         by_norm = any(limit and limit > 0 for limit in (optimizer.clipnorm, optimizer.global_clipnorm))
         if by_norm or self.trained.squared_norms:
@@ -238,7 +240,7 @@ class ReplicaStep:
             return lambda part, index: tf.clip_by_value(part, -optimizer.clipvalue, optimizer.clipvalue)
         return lambda part, index: part
 
-    def _note_norm(self, optimizer, squares: tf.Tensor) -> None:
+    def _note_norm(self, optimizer: keras.optimizers.Optimizer, squares: tf.Tensor) -> None:
         if self.trained.squared_norms:
             noted = self.trained.squared_norms[self.trained.optimizers.index(optimizer)]
             self._local(noted).assign(tf.reduce_sum(squares))
@@ -257,7 +259,9 @@ class ReplicaStep:
 
     # Update, gather, assign.
 
-    def _update(self, optimizer, buckets: Sequence[Bucket], rows: Mapping[Bucket, tf.Tensor]) -> None:
+    def _update(
+        self, optimizer: keras.optimizers.Optimizer, buckets: Sequence[Bucket], rows: Mapping[Bucket, tf.Tensor]
+    ) -> None:
         """Updates the variables of `buckets`; with a moving average also the averages of all others."""
         learning_rate = None
         clip = None
@@ -269,7 +273,11 @@ class ReplicaStep:
         compiled = self.trained.compiled[self.trained.optimizers.index(optimizer)]
         for batch in self.plan.group(self._buckets_to_visit(optimizer, buckets), self.trained.bucket_bytes.value):
 
-            def updated_rows(given, parts, batch=batch):
+            def updated_rows(
+                given: Mapping[int, tf.Tensor],
+                parts: Mapping[int, Mapping[int, tf.Tensor]],
+                batch: Sequence[Bucket] = batch,
+            ) -> dict[int, tf.Tensor | None]:
                 return {
                     place: self._updated_row(optimizer, bucket, given.get(place), parts[place], learning_rate, clip)
                     for place, bucket in enumerate(batch)
@@ -291,7 +299,15 @@ class ReplicaStep:
         kept = [segment.index for segment in bucket.segments]
         self._local(self.trained.pending).scatter_update(tf.IndexedSlices(tf.fill([len(kept)], True), kept))
 
-    def _updated_row(self, optimizer, bucket, row, parts, learning_rate, clip) -> tf.Tensor | None:
+    def _updated_row(
+        self,
+        optimizer: keras.optimizers.Optimizer,
+        bucket: Bucket,
+        row: tf.Tensor | None,
+        parts: Mapping[int, tf.Tensor],
+        learning_rate: tf.Tensor | None,
+        clip: Callable[[tf.Tensor, int], tf.Tensor] | None,
+    ) -> tf.Tensor | None:
         updated = {}
         for segment in self._mine(bucket):
             part = parts[segment.index] if parts else self.exchange.part(bucket, segment)
@@ -307,13 +323,21 @@ class ReplicaStep:
         is_shard = bucket.sharded_parameters and bucket.placement is Placement.SHARDED
         return (is_all or is_shard) and not self.exchange.is_constrained(bucket)
 
-    def _buckets_to_visit(self, optimizer, buckets: Sequence[Bucket]) -> list[Bucket]:
+    def _buckets_to_visit(self, optimizer: keras.optimizers.Optimizer, buckets: Sequence[Bucket]) -> list[Bucket]:
         if not optimizer.use_ema:
             return list(buckets)
         index = self.trained.optimizers.index(optimizer)
         return [bucket for bucket in self.plan.buckets if bucket.optimizer == index]
 
-    def _updated_part(self, optimizer, segment, row, part, learning_rate, clip) -> tf.Tensor:
+    def _updated_part(
+        self,
+        optimizer: keras.optimizers.Optimizer,
+        segment: Segment,
+        row: tf.Tensor | None,
+        part: tf.Tensor,
+        learning_rate: tf.Tensor | None,
+        clip: Callable[[tf.Tensor, int], tf.Tensor] | None,
+    ) -> tf.Tensor:
         """This replica's part of one variable after the step, flat."""
         view = VariableView(self.trained.variables[segment.index], self.plan, segment.index, part)
         if row is not None and segment.index in self.gradients:
@@ -324,7 +348,7 @@ class ReplicaStep:
             self._average(optimizer, view)
         return tf.reshape(view.current, [-1])
 
-    def _average(self, optimizer, view: VariableView) -> None:
+    def _average(self, optimizer: keras.optimizers.Optimizer, view: VariableView) -> None:
         average = self._local(runtime.moving_average(optimizer, view))
         iterations = tf.convert_to_tensor(optimizer.iterations)
         momentum = tf.cast(iterations != 0, view.dtype) * tf.cast(optimizer.ema_momentum, view.dtype)
@@ -341,7 +365,7 @@ class ReplicaStep:
         """This replica's component of a distributed variable."""
         return variable.value.values[self.replica]
 
-    def _optimizer_of(self, index: int):
+    def _optimizer_of(self, index: int) -> keras.optimizers.Optimizer:
         return self.trained.optimizers[self.plan.specs[index].optimizer]
 
     def _accumulator(self, index: int) -> tf.Variable:
@@ -357,5 +381,5 @@ class ReplicaStep:
     def _mine(self, bucket: Bucket) -> tuple:
         return bucket.segments_of(self.rank)
 
-    def _indices(self, buckets) -> list[int]:
+    def _indices(self, buckets: Iterable[Bucket]) -> list[int]:
         return [s.index for bucket in buckets for s in bucket.segments if s.index in self.gradients]

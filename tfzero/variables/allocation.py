@@ -7,7 +7,7 @@ memory, and a variable's value that came to lie in too large a hole is made agai
 again. In training, `training/walk.py` writes in place, so a variable stays where it was made.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -27,12 +27,18 @@ def initial_value(kwargs: dict) -> tf.Tensor:
     return tf.convert_to_tensor(value, dtype=kwargs.get("dtype"))
 
 
-def on_host(value: tf.Tensor):
+def on_host(value: tf.Tensor) -> np.ndarray | tf.Tensor:
     """A copy in memory of NumPy's, if that can be; else the tensor itself."""
     return np.array(value) if tf.executing_eagerly() and value.dtype != tf.string else value
 
 
-def component(next_creator, device: str, value, made: Sequence[tf.Variable], kwargs: dict) -> tf.Variable:
+def component(
+    next_creator: Callable[..., tf.Variable],
+    device: str,
+    value: np.ndarray | tf.Tensor,
+    made: Sequence[tf.Variable],
+    kwargs: dict,
+) -> tf.Variable:
     """One replica's variable; names as in TensorFlow's mirrored_strategy.py."""
     kwargs = dict(kwargs)
     if made:

@@ -99,12 +99,12 @@ class Gatherer:
 
     def _gather(self, shard: tf.Variable, shape: tf.TensorShape, dtype: tf.DType) -> tf.Tensor:
         @tf.custom_gradient
-        def gather(part):  # [shard_elements]
+        def gather(part: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:  # [shard_elements]
             with self._group.lanes.purpose(runtime.replica_index(), f"the parameter {shard.name}"):
                 whole = self._all_gather(part, shape, dtype, self._previous_users())
             self._gathered.append(whole)
 
-            def gradient(upstream):
+            def gradient(upstream: tf.Tensor | tf.IndexedSlices) -> tf.Tensor:
                 upstream = tf.convert_to_tensor(upstream)
                 waits: Sequence[tf.Tensor] = ()
                 if not tf.executing_eagerly() and upstream.graph is whole.graph:
@@ -124,7 +124,14 @@ class Gatherer:
 
         return gather(tf.convert_to_tensor(shard))
 
-    def _all_gather(self, part, shape, dtype, waits, backward=False) -> tf.Tensor:
+    def _all_gather(
+        self,
+        part: tf.Tensor,
+        shape: tf.TensorShape,
+        dtype: tf.DType,
+        waits: Sequence[tf.Tensor | tf.Operation],
+        backward: bool = False,
+    ) -> tf.Tensor:
         codec = self._codec_for(shape, dtype)
         with tf.control_dependencies(waits):
             part = tf.identity(part if codec else tf.cast(part, dtype))
@@ -141,7 +148,7 @@ class Gatherer:
         codec = self._codec_for(upstream.shape, upstream.dtype)
 
         @tf.custom_gradient
-        def scatter(whole):
+        def scatter(whole: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
             rows = as_rows(whole, self._group.world_size)
             if codec is None or not self._group.exchanges_encoded:
                 summed = self._collective(self._group.reduce_scatter, rows, shard.dtype)
@@ -161,7 +168,7 @@ class Gatherer:
         residual, loss_scale = kept
         elements = residual.shape.num_elements()
 
-        def encode(rows):
+        def encode(rows: tf.Tensor) -> tf.Tensor:
             scale = tf.constant(1.0) if loss_scale is None else tf.convert_to_tensor(loss_scale)
             payload, lost = codec.encoded_with(rows, as_rows(tf.reshape(residual, [-1]) * scale, rows.shape[0]))
             residual.assign(tf.reshape(tf.reshape(lost, [-1])[:elements] / scale, residual.shape))

@@ -1,5 +1,9 @@
 """State with a row for each sample of the batch, which stateful recurrent layers carry from batch to batch."""
 
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
 import tensorflow as tf
 
 from tfzero.host import runtime
@@ -16,16 +20,16 @@ class RowsVariable(ReplicatedVariable):
     files and at any number of replicas it is what one device has.
     """
 
-    def value_here(self):
+    def value_here(self) -> tf.Tensor | tf.Variable:
         return super().value_here() if self._replica() is None else self._own_rows()
 
-    def value(self):
+    def value(self) -> tf.Tensor | tf.Variable:
         return self.value_here()
 
-    def read_value(self):
+    def read_value(self) -> tf.Tensor | tf.Variable:
         return self.value_here()
 
-    def as_tensor(self, dtype=None, name=None, as_ref=False):
+    def as_tensor(self, dtype: tf.DType | None = None, name: str | None = None, as_ref: bool = False) -> tf.Tensor:
         if self._replica() is None:
             return super().as_tensor(dtype, name, as_ref)
         return tf.convert_to_tensor(self._own_rows(), dtype, name=name)
@@ -48,7 +52,9 @@ class RowsVariable(ReplicatedVariable):
             return rows
         return mark(tf.compat.v1.placeholder_with_default(rows, [None, *rows.shape[1:]]), ROWS)
 
-    def update_in_replica(self, update, value, **kwargs):
+    def update_in_replica(
+        self, update: Callable[..., Any], value: tf.types.experimental.TensorLike, **kwargs: Any
+    ) -> Any:
         replica = self._replica()
         if replica is None:
             return super().update_in_replica(update, value, **kwargs)
@@ -65,7 +71,7 @@ class RowsVariable(ReplicatedVariable):
         rows = [gathered[rank, : spans[part][1] - spans[part][0]] for part, rank in by_part]
         return update(self.values[replica], tf.concat(rows, 0), **kwargs)
 
-    def _checked(self, rows: tf.Tensor | None, expected: int):
+    def _checked(self, rows: tf.Tensor | None, expected: int) -> contextlib.AbstractContextManager[object]:
         """A context whose operations wait for a check of the number of rows that a replica has.
 
         Its name is all that it can say. `tf.debugging.assert_equal` would be kept in order with those of the other

@@ -1,7 +1,7 @@
 """A model's own training step, sharded and on one device, side by side."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import keras
@@ -113,7 +113,7 @@ def audit(model: keras.Model, batch: Sequence, steps: int = 3) -> Audit:
 
 
 @contextlib.contextmanager
-def _kept(model: keras.Model):
+def _kept(model: keras.Model) -> Iterator[None]:
     """Gives a model, whatever happens within it, all its values back: on each replica its own, metrics too."""
     kept = LocalValues(item.variable for item in state_of(model))
     try:
@@ -150,7 +150,9 @@ def _trained(model: keras.Model, batch: Sequence, steps: int) -> list[np.ndarray
     return _values_of(model)
 
 
-def _compare_all(variables: Sequence[keras.Variable], mine: Sequence, theirs: Sequence, tolerance) -> list[list]:
+def _compare_all(
+    variables: Sequence[keras.Variable], mine: Sequence, theirs: Sequence, tolerance: tuple[float, float]
+) -> list[list]:
     return [
         _compare(variable.path, ours, other, tolerance)
         for variable, ours, other in zip(variables, mine, theirs, strict=True)

@@ -1,6 +1,7 @@
 """Whether what must be equal on all replicas still is: a watch for `fit`."""
 
 import hashlib
+from typing import Any
 
 import keras
 import numpy as np
@@ -33,7 +34,7 @@ class DriftCallback(keras.callbacks.Callback):
         self.check_every = check_every
         self._batches = 0
 
-    def on_train_batch_end(self, batch, logs=None) -> None:
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         self._batches += 1
         if self._batches % self.check_every == 0:
             check_drift(self.model)

@@ -8,6 +8,7 @@ dropped (`keras.StatelessScope`), and a graph that would still change something 
 import statistics
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -56,14 +57,14 @@ def gradient_seconds(model: keras.Model, rows: Sequence[int]) -> float:
     return statistics.median(seconds[1:])
 
 
-def _zeros(specs, rows: Sequence[int]):
+def _zeros(specs: Any, rows: Sequence[int]) -> Any:
     """Zeros of these shapes for each local replica, as `strategy.run` takes them."""
     for spec in tf.nest.flatten(specs):
         is_known = spec is None or (isinstance(spec, tf.TensorSpec) and spec.shape[1:].is_fully_defined())
         if not is_known:
             raise UnmeasurableError(f"its batches have shapes that are not known before: {spec}")
 
-    def of_replicas(spec):
+    def of_replicas(spec: tf.TensorSpec | None) -> tf.distribute.DistributedValues | None:
         if spec is None:
             return None
         return runtime.per_replica([tf.zeros([max(1, count), *spec.shape[1:]], spec.dtype) for count in rows])
@@ -71,7 +72,7 @@ def _zeros(specs, rows: Sequence[int]):
     return tf.nest.map_structure(of_replicas, specs)
 
 
-def _replica_gradient(model: keras.Model, batch) -> list[tf.Tensor]:
+def _replica_gradient(model: keras.Model, batch: Any) -> list[tf.Tensor]:
     """Numbers that need the whole gradient and all metrics: to return more would keep it in memory."""
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
     with keras.StatelessScope(collect_losses=True):
@@ -92,7 +93,9 @@ def _changes(graph: tf.Graph) -> list[str]:
     return sorted({node.op for node in nodes if node.op.startswith(_CHANGES)})
 
 
-def _seconds_of(gradient, batch, strategy) -> float:
+def _seconds_of(
+    gradient: tf.types.experimental.ConcreteFunction, batch: Any, strategy: tf.distribute.Strategy
+) -> float:
     start = time.perf_counter()
     for value in strategy.experimental_local_results(gradient(batch)[0]):
         value.numpy()

@@ -7,6 +7,7 @@ elements always, element-wise ones if nobody else needs that input any more.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -61,7 +62,7 @@ def trace_step(model: keras.Model, rows: int, gathers: bool) -> tuple[Moment, ..
     variables = [variable.value for variable in model.trainable_variables]
     results: dict = {}
 
-    def step(inputs):
+    def step(inputs: Any) -> tf.Tensor:
         with tf.GradientTape() as tape:
             loss = _loss(model, inputs, model(inputs, training=True))
         gradients = tape.gradient(loss, variables)
@@ -73,7 +74,7 @@ def trace_step(model: keras.Model, rows: int, gathers: bool) -> tuple[Moment, ..
     return tuple(_Walk(graph, variables, results["loss"], results["gradients"], gathers).moments())
 
 
-def _input_specs(model: keras.Model, rows: int):
+def _input_specs(model: keras.Model, rows: int) -> Any:
     inputs = runtime.input_structure(model)
     if inputs is None:
         raise ValueError(
@@ -81,7 +82,7 @@ def _input_specs(model: keras.Model, rows: int):
             "Make it of `keras.Input`s, or leave `batch_size` away."
         )
 
-    def spec(tensor):
+    def spec(tensor: keras.KerasTensor) -> tf.TensorSpec:
         unknown = [size for size in tensor.shape[1:] if size is None]
         if unknown:
             raise ValueError(
@@ -93,7 +94,7 @@ def _input_specs(model: keras.Model, rows: int):
     return tf.nest.map_structure(spec, inputs)
 
 
-def _loss(model: keras.Model, inputs, outputs) -> tf.Tensor:
+def _loss(model: keras.Model, inputs: Any, outputs: Any) -> tf.Tensor:
     """The compiled loss, of targets of the shape that it takes; without one a sum of squares."""
     if has_compiled_loss(model):
         for targets in (outputs, tf.nest.map_structure(lambda t: tf.zeros(t.shape[:-1], tf.int32), outputs)):
@@ -121,7 +122,14 @@ class _Buffer:
 class _Walk:
     """Goes through a graph once. [Note: liveness]"""
 
-    def __init__(self, graph, variables: Sequence, loss, gradients: Sequence[tf.Tensor | None], gathers: bool) -> None:
+    def __init__(
+        self,
+        graph: tf.Graph,
+        variables: Sequence,
+        loss: tf.Tensor,
+        gradients: Sequence[tf.Tensor | None],
+        gathers: bool,
+    ) -> None:
         self._sizes = [variable.shape.num_elements() * variable.dtype.size for variable in variables]
         self._views = _VIEWS | {"Cast"} if gathers else _VIEWS
         outer = {id(variable.handle): index for index, variable in enumerate(variables)}
@@ -175,7 +183,9 @@ class _Walk:
         buffer.uses += uses
         self._buffers[key] = buffer
 
-    def _passed_on(self, operation, place, tensor, inputs: Sequence[_Buffer]) -> _Buffer | None:
+    def _passed_on(
+        self, operation: tf.Operation, place: int, tensor: tf.Tensor, inputs: Sequence[_Buffer]
+    ) -> _Buffer | None:
         """The buffer of an input, if the result lies there."""
         if operation.type in _VIEWS or (operation.type in self._views and inputs[0].variable is not None):
             return inputs[place if operation.type == "IdentityN" else 0]
@@ -189,7 +199,7 @@ class _Walk:
         return None
 
 
-def _needed(graph, targets: Sequence[tf.Operation]) -> list[tf.Operation]:
+def _needed(graph: tf.Graph, targets: Sequence[tf.Operation]) -> list[tf.Operation]:
     """The operations that the targets wait for, and those, in the order in which they were traced."""
     found: set[tf.Operation] = set()
     stack = list(targets)

@@ -52,7 +52,7 @@ def holdings(trained: Iterable[Trained]) -> list[Holding]:
     return sorted(found, key=lambda holding: -holding.total_bytes)
 
 
-def _part(value, shards: int) -> list[Counter]:
+def _part(value: tf.Variable, shards: int) -> list[Counter]:
     """What each rank holds of a variable or slot."""
     elements, item_bytes = math.prod(value.shape), tf.as_dtype(value.dtype).size
     if not isinstance(value, ShardedVariable):
@@ -70,7 +70,9 @@ def draw(rows: Sequence[Holding]) -> np.ndarray:
 
     if len(rows) > MOST_ROWS:
         rest = rows[MOST_ROWS:]
-        ranks = tuple(sum(of_rank, Counter()) for of_rank in zip(*(row.ranks for row in rest), strict=True))
+        ranks: tuple[Counter, ...] = tuple(
+            sum(of_rank, Counter()) for of_rank in zip(*(row.ranks for row in rest), strict=True)
+        )
         rows = [*rows[:MOST_ROWS], Holding(f"{len(rest)} smaller variables", ranks)]
     shards = len(rows[0].ranks)
     shown = min(shards, MOST_RANKS)

@@ -5,6 +5,8 @@ import os
 import statistics
 import time
 import warnings
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -73,7 +75,7 @@ class TensorBoardCallback(keras.callbacks.Callback):
         self._gradient_seconds: dict[tuple, float | None] = {}
         self._writer: tf.summary.SummaryWriter | None = None
 
-    def on_train_begin(self, logs=None) -> None:
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         strategy = self.model.distribute_strategy
         if not isinstance(strategy, ZeroStrategy):
             raise ValueError(
@@ -90,14 +92,14 @@ class TensorBoardCallback(keras.callbacks.Callback):
         if strategy.extended.should_checkpoint:
             self._writer = tf.summary.create_file_writer(self.log_dir)
 
-    def on_train_batch_begin(self, batch, logs=None) -> None:
+    def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         self._first_batch = batch
         if self._is_first:
             self.step = max(self.step, self._steps_of_optimizer)  # a run may go on from a checkpoint
             self._rows = runtime.rows_counted(self.model)
         self._start = time.perf_counter()
 
-    def on_train_batch_end(self, batch, logs=None) -> None:
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         if self._strategy.settings.device_type == "GPU":
             tf.test.experimental.sync_devices()
         seconds = time.perf_counter() - self._start
@@ -112,7 +114,7 @@ class TensorBoardCallback(keras.callbacks.Callback):
             self._is_first = False
             self._begin(batches)
 
-    def on_train_end(self, logs=None) -> None:
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
@@ -131,7 +133,7 @@ class TensorBoardCallback(keras.callbacks.Callback):
             self._gradient_seconds[self._shapes] = self._measure(rows)
             _memory(self._device)  # resets the peak, which is not the training's
 
-    def _measure(self, rows) -> float | None:
+    def _measure(self, rows: Sequence[int]) -> float | None:
         try:
             return gradient_seconds(self.model, rows)
         except UnmeasurableError as error:

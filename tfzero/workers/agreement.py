@@ -14,9 +14,10 @@ import json
 import numbers
 import platform
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import PurePath
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
+from typing import Any
 
 import keras
 import numpy as np
@@ -116,7 +117,7 @@ def _of_layer(layer: keras.layers.Layer) -> dict:
     return settings | described
 
 
-def by_path(description, path: str = "") -> dict:
+def by_path(description: object, path: str = "") -> dict:
     """A description as a flat dict: `{"loss[0].margin": 0.5}`."""
     if isinstance(description, dict) and description:
         begin = f"{path}." if path else ""
@@ -126,14 +127,14 @@ def by_path(description, path: str = "") -> dict:
     return {path: description}
 
 
-def _joined(parts) -> dict:
+def _joined(parts: Iterable[Mapping]) -> dict:
     return {key: value for part in parts for key, value in part.items()}
 
 
 # Descriptions. [Note: descriptions]
 
 
-def describe(value, level: int = 0):
+def describe(value: Any, level: int = 0) -> Any:
     """A JSON value that is the same wherever an equal thing is described."""
     if level > _MOST_LEVELS:
         return _name_of(type(value))
@@ -152,13 +153,13 @@ def _of_word(value: str, level: int) -> str:
     return _PATH if "/" in value or "\\" in value else value
 
 
-def _of_number(value, level: int):
+def _of_number(value: Any, level: int) -> bool | int | float | str:
     del level
     value = value.item() if isinstance(value, np.generic) else value
     return value if isinstance(value, bool | int | float) else str(value)
 
 
-def _of_array(value, level: int) -> str:
+def _of_array(value: np.ndarray | tf.Tensor, level: int) -> str:
     del level
     array = np.asarray(value)
     content = array.tolist() if array.dtype == object else array.tobytes()
@@ -166,18 +167,18 @@ def _of_array(value, level: int) -> str:
     return f"{array.dtype} {list(array.shape)} {values}"
 
 
-def _of_variable(value, level: int) -> str:
+def _of_variable(value: tf.Variable | keras.Variable | keras.KerasTensor, level: int) -> str:
     """Reading it might take all workers."""
     del level
     return f"variable {tf.as_dtype(value.dtype).name} {list(value.shape)}"
 
 
-def _of_list(value: Sequence, level: int):
+def _of_list(value: Sequence, level: int) -> list | str:
     described = [describe(item, level) for item in value]
     return described if len(described) <= _MOST_ITEMS else f"{len(described)} items, digest {_digest(described)}"
 
 
-def _of_set(value, level: int) -> list:
+def _of_set(value: Collection, level: int) -> list:
     return sorted((describe(item, level) for item in value), key=repr)
 
 
@@ -190,7 +191,7 @@ def _of_mapping(value: Mapping, level: int) -> dict | str:
     return {key: described[key] for key in sorted(described)}
 
 
-def _is_own(key) -> bool:
+def _is_own(key: object) -> bool:
     """Whether a worker may have this setting for itself: the first worker's initial values and seeds count for all."""
     return isinstance(key, str) and (key in _OWN or key.endswith("initializer"))
 
@@ -225,7 +226,7 @@ def _of_code(code: CodeType) -> list:
     return [code.co_code.hex(), constants, list(code.co_names), list(code.co_varnames)]
 
 
-def _configuration(value, level: int) -> dict | str:
+def _configuration(value: Any, level: int) -> Any:
     """What `get_config` tells, and numbers that a class of the user's own keeps beside it."""
     try:
         config = dict(value.get_config())
@@ -239,7 +240,7 @@ def _numbers_of(attributes: Mapping, level: int) -> dict:
     """Numbers, words, functions and configured things among attributes. Others may be anything: open files, models."""
     plain = (numbers.Number, np.generic, str, FunctionType)
 
-    def is_told(value) -> bool:
+    def is_told(value: object) -> bool:
         configured = hasattr(value, "get_config") and not isinstance(value, keras.layers.Layer | type)
         return isinstance(value, plain) or configured
 
@@ -256,7 +257,7 @@ def _is_of_library(kind: type) -> bool:
     return f"{kind.__module__}.".startswith(_OF_LIBRARIES)
 
 
-def _digest(value) -> str:
+def _digest(value: object) -> str:
     text = value if isinstance(value, str) else repr(value)
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 

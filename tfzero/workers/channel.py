@@ -13,6 +13,7 @@ import selectors
 import socket
 import threading
 from time import monotonic
+from typing import Any
 
 from tfzero.workers import meeting
 from tfzero.workers.cluster import Cluster
@@ -48,7 +49,8 @@ class Channel:
         """
         secret, seconds = read_secret(), timeout_seconds
         # The leader listens too, but only to keep its port from a second leader.
-        with meeting.listen(cluster) if cluster.size > 1 else contextlib.nullcontext() as listener:
+        listening: Any = meeting.listen(cluster) if cluster.size > 1 else contextlib.nullcontext()
+        with listening as listener:
             if cluster.index == 0:
                 connections = meeting.call_all(cluster, secret, timeout_seconds)
             else:
@@ -58,7 +60,7 @@ class Channel:
         channel.all_gather("join", None, seconds)  # afterwards all are here, and nobody listens any more
         return channel
 
-    def all_gather(self, topic: str, value, timeout_seconds: float | None = None) -> list:
+    def all_gather(self, topic: str, value: Any, timeout_seconds: float | None = None) -> list[Any]:
         """The values of all workers in rank order, as JSON has them: tuples come back as lists.
 
         Raises on all: RuntimeError if topics differ, TimeoutError if one is late, ConnectionError if lost, TypeError or
@@ -77,18 +79,18 @@ class Channel:
                 self._fail(error)
                 raise
 
-    def compare(self, topic: str, value) -> tuple[list, str]:
+    def compare(self, topic: str, value: Any) -> tuple[list[Any], str]:
         """The values of all workers, as `all_gather` gives them; and who has what, or "" if all have the same."""
         values = self.all_gather(topic, value)
         return values, differences_of(values, self._cluster.group)
 
-    def agree(self, topic: str, value, what: str) -> None:
+    def agree(self, topic: str, value: Any, what: str) -> None:
         """Raise ValueError on all, who may go on, unless all give the same value. `what` names it: "settings"."""
         _, differences = self.compare(topic, value)
         if differences:
             raise ValueError(f"The workers' {what} differ: {differences}. Give every worker the same {what}.")
 
-    def broadcast(self, topic: str, value):
+    def broadcast(self, topic: str, value: Any) -> Any:
         """The first worker's value, on all workers. What the others give is not used."""
         return self.all_gather(topic, value if self._cluster.index == 0 else None)[0]
 
@@ -112,7 +114,7 @@ class Channel:
         self._connections = {}
         return self._failure
 
-    def _gather_as_worker(self, topic: str, own: bytes, seconds: float) -> list:
+    def _gather_as_worker(self, topic: str, own: bytes, seconds: float) -> list[Any]:
         deadline = monotonic() + seconds + meeting.GRACE_SECONDS
         with contextlib.suppress(OSError):  # the reason why sending failed is read next
             send(self._connections[0], own, deadline)
@@ -127,7 +129,7 @@ class Channel:
             raise self._broken(0, topic, f"no list of {self._cluster.size} values")
         return values
 
-    def _gather_as_leader(self, topic: str, own: bytes, seconds: float) -> list:
+    def _gather_as_leader(self, topic: str, own: bytes, seconds: float) -> list[Any]:
         arrived = {0: json.loads(own)}
         deadline, noticed = monotonic() + seconds, False
         with selectors.DefaultSelector() as selector:
@@ -159,7 +161,7 @@ class Channel:
         self._send_all({"values": values}, topic, seconds)
         return values
 
-    def _send_all(self, message: dict, topic: str, seconds: float) -> None:
+    def _send_all(self, message: dict[str, Any], topic: str, seconds: float) -> None:
         text = encode(message)
         for index, connection in self._connections.items():
             try:
@@ -168,7 +170,7 @@ class Channel:
                 self._read(index, topic, monotonic(), seconds)  # raises what it told at last, or its loss
                 raise
 
-    def _read(self, index: int, topic: str, deadline: float, seconds: float) -> dict:
+    def _read(self, index: int, topic: str, deadline: float, seconds: float) -> dict[str, Any]:
         """The next message of a worker. Raises the error that it tells, or that it is late or lost."""
         try:
             message = receive(self._connections[index], deadline, seconds)

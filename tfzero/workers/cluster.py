@@ -3,7 +3,9 @@
 import json
 import os
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 _EXAMPLE = """Set it to, for example, {"cluster": {"worker": ["host1:2222", "host2:2222"]}, \
 "task": {"type": "worker", "index": 0}}, or unset it to train in one process."""
@@ -32,14 +34,14 @@ class Cluster:
 
     def group(self, indexes: list[int]) -> str:
         """Names in short: "chief 0 and workers 1, 3"."""
-        numbers = {}
+        numbers: dict[str, list[str]] = {}
         for index in indexes:
             kind, number = self.names[index].rsplit(" ", 1)
             numbers.setdefault(kind, []).append(number)
         return " and ".join(f"{kind}{'s' * (len(ns) > 1)} {', '.join(ns)}" for kind, ns in numbers.items())
 
 
-def read_tf_config(environ=os.environ) -> Cluster | None:
+def read_tf_config(environ: Mapping[str, str] = os.environ) -> Cluster | None:
     """The `Cluster` of TF_CONFIG, or None if TF_CONFIG is absent, empty, or holds no cluster."""
     text = environ.get("TF_CONFIG", "").strip()
     try:
@@ -55,14 +57,16 @@ def read_tf_config(environ=os.environ) -> Cluster | None:
     return cluster_from_spec(config["cluster"], task["type"], task["index"])
 
 
-def cluster_from_spec(spec: dict, task_type: str, task_id: int | str) -> Cluster | None:
+def cluster_from_spec(spec: dict[str, Any], task_type: str, task_id: int | str) -> Cluster | None:
     """The `Cluster` of a cluster resolver's specification (jobs are lists or dicts); None if it is empty."""
     if not spec:
         return None
     try:
         _check_jobs(spec, task_type)
         jobs = [job for job in ("chief", "worker") if job in spec]
-        tasks = {(job, number): address for job in jobs for number, address in _list_tasks(job, spec[job])}
+        tasks: dict[tuple[str, int], str] = {
+            (job, number): address for job in jobs for number, address in _list_tasks(job, spec[job])
+        }
         names, addresses = tuple(f"{job} {number}" for job, number in tasks), tuple(tasks.values())
         unique = len(set(addresses)) == len(addresses)
         _require(unique, "Two workers have the same address. Give each its own host or port.")
@@ -74,7 +78,7 @@ def cluster_from_spec(spec: dict, task_type: str, task_id: int | str) -> Cluster
     return Cluster(addresses, names, list(tasks).index(task))
 
 
-def find_cluster(resolver) -> Cluster | None:
+def find_cluster(resolver: object) -> Cluster | None:
     """The `Cluster` that a user's resolver names; without one that of TF_CONFIG."""
     if resolver is None:
         return read_tf_config()
@@ -86,12 +90,12 @@ def find_cluster(resolver) -> Cluster | None:
     return cluster_from_spec(spec.as_dict() if spec else {}, resolver.task_type, resolver.task_id)
 
 
-def _require(condition, advice):
+def _require(condition: object, advice: str) -> None:
     if not condition:
         raise ValueError(advice)
 
 
-def _check_jobs(spec, task_type):
+def _check_jobs(spec: Any, task_type: str) -> None:
     advice = "Run `model.evaluate` on checkpoints, in a process without TF_CONFIG or with a plain strategy."
     _require(task_type != "evaluator", f"An evaluator task takes no part in training. {advice}")
     advice = 'The cluster must be an object with lists of addresses, "worker" and perhaps "chief".'
@@ -102,14 +106,14 @@ def _check_jobs(spec, task_type):
     _require(task_type in ("chief", "worker"), advice)
 
 
-def _list_tasks(job, tasks):
+def _list_tasks(job: str, tasks: Any) -> list[tuple[int, str]]:
     """Sorted pairs of task index and address."""
     advice = f'"{job}" must be a list of at least one "host:port". Fill it, or leave it out.'
     _require(isinstance(tasks, (list, tuple, dict)) and tasks, advice)
     advice = 'There is more than one chief. Leave one, and list the others under "worker".'
     _require(job != "chief" or len(tasks) == 1, advice)
-    pairs = tasks.items() if isinstance(tasks, dict) else enumerate(tasks)
-    pairs = sorted((_read_index(number), address) for number, address in pairs)
+    numbered: Iterable[tuple[Any, Any]] = tasks.items() if isinstance(tasks, dict) else enumerate(tasks)
+    pairs = sorted((_read_index(number), address) for number, address in numbered)
     for _, address in pairs:
         match = isinstance(address, str) and _ADDRESS.fullmatch(address)
         advice = '"host:port" with a port of 1 to 65535. Write host1:2222 or [::1]:2222, without grpc://.'
@@ -117,7 +121,7 @@ def _list_tasks(job, tasks):
     return pairs
 
 
-def _read_index(value):
+def _read_index(value: Any) -> int:
     integer = value.strip().isdecimal() if isinstance(value, str) else type(value) is int
     _require(integer, f"The task index {value!r} is not an integer. Number each type's tasks 0, 1, 2, ...")
     return int(value)

@@ -6,6 +6,7 @@ It asks for them alone: no context is made on a GPU, and no memory is taken.
 import ctypes
 import uuid
 from dataclasses import dataclass
+from typing import Any
 
 _LIBRARY = "libcuda.so.1"
 
@@ -25,7 +26,7 @@ class CudaDevice:
     memory_bytes: int
 
 
-def cuda_devices(library=None) -> list[CudaDevice]:
+def cuda_devices(library: ctypes.CDLL | None = None) -> list[CudaDevice]:
     """The GPUs in CUDA's order, which is that of TensorFlow's physical devices; none where there is no driver.
 
     Args:
@@ -45,7 +46,7 @@ def cuda_devices(library=None) -> list[CudaDevice]:
     return [_device(library, index) for index in range(count.value)]
 
 
-def _device(library, index: int) -> CudaDevice:
+def _device(library: ctypes.CDLL, index: int) -> CudaDevice:
     handle, size = ctypes.c_int(), ctypes.c_size_t()
     name, identity = ctypes.create_string_buffer(256), (ctypes.c_ubyte * 16)()
     _call(library, "cuDeviceGet", ctypes.byref(handle), index)
@@ -55,7 +56,7 @@ def _device(library, index: int) -> CudaDevice:
     return CudaDevice(f"GPU-{uuid.UUID(bytes=bytes(identity))}", name.value.decode(errors="replace"), size.value)
 
 
-def _call(library, name: str, *arguments) -> None:
+def _call(library: ctypes.CDLL, name: str, *arguments: Any) -> None:
     code = getattr(library, name)(*arguments)
     if code != 0:
         raise RuntimeError(f"NVIDIA's driver answers {name} with error {code}. Look whether nvidia-smi works here.")

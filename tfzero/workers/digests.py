@@ -17,8 +17,9 @@ import hashlib
 import itertools
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -97,7 +98,7 @@ class BatchComparison:
         """A function that compares the first ones of batches that are given to it, whole. The name is for messages."""
         indexes = itertools.count()
 
-        def check(batch) -> None:
+        def check(batch: Any) -> None:
             index = next(indexes)
             if index < self.count:
                 named = _named_arrays(batch)
@@ -108,7 +109,7 @@ class BatchComparison:
         return check
 
     @contextlib.contextmanager
-    def during(self, method: str):
+    def during(self, method: str) -> Iterator[None]:
         """Within it data are read for a method of a model; errors of a comparison are raised as they were."""
         before, self._during, self._failure = self._during, method, None
         try:
@@ -123,7 +124,7 @@ class BatchComparison:
     def _only_predicts(self) -> bool:
         return self._during in ("predict", "predict_on_batch")
 
-    def noted(self, batch, index: tf.Tensor) -> tf.Tensor:
+    def noted(self, batch: Any, index: tf.Tensor) -> tf.Tensor:
         """In a pipeline: the digest of batch number `index`, scalar string; of a later one than is compared, ""."""
         named = _named_arrays(batch)
         make = functools.partial(digest, [name for name, _ in named])
@@ -172,9 +173,9 @@ def judge(values: Sequence[Mapping], source: Source) -> str:
     return DOUBTED if source.draws or source.may_warn or (source.is_python and is_in_order) else REFUSED
 
 
-def digest(names: Sequence[str], index, *arrays: np.ndarray) -> bytes:
+def digest(names: Sequence[str], index: int | np.integer, *arrays: np.ndarray) -> bytes:
     """JSON: for each of the named parts of batch number `index` its shape, a digest and its first values."""
-    described = {"index": int(index)}
+    described: dict[str, Any] = {"index": int(index)}
     for name, array in zip(names, arrays, strict=True):
         array = np.asarray(array)
         described[name + _SHAPE] = f"{array.dtype} {list(array.shape)}"
@@ -201,7 +202,7 @@ def _has_same_rows(array: np.ndarray) -> bool:
     return np.array_equal(rows[0], rows[1]) and bool(np.all(rows == rows[0]))
 
 
-def _parts(array: np.ndarray):
+def _parts(array: np.ndarray) -> Iterator[bytes | memoryview]:
     """The bytes of an array, or of a large one parts of it.
 
     One part lies somewhere in each of many equal stretches: at the same place in each, all might be of the margins of
@@ -223,12 +224,13 @@ def _parts(array: np.ndarray):
     yield raw[-_PART_BYTES:].data
 
 
-def _as_array(value) -> np.ndarray:
+def _as_array(value: Any) -> np.ndarray:
     return value.numpy() if hasattr(value, "numpy") else np.asarray(value)
 
 
-def _named_arrays(batch) -> list[tuple[str, object]]:
+def _named_arrays(batch: Any) -> list[tuple[str, object]]:
     """The dense parts of a batch and what to call them."""
+    named: Iterable[tuple[str, Any]]
     if isinstance(batch, tuple) and len(batch) <= len(_NAMES):
         named = zip(_NAMES, batch, strict=False)
     else:
@@ -236,7 +238,7 @@ def _named_arrays(batch) -> list[tuple[str, object]]:
     return [part for name, value in named for part in _walk(name, value)]
 
 
-def _walk(name: str, value) -> list[tuple[str, object]]:
+def _walk(name: str, value: Any) -> list[tuple[str, object]]:
     if isinstance(value, Mapping):
         return [part for key in sorted(value, key=str) for part in _walk(f"{name}[{key!r}]", value[key])]
     if isinstance(value, tuple | list):

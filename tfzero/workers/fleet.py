@@ -16,6 +16,8 @@ import subprocess
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
+from typing import IO, Any
 
 from tfzero.workers.progress import Bar, Task, cut_report, is_asked, make_room, progress, refresh, relay
 from tfzero.workers.stopping import EXIT_WORKER_LOST
@@ -41,7 +43,7 @@ class LineSplitter:
     progress are no text either: they are put aside. [Note: one bar] in `workers/progress.py`.
     """
 
-    def __init__(self, *, has_reports: bool = True):
+    def __init__(self, *, has_reports: bool = True) -> None:
         self._has_reports = has_reports
         self.reports: list[Task | None] = []
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -77,7 +79,7 @@ class LineSplitter:
 class Worker:
     """One started process, the last lines of its output, and its exit code once it has ended."""
 
-    def __init__(self, index: int, command: list[str], environment: dict[str, str], hold: bool):
+    def __init__(self, index: int, command: list[str], environment: dict[str, str], hold: bool) -> None:
         if sys.platform == "linux":
             command = [sys.executable, "-S", "-c", _TIE_TO_LAUNCHER, str(os.getpid()), *command]
         self.index = index
@@ -86,7 +88,7 @@ class Worker:
         self.lines: deque[str] = deque(maxlen=_KEPT_LINES)
         self.splitter = LineSplitter(has_reports=is_asked(environment))
         stdin = subprocess.PIPE if hold else subprocess.DEVNULL
-        streams = {"stdin": stdin, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "bufsize": 0}
+        streams: dict[str, Any] = {"stdin": stdin, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "bufsize": 0}
         self.process = subprocess.Popen(command, env=environment, start_new_session=True, **streams)
         os.set_blocking(self.process.stdout.fileno(), False)
         try:
@@ -118,12 +120,12 @@ class Worker:
 class Fleet:
     """The workers of one run. Use it in `contextlib.closing`: whatever happens, all have ended after it."""
 
-    def __init__(self, *, echo: bool):
+    def __init__(self, *, echo: bool) -> None:
         self.workers: list[Worker] = []
         self._echo = echo
         self._selector = selectors.DefaultSelector()
 
-    def start(self, commands: list[list[str]], environments: list[dict[str, str]], *, hold=False) -> None:
+    def start(self, commands: list[list[str]], environments: list[dict[str, str]], *, hold: bool = False) -> None:
         for index, (command, environment) in enumerate(zip(commands, environments, strict=True)):
             worker = Worker(index, command, environment, hold)
             self.workers.append(worker)
@@ -135,12 +137,16 @@ class Fleet:
     def running(self) -> list[Worker]:
         return [worker for worker in self.workers if worker.exit_code is None]
 
-    def wait(self, is_done, timeout_seconds: float | None) -> tuple[Worker | None, list[Worker]]:
+    def wait(
+        self, is_done: Callable[[Worker], bool], timeout_seconds: float | None
+    ) -> tuple[Worker | None, list[Worker]]:
         """Waits until `is_done(worker)` for all; else ends all, and returns the first failed, or the late."""
         with progress("running", len(self.workers), unit="workers have finished") as bar:
             return self._wait(is_done, timeout_seconds, bar)
 
-    def _wait(self, is_done, timeout_seconds: float | None, bar: Bar) -> tuple[Worker | None, list[Worker]]:
+    def _wait(
+        self, is_done: Callable[[Worker], bool], timeout_seconds: float | None, bar: Bar
+    ) -> tuple[Worker | None, list[Worker]]:
         deadline_seconds = time.monotonic() + (timeout_seconds or math.inf)
         while waiting := [worker for worker in self.workers if not is_done(worker)]:
             bar.reach(len(self.workers) - len(waiting))
@@ -223,7 +229,7 @@ class Fleet:
             self._forget(worker.process.stdout)
             self._keep(worker, worker.splitter.feed(b"", final=True))
 
-    def _forget(self, source) -> None:
+    def _forget(self, source: IO[bytes] | int) -> None:
         with contextlib.suppress(KeyError):
             self._selector.unregister(source)
 

@@ -12,11 +12,12 @@ import queue
 import select
 import socket
 import struct
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import repeat
 from time import monotonic, sleep
+from typing import Any
 
 from tfzero.workers import handshake
 from tfzero.workers.cluster import Cluster
@@ -34,21 +35,21 @@ _ADVICE = "Start each process with the same cluster and its own task index in TF
 _ERRORS = {kind.__name__: kind for kind in (ConnectionError, TimeoutError, TypeError, ValueError)}
 
 
-def told(error: BaseException) -> dict:
+def told(error: BaseException) -> dict[str, Any]:
     """A message that tells others of an error; `error_of` gives it back."""
     blamed = blamed_by(error)
     return {"error": type(error).__name__, "text": str(error) or repr(error), "blamed": blamed}
 
 
-def error_of(message: dict) -> Exception:
+def error_of(message: dict[str, Any]) -> Exception:
     """The error that a message with the key "error" tells of; a RuntimeError if its kind is not one of ours."""
     error = _ERRORS.get(str(message["error"]), RuntimeError)(str(message.get("text")))
-    blamed = message.get("blamed")
+    blamed: Any = message.get("blamed")
     known = isinstance(blamed, list | tuple) and all(type(index) is int for index in blamed)
     return blaming(error, blamed) if known else error
 
 
-def part(connections, error: BaseException | None) -> None:
+def part(connections: Iterable[socket.socket], error: BaseException | None) -> None:
     """Closes the connections. If there is an error, tells it first to the peers that still hear."""
     for connection in connections:
         with connection, contextlib.suppress(OSError):
@@ -97,7 +98,9 @@ def dial(address: str, seconds: float) -> socket.socket:
     return connection
 
 
-def callers(listener: socket.socket, greet: Callable, deadline: float, refusals: list[str]) -> Iterator[tuple]:
+def callers(
+    listener: socket.socket, greet: Callable[[socket.socket], Any], deadline: float, refusals: list[str]
+) -> Generator[tuple[socket.socket, Any], None, None]:
     """Each caller's connection, and what `greet` makes of it, in the order in which that is known; until the deadline.
 
     Args:
@@ -106,11 +109,11 @@ def callers(listener: socket.socket, greet: Callable, deadline: float, refusals:
         deadline: by the monotonic clock.
         refusals: gets why each was turned away.
     """
-    greeted: dict = {}  # connections by future
-    done: queue.SimpleQueue = queue.SimpleQueue()
+    greeted: dict[Future[Any], socket.socket] = {}  # connections by future
+    done: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
     ear, bell = socket.socketpair()
 
-    def ring(future):
+    def ring(future: Future[Any]) -> None:
         done.put(future)
         bell.send(b".")
 
@@ -179,7 +182,7 @@ class _Call:
 
 
 def _call(cluster: Cluster, secret: bytes, index: int, deadline: float) -> _Call:
-    def soon():
+    def soon() -> float:
         return monotonic() + CALL_SECONDS
 
     try:
@@ -208,7 +211,8 @@ def call_all(cluster: Cluster, secret: bytes, timeout_seconds: float) -> dict[in
     """
     deadline = monotonic() + timeout_seconds
     calls: dict[int, _Call] = {}
-    connections, conflict, missing = {}, "", list(range(1, cluster.size))
+    connections: dict[int, socket.socket] = {}
+    conflict, missing = "", list(range(1, cluster.size))
     reasons: dict[int, dict[str, None]] = {index: {} for index in missing}  # in their order; the last may tell least
     try:
         with ThreadPoolExecutor(cluster.size) as pool, progress("meeting", cluster.size, unit="workers") as bar:
@@ -240,8 +244,10 @@ def _in_short(reasons: Iterable[str]) -> str:
     return ", then: ".join(list(reasons)[-_MOST_REASONS:])
 
 
-def _read_cluster(message: dict) -> Cluster:
+def _read_cluster(message: dict[str, Any]) -> Cluster:
     """The cluster that a message tells; ConnectionError if it tells none."""
+    addresses: Any
+    names: Any
     addresses, names, index = (message.get(key) for key in ("addresses", "names", "index"))
     lists = isinstance(addresses, list) and isinstance(names, list) and len(addresses) == len(names) > 0
     if not lists or not all(isinstance(text, str) for text in (*addresses, *names)):
@@ -259,7 +265,7 @@ def _find_conflict(cluster: Cluster, index: int, theirs: Cluster) -> str:
     return f"The workers disagree. {what} {_ADVICE}"
 
 
-def _greet(cluster: Cluster, secret: bytes, connection: socket.socket) -> dict:
+def _greet(cluster: Cluster, secret: bytes, connection: socket.socket) -> dict[str, Any]:
     """What a leader says at last: {"seconds_left": s}, which is its welcome, or an error."""
     handshake.hear(connection, secret, monotonic() + HELLO_SECONDS)
     theirs = _read_cluster(receive(connection, monotonic() + HELLO_SECONDS, HELLO_SECONDS, STRANGER_BYTES))
@@ -298,6 +304,6 @@ def await_call(
     raise TimeoutError(f"{what} in TF_CONFIG; it must reach {cluster.describe(cluster.index)}.")
 
 
-def is_seconds(value) -> bool:
+def is_seconds(value: Any) -> bool:
     """Whether a value that was received is a time to wait: not negative, and less than a year."""
     return type(value) in (int, float) and 0 <= value < 3e7
