@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterable, Iterator
 
 import keras
 import tensorflow as tf
-from keras.src.backend.tensorflow.trainer import Iterator
+from keras.src.backend.tensorflow.trainer import TFEpochIterator
 from keras.src.losses.loss import squeeze_or_expand_to_same_rank, standardize_reduction
 from keras.src.saving.saving_lib import H5IOStore, _save_state
 

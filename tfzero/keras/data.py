@@ -62,7 +62,7 @@ class _Epochs(EpochsBase):
 )
 def _epoch_iterator(
     original: Callable[..., Any],
-    self: runtime.keras_tensorflow_trainer.TFEpochIterator,
+    self: EpochsBase,
     distribute_strategy: tf.distribute.Strategy | None = None,
     *args: Any,
     **kwargs: Any,
