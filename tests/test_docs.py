@@ -11,6 +11,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from test_house import LINE
 
 import tfzero
 
@@ -175,6 +176,11 @@ def test_listings_are_found_and_fail_by_name():
     assert parameters(tfzero.CheckpointCallback) == [
         "directory", "save_every_steps", "save_every_epochs", "keep", "asynchronous",
     ]  # fmt: skip
+
+
+def test_the_tree_has_every_folder_in_the_order_of_imports():
+    told = re.findall(r"^tfzero/(\w+)/ ", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    assert told == [room for room, modules in LINE.items() if modules]
 
 
 def strings_of_the_library():
