@@ -11,6 +11,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
 os.environ["TF_ENABLE_ONEDNN_OPTS"] = "1"  # its allocator counts bytes, and is there by default on some CPUs only
 
 import oracle  # noqa: F401 - sets how graphs are made
+import pytest
 import tensorflow as tf
 
 tf.config.set_logical_device_configuration(
@@ -28,6 +29,12 @@ LONGEST = (
     "test_blame", "test_stalls", "test_layer_state", "test_stage3", "test_compression", "test_optimizers",
 )  # fmt: skip
 
+# `pytest -m fast`: what a push should wait for. No workers are started there, and next to nothing is trained.
+FAST = (
+    "test_agreement", "test_backend", "test_batches_compared", "test_cluster", "test_commits",
+    "test_directories", "test_edges", "test_house", "test_package", "test_plan",
+)  # fmt: skip
+
 # A shell that starts the tests in the background has them, and all that they start, ignore it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -41,6 +48,10 @@ def pytest_xdist_auto_num_workers():
     return os.cpu_count() + 1
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by marks
 def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.stem in FAST and not item.get_closest_marker("sweep"):
+            item.add_marker("fast")
     order = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))

@@ -3,9 +3,9 @@
 import keras
 import numpy as np
 import oracle
+import pool
 import pytest
 from keras import layers
-from marks import FLEET_SECONDS
 
 import tfzero
 from tfzero.collectives.group import Group
@@ -95,6 +95,6 @@ def _audit_in_workers() -> tuple:
 
 
 def test_workers_find_the_same():
-    first, second = tfzero.run_local(_audit_in_workers, workers=2, timeout_seconds=FLEET_SECONDS)
+    first, second = pool.run(_audit_in_workers, workers=2)
     assert first == second
     assert first[0] and not first[1]

@@ -4,9 +4,9 @@ import contextlib
 
 import keras
 import numpy as np
+import pool
 import pytest
 import tensorflow as tf
-from marks import FLEET_SECONDS
 
 import tfzero
 
@@ -106,7 +106,7 @@ def _in_worker():
 @pytest.mark.parametrize("devices", [1, 2])
 def test_on_two_workers(devices):
     expected = weighed_by(None, None)
-    for found, *losses in tfzero.run_local(_in_worker, workers=2, cpu_devices=devices, timeout_seconds=FLEET_SECONDS):
+    for found, *losses in pool.run(_in_worker, workers=2, cpu_devices=devices):
         assert_reduced(found, 2 * devices)
         for each in losses:
             np.testing.assert_allclose(each, expected, rtol=1e-5)
