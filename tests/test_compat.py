@@ -623,6 +623,8 @@ def test_values_are_told_from_symbols():
     value = tf.constant(1.0)
     tf.function(symbols.append, autograph=False).get_concrete_function(value)
     assert isinstance(value, batch_rows.EagerTensor) and not isinstance(symbols[0], batch_rows.EagerTensor)
+    assert isinstance(tf.ragged.constant([[1], []]), batch_rows.CompositeTensor)
+    assert not isinstance(value, batch_rows.CompositeTensor)
 
 
 # `host/datasets.py`.

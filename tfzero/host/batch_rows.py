@@ -6,8 +6,8 @@ import tensorflow as tf
 # A composite tensor keeps its class through data sets and `tf.function`s, so ours tells what is cut by rows.
 from tensorflow.python.distribute.values import PerReplica, PerReplicaSpec
 
-# Has no public name.
 EagerTensor = tf.__internal__.EagerTensor
+CompositeTensor = tf.__internal__.CompositeTensor
 
 
 class BatchParts(PerReplica):

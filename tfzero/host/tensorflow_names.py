@@ -367,6 +367,7 @@ ROWS = (
         "test_values_are_told_from_symbols",
         {
             "tensorflow.__internal__.EagerTensor(_EagerTensorBase)": (
+            "tensorflow.__internal__.CompositeTensor": "sparse and ragged tensors and others of several parts",
                 "tells values from symbols where a graph is looked at"
             ),
         },

@@ -195,9 +195,7 @@ def _own_results(results):
 def _own(result, has_rows: tf.Tensor, extended):
     if isinstance(result, tf.Variable | tf.distribute.DistributedValues):
         return result
-    if isinstance(result, tf.__internal__.CompositeTensor) and not isinstance(
-        result, tf.SparseTensor | tf.RaggedTensor
-    ):
+    if isinstance(result, batch_rows.CompositeTensor) and not isinstance(result, tf.SparseTensor | tf.RaggedTensor):
         return tf.nest.map_structure(lambda each: _own(each, has_rows, extended), result, expand_composites=True)
     if not tf.is_tensor(result) or result.dtype in (tf.resource, tf.variant):
         return result
