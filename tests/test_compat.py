@@ -613,7 +613,8 @@ def test_a_function_of_another_one_has_its_options():
 
     @tf.function
     def run(x):
-        return tf.autograph.experimental.do_not_convert(lambda: graphs.converted(absolute)(x))()
+        converted = graphs.converted(absolute)
+        return tf.autograph.experimental.do_not_convert(lambda x: converted(x))(x)
 
     assert float(run(tf.constant(-2.0))) == 2
 

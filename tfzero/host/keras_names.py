@@ -23,9 +23,6 @@ ROWS = (
         "test_loss_and_rows_of_a_training_step",
         {
             "(object)": "`compile` decides about the optimizer",
-            "_compute_loss(self x y y_pred sample_weight training)": (
-                "the loss of Keras's own step, for an older `compute_loss` too"
-            ),
         },
     ),
     *rows(
