@@ -3,12 +3,12 @@
 import ast
 import inspect
 import re
-import sys
 
 from tfzero.host import registry
 
 PACKAGES = ("tensorflow.python", "tf.python", "keras.src")
 PRIVATE = re.compile(r"_[a-z]\w*")
+HOSTS = ("tensorflow", "keras")
 OURS = "_tfzero_"  # tfzero's notes on objects of others
 OF_PYTHON = {"_exit"}  # of `os`
 OF_CLASSES = {"_abc_impl", "_is_protocol"}  # what Python gives a class
@@ -124,8 +124,7 @@ def overrides(owner):
 
     Also those that the methods of both give the object.
     """
-    known = {"tfzero", *sys.stdlib_module_names}
-    others = [each for each in owner.__mro__[1:] if each.__module__.partition(".")[0] not in known]
+    others = [each for each in owner.__mro__[1:] if each.__module__.partition(".")[0] in HOSTS]
     mine = {*vars(owner), *registry.set_by_methods(owner)} - OF_CLASSES
     return {
         name

@@ -6,7 +6,6 @@ import tensorflow as tf
 # A composite tensor keeps its class through data sets and `tf.function`s, so ours tells what is cut by rows.
 from tensorflow.python.distribute.values import PerReplica, PerReplicaSpec
 
-# These have no public names.
 EagerTensor = tf.__internal__.EagerTensor
 CompositeTensor = tf.__internal__.CompositeTensor
 

@@ -363,6 +363,7 @@ ROWS = (
         TENSORFLOW,
         "test_values_are_told_from_symbols",
         {
+            "tensorflow.__internal__.CompositeTensor": "sparse and ragged tensors and others of several parts",
             "tensorflow.__internal__.EagerTensor(_EagerTensorBase)": (
                 "tells values from symbols where a graph is looked at"
             ),
