@@ -367,7 +367,6 @@ ROWS = (
             "tensorflow.__internal__.EagerTensor(_EagerTensorBase)": (
                 "tells values from symbols where a graph is looked at"
             ),
-            "tensorflow.__internal__.CompositeTensor(object)": "results may consist of tensors with rows",
         },
     ),
     *rows(
