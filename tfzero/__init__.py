@@ -1,6 +1,7 @@
 """ZeRO for TensorFlow 2 and Keras 3: optimizer state, gradients and parameters in shards, in plain `model.fit`."""
 
 import importlib
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -22,7 +23,7 @@ _HOMES = {
 __all__ = sorted(_HOMES)
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'tfzero' has no attribute {name!r}")
     if _HOMES[name] != "tfzero.launch":

@@ -4,8 +4,10 @@ import contextlib
 import functools
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
+import keras
 import tensorflow as tf
 
 from tfzero.collectives import self_test, transport_choice
@@ -91,7 +93,7 @@ class ZeroExtended(distributed.ExtendedBase):
         return self._network.bucket_bytes(model_bytes)
 
     @contextlib.contextmanager
-    def first_values(self):
+    def first_values(self) -> Iterator[None]:
         """Within it `strategy.reduce` gives the first replica's values of a structure, of which Keras learns shapes."""
         self.gives_first_values = True
         try:
@@ -105,7 +107,7 @@ class ZeroExtended(distributed.ExtendedBase):
         # In a graph every replica's part of a collective is traced with it; eager replicas run one after the other.
         return tf.executing_eagerly()
 
-    def run_replicas(self, function, args, kwargs):
+    def run_replicas(self, function: Callable, args: tuple, kwargs: dict) -> Any:
         if not tf.executing_eagerly():
             self.group.keys.align()
             if len(self.worker_devices) > 1:
@@ -119,14 +121,14 @@ class ZeroExtended(distributed.ExtendedBase):
             dependence.check_updates()
         return results
 
-    def replica_collective(self, method, value, *args):
+    def replica_collective(self, method: Callable, value: tf.types.experimental.TensorLike, *args: Any) -> Any:
         """One of the group's collectives from within a replica, in a graph or eagerly."""
         if not tf.executing_eagerly():
             result = method(value, runtime.replica_index(), *args)
             is_same = method in (self.group.all_reduce, self.group.all_gather, self.group.broadcast)
             return mark_global(result) if is_same else result
 
-        def together(strategy, value):
+        def together(strategy: tf.distribute.Strategy, value: Any) -> Any:
             return runtime.per_replica(self.group.launch(method, self._spread(value), *args))
 
         return tf.distribute.get_replica_context().merge_call(together, args=(value,))
@@ -155,7 +157,7 @@ class ZeroExtended(distributed.ExtendedBase):
         for gatherer in current_run().gatherers.values():
             gatherer.forget()
 
-    def _gatherer(self, graph) -> Gatherer:
+    def _gatherer(self, graph: tf.Graph | None) -> Gatherer:
         known = current_run().gatherers
         if graph not in known:
             codec = Codec.of(self._settings.compression)
@@ -218,22 +220,22 @@ class ZeroExtended(distributed.ExtendedBase):
         self.after_gathering()
         return tf.reshape(flat, shape)
 
-    def _spread(self, value) -> list:
+    def _spread(self, value: Any) -> list:
         """One tensor for each local replica."""
         results = self.own_strategy.experimental_local_results(value)
         if len(results) < len(self.worker_devices):
             results = results * len(self.worker_devices)
         return [tf.convert_to_tensor(result) for result in results]
 
-    def all_reduce_in_replica(self, reduce_op, value):
-        def reduce(leaf):
+    def all_reduce_in_replica(self, reduce_op: tf.distribute.ReduceOp, value: Any) -> Any:
+        def reduce(leaf: tf.types.experimental.TensorLike) -> tf.Tensor:
             total = self.replica_collective(self.group.all_reduce, tf.convert_to_tensor(leaf))
             return _divide(total, self.mesh.replicas) if reduce_op == tf.distribute.ReduceOp.MEAN else total
 
         flat = tf.nest.flatten(value)
         return tf.nest.pack_sequence_as(value, [reduce(leaf) for leaf in flat])
 
-    def reduce_values(self, reduce_op, value):
+    def reduce_values(self, reduce_op: tf.distribute.ReduceOp, value: Any) -> Any:
         mean = reduce_op == tf.distribute.ReduceOp.MEAN
         if mean and (
             isinstance(value, tf.types.experimental.distributed.Mirrored)
@@ -247,7 +249,7 @@ class ZeroExtended(distributed.ExtendedBase):
         totals = self.group.launch(self.group.all_reduce, values)
         return runtime.mirrored([_divide(total, count) if mean else total for total in totals])
 
-    def gather_values(self, value, axis: int):
+    def gather_values(self, value: Any, axis: int) -> tf.distribute.DistributedValues:
         parts = self.group.launch(self.group.all_gather_parts, self._spread(value))
         if not isinstance(value, tf.distribute.DistributedValues):
             # One value for each worker: its first replica speaks for it.
@@ -256,23 +258,23 @@ class ZeroExtended(distributed.ExtendedBase):
 
     # Variables.
 
-    def take_in(self, variables) -> None:
+    def take_in(self, variables: Iterable[keras.Variable]) -> None:
         """Makes Keras variables that were made outside the scope this strategy's, with their values, in place."""
         for variable in variables:
             if getattr(variable.value, "distribute_strategy", None) is not self.own_strategy:
                 with tf.init_scope(), self.own_strategy.scope():
                     runtime.remake(variable)
 
-    def value_container(self, value):
+    def value_container(self, value: Any) -> Any:
         """What a tape notes when a replica's component is read: of a parameter in shards the shard, by itself."""
         container = super().value_container(value)
         return value if isinstance(container, ShardedParameter) else container
 
-    def check_colocation(self, variable) -> None:
+    def check_colocation(self, variable: object) -> None:
         if not isinstance(variable, VariableView):
             super().check_colocation(variable)
 
-    def make_variable(self, next_creator, **kwargs):
+    def make_variable(self, next_creator: Callable[..., tf.Variable], **kwargs: Any) -> tf.Variable:
         view = kwargs.pop("colocate_with", None)
         if view is not None and not isinstance(view, VariableView | runtime.DistributedVariable):
             return super().make_variable(next_creator, colocate_with=view, **kwargs)
@@ -280,14 +282,14 @@ class ZeroExtended(distributed.ExtendedBase):
 
     # Input.
 
-    def cut_batch(self, batch):
+    def cut_batch(self, batch: Any) -> Any:
         """One global batch as per-replica values."""
         return cut_batch(batch, self.mesh)
 
     def devices_under(self, worker_device: str) -> tuple[tuple[str, ...], str]:
         return tuple(f"{worker_device}/device:{name}" for name in self._local_devices), self._settings.device_type
 
-    def distribute(self, dataset):
+    def distribute(self, dataset: tf.data.Dataset) -> tf.data.Dataset:
         if not isinstance(dataset, tf.data.Dataset):
             raise ValueError(f"ZeroStrategy distributes a tf.data.Dataset, but received {dataset!r}.")
         if dataset in self._cut_datasets:

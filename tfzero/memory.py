@@ -17,7 +17,7 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -113,7 +113,7 @@ class MemoryEstimates(tuple):
 
 def estimate_memory(
     model: keras.Model | Callable[[], keras.Model],
-    optimizer="adam",
+    optimizer: str | dict | keras.optimizers.Optimizer = "adam",
     world_size: int = 8,
     stage: int | None = None,
     batch_size: int | None = None,
@@ -162,7 +162,7 @@ def estimate_memory(
     return estimates if stage is None else estimates[0]
 
 
-def _check_model(model, batch_size: int | None) -> None:
+def _check_model(model: object, batch_size: int | None) -> None:
     if not isinstance(model, keras.Model):
         raise ValueError(f"`model` must be a Keras model or a function that makes one. Received: {model!r}")
     if not model.built:
@@ -179,7 +179,14 @@ def _check_model(model, batch_size: int | None) -> None:
 class _Estimate:
     """Bytes of a model and its optimizer, by stage."""
 
-    def __init__(self, model: keras.Model, optimizer, makers, world_size: int, batch_size: int | None) -> None:
+    def __init__(
+        self,
+        model: keras.Model,
+        optimizer: keras.optimizers.Optimizer,
+        makers: Mapping[int, Callable[[], keras.optimizers.Optimizer]],
+        world_size: int,
+        batch_size: int | None,
+    ) -> None:
         optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # of a loss scale, whose own variables are small
         self._model = model
         self._world_size = world_size
@@ -216,7 +223,7 @@ class _Estimate:
             self._traces[gathers] = trace_step(self._model, self._rows, gathers)
         return self._traces[gathers]
 
-    def _spec(self, variable, optimizer, scheme: Scheme) -> VariableSpec:
+    def _spec(self, variable: keras.Variable, optimizer: keras.optimizers.Optimizer, scheme: Scheme) -> VariableSpec:
         return VariableSpec(
             name=variable.path,
             elements=variable.shape.num_elements(),
@@ -227,13 +234,13 @@ class _Estimate:
             sharded_parameter=self._is_sharded(variable, scheme),
         )
 
-    def _is_sharded(self, variable, scheme: Scheme) -> bool:
+    def _is_sharded(self, variable: keras.Variable, scheme: Scheme) -> bool:
         """Whether stage 3 shards it; as `ZeroExtended` decides when it is created."""
         is_large = variable.shape.num_elements() >= max(1, DEFAULT_MIN_SHARD_ELEMENTS)
         is_floating = tf.as_dtype(variable.dtype).is_floating
         return scheme.shards_parameters and is_large and is_floating and id(variable) in self._made_trainable
 
-    def _parameter_bytes(self, variable, scheme: Scheme) -> int:
+    def _parameter_bytes(self, variable: keras.Variable, scheme: Scheme) -> int:
         elements = variable.shape.num_elements()
         if self._is_sharded(variable, scheme):
             elements = shard_elements(elements, self._world_size)
@@ -254,7 +261,7 @@ class _Estimate:
         return total
 
 
-def _slots_of(optimizer, variable) -> list:
+def _slots_of(optimizer: keras.optimizers.Optimizer, variable: keras.Variable) -> list:
     """What an optimizer that has not been built makes for one variable."""
     scalars = len(optimizer.variables)  # steps and learning rate
     optimizer.build([keras.Variable("zeros", shape=variable.shape, dtype=variable.dtype, name=variable.name)])

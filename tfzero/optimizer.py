@@ -9,13 +9,15 @@ import contextlib
 import dataclasses
 import math
 import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import keras
 import tensorflow as tf
 
 from tfzero.collectives.codec import Codec
 from tfzero.host import runtime
-from tfzero.plan.placement import make_plan
+from tfzero.plan.placement import Plan, make_plan
 from tfzero.plan.settings import Choice
 from tfzero.rows.padding import counted
 from tfzero.training.exchange import Wire, make_wire
@@ -46,7 +48,7 @@ _INNER_SETTINGS = (
 class Home:
     """What an inner optimizer takes for its distribution strategy: slots in parts, updates in place."""
 
-    def __init__(self, wrapper: "ZeroOptimizer", strategy) -> None:
+    def __init__(self, wrapper: "ZeroOptimizer", strategy: tf.distribute.Strategy) -> None:
         self.wrapper = wrapper
         self.strategy = strategy
         self.extended = self
@@ -55,7 +57,14 @@ class Home:
         """Slots made in this context belong to the view's variable."""
         return self.strategy.extended.colocate_vars_with(view)
 
-    def update(self, variable, function, args=(), kwargs=None, group=True):
+    def update(
+        self,
+        variable: tf.Variable,
+        function: Callable,
+        args: tuple = (),
+        kwargs: dict | None = None,
+        group: bool = True,
+    ) -> Any:
         """Runs an update where the variable is; distributed variables know what to do with a whole value."""
         del group
         if args and args[0] is None:  # a variable without a moving average, which Keras would assign all the same
@@ -98,7 +107,7 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
     ```
     """
 
-    def __init__(self, optimizer) -> None:
+    def __init__(self, optimizer: str | dict | keras.optimizers.Optimizer) -> None:
         optimizer = keras.optimizers.get(optimizer)
         for link in chain(optimizer):
             if isinstance(link, ZeroOptimizer):
@@ -126,7 +135,7 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
         return self._wrapped if isinstance(self._wrapped, keras.optimizers.LossScaleOptimizer) else None
 
     @property
-    def plan(self):
+    def plan(self) -> Plan | None:
         """Who owns what (`tfzero.plan.placement.Plan`); None until built."""
         return self._trained.plan if self._trained else None
 
@@ -152,19 +161,19 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
 
     # What Keras asks of an optimizer is answered by the one inside.
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "_wrapped" not in self.__dict__:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(self._wrapped, name)
 
-    def __setattr__(self, name, value) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
         wrapped = self.__dict__.get("_wrapped")
         if wrapped is not None and name in _INNER_SETTINGS:
             setattr(self.inner_optimizer, name, value)
         else:
             super().__setattr__(name, value)
 
-    def __dir__(self):
+    def __dir__(self) -> Iterable[str]:
         # Keras saves what `dir` shows: a file holds the optimizer inside, and plain Keras loads it.
         return dir(self._wrapped) if "_wrapped" in self.__dict__ else super().__dir__()
 
@@ -173,46 +182,48 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
         return self._wrapped.variables if "_wrapped" in self.__dict__ else []
 
     @property
-    def learning_rate(self):
+    def learning_rate(self) -> Any:
         return self._wrapped.learning_rate
 
     @learning_rate.setter
-    def learning_rate(self, value) -> None:
+    def learning_rate(self, value: Any) -> None:
         self._wrapped.learning_rate = value
 
     @property
-    def iterations(self):
+    def iterations(self) -> keras.Variable:
         return self._wrapped.iterations
 
-    def scale_loss(self, loss):
+    def scale_loss(self, loss: tf.Tensor) -> tf.Tensor:
         return self._wrapped.scale_loss(loss)
 
-    def exclude_from_weight_decay(self, var_list=None, var_names=None) -> None:
+    def exclude_from_weight_decay(
+        self, var_list: Iterable | None = None, var_names: Iterable[str] | None = None
+    ) -> None:
         self.inner_optimizer.exclude_from_weight_decay(var_list=var_list, var_names=var_names)
 
-    def finalize_variable_values(self, var_list) -> None:
+    def finalize_variable_values(self, var_list: Iterable[keras.Variable]) -> None:
         self._wrapped.finalize_variable_values(var_list)
 
-    def set_weights(self, weights) -> None:
+    def set_weights(self, weights: Sequence) -> None:
         self._wrapped.set_weights(weights)
 
-    def save_own_variables(self, store) -> None:
+    def save_own_variables(self, store: Any) -> None:
         self._wrapped.save_own_variables(store)
 
-    def load_own_variables(self, store) -> None:
+    def load_own_variables(self, store: Any) -> None:
         self._wrapped.load_own_variables(store)
 
     def get_config(self) -> dict:
         return {"optimizer": keras.saving.serialize_keras_object(self._wrapped)}
 
     @classmethod
-    def from_config(cls, config, custom_objects=None):
+    def from_config(cls, config: dict, custom_objects: dict | None = None) -> "ZeroOptimizer":
         return cls(keras.saving.deserialize_keras_object(config["optimizer"], custom_objects=custom_objects))
 
     # Build. AutoGraph, which would take 17 s over tfzero in a `tf.function`, is kept out, as it is of Keras.
 
     @tf.autograph.experimental.do_not_convert
-    def build(self, variables) -> None:
+    def build(self, variables: Iterable[keras.Variable]) -> None:
         """Makes the inner optimizer's slots, in parts, for the model's trainable variables.
 
         Args:
@@ -269,7 +280,9 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
         if self._watches_norm:
             self.watch_norm()
 
-    def _build_slots(self, given, variables, plan, strategy) -> tuple[tuple, Wire]:
+    def _build_slots(
+        self, given: list, variables: list, plan: Plan, strategy: tf.distribute.Strategy
+    ) -> tuple[tuple, Wire]:
         """Slots of each of `variables`, those of `given` that are not overwritten, and how the variables travel."""
         codec = Codec.of(strategy.settings.compression) if strategy.num_replicas_in_sync > 1 else None
         with strategy.extended.creation.of_optimizer_state():
@@ -315,7 +328,7 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
     # Apply.
 
     @tf.autograph.experimental.do_not_convert
-    def apply(self, grads, trainable_variables=None) -> None:
+    def apply(self, grads: Iterable, trainable_variables: Iterable | None = None) -> None:
         """Sums gradients over replicas and updates the variables; call it on every replica.
 
         Args:
@@ -354,7 +367,7 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
         else:
             ReplicaStep(self._trained, runtime.replica_index(), gradients, gathers_late).run()
 
-    def _by_index(self, grads, variables) -> dict[int, tf.Tensor]:
+    def _by_index(self, grads: Sequence, variables: Iterable | None) -> dict[int, tf.Tensor]:
         """Dense gradients by variable index, those that overwrite last, without the missing ones."""
         trained = [*self._trained.variables, *(variable for variable, _ in self._trained.overwritten)]
         places = {id(variable): index for index, variable in enumerate(trained)}
@@ -375,19 +388,21 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
         pairs = zip(grads, variables, strict=True)
         return {places[id(v)]: tf.convert_to_tensor(g) for g, v in pairs if g is not None}
 
-    def _counted(self, gradients: dict[int, tf.Tensor], extended) -> dict[int, tf.Tensor]:
+    def _counted(
+        self, gradients: dict[int, tf.Tensor], extended: tf.distribute.StrategyExtended
+    ) -> dict[int, tf.Tensor]:
         """What is still to be summed over replicas, without what a replica without rows has. [Note: padding row]"""
         summed = {i for i, v in enumerate(self._trained.variables) if not isinstance(v.value, ShardedParameter)}
         return {i: counted(g, extended) if i in summed else g for i, g in gradients.items()}
 
-    def _apply_eagerly(self, replica, gradients: dict[int, tf.Tensor]) -> None:
+    def _apply_eagerly(self, replica: tf.distribute.ReplicaContext, gradients: dict[int, tf.Tensor]) -> None:
         """Eager replicas run one after the other, so they meet here and step together in a graph."""
         indices = tuple(gradients)
 
-        def together(strategy, *values):
+        def together(strategy: tf.distribute.Strategy, *values: Any) -> None:
             if indices not in self._eager_functions:
 
-                def one_replica(*tensors):
+                def one_replica(*tensors: tf.Tensor) -> None:
                     ReplicaStep(self._trained, runtime.replica_index(), dict(zip(indices, tensors, strict=True))).run()
 
                 self._eager_functions[indices] = tf.function(

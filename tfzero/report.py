@@ -210,7 +210,7 @@ def _compression(settings: Settings, group: Group) -> str:
 # Variables.
 
 
-def _bytes(value, replica: int | None = 0) -> int:
+def _bytes(value: tf.Variable, replica: int | None = 0) -> int:
     """Of what the first replica here holds of a variable, or with None of the whole."""
     component = value if replica is None or not hasattr(value, "values") else value.values[replica]
     return math.prod(component.shape) * tf.as_dtype(value.dtype).size
@@ -239,7 +239,7 @@ def _variables(settings: Settings, group: Group, trained: Sequence[Trained]) -> 
             )
 
 
-def _is_served(trained: Trained, value) -> bool:
+def _is_served(trained: Trained, value: tf.Variable) -> bool:
     return trained.wire.codec is not None and trained.wire.codec.serves(value.shape, tf.as_dtype(value.dtype))
 
 
@@ -277,7 +277,7 @@ def _sent(settings: Settings, group: Group, trained: Trained) -> Iterator[tuple[
             yield _to_all(group, sent)
 
 
-def _sent_of_shards(settings, group, trained, bucket: Bucket) -> Iterator[tuple[int, int]]:
+def _sent_of_shards(settings: Settings, group: Group, trained: Trained, bucket: Bucket) -> Iterator[tuple[int, int]]:
     """Stage 3: layers gather forward and backward and reduce their gradients; owners collect and hand out."""
     computed_in = tf.as_dtype(keras.config.dtype_policy().compute_dtype)
     for segment in bucket.segments:

@@ -4,9 +4,11 @@ import contextlib
 import itertools
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
+from typing import Any
 
+import keras
 import tensorflow as tf
 
 from tfzero.collectives.joining import join
@@ -180,7 +182,7 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         with self.transport.meeting(name, self.settings.timeout_seconds):
             self.extended.meet()
 
-    def reduce(self, reduce_op, value, axis=None):
+    def reduce(self, reduce_op: str | tf.distribute.ReduceOp, value: Any, axis: int | None = None) -> Any:
         """One value from those of all replicas, as `tf.distribute.Strategy.reduce`. All workers call it.
 
         Of a structure each value is reduced. Keras's trainer (`keras/src/backend/tensorflow/trainer.py`) asks for two
@@ -234,7 +236,7 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         trained = [optimizer.trained for optimizer in self.optimizers]
         return make_report(self.settings, self.extended.group, self.levels, self.extended.mesh, trained)
 
-    def cut_batch(self, batch):
+    def cut_batch(self, batch: Any) -> Any:
         """One global batch as per-replica values, cut as `experimental_distribute_dataset` cuts it.
 
         Args:
@@ -255,7 +257,7 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         return self.extended.cut_batch(batch)
 
     @contextlib.contextmanager
-    def gathered(self, variables):
+    def gathered(self, variables: keras.Variable | Sequence[keras.Variable]) -> Iterator[None]:
         """Within it every worker holds the whole values of sharded variables; what is assigned is written back.
 
         For looking at and changing parameters between steps, without a collective for each access. All workers must
@@ -298,7 +300,7 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
                 value.let_go(write_back=completed)
 
     @contextlib.contextmanager
-    def agreed_randomness(self, position: DataPosition | None = None):
+    def agreed_randomness(self, position: DataPosition | None = None) -> Iterator[None]:
         """Within it a data pipeline that is built shuffles alike on all workers: as the first worker would.
 
         With a position it shuffles as it did when the position's training began, or else the position notes how.

@@ -2,14 +2,16 @@
 
 import contextlib
 import json
+import os
 import sys
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock, Thread
+from typing import Any
 
 import keras
 
@@ -31,7 +33,7 @@ _SAVE_SECONDS = 60.0  # for workers without a strategy's timeout
 _writing: weakref.WeakKeyDictionary[Channel, Thread] = weakref.WeakKeyDictionary()
 
 
-def save_checkpoint(model: keras.Model, directory) -> Path:
+def save_checkpoint(model: keras.Model, directory: str | os.PathLike[str]) -> Path:
     """Saves all that the training of a model goes on from. All workers call it, between steps.
 
     Every worker writes its own shards. Any number of workers at any stage can load it, and so can plain Keras;
@@ -66,7 +68,7 @@ def save_checkpoint(model: keras.Model, directory) -> Path:
     return directories.step_folder(directory, step)
 
 
-def load_checkpoint(model: keras.Model, directory) -> int:
+def load_checkpoint(model: keras.Model, directory: str | os.PathLike[str]) -> int:
     """Gives a model, its optimizer and its metrics the values of a checkpoint. All workers call it, between steps.
 
     Metrics in progress are given to a model that has been trained or evaluated; before, Keras has not made them.
@@ -147,7 +149,7 @@ class Team:
     def is_chief(self) -> bool:
         return self.mesh.is_chief
 
-    def together(self, what: str, function):
+    def together(self, what: str, function: Callable[[], Any]) -> Any:
         """The first worker's answer of `function`, which fails on all if it fails on one. For short work."""
         return together(self.channel, what, function)[0]
 
@@ -276,7 +278,7 @@ class Save:
         """
         needed = sum(item.bytes for item in state_of(self._model))
 
-        def take():
+        def take() -> None:
             directories.check_room(self._directory, needed if self._team.is_chief else 0)
             if self._team.is_chief:
                 self._lock = directories.Lock(self._directory)

@@ -40,7 +40,7 @@ class Item:
         return self.group in (LAG, RESIDUAL)
 
     @property
-    def value(self):
+    def value(self) -> tf.Variable:
         return self.variable.value
 
     @property

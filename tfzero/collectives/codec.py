@@ -44,7 +44,7 @@ class Codec:
     def decode(self, payload: tf.Tensor, elements: int, dtype: tf.DType = tf.float32) -> tf.Tensor:
         """`[k, words]` int32 as `[k, elements]` floats."""
 
-        def decode(payload):
+        def decode(payload: tf.Tensor) -> tf.Tensor:
             return tf.cast(self.decoded(payload, elements), dtype)
 
         return tf.function(decode, jit_compile=True, autograph=False)(payload)
@@ -52,7 +52,7 @@ class Codec:
     def decode_sum(self, payload: tf.Tensor, elements: int) -> tf.Tensor:
         """The sum of all rows, in float32: `[k, words]` int32 to `[elements]`."""
 
-        def decode_sum(payload):
+        def decode_sum(payload: tf.Tensor) -> tf.Tensor:
             return tf.reduce_sum(self.decoded(payload, elements), 0)
 
         return tf.function(decode_sum, jit_compile=True, autograph=False)(payload)

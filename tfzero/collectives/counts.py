@@ -12,7 +12,7 @@ the count.
 
 import contextlib
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import tensorflow as tf
 
@@ -46,7 +46,7 @@ class Lanes:
         return [int(counter.numpy()) for counters in self._counters for counter in counters]
 
     @contextlib.contextmanager
-    def purpose(self, replica: int, text: str):
+    def purpose(self, replica: int, text: str) -> Iterator[None]:
         """Within it a local replica's collectives are for this, should one of them have to be named."""
         former = self._current_purpose[replica]
         self._current_purpose[replica] = self._known_purposes.setdefault(text, len(self._known_purposes))
@@ -62,7 +62,7 @@ class Lanes:
         step = "" if self.iterations is None else f"in step {int(self.iterations.numpy()) + 1}, "
         return f"{step}at {purpose}"
 
-    def latest(self, replica: int, graph) -> tf.Operation | None:
+    def latest(self, replica: int, graph: tf.Graph) -> tf.Operation | None:
         """The collective that the next one of the backward lane will wait for, if it is in `graph`. [Note: ordering]"""
         noted = self._latest[replica][-1]
         latest = None if noted is None else noted()
@@ -74,17 +74,17 @@ class Lanes:
         return result
 
     @contextlib.contextmanager
-    def counted(self, replica: int, lane: int, value: tf.Tensor):
+    def counted(self, replica: int, lane: int, value: tf.Tensor) -> Iterator[Callable[..., list[tf.Operation]]]:
         """Counts a collective that waits for `value`; the function it gives is to be told the result. [Note: counts]"""
 
-        def count_after(*tensors):
+        def count_after(*tensors: tf.Tensor) -> list[tf.Operation]:
             if not self.is_counted:
                 return []
             counter = self._counters[replica][lane]
             with tf.control_dependencies(tensors), tf.device(counter.device):
                 return [counter.assign_add(1, read_value=False)]
 
-        def note_after(tensor):
+        def note_after(tensor: tf.Tensor) -> list[tf.Operation]:
             if not self.is_counted:
                 return []
             noted = self._purposes[replica][lane]

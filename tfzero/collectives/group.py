@@ -19,7 +19,8 @@ workers 7.5 and 6.4, 9.1 and 7.4, 10.5 and 10.4. A ring passes a single number o
 import contextlib
 import copy
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import tensorflow as tf
 
@@ -119,7 +120,7 @@ class Group:
         return self.transport.way(primitive, dtype.name, self.place)
 
     @contextlib.contextmanager
-    def silenced(self):
+    def silenced(self) -> Iterator[None]:
         """Within it nothing is sent: what is traced gives this replica's own values, in the shapes of results.
 
         No keys are taken, so that it may differ between replicas. For measuring what is not communication.
@@ -237,7 +238,7 @@ class Group:
         way = self.way(ways.BROADCAST, value.dtype)
         return _restored(self._emit(ways.BROADCAST, _carried(value, way), replica), way, value.dtype)
 
-    def launch(self, method: Callable, values: Sequence, *args) -> list:
+    def launch(self, method: Callable, values: Sequence, *args: Any) -> list:
         """Runs one collective for all local replicas at once, from outside a replica; gives one result for each.
 
         Args:
@@ -245,7 +246,7 @@ class Group:
             values: one tensor per local replica.
         """
 
-        def collective(*tensors):
+        def collective(*tensors: tf.Tensor) -> list:
             self.keys.align()
             results = []
             for replica, tensor in enumerate(tensors):
@@ -292,7 +293,7 @@ class Group:
         limit = min(_MOST_GATHERED_BYTES, _MOST_RECEIVED_BYTES // max(1, self.world_size - 1))
         return self.lanes.is_counted and self.transport.gathers_small_sums and size_bytes <= limit
 
-    def _reduce(self, value: tf.Tensor, replica: int, size=None) -> tf.Tensor:
+    def _reduce(self, value: tf.Tensor, replica: int, size: tf.Tensor | None = None) -> tf.Tensor:
         elements = value.shape.num_elements() or 1
         is_gathered_as_it_is = not self.way(ways.ALL_GATHER, value.dtype).dtype
         if elements > 1 and is_gathered_as_it_is and self.sums_by_gathering(elements * value.dtype.size):

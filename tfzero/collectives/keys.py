@@ -17,6 +17,8 @@ import hashlib
 import weakref
 from collections import Counter
 
+import tensorflow as tf
+
 from tfzero.host import graphs
 
 # 64 sizes for values of unknown shape: powers of two from 1 to 2^62, and 0.
@@ -76,7 +78,7 @@ class Keys:
             number += 1  # taken for something else, of thousands of millions
         return key, lane
 
-    def _counts_of(self, function) -> list[int]:
+    def _counts_of(self, function: tf.Graph) -> list[int]:
         if function not in self._counts:
             self._counts[function] = [0] * self._replicas
             self.traced[graphs.name_of_function(function)] += 1

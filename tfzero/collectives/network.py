@@ -44,7 +44,7 @@ class Network:
 def measure_network(group: Group, channel: Channel) -> Network:
     """What the first worker measures; all workers call it together."""
 
-    def exchange(rows, replica):
+    def exchange(rows: tf.Tensor, replica: int) -> tf.Tensor:
         return group.all_gather(group.reduce_scatter(rows, replica), replica)
 
     def seconds(elements: int) -> float:

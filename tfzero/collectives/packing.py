@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 
 import tensorflow as tf
 
-from tfzero.plan.placement import Bucket, Placement, shard_elements
+from tfzero.plan.placement import Bucket, Placement, Segment, shard_elements
 
 
 def pack(bucket: Bucket, tensors: Mapping[int, tf.Tensor], world_size: int) -> tf.Tensor:
     """Lays tensors, by variable index, into a bucket; a missing one leaves zeros."""
     dtype = tf.as_dtype(bucket.dtype)
 
-    def flat(segment):
+    def flat(segment: Segment) -> tf.Tensor:
         if segment.index in tensors:
             return tf.reshape(tf.cast(tensors[segment.index], dtype), [segment.elements])
         return tf.zeros([segment.elements], dtype)

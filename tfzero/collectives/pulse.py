@@ -15,9 +15,11 @@ import re
 import sys
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import monotonic
+from types import TracebackType
+from typing import Any
 
 import tensorflow as tf
 
@@ -169,10 +171,10 @@ class Pulse:
         places = [place for watched in self._groups for place in watched.places()]
         return f"{self._cluster.name} was {' and '.join(dict.fromkeys(places))}." if places else ""
 
-    def _exit_hook(self, former):
+    def _exit_hook(self, former: Callable[..., Any]) -> Callable[..., None]:
         """What to do with an error that ends the process, after `former` has shown it."""
 
-        def show_and_exit(kind, error, trace):
+        def show_and_exit(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
             former(kind, error, trace)
             lost, blamed = self._others_in(error) if os.getpid() == self._process else ("", ())
             if lost:
@@ -270,7 +272,7 @@ class _Beat:
     traced: list[dict[str, int]]  # `_Watched.traced`, of each group
 
     @classmethod
-    def read(cls, told, name: str) -> "_Beat":
+    def read(cls, told: object, name: str) -> "_Beat":
         """What was received of a worker; ValueError if it is no beat."""
         if isinstance(told, list) and [type(each) for each in told] == [list, list, str, str, list]:
             counts, stopping, at_odds, where, traced = told

@@ -5,6 +5,7 @@ which it compares in lower case; it takes all but "nccl" for a ring.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import tensorflow as tf
 
@@ -49,7 +50,7 @@ class TensorFlows(Transport):
         """TensorFlow's reduce-scatter."""
         return self._run(tf.raw_ops.CollectiveReduceScatterV2, rows, call, **_ADDED)
 
-    def _run(self, operation: Callable, value: tf.Tensor, call: Call, **attributes) -> tf.Tensor:
+    def _run(self, operation: Callable, value: tf.Tensor, call: Call, **attributes: Any) -> tf.Tensor:
         return operation(
             input=value,
             group_size=call.members,

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -171,14 +172,14 @@ def _difference(found: np.ndarray, wanted: np.ndarray) -> tuple[str, str] | None
 def _received(group: Group, cases: Sequence[_Case], timeout_seconds: float) -> list[list]:
     """What each local replica receives in each case: one after the other, in one graph, which is the cheapest."""
 
-    def results(values, replica):
+    def results(values: Sequence, replica: int) -> list:
         received: list = []
         for case, value in zip(cases, values, strict=True):
             received.append(_result(case, value, replica, group, after=tf.nest.flatten(received[-1:])))
         return received
 
     @tf.function(autograph=False)
-    def transport_test():
+    def transport_test() -> list:
         if len(group.devices) > 1:
             graphs.chain_by_device(tf.compat.v1.get_default_graph(), group.devices)
         ranks = [group.rank(replica) for replica in range(len(group.devices))]
@@ -194,7 +195,7 @@ def _received(group: Group, cases: Sequence[_Case], timeout_seconds: float) -> l
         raise type(error)(error.node_def, error.op, text) from error
 
 
-def _result(case: _Case, value: np.ndarray, replica: int, group: Group, after: Sequence[tf.Tensor]):
+def _result(case: _Case, value: np.ndarray, replica: int, group: Group, after: Sequence[tf.Tensor]) -> Any:
     """Part of the graph: what a case gives a replica, once the last one has ended, so that errors name what hangs."""
     with tf.name_scope(case.scope), group.lanes.purpose(replica, f"the self-test of {case.name}"):
         with tf.control_dependencies(after):
@@ -246,17 +247,17 @@ def _cases(group: Group, every_dtype: bool) -> list[_Case]:
     first = group.rank(0)
     everyone = list(range(size))
 
-    def all_of(replica):
+    def all_of(replica: int) -> tuple[Sequence[int], int]:
         return everyone, group.rank(replica)
 
     cases = _sums(group, size, all_of, every_dtype) + _moves(group, size, all_of, every_dtype)
     if group.within is not None:
         neighbours = list(range(first, first + here))
 
-        def within(replica):
+        def within(replica: int) -> tuple[Sequence[int], int]:
             return neighbours, replica
 
-        def across(replica):
+        def across(replica: int) -> tuple[Sequence[int], int]:
             return everyone[replica::here], first // here
 
         if every_dtype:  # else the sum of both levels will do
@@ -267,12 +268,12 @@ def _cases(group: Group, every_dtype: bool) -> list[_Case]:
 
 
 def _sums(group: Group, size: int, members: Callable, every_dtype: bool) -> list[_Case]:
-    def reduced(dtype, elements, suffix=""):
+    def reduced(dtype: tf.DType, elements: int, suffix: str = "") -> _Case:
         @functools.cache
-        def gives(rank):
+        def gives(rank: int) -> np.ndarray:
             return _terms(dtype, rank, size, [elements])
 
-        def receives(ranks, place):
+        def receives(ranks: Sequence[int], place: int) -> list[np.ndarray]:
             del place
             return [_sum(dtype, [gives(rank) for rank in ranks])]
 
@@ -289,14 +290,14 @@ def _scatter(group: Group, suffix: str, dtype: tf.DType, rows: int, size: int, m
     is_narrow = dtype in (tf.float16, tf.bfloat16)
     total = tf.float32 if is_narrow else dtype
 
-    def run(value, replica):
+    def run(value: tf.Tensor, replica: int) -> tf.Tensor:
         return group.reduce_scatter(value, replica, total)
 
     @functools.cache
-    def gives(rank):
+    def gives(rank: int) -> np.ndarray:
         return (_terms_beyond if is_narrow else _terms)(dtype, rank, size, [rows, size + 1])
 
-    def receives(ranks, place):
+    def receives(ranks: Sequence[int], place: int) -> list[np.ndarray]:
         return [_sum(total, [gives(rank)[place] for rank in ranks])]
 
     return _Case(f"reduce_scatter{suffix}", dtype, run, gives, receives, members)
@@ -304,31 +305,31 @@ def _scatter(group: Group, suffix: str, dtype: tf.DType, rows: int, size: int, m
 
 def _exchange(group: Group, suffix: str, dtype: tf.DType, rows: int, members: Callable) -> _Case:
     @functools.cache
-    def gives(rank):
+    def gives(rank: int) -> np.ndarray:
         return _numbers(dtype, rank, [rows, rows + 1])
 
-    def receives(ranks, place):
+    def receives(ranks: Sequence[int], place: int) -> list[np.ndarray]:
         return [np.stack([gives(rank)[place] for rank in ranks])]
 
     return _Case(f"all_to_all{suffix}", dtype, group.all_to_all, gives, receives, members)
 
 
 def _moves(group: Group, size: int, members: Callable, every_dtype: bool) -> list[_Case]:
-    def moved(primitive, dtype, run, receives, is_ragged=False):
+    def moved(primitive: str, dtype: tf.DType, run: Callable, receives: Callable, is_ragged: bool = False) -> _Case:
         @functools.cache
-        def gives(rank):
+        def gives(rank: int) -> np.ndarray:
             return _numbers(dtype, rank, [size + 1 + (rank if is_ragged else 0)])
 
         return _Case(primitive, dtype, run, gives, lambda ranks, _: receives([gives(rank) for rank in ranks]), members)
 
-    def backward(value, replica):
+    def backward(value: tf.Tensor, replica: int) -> tf.Tensor:
         return group.all_gather(value, replica, True)
 
-    def broadcast(value, replica):
+    def broadcast(value: tf.Tensor, replica: int) -> tf.Tensor:
         with tf.control_dependencies([value]):  # who only receives has no use for it
             return group.broadcast(value, replica)
 
-    def stacked(values):
+    def stacked(values: Sequence[np.ndarray]) -> list[np.ndarray]:
         return [np.stack(values)]
 
     exchanged, gathered, parts, sent_to_all = (

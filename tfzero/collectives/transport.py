@@ -13,7 +13,7 @@ would leave them without order, and counts and keys every collective itself, so 
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import tensorflow as tf
 
@@ -235,7 +235,7 @@ class Silent:
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
 
     def all_reduce(self, value: tf.Tensor, call: Call) -> tf.Tensor:

@@ -1,5 +1,7 @@
 """How a replica's rows of a batch are known, by private names of TensorFlow. See `host/registry.py`."""
 
+from collections.abc import Iterable, Sequence
+
 import keras
 import tensorflow as tf
 
@@ -18,19 +20,19 @@ class BatchParts(PerReplica):
         rows: for each its number of rows without padding, an int64 scalar.
     """
 
-    def __init__(self, values, rows) -> None:
+    def __init__(self, values: Iterable, rows: Iterable[tf.Tensor]) -> None:
         super().__init__(values)
         self._rows = tuple(rows)
 
     @property
-    def values(self):
+    def values(self) -> tuple:
         """One value for each local replica, whose rows `own_rows` tells."""
         for value, rows in zip(self._values, self._rows, strict=True):
             value._tfzero_rows = rows
         return self._values
 
     @property
-    def _type_spec(self):
+    def _type_spec(self) -> "BatchPartsSpec":
         values = (_without_rows(tf.type_spec_from_value(value)) for value in self._values)
         return BatchPartsSpec(*values, *(tf.TensorSpec([], tf.int64) for _ in self._rows))
 
@@ -42,21 +44,21 @@ class BatchPartsSpec(PerReplicaSpec):
 
     value_type = property(lambda self: BatchParts)
 
-    def _to_components(self, value):
+    def _to_components(self, value: BatchParts) -> tuple:
         return (*super()._to_components(value), *value._rows)
 
-    def _from_components(self, tensor_list):
+    def _from_components(self, tensor_list: Sequence) -> BatchParts:
         replicas = len(tensor_list) // 2
         return BatchParts(tensor_list[:replicas], tensor_list[replicas:])
 
 
-def container_of(handle):
+def container_of(handle: tf.Tensor) -> tf.Variable | None:
     """The distributed variable of one of whose components this is the handle, an eager tensor; or None."""
     container = getattr(handle, "_distributed_container", None)
     return None if container is None else container()
 
 
-def own_rows(value) -> tf.Tensor | None:
+def own_rows(value: object) -> tf.Tensor | None:
     """How many rows of the batch a replica was given with its part of a tensor; None of what is no such part."""
     return getattr(value, "_tfzero_rows", None)
 

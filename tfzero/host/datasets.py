@@ -4,6 +4,7 @@ See `host/registry.py`.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -42,11 +43,11 @@ def layers_of(model: keras.Model) -> list[keras.layers.Layer]:
     return list(model._flatten_layers(include_self=False))
 
 
-def keywords_of(loss_or_metric) -> dict:
+def keywords_of(loss_or_metric: object) -> dict:
     """What a loss or metric of Keras hands to its function, such as the `delta` of Huber: no part of its config."""
     return getattr(loss_or_metric, "_fn_kwargs", {})
 
 
-def rate_of(optimizer: keras.optimizers.Optimizer):
+def rate_of(optimizer: keras.optimizers.Optimizer) -> Any:
     """The schedule or the variable behind `learning_rate`, which itself is the number of the current step."""
     return getattr(optimizer, "_learning_rate", None)

@@ -6,7 +6,8 @@ itself does what TensorFlow's does. See `host/registry.py` for the names.
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import tensorflow as tf
 from tensorflow.python.distribute.collective_all_reduce_strategy import CollectiveAllReduceExtended
@@ -25,7 +26,12 @@ class ExtendedBase(CollectiveAllReduceExtended):
         devices: this process's devices, such as "CPU:0".
     """
 
-    def __init__(self, strategy, resolver, devices: list[str]) -> None:
+    def __init__(
+        self,
+        strategy: tf.distribute.Strategy,
+        resolver: tf.distribute.cluster_resolver.ClusterResolver | None,
+        devices: list[str],
+    ) -> None:
         # TensorFlow's server runs once in a process.
         self._std_server_started = runtime.collectives_are_configured()
         # `collectives/pulse.py` takes the place of TensorFlow's watch, which is slower and begins without a timeout.
@@ -38,15 +44,15 @@ class ExtendedBase(CollectiveAllReduceExtended):
         """The strategy that this is behind."""
         return self._container_strategy()
 
-    def run_replicas(self, function: Callable, args, kwargs):
+    def run_replicas(self, function: Callable, args: tuple, kwargs: dict) -> Any:
         """Runs a function on each local replica."""
         return super()._call_for_each_replica(function, args, kwargs)
 
-    def check_colocation(self, variable) -> None:
+    def check_colocation(self, variable: object) -> None:
         """Raises ValueError unless a variable may be made beside this one."""
         super()._validate_colocate_with_variable(variable)
 
-    def make_variable(self, next_creator: Callable, **kwargs):
+    def make_variable(self, next_creator: Callable, **kwargs: Any) -> tf.Variable:
         """A new variable."""
         return super()._create_variable(next_creator, **kwargs)
 
@@ -54,15 +60,15 @@ class ExtendedBase(CollectiveAllReduceExtended):
         """Whether replicas meet by `merge_call`, each waiting for the others."""
         raise NotImplementedError
 
-    def all_reduce_in_replica(self, reduce_op, value):
+    def all_reduce_in_replica(self, reduce_op: tf.distribute.ReduceOp, value: Any) -> Any:
         """Within a replica: a structure, reduced over all replicas."""
         raise NotImplementedError
 
-    def reduce_values(self, reduce_op, value):
+    def reduce_values(self, reduce_op: tf.distribute.ReduceOp, value: Any) -> Any:
         """Outside replicas: a value of each, reduced over all."""
         raise NotImplementedError
 
-    def gather_values(self, value, axis: int):
+    def gather_values(self, value: Any, axis: int) -> tf.distribute.DistributedValues:
         """Outside replicas: a value of each, joined along an axis."""
         raise NotImplementedError
 
@@ -70,49 +76,59 @@ class ExtendedBase(CollectiveAllReduceExtended):
         """The full names of this process's devices, and their type."""
         raise NotImplementedError
 
-    def distribute(self, dataset):
+    def distribute(self, dataset: tf.data.Dataset) -> tf.data.Dataset:
         """A data set of each replica's part of the batches of another."""
         raise NotImplementedError
 
     # What TensorFlow calls.
 
-    def _use_merge_call(self):
+    def _use_merge_call(self) -> bool:
         return self.replicas_merge()
 
-    def _call_for_each_replica(self, fn, args, kwargs):
+    def _call_for_each_replica(self, fn: Callable, args: tuple, kwargs: dict) -> Any:
         return self.run_replicas(fn, args, kwargs)
 
-    def _replica_ctx_all_reduce(self, reduce_op, value, options=None):
+    def _replica_ctx_all_reduce(self, reduce_op: tf.distribute.ReduceOp, value: Any, options: Any = None) -> Any:
         del options
         return self.all_reduce_in_replica(reduce_op, value)
 
-    def _reduce_to(self, reduce_op, value, destinations, options):
+    def _reduce_to(self, reduce_op: tf.distribute.ReduceOp, value: Any, destinations: Any, options: Any) -> Any:
         del destinations, options
         return self.reduce_values(reduce_op, value)
 
-    def _batch_reduce_to(self, reduce_op, value_destination_pairs, options):
+    def _batch_reduce_to(
+        self, reduce_op: tf.distribute.ReduceOp, value_destination_pairs: Iterable[tuple[Any, Any]], options: Any
+    ) -> list:
         del options
         return [self.reduce_values(reduce_op, value) for value, _ in value_destination_pairs]
 
-    def _gather_to_implementation(self, value, destinations, axis, options):
+    def _gather_to_implementation(
+        self, value: Any, destinations: Any, axis: int, options: Any
+    ) -> tf.distribute.DistributedValues:
         del destinations, options
         return self.gather_values(value, axis)
 
-    def _batch_gather_to(self, value_destination_pairs, axis, options=None):
+    def _batch_gather_to(
+        self, value_destination_pairs: Iterable[tuple[Any, Any]], axis: int, options: Any = None
+    ) -> list[tf.distribute.DistributedValues]:
         del options
         return [self.gather_values(value, axis) for value, _ in value_destination_pairs]
 
-    def _validate_colocate_with_variable(self, colocate_with_variable):
+    def _validate_colocate_with_variable(self, colocate_with_variable: object) -> None:
         self.check_colocation(colocate_with_variable)
 
-    def _create_variable(self, next_creator, **kwargs):
+    def _create_variable(self, next_creator: Callable[..., tf.Variable], **kwargs: Any) -> tf.Variable:
         return self.make_variable(next_creator, **kwargs)
 
-    def _initialize_local_devices(self, cluster_resolver, worker_device):
+    def _initialize_local_devices(
+        self, cluster_resolver: tf.distribute.cluster_resolver.ClusterResolver | None, worker_device: str
+    ) -> tuple[tuple[str, ...], str]:
         del cluster_resolver
         return self.devices_under(worker_device)
 
-    def _experimental_distribute_dataset(self, dataset, options):
+    def _experimental_distribute_dataset(
+        self, dataset: tf.data.Dataset, options: tf.distribute.InputOptions | None
+    ) -> tf.data.Dataset:
         del options
         return self.distribute(dataset)
 
@@ -125,23 +141,23 @@ class VariableBase(MirroredVariable):
         """That of the replica that is run; outside replicas the first one."""
         return self._get_on_device_or_primary()
 
-    def value_here(self):
+    def value_here(self) -> tf.Tensor | tf.Variable:
         """The value in a replica or outside, wherever one is."""
         return super()._get()
 
-    def value_outside(self):
+    def value_outside(self) -> tf.Tensor | tf.Variable:
         """The value outside replicas."""
         return super()._get_cross_replica()
 
-    def as_tensor(self, dtype=None, name: str | None = None, as_ref: bool = False):
+    def as_tensor(self, dtype: tf.DType | None = None, name: str | None = None, as_ref: bool = False) -> tf.Tensor:
         """The value for an operation that takes a tensor."""
         return super()._dense_var_to_tensor(dtype, name, as_ref)
 
-    def update_in_replica(self, update: Callable, value, **kwargs):
+    def update_in_replica(self, update: Callable, value: tf.types.experimental.TensorLike, **kwargs: Any) -> Any:
         """Within a replica: changes it by `update(component, value)`."""
         return super()._update_replica(update, value, **kwargs)
 
-    def update_outside(self, update: Callable, value, **kwargs):
+    def update_outside(self, update: Callable, value: tf.types.experimental.TensorLike, **kwargs: Any) -> Any:
         """Outside replicas: changes all components by `update(component, value)`."""
         return super()._update_cross_replica(update, value, **kwargs)
 
@@ -151,22 +167,34 @@ class VariableBase(MirroredVariable):
 
     # What TensorFlow calls.
 
-    def _get(self):
+    def _get(self) -> tf.Tensor | tf.Variable:
         return self.value_here()
 
-    def _get_cross_replica(self):
+    def _get_cross_replica(self) -> tf.Tensor | tf.Variable:
         return self.value_outside()
 
-    def _dense_var_to_tensor(self, dtype=None, name=None, as_ref=False):
+    def _dense_var_to_tensor(
+        self, dtype: tf.DType | None = None, name: str | None = None, as_ref: bool = False
+    ) -> tf.Tensor:
         return self.as_tensor(dtype, name, as_ref)
 
-    def _update_replica(self, update_fn, value, **kwargs):
+    def _update_replica(
+        self, update_fn: Callable[..., Any], value: tf.types.experimental.TensorLike, **kwargs: Any
+    ) -> Any:
         return self.update_in_replica(update_fn, value, **kwargs)
 
-    def _update_cross_replica(self, update_fn, value, **kwargs):
+    def _update_cross_replica(
+        self, update_fn: Callable[..., Any], value: tf.types.experimental.TensorLike, **kwargs: Any
+    ) -> Any:
         return self.update_outside(update_fn, value, **kwargs)
 
-    def _export_to_saved_model_graph(self, object_map=None, tensor_map=None, options=None, **kwargs):
+    def _export_to_saved_model_graph(
+        self,
+        object_map: dict | None = None,
+        tensor_map: dict | None = None,
+        options: tf.saved_model.SaveOptions | None = None,
+        **kwargs: Any,
+    ) -> list:
         stand_in = self.exported_as()
         if stand_in is self:
             return super()._export_to_saved_model_graph(object_map, tensor_map, options, **kwargs)

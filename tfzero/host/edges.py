@@ -23,7 +23,7 @@ class Edges:
         graph: the graph.
     """
 
-    def __init__(self, graph) -> None:
+    def __init__(self, graph: tf.Graph) -> None:
         self._graph = graph
         self._order: list[tf.Operation] = []
         self._places: dict[tf.Operation, int] = {}
@@ -33,7 +33,7 @@ class Edges:
         self._reads_since: defaultdict[int | None, list[tf.Operation]] = defaultdict(list)
 
     @classmethod
-    def of(cls, graph) -> "Edges":
+    def of(cls, graph: tf.Graph) -> "Edges":
         """The edges of a graph, for all that change it."""
         if not hasattr(graph, "_tfzero_edges"):
             graph._tfzero_edges = cls(graph)

@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import tensorflow as tf
 
@@ -41,7 +42,7 @@ CALLS = {
 _CHANGED = "_tfzero_changed"
 
 
-def current_function():
+def current_function() -> tf.Graph:
     """The graph of the function that is being traced, around all branches and loops."""
     graph = tf.compat.v1.get_default_graph()
     while isinstance(graph, ControlFlowFuncGraph):
@@ -49,7 +50,7 @@ def current_function():
     return graph
 
 
-def graphs_around(graph) -> list:
+def graphs_around(graph: tf.Graph | None) -> list:
     """A graph, and those within which it is traced; none of None."""
     found = []
     while graph is not None:
@@ -58,7 +59,7 @@ def graphs_around(graph) -> list:
     return found
 
 
-def name_of_function(graph) -> str:
+def name_of_function(graph: tf.Graph) -> str:
     """The name of a Python function, from what `current_function` gave; the same in all processes.
 
     That of its gradient's function is marked by a prime. Of branches and loops TensorFlow's names have numbers.
@@ -69,7 +70,9 @@ def name_of_function(graph) -> str:
     return name + primes
 
 
-def cloned(function, change: Callable):
+def cloned(
+    function: tf.types.experimental.PolymorphicFunction, change: Callable
+) -> tf.types.experimental.PolymorphicFunction:
     """A `tf.function` of the changed Python function with all other options the same; made once for a function."""
     if _CHANGED not in vars(function):
         setattr(function, _CHANGED, function._clone(python_function=change(function.python_function)))
@@ -123,7 +126,7 @@ def run_freely(operation: tf.Operation) -> None:
         manager.run_independently(operation)
 
 
-def chain_by_device(graph, devices: Sequence[str]) -> None:
+def chain_by_device(graph: tf.Graph, devices: Sequence[str]) -> None:
     """Gives stateful operations without a resource a chain for each of the devices. [Note: automatic order]"""
     if hasattr(graph, _CHAINS):
         return
@@ -136,7 +139,7 @@ def chain_by_device(graph, devices: Sequence[str]) -> None:
 
 
 @auto_control_deps.register_acd_resource_resolver
-def _chain_of_device(operation: tf.Operation, reads, writes) -> bool:
+def _chain_of_device(operation: tf.Operation, reads: set[tf.Tensor], writes: set[tf.Tensor]) -> bool:
     """Takes a device's chain for the resource of a stateful operation that has none."""
     chain = getattr(operation.graph, _CHAINS, {}).get(_place(operation))
     if chain is None or reads or writes or not auto_control_deps.op_is_stateful(operation):
@@ -201,7 +204,7 @@ def functions_of(operation: tf.Operation) -> list:
     return graphs if found == [(inputs, each) for each in outputs] else []
 
 
-def calls_around(graph) -> list[tf.Operation]:
+def calls_around(graph: tf.Graph) -> list[tf.Operation]:
     """The branches and loops within which a graph is, from the inside; those that have been traced to their end."""
     calls = []
     while isinstance(graph, ControlFlowFuncGraph):
@@ -211,7 +214,7 @@ def calls_around(graph) -> list[tf.Operation]:
     return calls
 
 
-def is_in_a_loop(outermost) -> bool:
+def is_in_a_loop(outermost: tf.Graph) -> bool:
     """Whether a loop is traced, within the graph `outermost`."""
     around = graphs_around(tf.compat.v1.get_default_graph())
     within = itertools.takewhile(lambda graph: graph is not outermost, around)
@@ -223,6 +226,6 @@ def _names_of_functions(operation: tf.Operation) -> list[str]:
     return [each.name for each in (attributes[0] if isinstance(attributes[0], list) else attributes)]
 
 
-def _function(graph, name: str):
+def _function(graph: tf.Graph, name: str) -> Any:
     found = (each._get_function(name) for each in graphs_around(graph))
     return next((function for function in found if function is not None), None)

@@ -3,7 +3,8 @@
 from tfzero.host import backend  # noqa: F401, isort: skip. It refuses other backends before Keras imports them.
 
 import contextlib
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -21,7 +22,7 @@ class EpochsBase(TFEpochIterator):
         """The first step of each execution, the first one that is not in it, and an iterator over its batches."""
         return super()._enumerate_iterator()
 
-    def _enumerate_iterator(self):
+    def _enumerate_iterator(self) -> Generator:
         return self.steps_of_epoch()
 
 
@@ -32,11 +33,11 @@ class SlotKey:
         """The variable by whose identity they are found."""
         raise NotImplementedError
 
-    def _distributed_container(self):
+    def _distributed_container(self) -> tf.Variable:
         return self.identity()
 
 
-def strategy_of(model):
+def strategy_of(model: object) -> Any:
     """The strategy under which a model was made; None of what is no model."""
     return getattr(model, "_distribute_strategy", None)
 
@@ -56,7 +57,7 @@ def is_within_fit(keywords: dict) -> bool:
     return "_use_cached_eval_dataset" in keywords
 
 
-def own_rate(optimizer: keras.optimizers.Optimizer):
+def own_rate(optimizer: keras.optimizers.Optimizer) -> Any:
     """The schedule, the function or the variable behind `learning_rate`, if this very object has one."""
     return vars(optimizer).get("_learning_rate")
 
@@ -77,7 +78,9 @@ def walk_as_saving(model: keras.Model, store: H5IOStore, skipped: Iterable[int])
     _save_state(model, store, None, "", set(skipped))
 
 
-def checkpoint_path(callback: keras.callbacks.ModelCheckpoint, epoch, batch, logs) -> str:
+def checkpoint_path(
+    callback: keras.callbacks.ModelCheckpoint, epoch: int, batch: int | None, logs: Mapping[str, Any] | None
+) -> str:
     """Where a ModelCheckpoint writes next."""
     return callback._get_file_path(epoch, batch, logs)
 

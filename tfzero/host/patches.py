@@ -10,6 +10,7 @@ import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from tfzero.host.keras_names import KERAS
 from tfzero.host.registry import Name, difference
@@ -72,7 +73,7 @@ class Patch:
             return
 
         @functools.wraps(original)
-        def patched(*args, **kwargs):
+        def patched(*args: Any, **kwargs: Any) -> Any:
             return self.wrapper(original, *args, **kwargs)
 
         patched._tfzero_patch = True
@@ -82,7 +83,7 @@ class Patch:
 _registry: dict[str, Patch] = {}
 
 
-def patch(owner, name: str, arguments: str, reason: str, test: str) -> Callable:
+def patch(owner: Any, name: str, arguments: str, reason: str, test: str) -> Callable:
     """Decorates `wrapper(original, *args, **kwargs)`, which shall stand for `owner.name`. See `Patch`."""
 
     def register(wrapper: Callable) -> Callable:

@@ -12,6 +12,7 @@ import pkgutil
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 _MISSING = object()
 # A name that is there, of which only its place among `self.name = ...` in a class is known.
@@ -67,7 +68,7 @@ def rows(owner: str, since: str, test: str, names: Mapping[str, str]) -> tuple[N
     return tuple(found)
 
 
-def difference(found, path: str, takes: str | None) -> str:
+def difference(found: object, path: str, takes: str | None) -> str:
     """How a function's parameters or a class's bases differ from those that tfzero knows; or nothing."""
     if takes is None or (present := taken_by(found)) == takes:
         return ""
@@ -75,7 +76,7 @@ def difference(found, path: str, takes: str | None) -> str:
     return f"{path} {verb} ({'nothing that is known' if present is None else present}), not ({takes})"
 
 
-def taken_by(found) -> str | None:
+def taken_by(found: Any) -> str | None:
     """Names of the bases of a class, of the parameters of a function; None of anything else."""
     if inspect.isclass(found):
         return " ".join(base.__name__ for base in found.__bases__)
@@ -86,7 +87,7 @@ def taken_by(found) -> str | None:
         return None
 
 
-def find(path: str):
+def find(path: str) -> Any:
     """What stands at a path; of an attribute that only the objects of a class have, a sign that it is there."""
     path, _, given = path.partition(":")
     parts = path.split(".")
@@ -124,7 +125,7 @@ def set_by_methods(owner: type) -> frozenset[str]:
     )
 
 
-def words_of(function) -> frozenset[str]:
+def words_of(function: Any) -> frozenset[str]:
     """The attributes, texts and keywords of a function's source."""
     nodes = list(ast.walk(_tree(inspect.unwrap(function))))
     attributes = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
@@ -133,7 +134,7 @@ def words_of(function) -> frozenset[str]:
     return frozenset(attributes | keywords | texts)
 
 
-def _tree(found) -> ast.Module:
+def _tree(found: Any) -> ast.Module:
     try:
         return ast.parse(textwrap.dedent(inspect.getsource(found)))
     except (OSError, TypeError):  # written in C++, or in `builtins`

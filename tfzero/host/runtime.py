@@ -8,6 +8,8 @@ from tfzero.host import backend  # noqa: F401, isort: skip. It refuses other bac
 import contextlib
 import random
 import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -66,12 +68,12 @@ def replica_thread() -> threading.Thread | None:
     return thread if hasattr(thread, "main_args") else None
 
 
-def per_replica(values):
+def per_replica(values: Iterable) -> Any:
     """One value for each local replica, as `strategy.run` returns and takes them."""
     return regroup(tuple(values))
 
 
-def mirrored(values):
+def mirrored(values: Iterable) -> Any:
     """One equal value for each local replica."""
     return regroup(tuple(values), wrap_class=Mirrored)
 
@@ -113,17 +115,19 @@ def shuffle_seeds(dataset: tf.data.Dataset) -> list[list[int]]:
     return seeds
 
 
-def replica_element_spec(dataset):
+def replica_element_spec(dataset: tf.data.Dataset | tf.distribute.DistributedDataset) -> Any:
     """Specs of what one replica gets of a distributed dataset's elements; None for what is no tensor."""
 
-    def of_replica(spec):
+    def of_replica(spec: tf.TypeSpec) -> tf.TypeSpec | None:
         spec = spec._value_specs[0] if isinstance(spec, PerReplicaSpec) else spec
         return spec if hasattr(spec, "shape") and hasattr(spec, "dtype") else None
 
     return tf.nest.map_structure(of_replica, dataset.element_spec)
 
 
-def dataset_of(epoch_iterator: keras_tensorflow_trainer.TFEpochIterator):
+def dataset_of(
+    epoch_iterator: keras_tensorflow_trainer.TFEpochIterator,
+) -> tf.data.Dataset | tf.distribute.DistributedDataset:
     """The distributed dataset behind Keras's loop over epochs."""
     return epoch_iterator._distributed_dataset
 
@@ -141,12 +145,12 @@ def is_at_first_batch(epoch_iterator: keras_tensorflow_trainer.TFEpochIterator) 
     return epoch_iterator._num_batches is None and epoch_iterator._steps_seen == epoch_iterator.steps_per_execution
 
 
-def set_initial_epoch(model, epoch: int | None) -> None:
+def set_initial_epoch(model: keras.Model, epoch: int | None) -> None:
     """The epoch from which `fit` goes on, as `BackupAndRestore` says it; None for what `fit` was told."""
     model._initial_epoch = epoch
 
 
-def draw_batches(epoch_iterator: keras_tensorflow_trainer.TFEpochIterator, steps, count: int | None) -> None:
+def draw_batches(epoch_iterator: keras_tensorflow_trainer.TFEpochIterator, steps: Iterator, count: int | None) -> None:
     """Passes over so many batches of an epoch, or all, in the loop `steps` that Keras's iterator makes over it."""
     drawn = 0
     with contextlib.suppress(StopIteration, tf.errors.OutOfRangeError):
@@ -170,28 +174,28 @@ def end_epoch(epoch_iterator: keras_tensorflow_trainer.TFEpochIterator, batches:
     epoch_iterator.data_adapter.on_epoch_end()
 
 
-def input_structure(model):
+def input_structure(model: keras.Model) -> Any:
     """The Keras tensors that a model of `keras.Input`s takes, in their structure; None for any other model."""
     functional = getattr(model, "_functional", None) or model
     return getattr(functional, "_inputs_struct", None)
 
 
-def made_trainable(model) -> set[int]:
+def made_trainable(model: keras.Model) -> set[int]:
     """Ids of the variables that layers made to be trained, though some may be frozen now."""
     return {id(variable) for layer in model._flatten_layers() for variable in layer._trainable_variables}
 
 
-def rows_counted(model) -> list[int]:
+def rows_counted(model: keras.Model) -> list[int]:
     """How many samples each local replica has trained with since metrics were reset, as the loss's mean counts them."""
     return [int(count.numpy()) for count in model._loss_tracker.count.value.values]
 
 
-def is_train_step_of_keras(step) -> bool:
+def is_train_step_of_keras(step: Callable[..., Any]) -> bool:
     """Whether a model's step is Keras's own `train_step`, overridden by nobody."""
     return getattr(step, "__func__", None) is keras.Model.train_step
 
 
-def training_loss(model, x, y, y_pred, sample_weight):
+def training_loss(model: keras.Model, x: Any, y: Any, y_pred: Any, sample_weight: Any) -> tf.Tensor:
     """The loss as Keras's own `train_step` computes it, also with a `compute_loss` of an older signature."""
     return model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
 
@@ -216,7 +220,7 @@ def is_recorded(value: tf.Tensor) -> bool:
     return not record.could_possibly_record() or record.should_record_backprop([value])
 
 
-def unrecorded():
+def unrecorded() -> contextlib.AbstractContextManager[None]:
     """Within it gradient tapes note nothing."""
     return record.stop_recording()
 
@@ -233,7 +237,7 @@ def record_read(variable: tf.Variable, value: tf.Tensor) -> None:
     record.record_operation("ReadVariableOp", [value], [variable.handle], lambda upstream: [upstream])
 
 
-def graph_around_control_flow(outermost) -> tuple:
+def graph_around_control_flow(outermost: tf.Graph) -> tuple:
     """The nearest graph, up to `outermost`, that is no branch or loop; and whether a branch or loop is around that."""
     graph = tf.compat.v1.get_default_graph()
     while graph is not outermost and isinstance(graph, ControlFlowFuncGraph):
@@ -268,27 +272,27 @@ def own_scalars(optimizer: BaseOptimizer) -> list[keras.Variable]:
     return list(optimizer._variables)
 
 
-def begin_update(optimizer: BaseOptimizer, learning_rate) -> None:
+def begin_update(optimizer: BaseOptimizer, learning_rate: tf.types.experimental.TensorLike) -> None:
     """What an optimizer does once a step, before the variables' own updates (Nadam keeps a product there)."""
     optimizer._backend_update_step([], [], learning_rate)
 
 
-def decay_weight(optimizer: BaseOptimizer, variable) -> None:
+def decay_weight(optimizer: BaseOptimizer, variable: Any) -> None:
     """Applies the optimizer's weight decay to one variable, if it is not excluded."""
     optimizer._apply_weight_decay([variable])
 
 
-def accumulator(optimizer: BaseOptimizer, variable) -> keras.Variable:
+def accumulator(optimizer: BaseOptimizer, variable: Any) -> keras.Variable:
     """The gradient accumulator of one variable."""
     return optimizer._accumulated_gradients[optimizer._get_variable_index(variable)]
 
 
-def moving_average(optimizer: BaseOptimizer, variable) -> keras.Variable:
+def moving_average(optimizer: BaseOptimizer, variable: Any) -> keras.Variable:
     """The exponential moving average of one variable."""
     return optimizer._model_variables_moving_average[optimizer._get_variable_index(variable)]
 
 
-def optimizer_for(optimizer: MultiOptimizer, variable) -> BaseOptimizer:
+def optimizer_for(optimizer: MultiOptimizer, variable: keras.Variable) -> BaseOptimizer:
     """The optimizer that a MultiOptimizer chooses for a variable, by its path."""
     return optimizer._optimizer_map(variable)
 
@@ -298,7 +302,7 @@ def is_accumulator_name(name: str) -> bool:
     return name.endswith("gradient_accumulator")
 
 
-def adopt(optimizer: BaseOptimizer, home, variables=None) -> None:
+def adopt(optimizer: BaseOptimizer, home: Any, variables: Iterable[keras.Variable] | None = None) -> None:
     """Makes `home` stand for the strategy in an optimizer, and `variables` for what it trains.
 
     Keras's TensorFlow optimizer sends slot creation, updates and the swapping of averages through
@@ -310,6 +314,6 @@ def adopt(optimizer: BaseOptimizer, home, variables=None) -> None:
         optimizer.__dict__["_trainable_variables"] = list(variables)
 
 
-def home_of(optimizer: BaseOptimizer):
+def home_of(optimizer: BaseOptimizer) -> Any:
     """What stands for the strategy in an optimizer."""
     return optimizer._distribution_strategy

@@ -1,6 +1,7 @@
 """What SavedModels need of TensorFlow's and Keras's private names. See `host/registry.py`."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -14,7 +15,7 @@ from tensorflow.python.saved_model import save as saver
 __all__ = ["saver"]
 
 
-def distributed_variables(root) -> list[tf.Variable]:
+def distributed_variables(root: tf.Module | keras.Model) -> list[tf.Variable]:
     """The distributed variables of an object that is to be saved, each once, in an order that depends on it alone."""
     found: dict[int, tf.Variable] = {}
     for each in [*tf.train.TrackableView(root).descendants(), *getattr(root, "_all_variables", ())]:
@@ -24,12 +25,12 @@ def distributed_variables(root) -> list[tf.Variable]:
     return list(found.values())
 
 
-def container_of(variable):
+def container_of(variable: Any) -> Any:
     """The distributed variable that another one is a component of, else the variable itself."""
     return value_container(variable)
 
 
-def replace_listed(root, replacements: Mapping[int, tf.Variable]) -> list | None:
+def replace_listed(root: object, replacements: Mapping[int, tf.Variable]) -> list | None:
     """Puts others, by id, in place of variables that Keras lists for an export because its endpoints have read them.
 
     Returns:
@@ -41,6 +42,6 @@ def replace_listed(root, replacements: Mapping[int, tf.Variable]) -> list | None
     return listed
 
 
-def list_anew(root, variables: list) -> None:
+def list_anew(root: Any, variables: list) -> None:
     """Has Keras list these for an export."""
     root._all_variables = variables

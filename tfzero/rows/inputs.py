@@ -7,7 +7,9 @@ possibly of no rows, so they always run the same number of steps.
 
 import contextlib
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -36,13 +38,13 @@ class DataPosition:
     randomness: dict | None = None
     batch_size: int | None = None
 
-    def note_batch_size(self, data_adapter) -> None:
+    def note_batch_size(self, data_adapter: Any) -> None:
         """Notes how Keras's adapter makes batches of the data."""
         with contextlib.suppress(NotImplementedError):  # of some kinds of data
             self.batch_size = data_adapter.batch_size
 
 
-def rows_of(value):
+def rows_of(value: Any) -> tf.Tensor | None:
     """Number of rows of a batched dense, ragged or sparse tensor, or None for a value without rows."""
     if isinstance(value, tf.RaggedTensor):
         return value.nrows(tf.int64)
@@ -53,7 +55,7 @@ def rows_of(value):
     return None
 
 
-def cut(value, part: int, parts: int) -> tuple:
+def cut(value: tf.Tensor | tf.RaggedTensor | tf.SparseTensor, part: int, parts: int) -> tuple:
     """Part `part` of `parts` of a batched tensor, dealt as evenly as possible (`plan.split_rows`, in a graph).
 
     Returns:
@@ -67,7 +69,9 @@ def cut(value, part: int, parts: int) -> tuple:
     return take_rows(value, first, tf.minimum(first + tf.maximum(own, 1), rows)), own
 
 
-def take_rows(value, begin, end):
+def take_rows(
+    value: tf.Tensor | tf.RaggedTensor | tf.SparseTensor, begin: tf.Tensor, end: tf.Tensor
+) -> tf.Tensor | tf.RaggedTensor | tf.SparseTensor:
     """The rows from `begin` to `end` of a dense, ragged or sparse tensor, int64; their number is not static."""
     if isinstance(value, tf.SparseTensor):
         start = tf.concat([[begin], tf.zeros_like(value.dense_shape[1:])], 0)
@@ -79,10 +83,10 @@ def take_rows(value, begin, end):
     return tf.compat.v1.placeholder_with_default(part, [None, *part.shape[1:]])
 
 
-def cut_batch(batch, mesh: Mesh):
+def cut_batch(batch: Any, mesh: Mesh) -> Any:
     """The structure of a batch with per-replica values: the rows of each of this worker's replicas."""
 
-    def of_replicas(leaf):
+    def of_replicas(leaf: Any) -> Any:
         leaf = tf.convert_to_tensor(leaf) if isinstance(leaf, np.ndarray) else leaf
         if mesh.replicas == 1 or rows_of(leaf) is None:
             return runtime.per_replica([leaf] * mesh.devices_per_worker)
@@ -92,7 +96,7 @@ def cut_batch(batch, mesh: Mesh):
     return tf.nest.map_structure(of_replicas, batch)
 
 
-def batch_leaves(arguments) -> list:
+def batch_leaves(arguments: Any) -> list:
     """The tensors with rows of the batch, among the arguments of a replica's function. [Note: share]
 
     What was cut by rows is known. If nothing was, it can be any tensor with an axis.
@@ -102,7 +106,7 @@ def batch_leaves(arguments) -> list:
     return known or [leaf for leaf in leaves if rows_of(leaf) is not None]
 
 
-def own_rows_of(arguments) -> tf.Tensor | None:
+def own_rows_of(arguments: Any) -> tf.Tensor | None:
     """How many rows of the batch a replica has, by whose share its part is weighed, int64; None if there is no batch.
 
     Args:
@@ -186,18 +190,18 @@ def cut_dataset(dataset: tf.data.Dataset, mesh: Mesh, comparison: BatchCompariso
     """
     is_single = not isinstance(dataset.element_spec, tuple)
 
-    def cut_all(*elements):
+    def cut_all(*elements: Any) -> Any:
         return cut_batch(elements[0] if is_single else elements, mesh)
 
     if not comparison.count:
         return _prepared_ahead(dataset, cut_all)
     source = comparison.source(datasets.operations_of(dataset))
 
-    def note_and_cut(index, batch):
+    def note_and_cut(index: tf.Tensor, batch: Any) -> tuple:
         return comparison.noted(batch, index), cut_all(batch) if is_single else cut_all(*batch)
 
     @tf.autograph.experimental.do_not_convert
-    def give_out(noted, parts):
+    def give_out(noted: tf.Tensor, parts: Any) -> Any:
         comparison.compared(noted, source)
         return parts
 
@@ -207,6 +211,6 @@ def cut_dataset(dataset: tf.data.Dataset, mesh: Mesh, comparison: BatchCompariso
     return _prepared_ahead(dataset.enumerate(), note_and_cut).map(give_out).with_options(options)
 
 
-def _prepared_ahead(dataset: tf.data.Dataset, function) -> tf.data.Dataset:
+def _prepared_ahead(dataset: tf.data.Dataset, function: Callable) -> tf.data.Dataset:
     function = tf.autograph.experimental.do_not_convert(function)
     return dataset.map(function, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).prefetch(tf.data.AUTOTUNE)

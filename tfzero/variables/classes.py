@@ -1,6 +1,7 @@
 """Variables of a ZeroStrategy: equal on all replicas, or in shards."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -30,7 +31,9 @@ class ReplicatedVariable(distributed.VariableBase):
     def __float__(self) -> float:
         return float(self.numpy())
 
-    def update_in_replica(self, update, value, **kwargs):
+    def update_in_replica(
+        self, update: Callable[..., Any], value: tf.types.experimental.TensorLike, **kwargs: Any
+    ) -> Any:
         first = self.aggregation == tf.VariableAggregation.ONLY_FIRST_REPLICA
         if first and tf.is_tensor(value) and not tf.executing_eagerly():
             extended = self.distribute_strategy.extended
@@ -38,7 +41,7 @@ class ReplicatedVariable(distributed.VariableBase):
             return update(self.own_component, value, **kwargs)
         return super().update_in_replica(update, value, **kwargs)
 
-    def update_outside(self, update, value, **kwargs):
+    def update_outside(self, update: Callable[..., Any], value: tf.types.experimental.TensorLike, **kwargs: Any) -> Any:
         # A sharded variable must be read here, where it is whole, and not on each device, where it is a part.
         if isinstance(value, tf.Variable | keras.Variable):
             value = tf.convert_to_tensor(value)
@@ -52,12 +55,14 @@ class LayerVariable(ReplicatedVariable):
     replicas stay equal. [Note: layer state]
     """
 
-    def assign(self, value, *args, **kwargs):
+    def assign(self, value: tf.types.experimental.TensorLike, *args: Any, **kwargs: Any) -> Any:
         if is_eager_sum(self):  # of what is new in it
             return self.assign_add(tf.convert_to_tensor(value, self.dtype) - self.value(), *args, **kwargs)
         return super().assign(value, *args, **kwargs)
 
-    def update_in_replica(self, update, value, **kwargs):
+    def update_in_replica(
+        self, update: Callable[..., Any], value: tf.types.experimental.TensorLike, **kwargs: Any
+    ) -> Any:
         if self.aggregation == tf.VariableAggregation.ONLY_FIRST_REPLICA or self.dtype == tf.string:
             return super().update_in_replica(update, value, **kwargs)
         if isinstance(value, tf.IndexedSlices):
@@ -75,16 +80,16 @@ class OnReadVariable(distributed.OnReadBase):
     A replica without rows of the batch counts nothing. [Note: padding row]
     """
 
-    def assign(self, value, *args, **kwargs):
+    def assign(self, value: tf.types.experimental.TensorLike, *args: Any, **kwargs: Any) -> Any:
         if runtime.replica_index() is not None:
             own = self.own_component
             value = kept(own, tf.convert_to_tensor(value, self.dtype), self.distribute_strategy.extended)
         return super().assign(value, *args, **kwargs)
 
-    def assign_add(self, value, *args, **kwargs):
+    def assign_add(self, value: tf.types.experimental.TensorLike, *args: Any, **kwargs: Any) -> Any:
         return super().assign_add(_added_to(self, value), *args, **kwargs)
 
-    def assign_sub(self, value, *args, **kwargs):
+    def assign_sub(self, value: tf.types.experimental.TensorLike, *args: Any, **kwargs: Any) -> Any:
         return super().assign_sub(_added_to(self, value), *args, **kwargs)
 
     def __int__(self) -> int:
@@ -94,7 +99,7 @@ class OnReadVariable(distributed.OnReadBase):
         return float(self.numpy())
 
 
-def _added_to(variable: OnReadVariable, value):
+def _added_to(variable: OnReadVariable, value: tf.types.experimental.TensorLike) -> tf.types.experimental.TensorLike:
     if runtime.replica_index() is None:
         return value
     return added(tf.convert_to_tensor(value, variable.dtype), variable.distribute_strategy.extended)
@@ -107,7 +112,9 @@ class ShardedVariable(ReplicatedVariable):
     as the whole variable: reading gathers, assigning cuts. Both are collectives there, so all workers must take part.
     """
 
-    def __init__(self, strategy, values, shape: tf.TensorShape, owner: int | None) -> None:
+    def __init__(
+        self, strategy: tf.distribute.Strategy, values: Sequence[tf.Variable], shape: tf.TensorShape, owner: int | None
+    ) -> None:
         self._whole_shape = shape
         self._owner = owner
         self._held: tf.Variable | None = None
@@ -124,7 +131,7 @@ class ShardedVariable(ReplicatedVariable):
         """The rank that holds everything, or None if every rank holds a shard."""
         return self._owner
 
-    def __array__(self, dtype=None):
+    def __array__(self, dtype: np.dtype | None = None) -> np.ndarray:
         return self.numpy().astype(dtype or self.dtype.as_numpy_dtype)
 
     @property
@@ -153,23 +160,23 @@ class ShardedVariable(ReplicatedVariable):
         if self._holders:
             self._held = held
 
-    def value_here(self):
+    def value_here(self) -> tf.Tensor | tf.Variable:
         # Outside any scope, and while it saves a SavedModel, TensorFlow takes the first component for the whole.
         is_outside = self._held is not None and runtime.replica_index() is None
         return self.value_outside() if is_outside or not tf.distribute.has_strategy() else super().value_here()
 
-    def value_outside(self):
+    def value_outside(self) -> tf.Tensor:
         if self._held is not None:
             return tf.convert_to_tensor(self._held)
         extended = self.distribute_strategy.extended
         return extended.whole_value(self.values, self._whole_shape, self._owner)
 
-    def value(self):
+    def value(self) -> tf.Tensor | tf.Variable:
         if tf.distribute.in_cross_replica_context() or not tf.distribute.has_strategy():
             return self.value_outside()
         return super().value()
 
-    def update_outside(self, update, value, **kwargs):
+    def update_outside(self, update: Callable[..., Any], value: tf.types.experimental.TensorLike, **kwargs: Any) -> Any:
         if self._held is not None:
             update(self._held, value, **kwargs)
             return self
@@ -188,7 +195,7 @@ class ShardedVariable(ReplicatedVariable):
             )
         return self._held
 
-    def _part_of(self, value, replica: int) -> tf.Tensor:
+    def _part_of(self, value: tf.types.experimental.TensorLike, replica: int) -> tf.Tensor:
         """What a local replica holds of a value for the whole variable; a scalar may stand for every element."""
         if tf.convert_to_tensor(value).shape.rank == 0 and self._whole_shape.rank:
             return value
@@ -213,7 +220,7 @@ class ShardedParameter(ShardedVariable):
     over replicas; outside replicas it is that of the whole variable, as this process has computed it.
     """
 
-    def __init__(self, strategy, values, shape: tf.TensorShape) -> None:
+    def __init__(self, strategy: tf.distribute.Strategy, values: Sequence[tf.Variable], shape: tf.TensorShape) -> None:
         super().__init__(strategy, values, shape, owner=None)
 
     def whole(self, dtype: tf.DType | None = None) -> tf.Tensor:
@@ -226,13 +233,13 @@ class ShardedParameter(ShardedVariable):
         shard = self.values[runtime.replica_index()]
         return self.distribute_strategy.extended.gathered(shard, self._whole_shape, dtype or self.dtype, self.name)
 
-    def value_here(self):
+    def value_here(self) -> tf.Tensor | tf.Variable:
         return super().value_here() if runtime.replica_index() is None else self.whole()
 
-    def value(self):
+    def value(self) -> tf.Tensor | tf.Variable:
         return self.value_here()
 
-    def value_outside(self):
+    def value_outside(self) -> tf.Tensor:
         # A tape cannot follow how it is made: it takes it for what was read of the first shard. Where a tape is around
         # the call of a function in which this is read, it is a constant.
         with runtime.unrecorded():
@@ -240,12 +247,14 @@ class ShardedParameter(ShardedVariable):
         runtime.record_read(self.values[0], whole)
         return whole
 
-    def as_tensor(self, dtype=None, name=None, as_ref=False):
+    def as_tensor(self, dtype: tf.DType | None = None, name: str | None = None, as_ref: bool = False) -> tf.Tensor:
         if runtime.replica_index() is None:
             return super().as_tensor(dtype, name, as_ref)
         return tf.convert_to_tensor(self.value_here(), dtype, name=name)
 
-    def update_in_replica(self, update, value, **kwargs):
+    def update_in_replica(
+        self, update: Callable[..., Any], value: tf.types.experimental.TensorLike, **kwargs: Any
+    ) -> Any:
         extended = self.distribute_strategy.extended
         value = combined(self, tf.convert_to_tensor(value, self.dtype), extended)
         extended.forget_gathered()
@@ -253,7 +262,9 @@ class ShardedParameter(ShardedVariable):
         return update(self.values[replica], self._part_of(value, replica), **kwargs)
 
 
-def local_part(whole, owner: int | None, rank: int, shards: int):
+def local_part(
+    whole: tf.types.experimental.TensorLike, owner: int | None, rank: int, shards: int
+) -> np.ndarray | tf.Tensor:
     """What shard `rank` of `shards` is of a whole array or tensor: all or nothing of an owned one, else its flat shard.
 
     The shard `[shard_elements]` is padded with copies of its last element.
@@ -283,7 +294,7 @@ class VariableView(SlotKey):
         value: this replica's part, `[shard_elements]` when sharded.
     """
 
-    def __init__(self, variable, plan: Plan, index: int, value: tf.Tensor | None = None) -> None:
+    def __init__(self, variable: keras.Variable, plan: Plan, index: int, value: tf.Tensor | None = None) -> None:
         self.variable = variable
         self.plan = plan
         self.index = index
@@ -305,42 +316,42 @@ class VariableView(SlotKey):
         """The rank that owns the variable, if one does."""
         return self.plan.owners[self.index]
 
-    def identity(self):
+    def identity(self) -> tf.Variable:
         return self.variable.value
 
-    def assign(self, value, **_) -> None:
+    def assign(self, value: tf.types.experimental.TensorLike, **_: Any) -> None:
         self.current = tf.cast(value, self.dtype)
 
-    def assign_add(self, value, **_) -> None:
+    def assign_add(self, value: tf.types.experimental.TensorLike, **_: Any) -> None:
         self.current = self.current + tf.cast(value, self.dtype)
 
-    def assign_sub(self, value, **_) -> None:
+    def assign_sub(self, value: tf.types.experimental.TensorLike, **_: Any) -> None:
         self.current = self.current - tf.cast(value, self.dtype)
 
-    def __tf_tensor__(self, dtype=None, name=None) -> tf.Tensor:
+    def __tf_tensor__(self, dtype: tf.DType | None = None, name: str | None = None) -> tf.Tensor:
         value = self.variable.value if self.current is None else self.current
         return tf.convert_to_tensor(value, dtype, name=name)
 
-    def __add__(self, other):
+    def __add__(self, other: tf.types.experimental.TensorLike) -> tf.Tensor:
         return tf.convert_to_tensor(self) + other
 
-    def __radd__(self, other):
+    def __radd__(self, other: tf.types.experimental.TensorLike) -> tf.Tensor:
         return other + tf.convert_to_tensor(self)
 
-    def __sub__(self, other):
+    def __sub__(self, other: tf.types.experimental.TensorLike) -> tf.Tensor:
         return tf.convert_to_tensor(self) - other
 
-    def __rsub__(self, other):
+    def __rsub__(self, other: tf.types.experimental.TensorLike) -> tf.Tensor:
         return other - tf.convert_to_tensor(self)
 
-    def __mul__(self, other):
+    def __mul__(self, other: tf.types.experimental.TensorLike) -> tf.Tensor:
         return tf.convert_to_tensor(self) * other
 
-    def __rmul__(self, other):
+    def __rmul__(self, other: tf.types.experimental.TensorLike) -> tf.Tensor:
         return other * tf.convert_to_tensor(self)
 
-    def __truediv__(self, other):
+    def __truediv__(self, other: tf.types.experimental.TensorLike) -> tf.Tensor:
         return tf.convert_to_tensor(self) / other
 
-    def __neg__(self):
+    def __neg__(self) -> tf.Tensor:
         return -tf.convert_to_tensor(self)

@@ -3,7 +3,10 @@
 import contextlib
 import itertools
 import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from tfzero.collectives.group import Group
@@ -48,7 +51,7 @@ class VariableCreation:
         return self._of_strategy()
 
     @contextlib.contextmanager
-    def of_optimizer_state(self):
+    def of_optimizer_state(self) -> Iterator[None]:
         """Within it new variables are the strategy's, and an optimizer's: all replicas or one owner update them."""
         self._creating_optimizer_state = True
         try:
@@ -58,7 +61,12 @@ class VariableCreation:
             self._creating_optimizer_state = False
             self.view_at_hand = None
 
-    def create(self, next_creator, view: VariableView | runtime.DistributedVariable | None, kwargs: dict):
+    def create(
+        self,
+        next_creator: Callable[..., tf.Variable],
+        view: VariableView | runtime.DistributedVariable | None,
+        kwargs: dict,
+    ) -> tf.Variable:
         """A new variable.
 
         Args:
@@ -93,7 +101,9 @@ class VariableCreation:
             and initial_value.shape.num_elements() >= max(1, self._settings.min_shard_elements)
         )
 
-    def _make_parts(self, next_creator, value, owner: int | None, kwargs: dict) -> list[tf.Variable]:
+    def _make_parts(
+        self, next_creator: Callable[..., tf.Variable], value: np.ndarray | tf.Tensor, owner: int | None, kwargs: dict
+    ) -> list[tf.Variable]:
         """One variable for each local replica, of its part of a value."""
         kwargs.pop("shape", None)
         parts: list[tf.Variable] = []
@@ -106,10 +116,12 @@ class VariableCreation:
         what = {"shape": str(initial_value.shape), "dtype": initial_value.dtype.name}
         self._channel.agree("creating a variable", what, f"models (at the variable {name!r})")
 
-    def _replicate(self, next_creator, value, kwargs: dict):
+    def _replicate(
+        self, next_creator: Callable[..., tf.Variable], value: np.ndarray | tf.Tensor, kwargs: dict
+    ) -> tf.Variable:
         """A distributed variable of one component for each local replica."""
 
-        def components(**kwargs):
+        def components(**kwargs: Any) -> list[tf.Variable]:
             values: list[tf.Variable] = []
             for device in self._group.devices:
                 values.append(component(next_creator, device, value, values, kwargs))
@@ -130,7 +142,9 @@ class VariableCreation:
             self.layer_variables[next(self._numbers)] = variable
         return variable
 
-    def _create_slot(self, next_creator, view: VariableView, value, kwargs: dict):
+    def _create_slot(
+        self, next_creator: Callable[..., tf.Variable], view: VariableView, value: np.ndarray | tf.Tensor, kwargs: dict
+    ) -> tf.Variable:
         """An optimizer's slot: as the plan places its variable, or a replica's own."""
         adds_up = not getattr(view, "overwrite_with_gradient", False)
         accumulates_whole = self._settings.scheme.exchanges_when_accumulated

@@ -5,6 +5,7 @@ All workers do the same, tell each other what they found, and come to the same v
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Any
 
 from tfzero.collectives import self_test
 from tfzero.collectives.group import Group
@@ -71,7 +72,7 @@ class Examination:
         if self._prints:
             print(text, flush=True)
 
-    def _from_all(self, topic: str, value) -> list:
+    def _from_all(self, topic: str, value: Any) -> list:
         """What each worker has, in rank order."""
         return self._strategy.channel.all_gather(f"examining {topic}", value, _STEP_SECONDS)
 

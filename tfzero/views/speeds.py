@@ -86,7 +86,7 @@ class _Stock:
             return []
         key = next(self._instance_keys)
 
-        def run(value, replica):
+        def run(value: tf.Tensor, replica: int) -> tf.Tensor:
             token = group.lanes.tokens[replica][0]
             call = Call(group.world_size, group.rank(replica), self._group_key, key, token=token)
             with tf.device(group.devices[replica]), group.lanes.counted(replica, 0, value) as ended:

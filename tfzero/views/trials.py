@@ -122,7 +122,9 @@ def initial_weights(model: keras.Model) -> list[np.ndarray]:
     ]
 
 
-def _trained(model: keras.Model, initial: Sequence[np.ndarray], x, y, batch_size: int) -> list[np.ndarray]:
+def _trained(
+    model: keras.Model, initial: Sequence[np.ndarray], x: np.ndarray, y: np.ndarray, batch_size: int
+) -> list[np.ndarray]:
     model.set_weights(initial)
     optimizer = keras.optimizers.SGD(0.1, momentum=0.9)
     # On one device the same kernels as under a strategy, for which Keras leaves XLA out.

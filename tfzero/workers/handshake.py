@@ -11,7 +11,7 @@ import os
 import secrets
 import socket
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from tfzero.workers.messages import read_bytes, seconds_left
 
@@ -88,5 +88,5 @@ def hear(connection: socket.socket, secret: bytes, deadline: float) -> tuple[int
     return claim[0], claim[1]
 
 
-def _proof(secret: bytes, role: bytes, of_listener: bytes, of_caller: bytes, claim) -> bytes:
+def _proof(secret: bytes, role: bytes, of_listener: bytes, of_caller: bytes, claim: Sequence[int]) -> bytes:
     return hmac.digest(secret, struct.pack("!8s32s32sII", role, of_listener, of_caller, *claim), "sha256")

@@ -288,7 +288,7 @@ def _callers(
     if not missing:
         return
 
-    def greet(connection):
+    def greet(connection: socket.socket) -> tuple[int, int]:
         return hear(connection, secret, monotonic() + HELLO_SECONDS)
 
     with contextlib.closing(callers(listener, greet, monotonic() + timeout_seconds, [])) as heard:
