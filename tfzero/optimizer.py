@@ -57,14 +57,8 @@ class Home:
         """Slots made in this context belong to the view's variable."""
         return self.strategy.extended.colocate_vars_with(view)
 
-    def update(
-        self,
-        variable: tf.Variable,
-        function: Callable,
-        args: tuple = (),
-        kwargs: dict | None = None,
-        group: bool = True,
-    ) -> Any:
+    def update(self, variable: tf.Variable, function: Callable, args: tuple = (), kwargs: dict | None = None,
+               group: bool = True) -> Any:  # fmt: skip
         """Runs an update where the variable is; distributed variables know what to do with a whole value."""
         del group
         if args and args[0] is None:  # a variable without a moving average, which Keras would assign all the same
@@ -260,29 +254,21 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
             runtime.adopt(optimizer, home, [v for v in given if choose(v) is optimizer])
         self._given = tuple(given)
         self._trained = Trained(
-            variables=tuple(variables),
-            optimizers=tuple(optimizers),
-            counting=counting(chained, map(choose, given)),
-            compiled=tuple(is_compiled(optimizer) for optimizer in optimizers),
-            plan=plan,
-            group=strategy.extended.group,
-            slots=slots,
-            wire=wire,
-            bucket_bytes=choice,
-            sharded_gradients=settings.scheme.shards_gradients,
-            loss_scale=self.loss_scale_optimizer,
+            variables=tuple(variables), optimizers=tuple(optimizers), counting=counting(chained, map(choose, given)),
+            compiled=tuple(is_compiled(optimizer) for optimizer in optimizers), plan=plan,
+            group=strategy.extended.group, slots=slots, wire=wire, bucket_bytes=choice,
+            sharded_gradients=settings.scheme.shards_gradients, loss_scale=self.loss_scale_optimizer,
             pending=make_pending(len(variables), strategy),
             overwritten=tuple((variable, choose(variable)) for variable in overwritten),
-        )
+        )  # fmt: skip
         strategy.optimizers.add(self)
         strategy.extended.group.lanes.iterations = runtime.iteration_counter(chained[-1]).value.values[0]
         self.built = True
         if self._watches_norm:
             self.watch_norm()
 
-    def _build_slots(
-        self, given: list, variables: list, plan: Plan, strategy: tf.distribute.Strategy
-    ) -> tuple[tuple, Wire]:
+    def _build_slots(self, given: list, variables: list, plan: Plan,
+                     strategy: tf.distribute.Strategy) -> tuple[tuple, Wire]:  # fmt: skip
         """Slots of each of `variables`, those of `given` that are not overwritten, and how the variables travel."""
         codec = Codec.of(strategy.settings.compression) if strategy.num_replicas_in_sync > 1 else None
         with strategy.extended.creation.of_optimizer_state():
@@ -388,9 +374,8 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
         pairs = zip(grads, variables, strict=True)
         return {places[id(v)]: tf.convert_to_tensor(g) for g, v in pairs if g is not None}
 
-    def _counted(
-        self, gradients: dict[int, tf.Tensor], extended: tf.distribute.StrategyExtended
-    ) -> dict[int, tf.Tensor]:
+    def _counted(self, gradients: dict[int, tf.Tensor],
+                 extended: tf.distribute.StrategyExtended) -> dict[int, tf.Tensor]:  # fmt: skip
         """What is still to be summed over replicas, without what a replica without rows has. [Note: padding row]"""
         summed = {i for i, v in enumerate(self._trained.variables) if not isinstance(v.value, ShardedParameter)}
         return {i: counted(g, extended) if i in summed else g for i, g in gradients.items()}
