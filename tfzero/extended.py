@@ -83,7 +83,7 @@ class ZeroExtended(distributed.ExtendedBase):
 
     def choose_bucket_bytes(self, model_bytes: int) -> Choice:
         """The bytes of a bucket, for a model of so many bytes of gradients. All workers call it together."""
-        asked = self._settings.bucket_bytes
+        asked: Any = self._settings.bucket_bytes
         if asked != "auto":
             return Choice(asked, f"bucket_bytes={asked}")
         if self.mesh.replicas == 1:
@@ -112,6 +112,7 @@ class ZeroExtended(distributed.ExtendedBase):
             self.group.keys.align()
             if len(self.worker_devices) > 1:
                 graphs.chain_by_device(tf.compat.v1.get_default_graph(), self.worker_devices)
+        traced: list[Dependence]
         self._traced = traced = []
         leaves = tf.nest.flatten([args, kwargs])
         self._is_for_all = [not isinstance(leaf, tf.distribute.DistributedValues) for leaf in leaves]

@@ -20,6 +20,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -351,7 +352,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"--model must be MODULE:FUNCTION. Received: {options.model}")
     sys.path.insert(0, os.getcwd())
     make_model = getattr(importlib.import_module(module), function)
-    found = estimate_memory(make_model, options.optimizer, options.world_size, options.stage, options.batch_size)
+    found: Any = estimate_memory(make_model, options.optimizer, options.world_size, options.stage, options.batch_size)
     estimates = MemoryEstimates([found]) if options.stage is not None else found
     print(estimates)
     if options.budget_gb is not None:

@@ -113,7 +113,7 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
         for name in _INNER_SETTINGS:
             object.__delattr__(self, name)
         self._wrapped = optimizer
-        self._trained = None
+        self._trained: Trained | None = None
         self._given: tuple = ()  # the variables that it was built for
         self._eager_functions: dict = {}
         self._watches_norm = False
@@ -263,7 +263,7 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
         )  # fmt: skip
         strategy.optimizers.add(self)
         strategy.extended.group.lanes.iterations = runtime.iteration_counter(chained[-1]).value.values[0]
-        self.built = True
+        self.built: bool = True
         if self._watches_norm:
             self.watch_norm()
 

@@ -64,7 +64,7 @@ class OverLinks(Transport):
     @classmethod
     def make(cls, where: Surroundings, reason: str) -> "Transport":
         """Over what was connected as the workers met."""
-        return cls(where.connections[cls.name], reason)
+        return cls(where.connections[cls.name], reason)  # type: ignore[arg-type]
 
     @classmethod
     def merit(cls, where: Surroundings) -> str:

@@ -380,4 +380,4 @@ def _terms_beyond(dtype: tf.DType, rank: int, size: int, shape: Sequence[int]) -
 
 
 def _sum(dtype: tf.DType, values: Sequence[np.ndarray]) -> np.ndarray:
-    return sum(value.astype("float64") for value in values).astype(dtype.as_numpy_dtype)
+    return sum(value.astype("float64") for value in values).astype(dtype.as_numpy_dtype)  # type: ignore[union-attr]

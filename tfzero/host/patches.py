@@ -40,7 +40,7 @@ class Patch:
         wrapper: takes the original function, and then its arguments.
     """
 
-    owner: object
+    owner: Any
     name: str
     arguments: str
     reason: str
@@ -76,7 +76,7 @@ class Patch:
         def patched(*args: Any, **kwargs: Any) -> Any:
             return self.wrapper(original, *args, **kwargs)
 
-        patched._tfzero_patch = True
+        patched._tfzero_patch = True  # type: ignore[attr-defined]
         setattr(self.owner, self.name, patched)
 
 

@@ -91,7 +91,7 @@ def find(path: str) -> Any:
     """What stands at a path; of an attribute that only the objects of a class have, a sign that it is there."""
     path, _, given = path.partition(":")
     parts = path.split(".")
-    found = importlib.import_module(parts[0])
+    found: Any = importlib.import_module(parts[0])
     for k, part in enumerate(parts[1:], 1):
         # A property of a class would not be found by `getattr`, if its metaclass has one of that name.
         look = inspect.getattr_static if inspect.isclass(found) else getattr

@@ -139,6 +139,7 @@ class Examination:
         by_worker = self._from_all(
             "models", [[t.model, t.stage, repr(t.largest), t.variable, t.is_right] for t in trials]
         )
+        wrong: dict[str, list[tuple[int, str]]]
         rows, wrong, largest = [], {}, 0.0
         for of_workers in zip(*by_worker, strict=True):
             model, stage, difference, variable, is_right = max(

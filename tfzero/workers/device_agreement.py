@@ -9,6 +9,7 @@ import os
 import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import tensorflow as tf
 
@@ -33,7 +34,7 @@ def agree_on_devices(channel: Channel, cluster: Cluster, devices: Sequence[str])
         raise ValueError(problem)
 
 
-def describe_devices(devices: Sequence[str]) -> dict:
+def describe_devices(devices: Sequence[str]) -> dict[str, Any]:
     """What others must know of this process's devices."""
     kind = devices[0].split(":")[0]
     gpus = _uuids(devices) if kind == "GPU" else {}
@@ -61,7 +62,7 @@ def _host(environ: Mapping[str, str] = os.environ) -> str:
     return f"NCCL_HOSTID {named}" if named else f"{socket.gethostname()} {boot}"
 
 
-def find_mixture(told: Sequence[Mapping], cluster: Cluster) -> str:
+def find_mixture(told: Sequence[Mapping[str, Any]], cluster: Cluster) -> str:
     """What to say where some workers have GPUs and others do not; "" if all have one kind."""
     if len({each["kind"] for each in told}) == 1:
         return ""
@@ -80,7 +81,7 @@ def find_mixture(told: Sequence[Mapping], cluster: Cluster) -> str:
     )
 
 
-def find_shared_gpu(told: Sequence[Mapping], cluster: Cluster) -> str:
+def find_shared_gpu(told: Sequence[Mapping[str, Any]], cluster: Cluster) -> str:
     """What to say where two workers have one GPU, on one host as NCCL sees it; "" if each has its own."""
     holders: dict[tuple[str, str], list[tuple[int, str]]] = {}
     for index, each in enumerate(told):

@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Callable, Sequence
+from typing import Any
 
 MOST_SHOWN = 8  # differences in one sentence
 _MOST_CHARACTERS = 200  # of one value in it
 
 
-def differences_of(values: Sequence, name: Callable[[list[int]], str]) -> str:
+def differences_of(values: Sequence[Any], name: Callable[[list[int]], str]) -> str:
     """Who has what, or "" if all have the same; of dicts only the keys that differ.
 
     Args:

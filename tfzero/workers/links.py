@@ -18,6 +18,7 @@ import struct
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from time import monotonic, sleep
+from typing import Any
 
 import numpy as np
 
@@ -97,7 +98,7 @@ class Links:
         sent, received = (array.reshape(size, value.size // size) for array in (value, out))
         with self._carrying(key):
             received[rank] = sent[rank]
-            self._exchange(sent, received, key)
+            self._exchange(sent, received, key)  # type: ignore[arg-type]
 
     @contextlib.contextmanager
     def _carrying(self, key: int) -> Iterator[None]:
@@ -218,13 +219,13 @@ class _Flow:
         if not self._out:
             return False
         try:
-            _pass(self._out, self.connection.send(self._out[0][:_PART_BYTES]))
+            _pass(self._out, self.connection.send(self._out[0][:_PART_BYTES]))  # type: ignore[arg-type]
         except BlockingIOError:
             return False
         return True
 
 
-def _pass(views: list, count: int) -> None:
+def _pass(views: list[Any], count: int) -> None:
     """Drops so many bytes of the first view, and the view when it is used up."""
     views[0] = views[0][count:]
     if not views[0]:
@@ -232,7 +233,7 @@ def _pass(views: list, count: int) -> None:
 
 
 def _bytes(array: np.ndarray) -> memoryview:
-    return memoryview(array.reshape(-1).view(np.uint8))
+    return memoryview(array.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
 
 
 def link(cluster: Cluster, channel: Channel, count: int, timeout_seconds: float) -> tuple[Links, ...]:

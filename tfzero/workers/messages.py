@@ -8,6 +8,7 @@ import socket
 import struct
 import zlib
 from time import monotonic
+from typing import Any
 
 MAGIC = b"tfzero message 2\n"
 STRANGER_BYTES = 2**16  # the longest text that is read of who may be anybody
@@ -21,7 +22,7 @@ def seconds_left(deadline: float) -> float:
     return max(deadline - monotonic(), 0.001)
 
 
-def encode(message: dict) -> bytes:
+def encode(message: dict[str, Any]) -> bytes:
     """A message's text.
 
     Raises:
@@ -33,7 +34,7 @@ def encode(message: dict) -> bytes:
     return text
 
 
-def send(connection: socket.socket, message: dict | bytes, deadline: float) -> None:
+def send(connection: socket.socket, message: dict[str, Any] | bytes, deadline: float) -> None:
     """Sends a message, or its text.
 
     Raises:
@@ -46,7 +47,7 @@ def send(connection: socket.socket, message: dict | bytes, deadline: float) -> N
 
 def receive(
     connection: socket.socket, deadline: float, transfer_seconds: float, limit_bytes: int = MESSAGE_BYTES
-) -> dict:
+) -> dict[str, Any]:
     """The next message: it must begin before the deadline, and may then take `transfer_seconds`.
 
     Raises:
