@@ -164,6 +164,19 @@ def long_functions(source):
     return {name: lines for name, lines in lengths.items() if lines >= MOST_LINES_OF_A_FUNCTION}
 
 
+def without_types(source):
+    """The functions of which a parameter or the result has no annotation; methods need none of `self` and `cls`."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            given = node.args
+            named = [*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg]
+            bare = [each.arg for each in named if each and not each.annotation and each.arg not in ("self", "cls")]
+            if bare or node.returns is None:
+                found.append(f"line {node.lineno}: {node.name}({', '.join(bare)})")
+    return found
+
+
 def test_the_line_names_every_module():
     assert sorted(ORDER) == [module for module in MODULES if module.rpartition(".")[2] != "__init__"]
 
@@ -301,6 +314,11 @@ def test_functions_are_short(module):
 
 
 @pytest.mark.parametrize("module", MODULES)
+def test_every_parameter_and_result_has_a_type(module):
+    assert without_types(read(module)) == []
+
+
+@pytest.mark.parametrize("module", MODULES)
 def test_the_library_raises_and_never_asserts(module):
     assert [node.lineno for node in ast.walk(ast.parse(read(module))) if isinstance(node, ast.Assert)] == []
 
@@ -350,3 +368,8 @@ def test_the_rules_notice_what_breaks_them():
     assert private_names.overrides(made) == {"_apply_weight_decay"}
     assert long_functions("def f():\n" + "    pass\n" * 59) == {"f": 60}
     assert long_functions("def f():\n" + "    pass\n" * 58) == {}
+    for bare in ("a", "a: int, b=1", "*a", "**a", "*, a", "a, /"):
+        assert without_types(f"class A:\n    def f(self, {bare}) -> None: ..."), bare
+    assert without_types("async def f(): ...") == ["line 1: f()"]
+    assert without_types("def f() -> None:\n    def g(a): ...") == ["line 2: g(a)"]
+    assert without_types("class A:\n    def f(self, a: int, *b: int, c: int = 1, **d: int) -> None: ...") == []

@@ -112,8 +112,7 @@ class ZeroExtended(distributed.ExtendedBase):
             self.group.keys.align()
             if len(self.worker_devices) > 1:
                 graphs.chain_by_device(tf.compat.v1.get_default_graph(), self.worker_devices)
-        traced: list[Dependence]
-        self._traced = traced = []
+        self._traced = traced = []  # type: ignore[var-annotated]
         leaves = tf.nest.flatten([args, kwargs])
         self._is_for_all = [not isinstance(leaf, tf.distribute.DistributedValues) for leaf in leaves]
         function = function if self.mesh.replicas == 1 else with_own_results(function)
