@@ -7,7 +7,6 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-import keras
 import tensorflow as tf
 
 from tfzero.collectives import self_test, transport_choice
@@ -258,7 +257,7 @@ class ZeroExtended(distributed.ExtendedBase):
 
     # Variables.
 
-    def take_in(self, variables: Iterable[keras.Variable]) -> None:
+    def take_in(self, variables: Iterable[Any]) -> None:
         """Makes Keras variables that were made outside the scope this strategy's, with their values, in place."""
         for variable in variables:
             if getattr(variable.value, "distribute_strategy", None) is not self.own_strategy:

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-import keras
 import tensorflow as tf
 
 from tfzero.collectives.joining import join
@@ -257,7 +256,7 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         return self.extended.cut_batch(batch)
 
     @contextlib.contextmanager
-    def gathered(self, variables: keras.Variable | Sequence[keras.Variable]) -> Iterator[None]:
+    def gathered(self, variables: Any) -> Iterator[None]:
         """Within it every worker holds the whole values of sharded variables; what is assigned is written back.
 
         For looking at and changing parameters between steps, without a collective for each access. All workers must
