@@ -1,5 +1,6 @@
 """What a digest tells of a batch, and what becomes of batches that differ. [Note: digests]"""
 
+import threading
 import time
 import warnings
 
@@ -7,9 +8,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from tfzero.collectives.pulse import Pulse
 from tfzero.workers import digests
 from tfzero.workers.differences import differences_of
 from tfzero.workers.digests import DOUBTED, REFUSED, TAKEN, BatchComparison, Source, digest, judge
+from tfzero.workers.stopping import blaming
 
 RANDOM = np.random.default_rng(0)
 ROWS = RANDOM.normal(size=(4, 3)).astype("f4")
@@ -146,7 +149,7 @@ def test_a_worker_that_does_not_come_ends_the_run():
     check = BatchComparison(Lost(), 2, 1, told.append).of_given("data")
     with pytest.raises(TimeoutError, match="did not arrive"):
         check(ROWS)
-    assert told == ["worker 1 did not arrive"]
+    assert list(map(str, told)) == ["worker 1 did not arrive"]
 
 
 SPARSE = [((0, 1), (1, 1), (2, 2)), ((0, 1), (1, 2), (2, 1))]
@@ -203,3 +206,18 @@ def test_many_equal_rows_take_no_time():
 )
 def test_rows_that_are_all_equal(array, same):
     assert (b"in every row" in digest(["x"], 0, array)) == same
+
+
+def test_a_worker_that_is_lost_meanwhile_is_the_reason_for_the_end():
+    """As the pulse then says it, with whom to blame."""
+
+    class Lost(Channel):
+        def compare(self, topic, own):
+            raise blaming(ConnectionError("worker 1 is lost"), [1])
+
+    heard = Pulse.__new__(Pulse)  # no watch is begun
+    heard._has_reason = threading.Event()
+    check = BatchComparison(Lost(), 2, 9, heard.hear_of_loss).of_given("data")
+    with pytest.raises(ConnectionError, match="worker 1 is lost"):
+        check(ROWS)
+    assert (heard._reason, heard._blamed, heard._has_reason.is_set()) == ("worker 1 is lost", (1,), True)

@@ -113,10 +113,10 @@ class Pulse:
         """Watches one more group while its strategy lives; all workers add the same ones in the same order."""
         self._groups.append(_Watched(group))
 
-    def hear_of_loss(self, reason: str) -> None:
+    def hear_of_loss(self, error: Exception) -> None:
         """Takes over why another channel has ended: this process then ends for that reason."""
         if not self._has_reason.is_set():
-            self._note(reason)
+            self._note(str(error), blamed_by(error) or ())
 
     def stop(self) -> None:
         """Ends the watch; the other workers take it for the end of this one."""

@@ -76,10 +76,10 @@ class BatchComparison:
         channel: one for nothing else, as batches may be prepared in threads of TensorFlow.
         workers: how many.
         count: how many batches at the start of a pass.
-        on_loss: told why, when a worker does not come to compare.
+        on_loss: told the error, when a worker does not come to compare.
     """
 
-    def __init__(self, channel: Channel, workers: int, count: int, on_loss: Callable[[str], object]) -> None:
+    def __init__(self, channel: Channel, workers: int, count: int, on_loss: Callable[[Exception], object]) -> None:
         self._channel = channel
         self._on_loss = on_loss
         self.count = count if workers > 1 else 0
@@ -152,7 +152,7 @@ class BatchComparison:
         except Exception as error:
             self._failure = error
             if isinstance(error, ConnectionError | TimeoutError):
-                self._on_loss(str(error))
+                self._on_loss(error)
             raise
         return True
 
