@@ -316,11 +316,11 @@ class Side(Channel):
 def both(act, *arguments) -> list[str]:
     """What two workers are told that do something with their strategy and each its argument; "" for nothing."""
     said, barrier, told = [None, None], threading.Barrier(2), ["", ""]
-    seats = types.SimpleNamespace(mesh=types.SimpleNamespace(workers=2))
+    extended = types.SimpleNamespace(mesh=types.SimpleNamespace(workers=2))
 
     def run(index):
         try:
-            act(types.SimpleNamespace(channel=Side(index, said, barrier), extended=seats), arguments[index])
+            act(types.SimpleNamespace(channel=Side(index, said, barrier), extended=extended), arguments[index])
         except ValueError as error:
             told[index] = str(error)
 
