@@ -66,7 +66,11 @@ def linear_places(operation: tf.Operation, kinds: list[Kind]) -> list[int]:
 
 def _of_parts(operation: tf.Operation, kinds: list[Kind]) -> Kind:
     """Of what adds up: the kind of the inputs in which an operation is linear; zeros are of any kind."""
-    places = [place for place in linear_places(operation, kinds) if not _is_zero(operation.inputs[place])]
+    places = [
+        place
+        for place in linear_places(operation, kinds)
+        if kinds[place] != SAME or not _is_zero(operation.inputs[place])
+    ]
     found = {SUM if kinds[place] == COUNT else kinds[place] for place in places}
     if not found or not found <= {SAME, SUM, MEAN, MIXED}:
         return OTHER
