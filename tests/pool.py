@@ -2,7 +2,7 @@
 
 `pool.run(fn, ...)` is `tfzero.run_local(fn, ...)` in processes that may have served other calls: each makes its own
 strategy there, as several strategies of a process share the cluster that it has joined. A fleet whose worker fails, or
-is late, is ended, and the next call gets another. What a call leaves behind in its process is undone (`_reset`).
+is late, is ended, and the next call gets another. What a call leaves behind in its process is undone (`_State`).
 
 Not for tests of what belongs to a process: how it starts and ends, its environment, what it shows once.
 """
@@ -16,7 +16,6 @@ import pickle
 import random
 import sys
 import tempfile
-import traceback
 import warnings
 from pathlib import Path
 from unittest import mock
@@ -66,14 +65,7 @@ class _Served:
         for worker in workers:
             worker.lines.clear()
             worker.process.stdin.write(b"%d\n" % number)
-        failed, late = self._fleet.wait(lambda worker: results[worker.index].exists(), timeout_seconds)
-        if failed:
-            reason = f"{failed.verdict(len(workers))}, before it delivered a result"
-            logs = launch._logs(self._fleet, [failed])
-            raise tfzero.WorkerError(f"{reason}, in call {number} of its fleet; all have ended. Last lines:\n{logs}")
-        if late:
-            logs = launch._logs(self._fleet, late)
-            raise TimeoutError(f"{launch._lateness(late, timeout_seconds)}. Last lines:\n{logs}")
+        launch._wait_for_results(self._fleet, results, timeout_seconds, f", in call {number} of its fleet")
         return [pickle.loads(each.read_bytes()) for each in results]
 
 
@@ -114,31 +106,21 @@ def close() -> None:
 
 def serve(folder: str, index: str) -> None:
     """Call after call, whose numbers come as lines. The first that fails ends the process, as in `run_local`."""
-    numbers = os.fdopen(os.dup(0), "rb", buffering=0)  # fn sees a closed stdin
-    with open(os.devnull) as nothing:
-        os.dup2(nothing.fileno(), 0)
-    exit_code = 0
-    try:
-        import oracle  # noqa: F401 - sets how graphs are made, as for all tests
+    launch._serve(lambda line: _serve_calls(line, folder, index))
 
-        state = _State()
-        tfzero.ZeroStrategy()  # joins the others, whatever the first call does with TensorFlow
-        while line := numbers.readline():
-            number = int(line)
+
+def _serve_calls(line: int, folder: str, index: str) -> None:
+    import oracle  # noqa: F401 - sets how graphs are made, as for all tests
+
+    state = _State()
+    tfzero.ZeroStrategy()  # joins the others, whatever the first call does with TensorFlow
+    with os.fdopen(line, "rb", buffering=0) as numbers:
+        for number in map(int, numbers):
             fn, args = pickle.loads(Path(folder, f"call_{number}").read_bytes())
             result = cloudpickle.dumps(fn(*args))
             del fn, args
             state.reset()
-            unfinished = Path(folder, f"unfinished_{number}_{index}")
-            unfinished.write_bytes(result)
-            unfinished.replace(Path(folder, f"result_{number}_{index}"))
-    except BaseException as error:  # also SystemExit: fn has not returned
-        traceback.print_exc()
-        exit_code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(Exception):
-            stream.flush()
-    os._exit(exit_code)  # without TensorFlow's shutdown, which may hang or abort
+            launch._deliver(Path(folder, f"result_{number}_{index}"), result)
 
 
 class _State:

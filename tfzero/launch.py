@@ -131,13 +131,7 @@ def run_local(fn: Callable[..., Any], workers: int = 2, *, args: Sequence[Any] =
         serve = [sys.executable, "-c", _SERVE_CALL, json.dumps([str(entry) for entry in sys.path]), folder]
         with contextlib.closing(Fleet(echo=echo)) as fleet:
             fleet.start([[*serve, each.name] for each in results], environments, hold=True)
-            failed, late = fleet.wait(lambda worker: results[worker.index].exists(), timeout_seconds)
-            if failed:
-                reason = f"{failed.verdict(workers)}, before it delivered a result"
-                raise WorkerError(f"{reason}; all have ended. Last lines:\n{_logs(fleet, [failed])}")
-            if late:
-                reason = f"{_lateness(late, timeout_seconds)}. Raise timeout_seconds, or see where each waits"
-                raise TimeoutError(f"{reason}. Last lines:\n{_logs(fleet, late)}")
+            _wait_for_results(fleet, results, timeout_seconds)
             fleet.let_go()
         return [pickle.loads(each.read_bytes()) for each in results]
 
@@ -164,19 +158,43 @@ def _pickle_call(fn: Callable[..., Any], args: tuple[Any, ...]) -> bytes:
             cloudpickle.unregister_pickle_by_value(sys.modules[name])
 
 
+def _wait_for_results(fleet: Fleet, results: Sequence[Path], timeout_seconds: float, which: str = "") -> None:
+    """Waits until each worker has delivered its result. Else all have ended, and it raises as `run_local` does."""
+    failed, late = fleet.wait(lambda worker: results[worker.index].exists(), timeout_seconds)
+    if failed:
+        reason = f"{failed.verdict(len(fleet.workers))}, before it delivered a result{which}"
+        raise WorkerError(f"{reason}; all have ended. Last lines:\n{_logs(fleet, [failed])}")
+    if late:
+        reason = f"{_lateness(late, timeout_seconds)}. Raise timeout_seconds, or see where each waits"
+        raise TimeoutError(f"{reason}. Last lines:\n{_logs(fleet, late)}")
+
+
 def _serve_call(folder: str, result_name: str) -> None:
     """What a worker of `run_local` does: the call, its result into a file, then wait for all the others."""
-    go = os.dup(0)  # keeps the line to the launcher; fn sees a closed stdin
+
+    def call(line: int) -> None:
+        fn, args = pickle.loads(Path(folder, "call").read_bytes())
+        _deliver(Path(folder, result_name), cloudpickle.dumps(fn(*args)))
+        os.read(line, 1)
+
+    _serve(call)
+
+
+def _deliver(result: Path, content: bytes) -> None:
+    unfinished = result.with_name(f"{result.name}.unfinished")
+    unfinished.write_bytes(content)
+    unfinished.replace(result)
+
+
+def _serve(work: Callable[[int], object]) -> None:
+    """Does a worker's `work(line)`, and ends the process; `line` is the file descriptor of the line to the launcher."""
+    line = os.dup(0)  # what `work` calls sees a closed stdin
     with open(os.devnull) as nothing:
         os.dup2(nothing.fileno(), 0)
     exit_code = 0
     try:
-        fn, args = pickle.loads(Path(folder, "call").read_bytes())
-        unfinished = Path(folder, f"{result_name}.unfinished")
-        unfinished.write_bytes(cloudpickle.dumps(fn(*args)))
-        unfinished.replace(Path(folder, result_name))
-        os.read(go, 1)
-    except BaseException as error:  # also SystemExit: fn has not returned
+        work(line)
+    except BaseException as error:  # also SystemExit: the work is not done
         traceback.print_exc()
         exit_code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
     for stream in (sys.stdout, sys.stderr):
