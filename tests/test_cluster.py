@@ -126,8 +126,8 @@ def test_sparse_jobs_and_ipv6():
 
 def test_names_in_short():
     cluster = Cluster(("a:1",) * 4, ("chief 0", "worker 0", "worker 1", "worker 2"), 0)
-    assert cluster.group([0, 1, 3]) == "chief 0 and workers 0, 2"
-    assert cluster.group([2]) == "worker 1"
+    assert cluster.names_of([0, 1, 3]) == "chief 0 and workers 0, 2"
+    assert cluster.names_of([2]) == "worker 1"
 
 
 @pytest.mark.parametrize(

@@ -546,7 +546,7 @@ def test_nccl_is_configured_by_way_of_the_stock_strategy():
     with distributed.with_nccl(True):
         assert target.configure_collective_ops.keywords == {"use_nccl_communication": True}
     assert target.configure_collective_ops == original
-    assert not distributed.uses_nccl()
+    assert not distributed.context.context().config.experimental.collective_nccl
 
 
 # `host/keras_objects.py`.

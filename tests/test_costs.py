@@ -4,6 +4,7 @@
 """
 
 import pytest
+from arithmetic import wire_elements
 from marks import FLEET_SECONDS, sweep
 
 import tfzero
@@ -37,7 +38,7 @@ def test_bytes_of_an_element(name, size_bytes):
 def test_sent_bytes_are_those_of_the_plan(world_size, stage):
     elements = 1024 * 720  # which all world sizes divide
     plan = make_plan([VariableSpec("a", elements)], world_size, stage, bucket_bytes=2**20, min_shard_elements=1)
-    assert Setup(world_size, stage).sent_bytes() == pytest.approx(4 * plan.wire_elements() / elements)
+    assert Setup(world_size, stage).sent_bytes() == pytest.approx(4 * wire_elements(plan) / elements)
 
 
 def test_stage_3_sends_half_as_much_again_unless_it_keeps():

@@ -31,7 +31,7 @@ LINE = {
     "rows": ("kinds", "moves", "sums", "dependence", "inputs", "replica_run", "padding", "combining"),
     "variables": ("gathering", "allocation", "classes", "row_state", "creation"),
     "extended": (),
-    "training": ("pacing", "losses", "exchange", "overwriting", "walk", "late_gathers", "stock_optimizers"),
+    "training": ("pacing", "losses", "exchange", "overwriting", "walk", "traffic", "late_gathers", "stock_optimizers"),
     "optimizer": (),
     "report": (),
     "strategy": (),

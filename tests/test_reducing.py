@@ -83,7 +83,7 @@ def test_the_batch_weighs_and_not_a_vector_beside_it(pass_on):
 
 
 def share_of(strategy, *arguments):
-    return strategy.run(tf.function(lambda *_: strategy.extended.share()), args=arguments)
+    return strategy.run(tf.function(lambda *_: strategy.extended.batch_fraction()), args=arguments)
 
 
 def test_without_a_batch_the_rows_are_asked_for():

@@ -19,7 +19,7 @@ from tfzero.collectives.joining import channel_of_one
 from tfzero.collectives.rings import Rings
 
 FEW = {"all_reduce", "reduce_scatter", "all_to_all", "all_gather", "all_gather in the backward pass", "broadcast"}
-PRIMITIVES = FEW | {"all_gather_parts"}
+PRIMITIVES = FEW | {"all_gather_ragged"}
 LEVELS = {"reduce_scatter within workers", "reduce_scatter across workers", "all_to_all across workers"}
 DTYPES = {primitive: first + others for primitive, (first, others) in self_test._DTYPES.items()}
 SHORT_SECONDS = 5
@@ -155,8 +155,8 @@ BREAKS = {
     "permuted rows": ("all_gather", permuted, "float32"),
     "truncated rows": ("all_gather", truncated, "bool"),
     "rounded rows": ("all_gather", in_16_bits, "float32"),
-    "permuted parts": ("all_gather_parts", permuted, "float32"),
-    "truncated parts": ("all_gather_parts", truncated, "float32"),
+    "permuted parts": ("all_gather_ragged", permuted, "float32"),
+    "truncated parts": ("all_gather_ragged", truncated, "float32"),
     "an own value": ("broadcast", own, "float32"),
     "another dtype": ("broadcast", of_another_dtype, "bool"),
 }
@@ -341,7 +341,7 @@ def test_all_workers_end_when_one_receives_something_wrong(cpu_devices):
             # The first three are told, and what a primitive is made of may be wrong in more of them.
             assert f"{method} of {dtype}" in text or "more" in text, (name, text)
         assert told[len(NAMES) :] == [""]
-        for rows, levels in zip(both, ({"all_to_all across workers"}, LEVELS | {"all_gather_parts"}), strict=True):
+        for rows, levels in zip(both, ({"all_to_all across workers"}, LEVELS | {"all_gather_ragged"}), strict=True):
             levels = levels if cpu_devices == 2 else levels - LEVELS
             assert_right(rows, FEW | {"all_reduce in a ring"} | levels)
             assert {row.way for row in rows} == {"links" if cpu_devices == 1 else "ring"}

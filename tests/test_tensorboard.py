@@ -239,7 +239,7 @@ def test_two_workers(tmp_path):
 def test_silent_collectives_give_own_values_in_the_shapes_of_results(dtype, two_level):
     group = Group([f"/CPU:{k}" for k in range(3)], 3, 0, Rings(), two_level)
     values = [tf.cast(tf.reshape(tf.range(6), [3, 2]) + k, dtype) for k in range(3)]
-    methods = ["all_reduce", "broadcast", "all_gather", "all_gather_parts"]
+    methods = ["all_reduce", "broadcast", "all_gather", "all_gather_ragged"]
     if dtype in (tf.float32, tf.bfloat16):
         methods += ["all_to_all", "reduce_scatter", "sum_within"]
     before = group.keys.traced.copy()
@@ -251,8 +251,8 @@ def test_silent_collectives_give_own_values_in_the_shapes_of_results(dtype, two_
         flat = zip(tf.nest.flatten(silent[name]), tf.nest.flatten(loud[name]), strict=True)
         assert all(mine.shape == real.shape and mine.dtype == real.dtype for mine, real in flat), name
         own = values[1][1] if name == "reduce_scatter" else values[1]
-        for part in tf.nest.flatten(silent[name][1]) if name == "all_gather_parts" else tf.unstack(silent[name][1]):
-            if name in ("all_gather", "all_gather_parts"):
+        for part in tf.nest.flatten(silent[name][1]) if name == "all_gather_ragged" else tf.unstack(silent[name][1]):
+            if name in ("all_gather", "all_gather_ragged"):
                 assert np.array_equal(tf.cast(part, tf.int32), tf.cast(own, tf.int32))
         if name in ("all_reduce", "broadcast", "reduce_scatter"):
             assert np.array_equal(tf.cast(silent[name][1], tf.int32), tf.cast(own, tf.int32))

@@ -286,7 +286,7 @@ def test_nothing_else_knows_a_transport(module):
 
 def test_the_rule_notices_what_breaks_it():
     assert set(MODULES) >= TRANSPORTS
-    for source in ("links = ()", "f(hint=1)", "x.uses_nccl", "from tfzero.collectives.nccl import a", "a == 'NCCL'",
+    for source in ("links = ()", "f(hint=1)", "x.nccl", "from tfzero.collectives.nccl import a", "a == 'NCCL'",
                    "def nccl_version(): pass", "class OverLinks: pass", "raise E('NCCL has failed')"):  # fmt: skip
         assert words_of_transports(source), source
     assert not words_of_transports('"""Links over NCCL."""\nlinked = f("faster links within")  # nccl')

@@ -47,12 +47,12 @@ def traced(group, primitive, shape, dtype) -> list[tf.Operation]:
     return [op for op in graph.get_operations() if op.type.startswith("Collective")]
 
 
-@pytest.mark.parametrize("primitive", [*ways.PRIMITIVES, "all_gather_parts"])
+@pytest.mark.parametrize("primitive", [*ways.PRIMITIVES, "all_gather_ragged"])
 @pytest.mark.parametrize(("topology", "levels"), [*((name, False) for name in GROUPS), ("two workers of two", True)])
 def test_nccl_is_asked_for_what_it_can_do(topology, primitive, levels):
     here, size = GROUPS[topology]
     group = Group([f"/CPU:{k}" for k in range(here)], size, 0, Nccl(), levels)
-    shapes = [[size, 5]] + [[None, 3]] * (primitive in (ways.ALL_REDUCE, "all_gather_parts"))
+    shapes = [[size, 5]] + [[None, 3]] * (primitive in (ways.ALL_REDUCE, "all_gather_ragged"))
     for dtype in DTYPES:
         for shape in shapes:
             operations = traced(group, primitive, shape, dtype)
@@ -192,7 +192,7 @@ def _as_gpus_do() -> dict:
     except ValueError as error:
         found: dict = {"refused": str(error)}
     first = tfzero.ZeroStrategy()
-    found["config"] = distributed.uses_nccl()
+    found["config"] = distributed.context.context().config.experimental.collective_nccl
     devices = first.extended.worker_devices
     for levels in {False, len(devices) > 1}:
         size, rank = first.num_replicas_in_sync, first.extended.group.rank(0)
@@ -231,7 +231,7 @@ def test_nothing_is_exchanged_between_processes_by_all_to_all(workers):
 
 def test_tensorflow_is_configured_for_nccl_before_its_server_starts(workers):
     assert all(found["config"] for found in workers)
-    assert not distributed.uses_nccl(), "a process without others needs none"
+    assert not distributed.context.context().config.experimental.collective_nccl, "a process without others needs none"
 
 
 def test_what_has_no_effect_is_refused_by_the_constructor(workers):

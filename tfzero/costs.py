@@ -84,11 +84,11 @@ class Setup:
 
     def held_bytes(self, slots: int = 2) -> float:
         """Bytes that a replica holds between steps for each float32 parameter: parameter, slots, and what is kept."""
-        share, scheme = 1 / self.world_size, self.scheme
-        parameter = 4 * share if scheme.shards_parameters else 4.0
-        slot = 4 * share if scheme.shards_slots else 4.0
+        fraction, scheme = 1 / self.world_size, self.scheme
+        parameter = 4 * fraction if scheme.shards_parameters else 4.0
+        slot = 4 * fraction if scheme.shards_slots else 4.0
         is_encoded = self.compression is not None and self.world_size > 1
-        lag = 4 * share if is_encoded and scheme.gathers_updates else 0.0
+        lag = 4 * fraction if is_encoded and scheme.gathers_updates else 0.0
         return parameter + slots * slot + lag + (4 if is_encoded and self.error_feedback else 0)
 
 

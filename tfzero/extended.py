@@ -165,25 +165,25 @@ class ZeroExtended(distributed.ExtendedBase):
             known[graph] = Gatherer(self.group, self.replica_collective, own, gathers_again, codec)
         return known[graph]
 
-    def share(self) -> tf.Tensor:
+    def batch_fraction(self) -> tf.Tensor:
         """This replica's rows of the batch over the rows of all, float32; 1/N if `run` was given nothing with rows.
 
-        [Note: share] The share is what a mean over this replica's samples must be multiplied with to be its part of
-        the mean over all samples. The batch is what was cut by rows, of the arguments of the function that `run` runs.
+        [Note: batch fraction] A mean over this replica's samples, times the fraction, is what it adds to the mean over
+        all samples. The batch is what was cut by rows, of the arguments of the function that `run` runs.
         """
         unknown = tf.constant(1.0 / self.mesh.replicas)
         run, graph = current_run(), current_graph()
         if run is None:
             return unknown
-        if graph not in run.shares:
+        if graph not in run.fractions:
             rows = run.own_rows()
             if rows is None:
                 return unknown
             total = self.replica_collective(self.group.all_reduce, rows)
-            run.shares[graph] = tf.cast(
+            run.fractions[graph] = tf.cast(
                 tf.math.divide_no_nan(tf.cast(rows, tf.float64), tf.cast(total, tf.float64)), tf.float32
             )
-        return run.shares[graph]
+        return run.fractions[graph]
 
     def has_rows(self) -> tf.Tensor | None:
         """Within a replica: whether it has rows of the batch; None if it has for certain, or if that is not known."""
@@ -200,20 +200,20 @@ class ZeroExtended(distributed.ExtendedBase):
         return run.dependence
 
     def average(self, value: tf.Tensor) -> tf.Tensor:
-        """Mean over replicas, weighted by their shares of the batch."""
+        """Mean over replicas, weighted by their fractions of the batch."""
         if self.mesh.replicas == 1:
             return value
-        share = self.share()
+        fraction = self.batch_fraction()
         wide = tf.cast(value, tf.float64 if value.dtype == tf.float64 else tf.float32)
-        weighted = tf.where(share > 0, wide * tf.cast(share, wide.dtype), tf.zeros_like(wide))
+        weighted = tf.where(fraction > 0, wide * tf.cast(fraction, wide.dtype), tf.zeros_like(wide))
         return tf.cast(self.replica_collective(self.group.all_reduce, weighted), value.dtype)
 
-    def whole_value(self, parts: Sequence[tf.Variable], shape: tf.TensorShape, owner: int | None) -> tf.Tensor:
-        """A variable from the parts that its replicas hold."""
+    def whole_value(self, components: Sequence[tf.Variable], shape: tf.TensorShape, owner: int | None) -> tf.Tensor:
+        """A variable from the components that its replicas hold."""
         self.before_gathering()
-        values = [tf.reshape(tf.convert_to_tensor(part), [-1]) for part in parts]
+        values = [tf.reshape(tf.convert_to_tensor(component), [-1]) for component in components]
         if owner is not None:
-            flat = self.group.launch(self.group.all_gather_parts, values)[0][owner]
+            flat = self.group.launch(self.group.all_gather_ragged, values)[0][owner]
         else:
             flat = tf.reshape(self.group.launch(self.group.all_gather, values)[0], [-1])[: shape.num_elements()]
         self.after_gathering()
@@ -249,7 +249,7 @@ class ZeroExtended(distributed.ExtendedBase):
         return runtime.mirrored([_divide(total, count) if mean else total for total in totals])
 
     def gather_values(self, value: Any, axis: int) -> tf.distribute.DistributedValues:
-        parts = self.group.launch(self.group.all_gather_parts, self._spread(value))
+        parts = self.group.launch(self.group.all_gather_ragged, self._spread(value))
         if not isinstance(value, tf.distribute.DistributedValues):
             # One value for each worker: its first replica speaks for it.
             parts = [replica_parts[:: len(self.worker_devices)] for replica_parts in parts]

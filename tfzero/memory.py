@@ -154,7 +154,7 @@ def estimate_memory(
         check_number("batch_size", batch_size, int, 1)
     optimizer = keras.optimizers.get(optimizer)
     # Again, each with no other variables than its steps and learning rate, whatever the given one has been built for.
-    makers = {id(link): functools.partial(type(link).from_config, config_of(link)) for link in chain(optimizer)}
+    makers = {id(each): functools.partial(type(each).from_config, config_of(each)) for each in chain(optimizer)}
     with tf.Graph().as_default():  # variables made in a graph take no memory
         made = model if isinstance(model, keras.Model) else model()
         _check_model(made, batch_size)
@@ -285,7 +285,7 @@ def _peaks(moments: Sequence[Moment], plan: Plan, scheme: Scheme) -> Iterator[tu
     gradients, buffers = _of_gradients(size, scheme, produced, latest, in_flight, 0)
     # When the backward pass is over, updated values wait to be sent and assigned.
     waits = scheme.gathers_updates and (scheme.shards_gradients or size == 1)
-    yield 0, gradients, max(buffers, min(produced, _group_bytes(plan)) // size if waits else 0)
+    yield 0, gradients, max(buffers, min(produced, _updated_bytes(plan)) // size if waits else 0)
 
 
 def _of_gradients(
@@ -303,10 +303,10 @@ def _of_gradients(
     return whole + (produced - whole) // size, min(produced, in_flight)
 
 
-def _group_bytes(plan: Plan) -> int:
-    """Of the two largest groups of buckets that are updated at once."""
-    groups = plan.group(plan.buckets, DEFAULT_BUCKET_BYTES)
-    return sum(sorted((sum(map(plan.bucket_bytes, group)) for group in groups), reverse=True)[:2])
+def _updated_bytes(plan: Plan) -> int:
+    """Of the two largest runs of buckets that are updated at once."""
+    runs = plan.coalesced(plan.buckets, DEFAULT_BUCKET_BYTES)
+    return sum(sorted((sum(map(plan.bucket_bytes, run)) for run in runs), reverse=True)[:2])
 
 
 def _gathered(moments: Sequence[Moment], plan: Plan) -> list[int]:

@@ -103,12 +103,12 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
 
     def __init__(self, optimizer: str | dict | keras.optimizers.Optimizer) -> None:
         optimizer = keras.optimizers.get(optimizer)
-        for link in chain(optimizer):
-            if isinstance(link, ZeroOptimizer):
+        for each in chain(optimizer):
+            if isinstance(each, ZeroOptimizer):
                 raise ValueError(
                     "The optimizer is a ZeroOptimizer already. ZeroOptimizer is the outermost wrapper, once."
                 )
-            check_wrappable(link)
+            check_wrappable(each)
         super().__init__(learning_rate=0.0, name=optimizer.name)
         for name in _INNER_SETTINGS:
             object.__delattr__(self, name)
@@ -246,9 +246,9 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
             specs, strategy.extended.mesh.shards, settings.stage, choice.value, settings.min_shard_elements
         )
         home = Home(self, strategy)
-        for link in chained:
-            runtime.adopt(link, home)
-            strategy.extended.take_in(runtime.own_scalars(link))
+        for each in chained:
+            runtime.adopt(each, home)
+            strategy.extended.take_in(runtime.own_scalars(each))
         slots, wire = self._build_slots(given, variables, plan, strategy)
         for optimizer in optimizers:
             runtime.adopt(optimizer, home, [v for v in given if choose(v) is optimizer])

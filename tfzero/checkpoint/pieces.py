@@ -34,7 +34,7 @@ _DAMAGES = (
 )  # fmt: skip
 
 
-# Which parts of which variable a replica has.
+# Which slices of which variable a replica has.
 
 
 def _range(item: Item, rank: int, mesh: Mesh) -> tuple[int, int]:
@@ -91,8 +91,8 @@ def _cut(item: Item, component: tf.Variable, begin: int, end: int) -> Iterator[P
     flat = tf.reshape(tf.convert_to_tensor(component), [-1])
     offset = 0
     for rectangle in rectangles(item.shape, begin, end):
-        part = tf.slice(flat, [offset], [rectangle.elements])
-        yield Piece(item.name, rectangle, tf.reshape(part, rectangle.sizes))
+        values = tf.slice(flat, [offset], [rectangle.elements])
+        yield Piece(item.name, rectangle, tf.reshape(values, rectangle.sizes))
         offset += rectangle.elements
 
 
@@ -215,9 +215,9 @@ def check_fits(items: Sequence[Item], manifest: Mapping, folder: Path, optimizer
         if stored != kind:
             raise ValueError(f"{folder} is a checkpoint of another optimizer: `{name}` is {kind} here, {stored} there.")
     entries: dict = {}
-    for group in dict.fromkeys(item.group for item in items if not item.is_of_compression):
-        here = [item for item in items if item.group == group]
-        there = [entry for entry in manifest["variables"] if entry["name"].split("/")[0] == group]
+    for section in dict.fromkeys(item.section for item in items if not item.is_of_compression):
+        here = [item for item in items if item.section == section]
+        there = [entry for entry in manifest["variables"] if entry["name"].split("/")[0] == section]
         for item, entry in zip(here, there, strict=False):
             if (list(item.shape), item.dtype.name) != (entry["shape"], entry["dtype"]):
                 raise ValueError(
@@ -230,7 +230,7 @@ def check_fits(items: Sequence[Item], manifest: Mapping, folder: Path, optimizer
             rest = [item.name for item in here[len(there) :]] or [entry["name"] for entry in there[len(here) :]]
             where = "here" if len(here) > len(there) else "there"
             raise ValueError(
-                f"{folder} is a checkpoint of another model: `{group}` has {len(here)} variables here and "
+                f"{folder} is a checkpoint of another model: `{section}` has {len(here)} variables here and "
                 f"{len(there)} there; only {where} is {rest[0]!r}."
             )
     return entries | _entries_of_compression(items, entries, manifest)
@@ -245,12 +245,12 @@ def _entries_of_compression(items: Sequence[Item], entries: Mapping[str, dict], 
     kept_here = {item.name for item in items if item.is_of_compression}
     found = {}
     for item in items:
-        if item.group != "model":
+        if item.section != "model":
             continue
         name, there = item.name.partition("/")[2], entries[item.name]["name"].partition("/")[2]
-        for group in (LAG, RESIDUAL):
-            if f"{group}/{name}" in kept_here and f"{group}/{there}" in stored:
-                found[f"{group}/{name}"] = stored[f"{group}/{there}"]
+        for section in (LAG, RESIDUAL):
+            if f"{section}/{name}" in kept_here and f"{section}/{there}" in stored:
+                found[f"{section}/{name}"] = stored[f"{section}/{there}"]
         if f"{LAG}/{name}" not in kept_here and f"{LAG}/{there}" in stored:
             found[item.name] = {**entries[item.name], "lag": stored[f"{LAG}/{there}"]}
     return found
@@ -305,7 +305,7 @@ def _value_for(prefix: str, item: Item, entry: Mapping, rank: int, mesh: Mesh, c
             flat += _read(prefix, entry["lag"], rectangles(item.shape, begin, end), item)
     elements = component.shape.num_elements()
     if begin < end and end - begin < elements:
-        flat = tf.concat([flat, tf.repeat(flat[-1:], elements - (end - begin))], 0)  # as `local_part` pads
+        flat = tf.concat([flat, tf.repeat(flat[-1:], elements - (end - begin))], 0)  # as `local_shard` pads
     if begin == end and elements:
         flat = tf.zeros([elements], item.dtype)
     return tf.reshape(flat, component.shape)
@@ -321,10 +321,10 @@ def _read(prefix: str, entry: Mapping, wanted: Sequence[Rectangle], item: Item) 
     if not wanted:
         return tf.zeros([0], item.dtype)
     with tf.device("CPU:0"):
-        parts = tf.raw_ops.RestoreV2(
+        read = tf.raw_ops.RestoreV2(
             prefix=prefix,
             tensor_names=[entry["name"]] * len(wanted),
             shape_and_slices=[rectangle.spec for rectangle in wanted],
             dtypes=[item.dtype] * len(wanted),
         )
-        return tf.concat([tf.reshape(part, [-1]) for part in parts], 0)
+        return tf.concat([tf.reshape(values, [-1]) for values in read], 0)

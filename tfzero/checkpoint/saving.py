@@ -223,13 +223,13 @@ def find_newest(directory: Path, team: Team) -> Search:
 
 
 def restore(model: keras.Model, folder: Path, manifest: Mapping, team: Team, only: str | None = None) -> None:
-    """Gives the variables of a model the values of a checkpoint, all or one group of them."""
+    """Gives the variables of a model the values of a checkpoint, all or one section of them."""
     build_optimizer(model)
-    items = [item for item in state_of(model) if only in (None, item.group)]
+    items = [item for item in state_of(model) if only in (None, item.section)]
     if manifest["position"] is None or not manifest["position"]["batch"]:
-        items = [item for item in items if item.group != METRICS]  # begins anew, and may be another
+        items = [item for item in items if item.section != METRICS]  # begins anew, and may be another
     elif any(not getattr(metric, "built", True) for metric in model.metrics):
-        items = [item for item in items if item.group != METRICS]  # Keras makes them in the first step, and at zero
+        items = [item for item in items if item.section != METRICS]  # Keras makes them in the first step, and at zero
     entries = check_fits(items, manifest, folder, optimizers_of(model))
     size_bytes = sum(item.bytes for item in items)
     with progress("restoring", size_bytes, unit="bytes", shown=team.is_chief) as bar:

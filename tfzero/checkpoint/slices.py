@@ -39,13 +39,13 @@ def rectangles(shape: tuple[int, ...], begin: int, end: int) -> list[Rectangle]:
     (first, offset), (last, rest) = divmod(begin, inner), divmod(end, inner)
 
     def in_row(row: int, begin: int, end: int) -> list[Rectangle]:
-        parts = rectangles(shape[1:], begin, end)
-        return [Rectangle(shape, (row, *part.starts), (1, *part.sizes)) for part in parts]
+        within = rectangles(shape[1:], begin, end)
+        return [Rectangle(shape, (row, *each.starts), (1, *each.sizes)) for each in within]
 
     if first == last:
         return in_row(first, offset, rest)
-    parts = in_row(first, offset, inner) if offset else []
+    found = in_row(first, offset, inner) if offset else []
     first += bool(offset)
     if first < last:
-        parts.append(Rectangle(shape, (first, *[0] * (len(shape) - 1)), (last - first, *shape[1:])))
-    return parts + in_row(last, 0, rest)
+        found.append(Rectangle(shape, (first, *[0] * (len(shape) - 1)), (last - first, *shape[1:])))
+    return found + in_row(last, 0, rest)

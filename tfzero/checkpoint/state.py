@@ -30,14 +30,14 @@ class Item:
     variable: keras.Variable
 
     @property
-    def group(self) -> str:
+    def section(self) -> str:
         """Which part of the training it is of: "model", "metrics", or the model's attribute that is its optimizer."""
         return self.name.split("/")[0]
 
     @property
     def is_of_compression(self) -> bool:
         """Whether it says what encoding has lost of the model's variable of the same name."""
-        return self.group in (LAG, RESIDUAL)
+        return self.section in (LAG, RESIDUAL)
 
     @property
     def value(self) -> tf.Variable:
@@ -80,14 +80,14 @@ def mesh_of(strategy: tf.distribute.Strategy) -> Mesh:
 
 def state_of(model: keras.Model) -> list[Item]:
     """All variables that training goes on from: the model's, those of its optimizers, and its metrics'."""
-    groups = {"model": [*model.variables, *batch_rows.recurrent_states(model)]}
-    groups |= {name: optimizer.variables for name, optimizer in _optimizers(model).items()}
-    groups[METRICS] = model.metrics_variables
+    sections = {"model": [*model.variables, *batch_rows.recurrent_states(model)]}
+    sections |= {name: optimizer.variables for name, optimizer in _optimizers(model).items()}
+    sections[METRICS] = model.metrics_variables
     items: list[Item] = []
     seen: dict[str, int] = {}
-    for group, variables in groups.items():
+    for section, variables in sections.items():
         for variable in variables:
-            name = f"{group}/{variable.path}"
+            name = f"{section}/{variable.path}"
             seen[name] = seen.get(name, 0) + 1
             items.append(Item(name if seen[name] == 1 else f"{name}#{seen[name]}", variable))
     return items + _state_of_compression(model, {id(item.variable): item.name for item in items})
@@ -97,10 +97,10 @@ def _state_of_compression(model: keras.Model, names: Mapping[int, str]) -> list[
     items = []
     for optimizer in _optimizers(model).values():
         wire = getattr(optimizer, "wire", Wire())
-        for group, variables in ((LAG, wire.lags), (RESIDUAL, wire.residuals)):
+        for section, variables in ((LAG, wire.lags), (RESIDUAL, wire.residuals)):
             for index, variable in variables.items():
                 of = names[id(optimizer.trained_variables[index])]
-                items.append(Item(f"{group}/{of.partition('/')[2]}", variable))
+                items.append(Item(f"{section}/{of.partition('/')[2]}", variable))
     return items
 
 

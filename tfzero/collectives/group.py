@@ -40,8 +40,8 @@ _MOST_GATHERED_BYTES, _MOST_RECEIVED_BYTES = 2**16, 2**18
 class Group:
     """The replicas of one strategy as a collective group.
 
-    Each method that takes `replica` is called while that local replica is traced (in a `tf.function`), emits its part
-    of the collective on its device, and must be called by every replica of every worker in the same order.
+    Each method that takes `replica` is called while that local replica is traced (in a `tf.function`). It emits the replica's
+    operations of the collective on its device. Every replica of every worker must call it, in the same order.
 
     Args:
         devices: this process's devices, one per local replica.
@@ -150,8 +150,8 @@ class Group:
         if self._is_alone or value.shape.num_elements() == 0:
             return self._alone(ways.ALL_REDUCE, value, replica)
         if value.dtype.is_complex:
-            parts = self.all_reduce(tf.stack([tf.math.real(value), tf.math.imag(value)]), replica)
-            return tf.complex(parts[0], parts[1])
+            sums = self.all_reduce(tf.stack([tf.math.real(value), tf.math.imag(value)]), replica)
+            return tf.complex(sums[0], sums[1])
         way = self.way(ways.ALL_REDUCE, value.dtype)
         carried = _carried(value, way)
         if value.shape.is_fully_defined():
@@ -217,7 +217,7 @@ class Group:
         gathered = self._emit(ways.ALL_GATHER, _carried(row, way), replica, backward=backward)
         return _restored(tf.reshape(gathered, [self.world_size, *row.shape]), way, row.dtype)
 
-    def all_gather_parts(self, value: tf.Tensor, replica: int) -> list[tf.Tensor]:
+    def all_gather_ragged(self, value: tf.Tensor, replica: int) -> list[tf.Tensor]:
         """Every rank's tensor, in rank order; their shapes may differ, also from step to step, but not the rank."""
         if self._is_alone:
             return [value] * self.world_size
@@ -227,9 +227,9 @@ class Group:
         flat, size = _pad_to_size(_carried(value, way), tf.reduce_max(sizes))
         gathered = self._emit(ways.ALL_GATHER, flat, replica, size)
         rows = tf.reshape(gathered, [self.world_size, -1])
-        parts = [tf.reshape(rows[k, : sizes[k]], shapes[k]) for k in range(self.world_size)]
+        tensors = [tf.reshape(rows[k, : sizes[k]], shapes[k]) for k in range(self.world_size)]
         static = [None, *value.shape[1:]] if value.shape.rank else []
-        return [tf.ensure_shape(_restored(part, way, value.dtype), static) for part in parts]
+        return [tf.ensure_shape(_restored(tensor, way, value.dtype), static) for tensor in tensors]
 
     def broadcast(self, value: tf.Tensor, replica: int) -> tf.Tensor:
         """Rank 0's value on all, for a static shape and any dtype."""
@@ -257,7 +257,7 @@ class Group:
         if not tf.executing_eagerly():
             return collective(*values)
         tensors = [tf.convert_to_tensor(value) for value in values]
-        is_ragged = method == self.all_gather_parts  # of a size that another worker may have seen before
+        is_ragged = method == self.all_gather_ragged  # of a size that another worker may have seen before
         specs = tuple(tf.TensorSpec([None] * t.shape.rank if is_ragged else t.shape, t.dtype) for t in tensors)
         signature = (method, args, self.transport, specs)
         if signature not in self._launchers:

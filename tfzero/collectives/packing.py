@@ -34,10 +34,10 @@ def as_rows(flat: tf.Tensor, world_size: int) -> tf.Tensor:
     return tf.reshape(padded, [world_size, -1])
 
 
-def pack_row(bucket: Bucket, rank: int, parts: Mapping[int, tf.Tensor]) -> tf.Tensor:
-    """One rank's row from the flat parts it holds."""
+def pack_row(bucket: Bucket, rank: int, shards: Mapping[int, tf.Tensor]) -> tf.Tensor:
+    """One rank's row of a bucket, from the flat shards that it holds."""
     segments = bucket.segments_of(rank)
-    row = [parts[segment.index] for segment in segments]
+    row = [shards[segment.index] for segment in segments]
     padding = bucket.row_elements - sum(segment.width for segment in segments)
     if padding:
         row.append(tf.zeros([padding], tf.as_dtype(bucket.dtype)))

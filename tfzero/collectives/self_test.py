@@ -30,13 +30,13 @@ _MOST_CHARACTERS = 2000  # of what a worker tells
 _TOPIC = "testing the transport"
 
 # The dtypes in which training uses a primitive, or may. On CPUs the first ones have a way of their own, and the others
-# travel as one of them does: all_gather_parts is two all-gathers. A transport may want all of them tested always.
+# travel as one of them does: all_gather_ragged is two all-gathers. A transport may want all of them tested always.
 _DTYPES = {
     "all_reduce": ((tf.float32, tf.bfloat16, tf.int64), (tf.float64, tf.float16, tf.int32, tf.bool)),
     "reduce_scatter": ((tf.float32, tf.bfloat16), (tf.float16,)),
     "all_to_all": ((tf.int32,), (tf.float32,)),  # as int32 compressed values travel
     "all_gather": ((tf.float32, tf.bfloat16, tf.bool), (tf.float16, tf.int32, tf.int64, tf.uint8)),
-    "all_gather_parts": ((), (tf.float32, tf.bool)),
+    "all_gather_ragged": ((), (tf.float32, tf.bool)),
     "broadcast": ((tf.float32, tf.bool), (tf.bfloat16, tf.int64)),
 }
 
@@ -333,13 +333,13 @@ def _moves(group: Group, size: int, members: Callable, every_dtype: bool) -> lis
         return [np.stack(values)]
 
     exchanged, gathered, parts, sent_to_all = (
-        _dtypes(primitive, every_dtype) for primitive in ("all_to_all", "all_gather", "all_gather_parts", "broadcast")
+        _dtypes(primitive, every_dtype) for primitive in ("all_to_all", "all_gather", "all_gather_ragged", "broadcast")
     )
     return [
         *(_exchange(group, "", dtype, size, members) for dtype in exchanged),
         *(moved("all_gather", dtype, group.all_gather, stacked) for dtype in gathered),
         moved("all_gather in the backward pass", tf.float32, backward, stacked),
-        *(moved("all_gather_parts", dtype, group.all_gather_parts, list, True) for dtype in parts),
+        *(moved("all_gather_ragged", dtype, group.all_gather_ragged, list, True) for dtype in parts),
         *(moved("broadcast", dtype, broadcast, lambda values: values[:1]) for dtype in sent_to_all),
     ]
 

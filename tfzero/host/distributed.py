@@ -245,11 +245,6 @@ def with_nccl(is_wanted: bool) -> Iterator[None]:
         del target.configure_collective_ops  # of this object; its class has its own
 
 
-def uses_nccl() -> bool:
-    """Whether TensorFlow is configured for NCCL between processes."""
-    return bool(context.context().config.experimental.collective_nccl)
-
-
 def watch() -> str:
     """The kind of TensorFlow's coordination service in this process; "" for none."""
     configured = context.context().coordination_service

@@ -40,8 +40,8 @@ class _ModelInParts:
         setattr(self.model, name, value)
 
     def get_weights(self) -> list[np.ndarray]:
-        return [part.numpy() for part in components_of(self.model.weights)]
+        return [component.numpy() for component in components_of(self.model.weights)]
 
     def set_weights(self, weights: list[np.ndarray]) -> None:
-        for part, weight in zip(components_of(self.model.weights), weights, strict=True):
-            part.assign(weight)
+        for component, weight in zip(components_of(self.model.weights), weights, strict=True):
+            component.assign(weight)

@@ -106,45 +106,21 @@ class Plan:
     reasons: tuple[str, ...]
     buckets: tuple[Bucket, ...]
 
-    def local_elements(self, index: int, rank: int) -> int:
-        """Elements of one slot of variable `index` that `rank` holds."""
-        elements = self.specs[index].elements
-        if self.placements[index] is Placement.SHARDED:
-            return shard_elements(elements, self.shards)
-        if self.placements[index] is Placement.OWNED:
-            return elements if self.owners[index] == rank else 0
-        return elements
-
-    def wire_elements(self) -> int:
-        """Elements that each rank sends in one step: gradients out, parameters out.
-
-        Reduce-scatter and all-gather send `shards - 1` rows each; a ring all-reduce sends twice
-        `(shards - 1) / shards` of its run.
-        """
-        others = self.shards - 1
-        sent = 0
-        for bucket in self.buckets:
-            if bucket.placement is Placement.WHOLE:
-                sent += 2 * others * -(-bucket.row_elements // self.shards)
-            else:
-                sent += 2 * others * bucket.row_elements
-        return sent
-
     def bucket_bytes(self, bucket: Bucket) -> int:
         """Bytes of a bucket's variables."""
         return sum(segment.elements * self.specs[segment.index].item_bytes for segment in bucket.segments)
 
-    def group(self, buckets: Iterable[Bucket], least_bytes: int) -> list[list[Bucket]]:
-        """Buckets in groups of at least so many bytes, the last one aside; each is updated at once."""
-        groups: list[list[Bucket]] = []
+    def coalesced(self, buckets: Iterable[Bucket], least_bytes: int) -> list[list[Bucket]]:
+        """Runs of neighbouring buckets that are updated at once: at least so many bytes, but for the last run."""
+        runs: list[list[Bucket]] = []
         size_bytes = 0
         for bucket in buckets:
-            if not groups or size_bytes >= least_bytes:
-                groups.append([])
+            if not runs or size_bytes >= least_bytes:
+                runs.append([])
                 size_bytes = 0
-            groups[-1].append(bucket)
+            runs[-1].append(bucket)
             size_bytes += self.bucket_bytes(bucket)
-        return groups
+        return runs
 
 
 def shard_elements(elements: int, shards: int) -> int:
@@ -178,10 +154,10 @@ def make_plan(
         members = [i for i in range(len(specs)) if keys[i] == key][::-1]
         bucket_elements = max(1, bucket_bytes // specs[members[0]].item_bytes)
         if key[0] is Placement.OWNED:
-            groups = _owned_groups(members, specs, owners, shards, bucket_elements)
+            contents = _owned_buckets(members, specs, owners, shards, bucket_elements)
         else:
-            groups = _cut(members, specs, bucket_elements)
-        buckets += [_make_bucket(key, group, specs, owners, shards) for group in groups]
+            contents = _cut(members, specs, bucket_elements)
+        buckets += [_make_bucket(key, content, specs, owners, shards) for content in contents]
     buckets.sort(key=lambda bucket: -min(segment.index for segment in bucket.segments))
     return Plan(shards, tuple(specs), placements, owners, tuple(reason for _, reason in placed), tuple(buckets))
 
@@ -217,24 +193,24 @@ def _balance_owners(
 
 
 def _cut(members: Sequence[int], specs: Sequence[VariableSpec], limit: int) -> list[list[int]]:
-    """Groups variables of at most `limit` elements together; those of a good part of that each alone."""
-    groups: list[list[int]] = []
+    """Puts variables of at most `limit` elements together; those of a good part of that each alone."""
+    contents: list[list[int]] = []
     room = 0
-    open_group: list[int] = []
+    open_bucket: list[int] = []
     for i in members:
         if specs[i].elements * _ALONE >= limit:
-            groups.append([i])
+            contents.append([i])
             continue
-        if specs[i].elements > room or not open_group:
-            open_group = []
-            groups.append(open_group)
+        if specs[i].elements > room or not open_bucket:
+            open_bucket = []
+            contents.append(open_bucket)
             room = limit
-        open_group.append(i)
+        open_bucket.append(i)
         room -= specs[i].elements
-    return groups
+    return contents
 
 
-def _owned_groups(
+def _owned_buckets(
     members: Sequence[int],
     specs: Sequence[VariableSpec],
     owners: Sequence[int | None],

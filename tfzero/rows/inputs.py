@@ -97,7 +97,7 @@ def cut_batch(batch: Any, mesh: Mesh) -> Any:
 
 
 def batch_leaves(arguments: Any) -> list:
-    """The tensors with rows of the batch, among the arguments of a replica's function. [Note: share]
+    """The tensors with rows of the batch, among the arguments of a replica's function. [Note: batch fraction]
 
     What was cut by rows is known. If nothing was, it can be any tensor with an axis.
     """
@@ -107,7 +107,7 @@ def batch_leaves(arguments: Any) -> list:
 
 
 def own_rows_of(arguments: Any) -> tf.Tensor | None:
-    """How many rows of the batch a replica has, by whose share its part is weighed, int64; None if there is no batch.
+    """How many rows of the batch a replica has, int64; None if there is no batch.
 
     Args:
         arguments: those of the replica's function.

@@ -183,14 +183,14 @@ def _gather(value: tf.Tensor, axis: int, extended: tf.distribute.StrategyExtende
 
     @tf.custom_gradient
     def gather(own: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
-        parts = extended.replica_collective(extended.group.all_gather_parts, own)
+        gathered = extended.replica_collective(extended.group.all_gather_ragged, own)
 
         def gradient(upstream: tf.Tensor) -> tf.Tensor:
             total = extended.replica_collective(extended.group.all_reduce, counted(upstream, extended))
-            sizes = [tf.shape(part)[axis] for part in parts]
+            sizes = [tf.shape(each)[axis] for each in gathered]
             return tf.ensure_shape(tf.split(total, sizes, axis, num=len(sizes))[rank], own.shape)
 
-        return tf.concat(parts, axis), gradient
+        return tf.concat(gathered, axis), gradient
 
     return gather(value)
 

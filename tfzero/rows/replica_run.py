@@ -30,7 +30,7 @@ class ReplicaRun:
         self.found_rows: tf.Tensor | None = None  # whether it has rows, where only its own tensors tell
         self.gathers_late = False  # whether it is a step that begins by gathering parameters
         self.gatherers: dict = {}  # of parameters in shards, by graph
-        self.shares: dict = {}  # of the batch, by graph
+        self.fractions: dict = {}  # of the batch, by graph
         self.dependence: Dependence | None = None
         self._has_rows: dict = {}  # by graph
 

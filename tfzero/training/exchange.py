@@ -33,7 +33,7 @@ from tfzero.collectives.packing import (
     unpack_owned,
 )
 from tfzero.plan.placement import Bucket, Placement, Plan, Segment, shard_elements
-from tfzero.variables.classes import ShardedParameter, VariableView, local_part
+from tfzero.variables.classes import ShardedParameter, VariableView, local_shard
 from tfzero.variables.gathering import RESIDUAL
 
 
@@ -138,14 +138,14 @@ class Exchange:
 
     # Parameters.
 
-    def part(self, bucket: Bucket, segment: Segment) -> tf.Tensor:
-        """What this replica updates of a variable: flat when sharded, else whole. [Note: differences]"""
+    def master(self, bucket: Bucket, segment: Segment) -> tf.Tensor:
+        """The value that this replica updates of a variable: flat when sharded, else whole. [Note: differences]"""
         value = self.component(segment.index)
         if bucket.sharded_parameters or bucket.placement is not Placement.SHARDED:
             return tf.convert_to_tensor(value)
-        part = self._shard_of(segment, value)
+        shard = self._shard_of(segment, value)
         lag = self.wire.lags.get(segment.index)
-        return part if lag is None else part + self._local(lag)
+        return shard if lag is None else shard + self._local(lag)
 
     def _range_of(self, segment: Segment) -> tuple[int, int]:
         """The flat elements of a variable that this replica updates: its shard, or all of one that it owns."""
@@ -175,7 +175,7 @@ class Exchange:
             for s in bucket.segments_of(self.rank)
         }
 
-    def share(self, bucket: Bucket, row: tf.Tensor, updated: Collection[int]) -> None:
+    def gather(self, bucket: Bucket, row: tf.Tensor, updated: Collection[int]) -> None:
         """Gives all replicas what this one updated of a bucket, and takes what they did.
 
         Args:
@@ -184,11 +184,11 @@ class Exchange:
             updated: the variables that had a gradient, to whom constraints apply.
         """
         if bucket.sharded_parameters:
-            self._share_shards(bucket, row, updated)
+            self._assign_shards(bucket, row, updated)
             return
         with self.group.lanes.purpose(self.replica, f"the parameters of {self._describe(bucket)}"):
             if bucket.compressed and bucket.placement is Placement.SHARDED:
-                self._share_differences(bucket, row)
+                self._gather_differences(bucket, row)
                 return
             packed = row if bucket.placement is Placement.WHOLE else self.group.all_gather(row, self.replica)
 
@@ -210,7 +210,7 @@ class Exchange:
         return is_gathered and not bucket.sharded_parameters and not self.is_constrained(bucket)
 
     def keep(self, bucket: Bucket, row: tf.Tensor) -> None:
-        """Keeps what this replica updated of a bucket, for `share_kept`."""
+        """Keeps what this replica updated of a bucket, for `gather_kept`."""
 
         def assign(row: tf.Tensor) -> None:
             for segment in bucket.segments_of(self.rank):
@@ -225,14 +225,14 @@ class Exchange:
                 )
                 value.assign(tf.reshape(flat, value.shape))
 
-        tf.function(assign, jit_compile=True, autograph=False)(row)  # in the variable's memory, as in `share`
+        tf.function(assign, jit_compile=True, autograph=False)(row)  # in the variable's memory, as in `gather`
 
-    def share_kept(self, bucket: Bucket) -> None:
+    def gather_kept(self, bucket: Bucket) -> None:
         """Gives all replicas what this one kept of a bucket, and takes what they did."""
-        parts = {s.index: tf.reshape(self.part(bucket, s), [-1]) for s in bucket.segments_of(self.rank)}
-        self.share(bucket, pack_row(bucket, self.rank, parts), ())
+        masters = {s.index: tf.reshape(self.master(bucket, s), [-1]) for s in bucket.segments_of(self.rank)}
+        self.gather(bucket, pack_row(bucket, self.rank, masters), ())
 
-    def _share_differences(self, bucket: Bucket, row: tf.Tensor) -> None:
+    def _gather_differences(self, bucket: Bucket, row: tf.Tensor) -> None:
         def encode(row: tf.Tensor) -> tf.Tensor:
             ahead = {s.index: self._ahead(s, row, self.component(s.index)) for s in bucket.segments}
             return self.wire.codec.encoded(pack_row(bucket, self.rank, ahead)[tf.newaxis])[0]
@@ -249,7 +249,7 @@ class Exchange:
         gathered = self.group.all_gather(payload, self.replica)
         tf.function(assign, jit_compile=True, autograph=False)(gathered, row)
 
-    def _share_shards(self, bucket: Bucket, row: tf.Tensor, updated: Collection[int]) -> None:
+    def _assign_shards(self, bucket: Bucket, row: tf.Tensor, updated: Collection[int]) -> None:
         mine = {s.index: row[s.offset : s.offset + s.width] for s in bucket.segments_of(self.rank)}
         size = self.plan.shards
         if bucket.placement is Placement.OWNED:
@@ -260,7 +260,7 @@ class Exchange:
                 rows = tf.reshape(self.group.all_gather(shard, self.replica), [-1])
                 shape = self._shape_of(index)
                 whole = self._constrained(index, tf.reshape(rows[: shape.num_elements()], shape), updated)
-                shard = local_part(whole, None, self.rank, size)
+                shard = local_shard(whole, None, self.rank, size)
             self.component(index).assign(shard)
 
     def _constrained(self, index: int, value: tf.Tensor, updated: Collection[int]) -> tf.Tensor:

@@ -40,7 +40,7 @@ class LateGathers:
     def __init__(self, model: keras.Model, train_step: Callable, strategy: tf.distribute.Strategy) -> None:
         self._model = model
         self._train_step = train_step
-        self._finish = tf.function(lambda: strategy.run(self._share_kept), autograph=False)
+        self._finish = tf.function(lambda: strategy.run(self._gather_kept), autograph=False)
 
     @classmethod
     def of(cls, model: keras.Model, step_function: Callable, strategy: tf.distribute.Strategy) -> "LateGathers | None":
@@ -52,7 +52,7 @@ class LateGathers:
 
     def step(self, data: Any) -> Any:
         """Within a replica: gathers what the step before has updated, and trains on a batch."""
-        self._share_kept()
+        self._gather_kept()
         trained, replica = self._model.optimizer.trained, runtime.replica_index()
         begun = _last_mark(trained, replica)
         current_run().gathers_late = True
@@ -74,7 +74,7 @@ class LateGathers:
         self._finish()
         return logs
 
-    def _share_kept(self) -> None:
+    def _gather_kept(self) -> None:
         """Within a replica: the gathers, in the order of the forward pass."""
         trained, replica = self._model.optimizer.trained, runtime.replica_index()
         exchange = trained.exchange(replica)
@@ -82,11 +82,11 @@ class LateGathers:
         is_pending = tf.unstack(pending)
         for bucket in reversed(_waiting(exchange)):
 
-            def share(bucket: Bucket = bucket) -> bool:
-                exchange.share_kept(bucket)
+            def gather(bucket: Bucket = bucket) -> bool:
+                exchange.gather_kept(bucket)
                 return True
 
-            tf.cond(is_pending[bucket.segments[0].index], share, lambda: False)
+            tf.cond(is_pending[bucket.segments[0].index], gather, lambda: False)
         pending.assign(tf.zeros_like(pending))
 
 

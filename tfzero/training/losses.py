@@ -4,9 +4,9 @@
 means, wrong as soon as replicas see different numbers of samples, unmasked elements or weights. Here each replica's
 sum is divided by the count over all replicas, so that the parts add up to what one device computes.
 
-[Note: a user's own loss] Within `Model._compute_loss` everything is in the unit of a mean over this replica's samples,
-and the total is multiplied by the replica's share of the batch at the end. So a `compute_loss` that takes its own mean
-is as right as one that adds up Keras losses.
+[Note: a user's own loss] Within `Model._compute_loss` all values are means over this replica's samples. At the end the
+total is multiplied by the replica's fraction of the batch. So a `compute_loss` that takes its own mean is as right as
+one that adds up Keras losses.
 """
 
 import contextlib
@@ -52,8 +52,8 @@ def scale(value: tf.types.experimental.TensorLike, extended: ZeroExtended) -> tf
     value = ops.convert_to_tensor(value)
     if value.shape.rank:
         return value
-    share = ops.cast(extended.share(), value.dtype)
-    return ops.where(share > 0, value * share, ops.zeros_like(value))
+    fraction = ops.cast(extended.batch_fraction(), value.dtype)
+    return ops.where(fraction > 0, value * fraction, ops.zeros_like(value))
 
 
 def unscale(value: tf.types.experimental.TensorLike, extended: ZeroExtended) -> tf.Tensor:
@@ -65,10 +65,10 @@ def unscale(value: tf.types.experimental.TensorLike, extended: ZeroExtended) -> 
     static = getattr(_scope, "static", None)
     if static is True or ops.convert_to_tensor(value).shape.rank:
         return value
-    share = ops.cast(extended.share(), value.dtype)
+    fraction = ops.cast(extended.batch_fraction(), value.dtype)
     if static is False:
-        return value * share * extended.mesh.replicas
-    return ops.divide_no_nan(value, share)
+        return value * fraction * extended.mesh.replicas
+    return ops.divide_no_nan(value, fraction)
 
 
 def reduce_loss(
@@ -108,7 +108,7 @@ def reduce_loss(
             counts = [tf.size(values, tf.int64), unmasked, maskable]
         total = ops.divide_no_nan(total, _global_divisor(counts, total.dtype, extended))
     if getattr(_scope, "static", None) is not None:
-        total = ops.divide_no_nan(total, ops.cast(extended.share(), total.dtype))
+        total = ops.divide_no_nan(total, ops.cast(extended.batch_fraction(), total.dtype))
     return total
 
 

@@ -113,8 +113,8 @@ class ReplicaStep:
         if self.trained.loss_scale is None:
             self._advance(rows)
             return
-        parts = list(rows.values()) if rows is not None else list(self.gradients.values())
-        finite = self._vote([*parts, *self.overwriting.values.values()])
+        tensors = list(rows.values()) if rows is not None else list(self.gradients.values())
+        finite = self._vote([*tensors, *self.overwriting.values.values()])
         tf.cond(finite, lambda: self._advance_and_grow_scale(rows), self._shrink_scale)
 
     @property
@@ -203,24 +203,24 @@ class ReplicaStep:
             for bucket in buckets:
                 for segment in self._active(bucket):
                     if self.trained.sharded_gradients:
-                        part = rows[bucket][segment.offset : segment.offset + segment.width]
+                        gradient = rows[bucket][segment.offset : segment.offset + segment.width]
                     else:
-                        part = self.gradients[segment.index]
+                        gradient = self.gradients[segment.index]
                     accumulator = self._accumulator(segment.index)
-                    accumulator.assign_add(tf.reshape(part, accumulator.shape))
+                    accumulator.assign_add(tf.reshape(gradient, accumulator.shape))
             if optimizer.use_ema:
                 self._update(optimizer, [], {})
 
         tf.cond(tf.equal((counter + 1) % steps, 0), update, accumulate)
 
     def _accumulated_row(self, bucket: Bucket) -> tf.Tensor:
-        parts = {s.index: tf.reshape(self._accumulator(s.index), [-1]) for s in self._mine(bucket)}
-        return pack_row(bucket, self.rank, parts)
+        shards = {s.index: tf.reshape(self._accumulator(s.index), [-1]) for s in self._mine(bucket)}
+        return pack_row(bucket, self.rank, shards)
 
     # Clip.
 
     def _clipper(self, optimizer: keras.optimizers.Optimizer, rows: Mapping[Bucket, tf.Tensor]) -> Callable:
-        """A function of a gradient's part and its variable's index that clips as Keras does, by the true norm."""
+        """A function of a gradient's shard and its variable's index that clips as Keras does, by the true norm."""
         by_norm = any(limit and limit > 0 for limit in (optimizer.clipnorm, optimizer.global_clipnorm))
         if by_norm or self.trained.squared_norms:
             squares = self._squared_norms(rows)
@@ -229,16 +229,16 @@ class ReplicaStep:
             norms = tf.sqrt(squares)
             places = {index: place for place, index in enumerate(self._indices(rows))}
             scales = optimizer.clipnorm / tf.maximum(norms, optimizer.clipnorm)
-            return lambda part, index: part * tf.cast(scales[places[index]], part.dtype)
+            return lambda shard, index: shard * tf.cast(scales[places[index]], shard.dtype)
         if optimizer.global_clipnorm and optimizer.global_clipnorm > 0:
             limit = optimizer.global_clipnorm
             norm = tf.sqrt(tf.reduce_sum(squares))
             # As keras/src/optimizers/base_optimizer.py: a norm that is not finite makes everything NaN.
             scale = limit * tf.minimum(1.0 / norm, 1.0 / limit) + (norm - norm)
-            return lambda part, index: part * tf.cast(scale, part.dtype)
+            return lambda shard, index: shard * tf.cast(scale, shard.dtype)
         if optimizer.clipvalue and optimizer.clipvalue > 0:
-            return lambda part, index: tf.clip_by_value(part, -optimizer.clipvalue, optimizer.clipvalue)
-        return lambda part, index: part
+            return lambda shard, index: tf.clip_by_value(shard, -optimizer.clipvalue, optimizer.clipvalue)
+        return lambda shard, index: shard
 
     def _note_norm(self, optimizer: keras.optimizers.Optimizer, squares: tf.Tensor) -> None:
         if self.trained.squared_norms:
@@ -253,8 +253,8 @@ class ReplicaStep:
             if bucket.placement is Placement.WHOLE and self.rank != 0:
                 continue
             for segment in self._mine(bucket):
-                part = tf.cast(row[segment.offset : segment.offset + segment.width], tf.float32)
-                squares[segment.index] = tf.reduce_sum(tf.square(part))
+                shard = tf.cast(row[segment.offset : segment.offset + segment.width], tf.float32)
+                squares[segment.index] = tf.reduce_sum(tf.square(shard))
         return self.group.all_reduce(tf.stack([squares[index] for index in indices]), self.replica)
 
     # Update, gather, assign.
@@ -271,29 +271,29 @@ class ReplicaStep:
             learning_rate = tf.convert_to_tensor(rate.value if isinstance(rate, keras.Variable) else rate)
             runtime.begin_update(optimizer, learning_rate)
         compiled = self.trained.compiled[self.trained.optimizers.index(optimizer)]
-        for batch in self.plan.group(self._buckets_to_visit(optimizer, buckets), self.trained.bucket_bytes.value):
+        for batch in self.plan.coalesced(self._buckets_to_visit(optimizer, buckets), self.trained.bucket_bytes.value):
 
             def updated_rows(
                 given: Mapping[int, tf.Tensor],
-                parts: Mapping[int, Mapping[int, tf.Tensor]],
+                masters: Mapping[int, Mapping[int, tf.Tensor]],
                 batch: Sequence[Bucket] = batch,
             ) -> dict[int, tf.Tensor | None]:
                 return {
-                    place: self._updated_row(optimizer, bucket, given.get(place), parts[place], learning_rate, clip)
+                    place: self._updated_row(optimizer, bucket, given.get(place), masters[place], learning_rate, clip)
                     for place, bucket in enumerate(batch)
                 }
 
             given = {place: rows[bucket] for place, bucket in enumerate(batch) if bucket in rows}
             # Outside what XLA compiles, as it has no collectives.
-            parts = {place: self.exchange.collect_owned(bucket) for place, bucket in enumerate(batch)}
-            updated = tf.function(updated_rows, jit_compile=compiled, autograph=False)(given, parts)
+            masters = {place: self.exchange.collect_owned(bucket) for place, bucket in enumerate(batch)}
+            updated = tf.function(updated_rows, jit_compile=compiled, autograph=False)(given, masters)
             for place, bucket in enumerate(batch):
                 if (bucket in rows or optimizer.ema_overwrite_frequency) and not self._is_updated_in_place(bucket):
-                    self._share_or_keep(bucket, updated[place])
+                    self._gather_or_keep(bucket, updated[place])
 
-    def _share_or_keep(self, bucket: Bucket, row: tf.Tensor) -> None:
+    def _gather_or_keep(self, bucket: Bucket, row: tf.Tensor) -> None:
         if not (self.gathers_late and self.exchange.can_wait(bucket)):
-            self.exchange.share(bucket, row, self.gradients)
+            self.exchange.gather(bucket, row, self.gradients)
             return
         self.exchange.keep(bucket, row)
         kept = [segment.index for segment in bucket.segments]
@@ -304,14 +304,14 @@ class ReplicaStep:
         optimizer: keras.optimizers.Optimizer,
         bucket: Bucket,
         row: tf.Tensor | None,
-        parts: Mapping[int, tf.Tensor],
+        masters: Mapping[int, tf.Tensor],
         learning_rate: tf.Tensor | None,
         clip: Callable[[tf.Tensor, int], tf.Tensor] | None,
     ) -> tf.Tensor | None:
         updated = {}
         for segment in self._mine(bucket):
-            part = parts[segment.index] if parts else self.exchange.part(bucket, segment)
-            updated[segment.index] = self._updated_part(optimizer, segment, row, part, learning_rate, clip)
+            master = masters[segment.index] if masters else self.exchange.master(bucket, segment)
+            updated[segment.index] = self._updated_shard(optimizer, segment, row, master, learning_rate, clip)
             if self._is_updated_in_place(bucket):
                 component = self.exchange.component(segment.index)
                 component.assign(tf.reshape(updated[segment.index], component.shape))
@@ -329,17 +329,17 @@ class ReplicaStep:
         index = self.trained.optimizers.index(optimizer)
         return [bucket for bucket in self.plan.buckets if bucket.optimizer == index]
 
-    def _updated_part(
+    def _updated_shard(
         self,
         optimizer: keras.optimizers.Optimizer,
         segment: Segment,
         row: tf.Tensor | None,
-        part: tf.Tensor,
+        master: tf.Tensor,
         learning_rate: tf.Tensor | None,
         clip: Callable[[tf.Tensor, int], tf.Tensor] | None,
     ) -> tf.Tensor:
-        """This replica's part of one variable after the step, flat."""
-        view = VariableView(self.trained.variables[segment.index], self.plan, segment.index, part)
+        """What this replica updates of one variable, after the step, flat."""
+        view = VariableView(self.trained.variables[segment.index], self.plan, segment.index, master)
         if row is not None and segment.index in self.gradients:
             gradient = clip(row[segment.offset : segment.offset + segment.width], segment.index)
             runtime.decay_weight(optimizer, view)

@@ -42,7 +42,7 @@ class ReplicatedVariable(distributed.VariableBase):
         return super().update_in_replica(update, value, **kwargs)
 
     def update_outside(self, update: Callable[..., Any], value: tf.types.experimental.TensorLike, **kwargs: Any) -> Any:
-        # A sharded variable must be read here, where it is whole, and not on each device, where it is a part.
+        # A sharded variable must be read here, where it is whole, and not on each device, which has a shard.
         if isinstance(value, tf.Variable | keras.Variable):
             value = tf.convert_to_tensor(value)
         return super().update_outside(update, value, **kwargs)
@@ -106,10 +106,10 @@ def _added_to(variable: OnReadVariable, value: tf.types.experimental.TensorLike)
 
 
 class ShardedVariable(ReplicatedVariable):
-    """A variable of which each replica holds its own part: a shard, or everything or nothing of an owned one.
+    """A variable of which each replica holds its own component: a shard, or everything or nothing of an owned one.
 
-    Within a replica it reads and writes the replica's part, flat (`[shard_elements]`) when sharded. Outside it behaves
-    as the whole variable: reading gathers, assigning cuts. Both are collectives there, so all workers must take part.
+    Within a replica it reads and writes the replica's component, which is flat (`[shard_elements]`) if sharded. Outside it
+    behaves as the whole variable: reading gathers, assigning cuts. Both are collectives, so all workers must take part.
     """
 
     def __init__(
@@ -181,9 +181,9 @@ class ShardedVariable(ReplicatedVariable):
             update(self._held, value, **kwargs)
             return self
         for replica, component in enumerate(self.values):
-            part = self._part_of(value, replica)
+            shard = self._shard_of(value, replica)
             with tf.device(component.device):
-                update(component, part, **kwargs)
+                update(component, shard, **kwargs)
         return self
 
     def exported_as(self) -> tf.Variable:
@@ -195,12 +195,12 @@ class ShardedVariable(ReplicatedVariable):
             )
         return self._held
 
-    def _part_of(self, value: tf.types.experimental.TensorLike, replica: int) -> tf.Tensor:
+    def _shard_of(self, value: tf.types.experimental.TensorLike, replica: int) -> tf.Tensor:
         """What a local replica holds of a value for the whole variable; a scalar may stand for every element."""
         if tf.convert_to_tensor(value).shape.rank == 0 and self._whole_shape.rank:
             return value
         mesh = self.distribute_strategy.extended.mesh
-        return local_part(value, self._owner, mesh.shard_rank(mesh.rank(replica)), mesh.shards)
+        return local_shard(value, self._owner, mesh.shard_rank(mesh.rank(replica)), mesh.shards)
 
 
 def agree_on_sharded(channel: Channel, topic: str, variables: Sequence[ShardedVariable], what: str) -> None:
@@ -259,10 +259,10 @@ class ShardedParameter(ShardedVariable):
         value = combined(self, tf.convert_to_tensor(value, self.dtype), extended)
         extended.forget_gathered()
         replica = runtime.replica_index()
-        return update(self.values[replica], self._part_of(value, replica), **kwargs)
+        return update(self.values[replica], self._shard_of(value, replica), **kwargs)
 
 
-def local_part(
+def local_shard(
     whole: tf.types.experimental.TensorLike, owner: int | None, rank: int, shards: int
 ) -> np.ndarray | tf.Tensor:
     """What shard `rank` of `shards` is of a whole array or tensor: all or nothing of an owned one, else its flat shard.
@@ -277,21 +277,21 @@ def local_part(
     flat = library.reshape(whole, [-1])
     width = shard_elements(flat.shape[0], shards)
     begin = min(rank * width, flat.shape[0] - 1)
-    part = flat[begin : begin + width] if begin == rank * width else flat[begin:]
-    return concatenate([part, library.repeat(part[-1:], width - part.shape[0])], 0)
+    shard = flat[begin : begin + width] if begin == rank * width else flat[begin:]
+    return concatenate([shard, library.repeat(shard[-1:], width - shard.shape[0])], 0)
 
 
 class VariableView(SlotKey):
     """What an inner optimizer sees of a model variable.
 
-    While the optimizer is built it stands for the whole variable. In a step it holds `value`, the replica's part, which
-    the optimizer's `assign` methods change as they would change a variable.
+    While the optimizer is built it stands for the whole variable. In a step it holds `value`, the replica's
+    shard. The optimizer's `assign` methods change it as they would change a variable.
 
     Args:
         variable: the model's Keras variable.
         plan: the plan that places it.
         index: its place in the plan.
-        value: this replica's part, `[shard_elements]` when sharded.
+        value: this replica's shard, `[shard_elements]` when sharded.
     """
 
     def __init__(self, variable: keras.Variable, plan: Plan, index: int, value: tf.Tensor | None = None) -> None:
@@ -308,7 +308,7 @@ class VariableView(SlotKey):
 
     @property
     def sharded(self) -> bool:
-        """Whether slots made for this view are held in parts."""
+        """Whether slots made for this view are held in shards."""
         return self.plan.placements[self.index] is not Placement.WHOLE
 
     @property

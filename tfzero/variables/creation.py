@@ -20,7 +20,7 @@ from tfzero.variables.classes import (
     ShardedParameter,
     ShardedVariable,
     VariableView,
-    local_part,
+    local_shard,
 )
 from tfzero.variables.row_state import RowsVariable
 
@@ -86,8 +86,8 @@ class VariableCreation:
         is_sharded = self._is_sharded(value, kwargs)
         value = on_host(value)
         if is_sharded:
-            parts = self._make_parts(next_creator, value, None, kwargs)
-            return ShardedParameter(self._strategy, parts, tf.TensorShape(value.shape))
+            components = self._make_components(next_creator, value, None, kwargs)
+            return ShardedParameter(self._strategy, components, tf.TensorShape(value.shape))
         return self._replicate(next_creator, value, kwargs)
 
     def _is_sharded(self, initial_value: tf.Tensor, kwargs: dict) -> bool:
@@ -101,16 +101,16 @@ class VariableCreation:
             and initial_value.shape.num_elements() >= max(1, self._settings.min_shard_elements)
         )
 
-    def _make_parts(
+    def _make_components(
         self, next_creator: Callable[..., tf.Variable], value: np.ndarray | tf.Tensor, owner: int | None, kwargs: dict
     ) -> list[tf.Variable]:
-        """One variable for each local replica, of its part of a value."""
+        """One variable for each local replica, of its shard of a value."""
         kwargs.pop("shape", None)
-        parts: list[tf.Variable] = []
+        components: list[tf.Variable] = []
         for rank, device in zip(self._mesh.ranks, self._group.devices, strict=True):
-            part = local_part(value, owner, self._mesh.shard_rank(rank), self._mesh.shards)
-            parts.append(component(next_creator, device, part, parts, kwargs))
-        return parts
+            shard = local_shard(value, owner, self._mesh.shard_rank(rank), self._mesh.shards)
+            components.append(component(next_creator, device, shard, components, kwargs))
+        return components
 
     def _agree_on_variable(self, name: str | None, initial_value: tf.Tensor) -> None:
         what = {"shape": str(initial_value.shape), "dtype": initial_value.dtype.name}
@@ -157,7 +157,7 @@ class VariableCreation:
         if is_own or not view.sharded:
             slot = self._replicate(next_creator, value, kwargs)
         else:
-            parts = self._make_parts(next_creator, value, view.owner, kwargs)
-            slot = ShardedVariable(self._strategy, parts, tf.TensorShape(value.shape), view.owner)
+            components = self._make_components(next_creator, value, view.owner, kwargs)
+            slot = ShardedVariable(self._strategy, components, tf.TensorShape(value.shape), view.owner)
         view.slots.append(slot)
         return slot

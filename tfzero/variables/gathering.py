@@ -99,9 +99,9 @@ class Gatherer:
 
     def _gather(self, shard: tf.Variable, shape: tf.TensorShape, dtype: tf.DType) -> tf.Tensor:
         @tf.custom_gradient
-        def gather(part: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:  # [shard_elements]
+        def gather(shard: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:  # [shard_elements]
             with self._group.lanes.purpose(runtime.replica_index(), f"the parameter {shard.name}"):
-                whole = self._all_gather(part, shape, dtype, self._previous_users())
+                whole = self._all_gather(shard, shape, dtype, self._previous_users())
             self._gathered.append(whole)
 
             def gradient(upstream: tf.Tensor | tf.IndexedSlices) -> tf.Tensor:
@@ -113,7 +113,7 @@ class Gatherer:
                         with self._group.lanes.purpose(
                             runtime.replica_index(), f"the parameter {shard.name} once more"
                         ):
-                            self._gather_again(whole, part, dtype, waits)
+                            self._gather_again(whole, shard, dtype, waits)
                 purpose = self._group.lanes.purpose(runtime.replica_index(), f"the gradient of {shard.name}")
                 with purpose, tf.control_dependencies(waits):
                     scattered = self._scatter_gradient(self._counted(tf.reshape(upstream, shape)), shard)
@@ -126,7 +126,7 @@ class Gatherer:
 
     def _all_gather(
         self,
-        part: tf.Tensor,
+        shard: tf.Tensor,
         shape: tf.TensorShape,
         dtype: tf.DType,
         waits: Sequence[tf.Tensor | tf.Operation],
@@ -134,10 +134,10 @@ class Gatherer:
     ) -> tf.Tensor:
         codec = self._codec_for(shape, dtype)
         with tf.control_dependencies(waits):
-            part = tf.identity(part if codec else tf.cast(part, dtype))
-        sent = codec.encode(part[tf.newaxis])[0] if codec else part
+            shard = tf.identity(shard if codec else tf.cast(shard, dtype))
+        sent = codec.encode(shard[tf.newaxis])[0] if codec else shard
         rows = self._collective(self._group.all_gather, sent, backward)
-        flat = tf.reshape(codec.decode(rows, part.shape[0], dtype) if codec else rows, [-1])
+        flat = tf.reshape(codec.decode(rows, shard.shape[0], dtype) if codec else rows, [-1])
         return tf.reshape(flat[: shape.num_elements()] if flat.shape[0] > shape.num_elements() else flat, shape)
 
     def _codec_for(self, shape: tf.TensorShape, dtype: tf.DType) -> Codec | None:
@@ -183,7 +183,7 @@ class Gatherer:
         before = _before_the_last(self._gathered, PREFETCH_BYTES)
         return [use.operation for value in before for use in _uses(value)]
 
-    def _gather_again(self, whole: tf.Tensor, part: tf.Tensor, dtype: tf.DType, waits: Sequence[tf.Tensor]) -> None:
+    def _gather_again(self, whole: tf.Tensor, shard: tf.Tensor, dtype: tf.DType, waits: Sequence[tf.Tensor]) -> None:
         """Points the backward pass to a second gather; see 2 in [Note: gather].
 
         What the second gather must wait for must not wait for what it is for: such a use keeps the first value.
@@ -207,7 +207,7 @@ class Gatherer:
             for tensor in (*(self._awaited or incoming), *waits)
             if not any(edges.comes_after(tensor.op, use.operation) for use in uses)
         ]
-        again = self._all_gather(part, whole.shape, dtype, awaited, backward=True)
+        again = self._all_gather(shard, whole.shape, dtype, awaited, backward=True)
         self._awaited = incoming
         for use in uses:
             use.replace(again)

@@ -46,13 +46,13 @@ def holdings(trained: Iterable[Trained]) -> list[Holding]:
     found = []
     for each in trained:
         for variable, slots in zip(each.variables, each.slots, strict=True):
-            parts = [_part(value, each.plan.shards) for value in (variable.value, *slots)]
-            ranks = tuple(sum((part[rank] for part in parts), Counter()) for rank in range(each.plan.shards))
+            held = [_bytes_by_rank(value, each.plan.shards) for value in (variable.value, *slots)]
+            ranks = tuple(sum((each_held[rank] for each_held in held), Counter()) for rank in range(each.plan.shards))
             found.append(Holding(variable.path, ranks))
     return sorted(found, key=lambda holding: -holding.total_bytes)
 
 
-def _part(value: tf.Variable, shards: int) -> list[Counter]:
+def _bytes_by_rank(value: tf.Variable, shards: int) -> list[Counter]:
     """What each rank holds of a variable or slot."""
     elements, item_bytes = math.prod(value.shape), tf.as_dtype(value.dtype).size
     if not isinstance(value, ShardedVariable):

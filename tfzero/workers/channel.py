@@ -19,7 +19,7 @@ from tfzero.workers import meeting
 from tfzero.workers.cluster import Cluster
 from tfzero.workers.differences import differences_of
 from tfzero.workers.handshake import read_secret
-from tfzero.workers.meeting import error_of, is_seconds, part, told
+from tfzero.workers.meeting import error_of, hang_up, is_seconds, told
 from tfzero.workers.messages import encode, receive, seconds_left, send
 from tfzero.workers.stopping import blaming
 
@@ -82,7 +82,7 @@ class Channel:
     def compare(self, topic: str, value: Any) -> tuple[list[Any], str]:
         """The values of all workers, as `all_gather` gives them; and who has what, or "" if all have the same."""
         values = self.all_gather(topic, value)
-        return values, differences_of(values, self._cluster.group)
+        return values, differences_of(values, self._cluster.names_of)
 
     def agree(self, topic: str, value: Any, what: str) -> None:
         """Raise ValueError on all, who may go on, unless all give the same value. `what` names it: "settings"."""
@@ -110,7 +110,7 @@ class Channel:
         if self._failure is None:
             closed = RuntimeError("The channel among the workers was closed.")
             self._failure = closed if error is None else _again(error)
-        part(self._connections.values(), error)
+        hang_up(self._connections.values(), error)
         self._connections = {}
         return self._failure
 

@@ -32,7 +32,7 @@ class Cluster:
         """Names and addresses of these workers, or of all, for messages."""
         return ", ".join(f"{self.names[i]} at {self.addresses[i]}" for i in indexes or range(self.size))
 
-    def group(self, indexes: list[int]) -> str:
+    def names_of(self, indexes: list[int]) -> str:
         """Names in short: "chief 0 and workers 1, 3"."""
         numbers: dict[str, list[str]] = {}
         for index in indexes:

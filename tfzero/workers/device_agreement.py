@@ -71,8 +71,8 @@ def find_mixture(told: Sequence[Mapping[str, Any]], cluster: Cluster) -> str:
         which = [index for index, each in enumerate(told) if each["kind"] == kind]
         counts = sorted({told[index]["count"] for index in which})
         unseen = [index for index in which if kind == "CPU" and told[index]["sees"] == 0]
-        why = f" (TensorFlow sees no GPU on {cluster.group(unseen)})" if unseen else ""
-        return f"{cluster.group(which)} would compute on {' or '.join(map(str, counts))} {kind}s{why}"
+        why = f" (TensorFlow sees no GPU on {cluster.names_of(unseen)})" if unseen else ""
+        return f"{cluster.names_of(which)} would compute on {' or '.join(map(str, counts))} {kind}s{why}"
 
     return (
         f"All workers need devices of one kind, but {of('GPU')}, and {of('CPU')}. Run `python -m tfzero.doctor` where "

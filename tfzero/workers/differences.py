@@ -22,11 +22,11 @@ def differences_of(values: Sequence[Any], name: Callable[[list[int]], str]) -> s
         table = {f"{key} is ": [repr(v[key]) if key in v else "missing" for v in values] for key in keys}
     parts = []
     for label, row in table.items():
-        groups = {text: [index for index, other in enumerate(row) if other == text] for text in row}
+        holders = {text: [index for index, other in enumerate(row) if other == text] for text in row}
         shown = [
-            f"{text} on {name(which)}" for text, which in zip(_shortened(list(groups)), groups.values(), strict=True)
+            f"{text} on {name(which)}" for text, which in zip(_shortened(list(holders)), holders.values(), strict=True)
         ]
-        if len(groups) > 1:
+        if len(holders) > 1:
             parts.append(f"{label}{', '.join(shown[:-1])} and {shown[-1]}")
     more = f"; and {len(parts) - MOST_SHOWN} more" if len(parts) > MOST_SHOWN else ""
     return "; ".join(parts[:MOST_SHOWN]) + more

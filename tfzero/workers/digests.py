@@ -217,9 +217,9 @@ def _parts(array: np.ndarray) -> Iterator[bytes | memoryview]:
     if raw.size <= MOST_BYTES:
         yield raw.data
         return
-    step = -(-raw.size * _PART_BYTES // MOST_BYTES)
-    stretches = np.arange(raw.size // step)
-    places = stretches * step + (stretches * _SCATTER % 2**32 * (step - _PART_BYTES + 1) >> 32)
+    stride = -(-raw.size * _PART_BYTES // MOST_BYTES)
+    stretches = np.arange(raw.size // stride)
+    places = stretches * stride + (stretches * _SCATTER % 2**32 * (stride - _PART_BYTES + 1) >> 32)
     yield np.ascontiguousarray(np.lib.stride_tricks.sliding_window_view(raw, _PART_BYTES)[places]).data
     yield raw[-_PART_BYTES:].data
 

@@ -80,17 +80,17 @@ class Links:
 
     def all_reduce(self, value: np.ndarray, out: np.ndarray, key: int = 0) -> None:
         """Sum over workers, always added in rank order, into `out` of the same shape."""
-        parts, sums = (np.array_split(array.reshape(-1), self._cluster.size) for array in (value, out))
+        blocks, sums = (np.array_split(array.reshape(-1), self._cluster.size) for array in (value, out))
         with self._carrying(key):
-            self._sum(parts, sums[self._cluster.index], key)
+            self._sum(blocks, sums[self._cluster.index], key)
             self._gather(sums, key)
 
     def all_gather(self, value: np.ndarray, out: np.ndarray, key: int = 0) -> None:
         """Every worker's value, into `out` of shape `[workers, *value.shape]`."""
-        parts = out.reshape(self._cluster.size, value.size)
+        blocks = out.reshape(self._cluster.size, value.size)
         with self._carrying(key):
-            parts[self._cluster.index] = value.reshape(-1)
-            self._gather(list(parts), key)
+            blocks[self._cluster.index] = value.reshape(-1)
+            self._gather(list(blocks), key)
 
     def all_to_all(self, value: np.ndarray, out: np.ndarray, key: int = 0) -> None:
         """Row `r` goes to worker `r`, into its `out`, of the same shape, at this worker's place."""
@@ -113,22 +113,22 @@ class Links:
         finally:
             self._is_carrying.release()
 
-    def _gather(self, parts: Sequence[np.ndarray], key: int) -> None:
-        """Each worker's part goes to all others, to the same place."""
-        self._exchange([parts[self._cluster.index]] * len(parts), parts, key)
+    def _gather(self, blocks: Sequence[np.ndarray], key: int) -> None:
+        """Each worker's block goes to all others, to the same place."""
+        self._exchange([blocks[self._cluster.index]] * len(blocks), blocks, key)
 
-    def _sum(self, parts: Sequence[np.ndarray], out: np.ndarray, key: int) -> None:
-        """Each worker's sum of the parts that are its own; part `r` is that of worker `r`."""
+    def _sum(self, blocks: Sequence[np.ndarray], out: np.ndarray, key: int) -> None:
+        """Each worker's sum of the blocks that are its own; block `r` is that of worker `r`."""
         rank, size = self._cluster.index, self._cluster.size
-        step = max(1, _CHUNK_BYTES // out.itemsize // (size - 1))
-        if self._scratch.nbytes < size * step * out.itemsize:
-            self._scratch = np.empty(size * step * out.itemsize, np.uint8)
-        scratch = self._scratch[: size * step * out.itemsize].view(out.dtype).reshape(size, step)
-        for begin in range(0, max(part.size for part in parts), step):
-            total = out[begin : begin + step]
+        width = max(1, _CHUNK_BYTES // out.itemsize // (size - 1))
+        if self._scratch.nbytes < size * width * out.itemsize:
+            self._scratch = np.empty(size * width * out.itemsize, np.uint8)
+        scratch = self._scratch[: size * width * out.itemsize].view(out.dtype).reshape(size, width)
+        for begin in range(0, max(block.size for block in blocks), width):
+            total = out[begin : begin + width]
             received = [row[: total.size] for row in scratch]
-            self._exchange([part[begin : begin + step] for part in parts], received, key)
-            received[rank] = parts[rank][begin : begin + step]
+            self._exchange([block[begin : begin + width] for block in blocks], received, key)
+            received[rank] = blocks[rank][begin : begin + width]
             np.add(received[0], received[1], out=total)
             for term in received[2:]:
                 np.add(total, term, out=total)

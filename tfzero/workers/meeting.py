@@ -49,7 +49,7 @@ def error_of(message: dict[str, Any]) -> Exception:
     return blaming(error, blamed) if known else error
 
 
-def part(connections: Iterable[socket.socket], error: BaseException | None) -> None:
+def hang_up(connections: Iterable[socket.socket], error: BaseException | None) -> None:
     """Closes the connections. If there is an error, tells it first to the peers that still hear."""
     for connection in connections:
         with connection, contextlib.suppress(OSError):
@@ -235,7 +235,7 @@ def call_all(cluster: Cluster, secret: bytes, timeout_seconds: float) -> dict[in
             what = f"{len(missing)} of {cluster.size} workers missing after {timeout_seconds:g} s: {who}."
             raise TimeoutError(f"{what} {_ADVICE}")
     except BaseException as error:
-        part(connections.values(), error)
+        hang_up(connections.values(), error)
         raise
     return connections
 
