@@ -1,11 +1,12 @@
-"""What travels on the wire in fewer bits: bfloat16, or float16 and int8 with one scale for each 256 elements.
+"""Compressed wire formats: bfloat16, or float16 and int8 with one scale for each 256 elements.
 
-The blockwise format is that of ZeRO++ (https://arxiv.org/abs/2306.10209), symmetric and rounded to nearest; error
-feedback, in `training/exchange.py`, is that of 1-bit SGD (https://www.microsoft.com/en-us/research/publication/1-bit-sgd/).
+The blockwise format is that of ZeRO++ (https://arxiv.org/abs/2306.10209), symmetric and rounded to nearest. Error
+feedback, in `training/exchange.py`, is that of 1-bit SGD
+(https://www.microsoft.com/en-us/research/publication/1-bit-sgd/).
 
-[Note: exact products] Replicas add decoded differences to what they hold, and must stay equal for ever, on machines
-that fuse a product with a sum too. So a scale has only so many significant bits that its product with any encoded
-element is exact in float32: then it makes no difference.
+[Note: exact products] Replicas add decoded differences to what they hold and must stay bitwise equal for ever. Some
+machines fuse the product with the sum and others do not. So a scale keeps few significant bits: its product with any
+encoded element is exact in float32, and fusing changes nothing.
 """
 
 from dataclasses import dataclass
@@ -14,17 +15,17 @@ import tensorflow as tf
 
 from tfzero.plan.formats import BLOCK_ELEMENTS, FORMATS, WireFormat
 
-# To what the largest element of a block is scaled, and its dtype.
+# The value to which a block's largest element is scaled, and the dtype of the elements.
 _BLOCKWISE = {"int8": (127.0, tf.int8), "fp16": (16384.0, tf.float16)}
-# float16 has 11 significant bits and float32 has 24; so many of a scale's bits must be 0. [Note: exact products]
+# float16 has 11 significant bits and float32 has 24, so this many low bits of a scale must be 0. [Note: exact products]
 _CLEARED = (1 << 11) - 1
-# Blocks without a larger element travel as zeros: the inverse of a smaller scale would overflow.
+# A block with a smaller scale travels as zeros: the inverse of that scale would overflow.
 _SMALLEST_SCALE = 1e-37
 
 
 @dataclass(frozen=True)
 class Codec:
-    """Encodes and decodes rows of floats; compiled by XLA into one pass over memory each."""
+    """Encodes and decodes rows of floats. XLA compiles each function into one pass over memory."""
 
     format: WireFormat
 
@@ -34,15 +35,15 @@ class Codec:
         return None if compression is None else cls(FORMATS[compression])
 
     def serves(self, shape: tf.TensorShape, dtype: tf.DType) -> bool:
-        """Whether variables of this shape travel encoded: matrices and more, of floats that are wider."""
+        """Whether such variables travel encoded: floats wider than the format, with two dimensions or more."""
         return len(shape) > 1 and dtype.is_floating and dtype.size > self.format.item_bytes
 
     def encode(self, rows: tf.Tensor) -> tf.Tensor:
-        """`[k, n]` floats as `[k, words]` int32. A block with an element that is not finite decodes to NaN."""
+        """Encodes `[k, n]` floats as `[k, words]` int32. A block with an element that is not finite decodes to NaN."""
         return tf.function(self.encoded, jit_compile=True, autograph=False)(rows)
 
     def decode(self, payload: tf.Tensor, elements: int, dtype: tf.DType = tf.float32) -> tf.Tensor:
-        """`[k, words]` int32 as `[k, elements]` floats."""
+        """Decodes `[k, words]` int32 to `[k, elements]` floats."""
 
         def decode(payload: tf.Tensor) -> tf.Tensor:
             return tf.cast(self.decoded(payload, elements), dtype)
@@ -50,14 +51,14 @@ class Codec:
         return tf.function(decode, jit_compile=True, autograph=False)(payload)
 
     def decode_sum(self, payload: tf.Tensor, elements: int) -> tf.Tensor:
-        """The sum of all rows, in float32: `[k, words]` int32 to `[elements]`."""
+        """Decodes all rows and returns their sum in float32: `[k, words]` int32 to `[elements]`."""
 
         def decode_sum(payload: tf.Tensor) -> tf.Tensor:
             return tf.reduce_sum(self.decoded(payload, elements), 0)
 
         return tf.function(decode_sum, jit_compile=True, autograph=False)(payload)
 
-    # To be compiled together with what is before or after.
+    # These are meant to be compiled together with the code before or after them.
 
     def encoded(self, rows: tf.Tensor) -> tf.Tensor:
         count, elements = rows.shape
@@ -72,12 +73,12 @@ class Codec:
         inverse = tf.where(scales < _SMALLEST_SCALE, 0.0, 1.0 / scales)
         scaled = blocks * inverse[..., tf.newaxis]
         items = tf.cast(tf.round(scaled) if dtype.is_integer else scaled, dtype)
-        # A maximum may pass NaN over; a sum does not.
+        # A maximum may ignore NaN; a sum does not.
         flaws = tf.reduce_sum(blocks * 0.0, 2)
         return tf.concat([_as_words(tf.reshape(items, [count, -1])), tf.bitcast(scales + flaws, tf.int32)], 1)
 
     def encoded_with(self, rows: tf.Tensor, residual: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """Encodes rows plus what was lost before; also gives what is lost now (the residual, where not finite)."""
+        """Encodes rows plus residual; returns the payload and the new residual (the old one where it is not finite)."""
         wanted = tf.cast(rows, tf.float32) + residual
         payload = self.encoded(wanted)
         lost = wanted - self.decoded(payload, wanted.shape[1])
@@ -94,7 +95,7 @@ class Codec:
 
 
 def _rounded_up(scales: tf.Tensor) -> tf.Tensor:
-    """The next larger floats with few significant bits. [Note: exact products]"""
+    """The next larger floats that have few significant bits. [Note: exact products]"""
     bits = tf.bitcast(scales, tf.int32)
     return tf.bitcast(tf.bitwise.bitwise_and(bits + _CLEARED, ~_CLEARED), tf.float32)
 

@@ -1,13 +1,13 @@
-"""What orders the collectives of one process, and tells how far each replica has come with them.
+"""Orders the collectives of one process, and counts how far each replica has come with them.
 
-[Note: ordering] Several devices of one process deadlock unless each orders its own collectives; an ordering token,
-one resource per device, does that and nothing else: what shares a token runs in the order of the program. NCCL needs
-one order for all. On CPU a few tokens per device let some collectives overlap, which hides their latency; one more
-"lane" is for stage 3's second gathers, which are traced after what needs them.
+[Note: ordering] Several devices of one process deadlock unless each orders its own collectives. An ordering token does
+that and nothing else: it is one resource per device, and collectives that share a token run in program order. NCCL
+needs one order for all. On CPU a few tokens per device let some collectives overlap, which hides their latency. One
+more "lane" is for stage 3's second gathers, which are traced after the operations that need them.
 
-[Note: counts] Between processes a replica adds one to its lane's count when a collective begins and when it ends, so
-that a collective that waits in vain is noticed (`collectives/pulse.py`). Before it begins, its purpose is noted beside
-the count.
+[Note: counts] Between processes a replica adds one to its lane's count when a collective begins and again when it ends.
+This is how `collectives/pulse.py` notices a collective that waits in vain. The purpose of the collective is written
+beside the count before it begins.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import tensorflow as tf
 
-# [Note: ordering] Collectives in flight at once, on CPU.
+# [Note: ordering] Collectives in flight at once on CPU.
 LANES = 4
 
 
@@ -25,7 +25,7 @@ class Lanes:
 
     Args:
         devices: this process's devices, one per local replica.
-        count: how many lanes each has; the last is that of gathers in the backward pass.
+        count: number of lanes of each; the last one is for gathers in the backward pass.
         is_counted: whether collectives are counted. [Note: counts]
     """
 
@@ -38,16 +38,16 @@ class Lanes:
         self._known_purposes = {"a value that all replicas contribute to": 0}
         self._current_purpose = [0] * len(devices)
         self.iterations: tf.Variable | None = None  # of the optimizer built last
-        # Weakly: an operation keeps its graph alive, and the graph the variables that it reads.
+        # Weak references: an operation keeps its graph alive, and the graph keeps the variables that it reads.
         self._latest: list[list[weakref.ref | None]] = [[None] * count for _ in devices]
 
     def counts(self) -> list[int]:
-        """How many collectives each lane of each local replica has begun and ended, together. [Note: counts]"""
+        """Collectives begun plus collectives ended, for each lane of each local replica. [Note: counts]"""
         return [int(counter.numpy()) for counters in self._counters for counter in counters]
 
     @contextlib.contextmanager
     def purpose(self, replica: int, text: str) -> Iterator[None]:
-        """Within it a local replica's collectives are for this, should one of them have to be named."""
+        """While active, `text` describes a local replica's collectives, in case one of them must be named."""
         former = self._current_purpose[replica]
         self._current_purpose[replica] = self._known_purposes.setdefault(text, len(self._known_purposes))
         try:
@@ -56,26 +56,26 @@ class Lanes:
             self._current_purpose[replica] = former
 
     def describe(self, place: int) -> str:
-        """In which step, and at what, the collective is that stands at a place of `counts`."""
+        """The step and the purpose of the collective at one place of `counts`."""
         replica, lane = divmod(place, len(self._counters[0]))
         purpose = list(self._known_purposes)[int(self._purposes[replica][lane].numpy())]
         step = "" if self.iterations is None else f"in step {int(self.iterations.numpy()) + 1}, "
         return f"{step}at {purpose}"
 
     def latest(self, replica: int, graph: tf.Graph) -> tf.Operation | None:
-        """The collective that the next one of the backward lane will wait for, if it is in `graph`. [Note: ordering]"""
+        """The collective that the backward lane's next one will wait for, if it is in `graph`. [Note: ordering]"""
         noted = self._latest[replica][-1]
         latest = None if noted is None else noted()
         return latest if latest is not None and latest.graph is graph else None
 
     def noted(self, result: tf.Tensor, replica: int, lane: int) -> tf.Tensor:
-        """A collective's result, which the lane's next one will wait for."""
+        """Notes a collective's result: the lane's next collective will wait for it."""
         self._latest[replica][lane] = weakref.ref(result.op)
         return result
 
     @contextlib.contextmanager
     def counted(self, replica: int, lane: int, value: tf.Tensor) -> Iterator[Callable[..., list[tf.Operation]]]:
-        """Counts a collective that waits for `value`; the function it gives is to be told the result. [Note: counts]"""
+        """Counts a collective that waits for `value`; pass the result to the function yielded. [Note: counts]"""
 
         def count_after(*tensors: tf.Tensor) -> list[tf.Operation]:
             if not self.is_counted:
@@ -101,6 +101,6 @@ def _make_variables(device: str, count: int) -> list[tf.Variable]:
 
 
 def _host_of(device: str) -> str:
-    """The CPU device that can be read while its GPU is busy."""
+    """The CPU device, which can be read while the GPU is busy."""
     spec = tf.DeviceSpec.from_string(device)
     return device if spec.device_type == "CPU" else spec.replace(device_type="CPU", device_index=0).to_string()

@@ -1,18 +1,20 @@
-"""All replicas as one group, or two levels of them: all-reduce, reduce-scatter, all-gather and broadcast.
+"""All replicas as one group, or as two levels: all-reduce, reduce-scatter, all-gather and broadcast.
 
-What carries them is a `Transport` ([Note: transports] in `collectives/transport.py`). Which primitive carries what, and
-in which dtype, is the table of `collectives/ways.py`; keys are `collectives/keys.py`'s. What this module knows:
+A `Transport` carries the collectives ([Note: transports] in `collectives/transport.py`). The table in
+`collectives/ways.py` says which primitive carries what, and in which dtype; keys come from `collectives/keys.py`. This
+module knows the rest:
 
-[Note: two levels] Of an all-to-all each of a worker's K replicas sends its rows to all other workers. With two levels
-the replicas of a worker first add up their rows: each those of the ranks that have its own place in their workers
-(`within`). Then the replicas of one place exchange these sums (`across`): the network carries one K-th, in W-1 messages
-instead of N-K. Sums in between are float32 at least. All-gather is a ring, which leaves a worker once in any case.
+[Note: two levels] In an all-to-all each of a worker's K replicas sends rows to all other workers. With two levels the
+replicas of a worker first add up their rows: each replica sums the rows for the ranks that have its own place in their
+workers (`within`). Then the replicas of one place exchange these sums (`across`): the network carries one K-th, in W-1
+messages instead of N-K. Intermediate sums are at least float32. All-gather is a ring, which leaves a worker only once
+anyway.
 
 [Note: small sums] Between processes on CPU, a tensor of a few KiB is summed sooner if all replicas gather all of it
 and add: N-1 messages one after the other instead of 2(N-1). Milliseconds, ring and gathered, on two cores
 (`benchmarks/collectives.py`): two workers 1.8 and 1.2 at 4 KiB, 2.4 and 2.1 at 64 KiB, 3.2 and 3.8 at 512 KiB; four
 workers 7.5 and 6.4, 9.1 and 7.4, 10.5 and 10.4. A ring passes a single number on whole, which is faster with four:
-4.0 and 5.2. So tensors of up to 64 KiB are gathered, single numbers aside, as long as no replica receives more than
+4.0 and 5.2. So tensors of up to 64 KiB are gathered, except single numbers, as long as no replica receives more than
 256 KiB. Within a process there is no difference. Reduce-scatter and all-gather instead of a large ring gain nothing.
 """
 
@@ -30,8 +32,8 @@ from tfzero.collectives.keys import BOUND_TO, SIZES, Keys
 from tfzero.collectives.transport import Call, Silent, Transport
 from tfzero.collectives.ways import Place, Way
 
-# Far from the keys that TensorFlow's own collectives count up from 1. All workers must make the same groups: those of a
-# strategy compare `Group.key` when they meet.
+# Far from the keys of TensorFlow's own collectives, which count up from 1. All workers must make the same groups: the
+# workers of a strategy compare `Group.key` when they meet.
 _group_keys = itertools.count(1_000_000)
 # [Note: small sums]
 _MOST_GATHERED_BYTES, _MOST_RECEIVED_BYTES = 2**16, 2**18
@@ -40,18 +42,19 @@ _MOST_GATHERED_BYTES, _MOST_RECEIVED_BYTES = 2**16, 2**18
 class Group:
     """The replicas of one strategy as a collective group.
 
-    Each method that takes `replica` is called while that local replica is traced (in a `tf.function`). It emits the replica's
-    operations of the collective on its device. Every replica of every worker must call it, in the same order.
+    Call each method that takes `replica` while that local replica is traced (in a `tf.function`). It emits
+    the operations of the collective on the replica's device. Every replica of every worker must call it, in the same
+    order.
 
     Args:
         devices: this process's devices, one per local replica.
         world_size: number of replicas in all processes.
         first_rank: rank of this process's first replica.
-        transport: what carries them.
+        transport: carries the collectives.
         two_level: whether sums are taken within each worker first. [Note: two levels]
 
     Raises:
-        ValueError: if the transport cannot carry, in order, what these replicas exchange.
+        ValueError: if the transport cannot carry these replicas' collectives in order.
     """
 
     def __init__(
@@ -79,7 +82,7 @@ class Group:
             self._make_levels(first_rank)
 
     def _make_levels(self, first_rank: int) -> None:
-        """The groups of [Note: two levels]. They share this one's keys, lanes and counts."""
+        """Makes the groups of [Note: two levels]. They share this group's keys, lanes and counts."""
         here = len(self.devices)
         workers, worker = self.world_size // here, first_rank // here
         keys = [next(_group_keys) for _ in range(workers + here)]
@@ -93,7 +96,7 @@ class Group:
 
     @property
     def key(self) -> int:
-        """By which TensorFlow knows it in all processes."""
+        """The key by which TensorFlow knows this group in all processes."""
         return self._group_keys[0]
 
     def rank(self, replica: int) -> int:
@@ -107,12 +110,12 @@ class Group:
 
     @property
     def is_between(self) -> bool:
-        """Whether it has members in other processes."""
+        """Whether some members are in other processes."""
         return self.world_size > self._members_here
 
     @property
     def exchanges_encoded(self) -> bool:
-        """Whether gradients can be exchanged encoded. [Note: ways]"""
+        """Whether encoded gradients can be exchanged. [Note: ways]"""
         return self.across.place.exchanges_encoded
 
     def way(self, primitive: str, dtype: tf.DType) -> Way:
@@ -121,9 +124,9 @@ class Group:
 
     @contextlib.contextmanager
     def silenced(self) -> Iterator[None]:
-        """Within it nothing is sent: what is traced gives this replica's own values, in the shapes of results.
+        """While active, nothing is sent: traced collectives return this replica's own values, in the shapes of results.
 
-        No keys are taken, so that it may differ between replicas. For measuring what is not communication.
+        No keys are taken, so replicas may trace different collectives. Used to measure a step without communication.
         """
         groups = {self, self.across, *([] if self.within is None else [self.within])}
         former = {group: group.transport for group in groups}
@@ -140,10 +143,10 @@ class Group:
         return self.world_size == 1 or self.transport is self._silent
 
     def _alone(self, primitive: str, value: tf.Tensor, replica: int) -> tf.Tensor:
-        """What a replica has where nothing is sent."""
+        """The result of a primitive for a replica when nothing is sent."""
         return getattr(self._silent, primitive)(value, Call(self.world_size, self.rank(replica)))
 
-    # Each is the sum, or the rows, of all replicas' values.
+    # Each returns the sum or the rows of all replicas' values.
 
     def all_reduce(self, value: tf.Tensor, replica: int) -> tf.Tensor:
         """Sum over replicas of a tensor of any dtype, with the same shape on all of them."""
@@ -165,7 +168,7 @@ class Group:
         """Sum over replicas of this rank's row: `[world_size, n]` to `[n]`. Adds 16-bit floats in float32.
 
         Args:
-            rows: every rank's row as this replica has it; travels in its own dtype.
+            rows: this replica's contribution to every rank's row; travels in its own dtype.
             replica: the local replica.
             dtype: dtype of the sum; by default that of `rows`.
         """
@@ -185,10 +188,10 @@ class Group:
         return tf.cast(self._scatter_sum(carried, replica), dtype)
 
     def sum_within(self, rows: tf.Tensor, replica: int) -> tf.Tensor:
-        """The first of two levels: `[world_size, n]` to the rows that are left to be exchanged by `across`.
+        """The first of two levels: reduces `[world_size, n]` to the rows that `across` has yet to exchange.
 
-        Those are `[workers, n]`, sums over this worker's replicas. With one level `rows` themselves, and `across` is
-        this group. 16-bit floats become float32 when they are added.
+        These are `[workers, n]`, sums over this worker's replicas; 16-bit floats become float32 when they are added.
+        With one level this returns `rows` themselves, and `across` is this group.
         """
         if self.within is None:
             return rows
@@ -197,7 +200,7 @@ class Group:
         return self.within.reduce_scatter(tf.transpose(by_place, [1, 0, 2]), replica, dtype)
 
     def all_to_all(self, rows: tf.Tensor, replica: int) -> tf.Tensor:
-        """Row `r` goes to rank `r`; the row that comes from rank `r` takes its place: `[world_size, n]` to the same."""
+        """Sends row `r` to rank `r`, and returns the row from rank `r` in its place: `[world_size, n]` both."""
         if self._is_alone:
             return self._alone(ways.ALL_TO_ALL, rows, replica)
         way = self.way(ways.ALL_TO_ALL, rows.dtype)
@@ -209,7 +212,7 @@ class Group:
     def all_gather(self, row: tf.Tensor, replica: int, backward: bool = False) -> tf.Tensor:
         """Every rank's row: `[n]` to `[world_size, n]`, for a static shape and any dtype.
 
-        `backward` puts it into the lane of gathers that are traced long after what needs them. [Note: ordering]
+        `backward` puts it into the lane of gathers that are traced long after their consumers. [Note: ordering]
         """
         if self._is_alone:
             return self._alone(ways.ALL_GATHER, row, replica)
@@ -218,7 +221,7 @@ class Group:
         return _restored(tf.reshape(gathered, [self.world_size, *row.shape]), way, row.dtype)
 
     def all_gather_ragged(self, value: tf.Tensor, replica: int) -> list[tf.Tensor]:
-        """Every rank's tensor, in rank order; their shapes may differ, also from step to step, but not the rank."""
+        """Every rank's tensor, in rank order. Shapes may differ between ranks and steps; the number of axes may not."""
         if self._is_alone:
             return [value] * self.world_size
         way = self.way(ways.ALL_GATHER, value.dtype)
@@ -232,14 +235,14 @@ class Group:
         return [tf.ensure_shape(_restored(tensor, way, value.dtype), static) for tensor in tensors]
 
     def broadcast(self, value: tf.Tensor, replica: int) -> tf.Tensor:
-        """Rank 0's value on all, for a static shape and any dtype."""
+        """Rank 0's value on all replicas, for a static shape and any dtype."""
         if self._is_alone or value.shape.num_elements() == 0:
             return self._alone(ways.BROADCAST, value, replica)
         way = self.way(ways.BROADCAST, value.dtype)
         return _restored(self._emit(ways.BROADCAST, _carried(value, way), replica), way, value.dtype)
 
     def launch(self, method: Callable, values: Sequence, *args: Any) -> list:
-        """Runs one collective for all local replicas at once, from outside a replica; gives one result for each.
+        """Runs one collective for all local replicas at once, from outside a replica; returns one result for each.
 
         Args:
             method: one of this group's methods, e.g. `group.all_reduce`.
@@ -257,7 +260,7 @@ class Group:
         if not tf.executing_eagerly():
             return collective(*values)
         tensors = [tf.convert_to_tensor(value) for value in values]
-        is_ragged = method == self.all_gather_ragged  # of a size that another worker may have seen before
+        is_ragged = method == self.all_gather_ragged  # another worker may have seen this size before
         specs = tuple(tf.TensorSpec([None] * t.shape.rank if is_ragged else t.shape, t.dtype) for t in tensors)
         signature = (method, args, self.transport, specs)
         if signature not in self._launchers:
@@ -267,9 +270,9 @@ class Group:
     def _emit(
         self, primitive: str, value: tf.Tensor, replica: int, size: tf.Tensor | None = None, backward: bool = False
     ) -> tf.Tensor:
-        """Has a primitive carried. `size` is the index of that of `SIZES` to which a value is padded."""
+        """Has the transport carry a primitive. `size` is the index in `SIZES` of the padded size, if there is one."""
         content = (BOUND_TO[primitive], value.dtype.name, None if size is not None else tuple(value.shape))
-        # A broadcast has no token, and no count but between processes: it is always in the same lane.
+        # A broadcast has no token, and a count only between processes: it always uses the same lane.
         lane = 0 if primitive == ways.BROADCAST else -1 if backward else None
         key, lane = self.keys.take(replica, content, lane, is_sized=size is not None)
         lane = self.transport.lane(lane, backward)
@@ -289,7 +292,7 @@ class Group:
         return result if primitive == ways.BROADCAST else self.lanes.noted(result, replica, lane)
 
     def sums_by_gathering(self, size_bytes: int) -> bool:
-        """Whether so many bytes are summed without a ring. [Note: small sums]"""
+        """Whether sums of so many bytes avoid the ring. [Note: small sums]"""
         limit = min(_MOST_GATHERED_BYTES, _MOST_RECEIVED_BYTES // max(1, self.world_size - 1))
         return self.lanes.is_counted and self.transport.gathers_small_sums and size_bytes <= limit
 
@@ -302,27 +305,27 @@ class Group:
         return self._emit(ways.ALL_REDUCE, value, replica, size)
 
     def _scatter_sum(self, rows: tf.Tensor, replica: int) -> tf.Tensor:
-        """The transport's own reduce-scatter, where its row says that it has one."""
+        """The transport's own reduce-scatter, used where its rows of the table have one."""
         row = self._emit(ways.REDUCE_SCATTER, tf.reshape(rows, [-1]), replica)
         return tf.reshape(row, rows.shape[1:])
 
 
 def _carried(value: tf.Tensor, way: Way) -> tf.Tensor:
-    """A value in the dtype in which it is carried."""
+    """A value in the dtype that carries it."""
     if not way.dtype:
         return value
     return tf.bitcast(value, way.dtype) if way.is_disguise else tf.cast(value, way.dtype)
 
 
 def _restored(value: tf.Tensor, way: Way, dtype: tf.DType) -> tf.Tensor:
-    """What was carried, in its own dtype again."""
+    """A carried value, back in its own dtype."""
     if not way.dtype:
         return value
     return tf.bitcast(value, dtype) if way.is_disguise else tf.cast(value, dtype)
 
 
 def _pad_to_size(value: tf.Tensor, elements: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Flattens and pads to the least of `SIZES` that is at least `elements`; also that one's index. [Note: keys]"""
+    """Flattens and pads to the least of `SIZES` that is at least `elements`; returns its index too. [Note: keys]"""
     sizes = tf.constant(SIZES, tf.int64)
     index = tf.searchsorted(sizes, elements[tf.newaxis])[0]
     flat = tf.reshape(value, [-1])

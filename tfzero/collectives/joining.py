@@ -1,4 +1,4 @@
-"""What a process has of the cluster that it has joined, once for all its strategies."""
+"""The cluster that a process has joined: channels, connections and pulse, once for all its strategies."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from tfzero.workers.stopping import let_children_end
 
 @dataclass(frozen=True)
 class Joined:
-    """Control channels for the program, saving in the background and batches; what transports need; the pulse."""
+    """Control channels of the program, of background saving and of batches; the transports' connections; the pulse."""
 
     channel: Channel
     saving_channel: Channel
@@ -24,7 +24,7 @@ class Joined:
     pulse: Pulse | None = None
 
     def wait_at_most(self, timeout_seconds: float) -> None:
-        """From now on, in whatever a strategy of this process does. All workers call it together."""
+        """Sets the timeout for every strategy of this process. All workers call it together."""
         for each in (
             self.channel,
             self.saving_channel,
@@ -39,11 +39,11 @@ _joined: dict[Cluster, Joined] = {}
 
 
 def join(cluster: Cluster | None, timeout_seconds: float) -> Joined:
-    """Joins the other workers, which all call this; or gives what the process has, if it has joined them already.
+    """Joins the other workers, which all call this; returns the existing `Joined` if the process has joined already.
 
     Raises:
         RuntimeError: if TensorFlow has been used before.
-        TimeoutError: if a worker does not come in time. See `Channel.join`.
+        TimeoutError: if a worker does not arrive in time. See `Channel.join`.
     """
     let_children_end()
     if cluster is None:
@@ -64,10 +64,10 @@ def join(cluster: Cluster | None, timeout_seconds: float) -> Joined:
 
 
 def in_a_row(connections: Mapping[str, Sequence[Connection]]) -> list[Connection]:
-    """Those of all transports."""
+    """The connections of all transports in one list."""
     return [each for several in connections.values() for each in several]
 
 
 def channel_of_one() -> Channel:
-    """A control channel for a process without others."""
+    """A control channel for a process without other workers."""
     return Channel(Cluster(("localhost:1",), ("worker 0",), 0), {}, timeout_seconds=1.0)

@@ -1,6 +1,6 @@
-"""NCCL, by way of TensorFlow: between GPUs, of one process and of several.
+"""NCCL, through TensorFlow: between GPUs of one process or of several.
 
-What TensorFlow's NCCL can and cannot do is in [Note: ways]; what it says where it fails is `nccl_failures.py`'s.
+[Note: ways] says what TensorFlow's NCCL can and cannot do; `nccl_failures.py` handles its error messages.
 """
 
 import contextlib
@@ -22,13 +22,13 @@ _UNPROVEN = (
 
 
 def has_whole_gpus() -> bool:
-    """Whether this process's GPUs are whole ones: NCCL refuses two replicas on one, which then take rings."""
+    """Whether this process's GPUs are not split: NCCL refuses two replicas on one GPU, which then use rings."""
     gpus = tf.config.list_physical_devices("GPU")
     return bool(gpus) and all(len(tf.config.get_logical_device_configuration(gpu) or [None]) == 1 for gpu in gpus)
 
 
 def version() -> str:
-    """Of the NCCL that this process has loaded, or would."""
+    """Version of the NCCL that this process has loaded or would load."""
     try:
         library = ctypes.CDLL("libnccl.so.2")
     except OSError:
@@ -41,7 +41,7 @@ def version() -> str:
 
 
 class Nccl(TensorFlows):
-    """NCCL. Its collectives have one order for all, on all members. [Note: ordering]"""
+    """NCCL. All its collectives run in one order, the same on all members. [Note: ordering]"""
 
     name = hint = "nccl"
     title = "NCCL"
@@ -49,25 +49,25 @@ class Nccl(TensorFlows):
     rows = ways.NCCL
     lanes = 1
     gathers_small_sums = False
-    is_tested_in_every_dtype = True  # it comes in many versions
+    is_tested_in_every_dtype = True  # there are many versions of NCCL
 
     @classmethod
     def configure(cls, is_clustered: bool) -> contextlib.AbstractContextManager:
-        """The process is configured once, whichever devices its first strategy takes."""
+        """Configures the process once, whichever devices its first strategy takes."""
         return distributed.with_nccl(is_clustered and has_whole_gpus())
 
     @classmethod
     def obstacle(cls, where: Surroundings) -> str:
-        """NCCL takes a GPU once only."""
+        """NCCL accepts each GPU only once."""
         return "" if has_whole_gpus() else "replicas share GPUs, which NCCL refuses"
 
     @classmethod
     def merit(cls, where: Surroundings) -> str:
-        """Each replica has a GPU."""
+        """Each replica has a GPU of its own."""
         return "replicas compute on GPUs of their own"
 
     def check(self, settings: Settings, workers: int) -> None:
-        """Between processes gradients are not encoded. [Note: ways]"""
+        """Between processes, gradients are not encoded. [Note: ways]"""
         if settings.error_feedback and workers > 1:
             raise ValueError(
                 "error_feedback=True has no effect between GPUs of several processes: there gradients are not encoded, "
@@ -76,31 +76,31 @@ class Nccl(TensorFlows):
             )
 
     def obstacle_of_levels(self, device_type: str) -> str:
-        """NCCL has levels of its own."""
+        """NCCL handles levels itself."""
         return "NCCL's own reduce-scatter knows which GPUs are near"
 
     def prepare(self) -> None:
-        """Has NCCL write down what it warns of."""
+        """Makes NCCL log its warnings."""
         nccl_failures.keep_log()
 
     def meeting(self, worker: str, timeout_seconds: float) -> contextlib.AbstractContextManager:
-        """Within it NCCL connects the GPUs of all workers."""
+        """While active, NCCL connects the GPUs of all workers."""
         return nccl_failures.naming_nccl(True, worker, timeout_seconds)
 
     def describe(self, is_between: bool) -> str:
-        """How 16-bit floats are added."""
+        """The dtype in which 16-bit floats are added."""
         narrow = "its own too," if is_between else "an all-to-all and a sum"
         return f"NCCL; reduce-scatter is its own, of 16-bit floats {narrow} in float32"
 
     @property
     def note(self) -> str:
-        """Which NCCL that is."""
+        """The version of NCCL."""
         return f"NCCL {version()}. {_UNPROVEN}"
 
     def of_tensorflow(self, primitive: str, place: Place) -> Transport | None:
-        """Itself, but for the all-to-all, which is wrong between processes, and the broadcast."""
+        """Itself, except for the broadcast and for the all-to-all, which is wrong between processes."""
         return self if primitive in (ways.ALL_REDUCE, ways.ALL_GATHER, ways.REDUCE_SCATTER) else None
 
     def reduce_scatter(self, rows: tf.Tensor, call: Call) -> tf.Tensor:
-        """The sum of this rank's rows: `[members * n]` to `[n]`."""
+        """Sum over members of this rank's row: `[members * n]` to `[n]`."""
         return self._summed_row(rows, call)

@@ -1,9 +1,9 @@
-"""What NCCL says when it cannot connect GPUs, in an error that comes in time.
+"""Reports why NCCL cannot connect GPUs, in an error that comes in time.
 
-[Note: NCCL's words] TensorFlow tells of NCCL's failures in a word or two ("unhandled system error"); what happened
-stands in NCCL's own log. So NCCL is asked to write its warnings into a file, unless the user has asked it for something
-else, and their last line goes into the error. While NCCL connects, nothing that TensorFlow has can end it: a process
-that has waited too long says so and exits.
+[Note: NCCL's words] TensorFlow reports NCCL's failures in a word or two ("unhandled system error"); the cause is in
+NCCL's own log. So tfzero makes NCCL write its warnings into a file, unless the user has configured NCCL's log, and puts
+their last line into the error. TensorFlow has nothing that can end NCCL while it connects: a process that has waited
+too long says so and exits.
 """
 
 import atexit
@@ -28,12 +28,12 @@ _ADVICE = (
     "Look whether NCCL is installed (`pip install tensorflow[and-cuda]`) and whether GPUs of all workers reach each "
     "other: NCCL_SOCKET_IFNAME names the network to use, and NCCL_DEBUG=INFO shows more."
 )
-# After the timeout, for the pulse to end what can be ended.
+# Added to the timeout, so that the pulse can first end whatever it can.
 _GRACE_SECONDS = 5.0
 
 
 def keep_log() -> None:
-    """Asks NCCL for its warnings, in a file that goes with this process; before NCCL is loaded, or it has no effect."""
+    """Makes NCCL log warnings to a file that is removed with this process. Has no effect once NCCL is loaded."""
     if LEVEL_VARIABLE in os.environ or FILE_VARIABLE in os.environ:
         return
     folder = tempfile.mkdtemp(prefix="tfzero_nccl_")
@@ -41,14 +41,14 @@ def keep_log() -> None:
     os.environ.update({LEVEL_VARIABLE: "WARN", FILE_VARIABLE: f"{folder}/%p.log"})
 
     def remove() -> None:
-        if os.getpid() == process:  # no forked child
+        if os.getpid() == process:  # not in a forked child
             shutil.rmtree(folder, ignore_errors=True)
 
     atexit.register(remove)
 
 
 def last_line() -> str:
-    """The last line that NCCL has written of itself; "" if it has written none into a file."""
+    """The last line of NCCL's log; "" if there is no log file or it is empty."""
     pattern = os.environ.get(FILE_VARIABLE, "")
     if not pattern:
         return ""
@@ -61,7 +61,7 @@ def last_line() -> str:
 
 
 def describe(what: str) -> str:
-    """An error's text."""
+    """The text of an error: what happened, NCCL's last line, and advice."""
     line = last_line()
     said = (
         f"NCCL's last line: {line!r}." if line else f"NCCL has written nothing ({FILE_VARIABLE} names a file for it)."
@@ -71,15 +71,15 @@ def describe(what: str) -> str:
 
 @contextlib.contextmanager
 def naming_nccl(is_used: bool, worker: str, timeout_seconds: float) -> Iterator[None]:
-    """Within it NCCL connects the GPUs of all workers, in their first collectives.
+    """While active, NCCL connects the GPUs of all workers, in their first collectives.
 
     Args:
-        is_used: whether NCCL carries collectives here; else it does nothing.
+        is_used: whether NCCL carries collectives here; if not, this does nothing.
         worker: this worker's name.
-        timeout_seconds: how long that may take.
+        timeout_seconds: the longest that connecting may take.
 
     Raises:
-        RuntimeError: if NCCL fails. A process in which it does not come to an end exits with a message instead.
+        RuntimeError: if NCCL fails. If it hangs, the process prints a message and exits instead.
     """
     if not is_used:
         yield

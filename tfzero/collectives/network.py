@@ -1,8 +1,9 @@
-"""The network between replicas as it was measured when training began, and the size of buckets that follows from it.
+"""The network between replicas, measured when training begins, and the bucket size that follows from it.
 
 [Note: bucket size] P bytes in buckets of B bytes wait P/B times for the network's latency, and the last bucket's
-transfer has nothing left to hide behind. Their sum, P/B * latency + B / bandwidth, is least at
-B = sqrt(P * latency * bandwidth). A power of two is taken, so that small differences of measurement change nothing.
+transfer has nothing left to hide behind. The sum of both, P/B * latency + B / bandwidth, is least at
+B = sqrt(P * latency * bandwidth). The result is rounded to a power of two, so that small differences between
+measurements change nothing.
 """
 
 import math
@@ -18,20 +19,20 @@ from tfzero.workers.channel import Channel
 
 DEFAULT_BUCKET_BYTES = 25 * 2**20
 _LEAST, _MOST = 2**20, 2**26
-# Float32 elements that are exchanged to learn latency and bandwidth.
+# Float32 elements of the two exchanges that measure latency and bandwidth.
 _SMALL, _LARGE = 2**8, 2**20
 _ROUNDS = 5
 
 
 @dataclass(frozen=True)
 class Network:
-    """What an exchange (reduce-scatter and all-gather of all replicas) costs."""
+    """Cost of an exchange: a reduce-scatter and an all-gather over all replicas."""
 
     latency_seconds: float
     bytes_per_second: float
 
     def bucket_bytes(self, model_bytes: int) -> Choice:
-        """The bytes of a bucket for a model of so many bytes of gradients. [Note: bucket size]"""
+        """Bucket size for a model with so many bytes of gradients. [Note: bucket size]"""
         best = math.sqrt(max(1, model_bytes) * self.latency_seconds * self.bytes_per_second)
         chosen = 2 ** round(math.log2(min(max(best, _LEAST), _MOST)))
         return Choice(
@@ -42,7 +43,7 @@ class Network:
 
 
 def measure_network(group: Group, channel: Channel) -> Network:
-    """What the first worker measures; all workers call it together."""
+    """The network as the first worker measures it. All workers call this together."""
 
     def exchange(rows: tf.Tensor, replica: int) -> tf.Tensor:
         return group.all_gather(group.reduce_scatter(rows, replica), replica)

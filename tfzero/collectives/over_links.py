@@ -1,8 +1,9 @@
-"""Connections of the workers' own (`workers/links.py`): between CPUs of processes with one replica each.
+"""Transport over the workers' own connections (`workers/links.py`): CPUs of processes with one replica each.
 
-They carry all but broadcasts, which rings do. Each has one lane, and a lane's count orders what it carries: nothing
-else does, so that lanes go on side by side. A group refuses this transport where nothing is counted, `Links` refuses
-two collectives at once, and workers whose collectives differ are told by the number and key that travel with each.
+Links carry everything except broadcasts, which use rings. There is one link per lane. Only the lane's count orders its
+collectives, so that lanes proceed side by side. A group refuses this transport where nothing is counted, and `Links`
+refuses two collectives at once. A number and a key travel with each collective: they reveal workers whose collectives
+differ.
 """
 
 import functools
@@ -20,7 +21,7 @@ from tfzero.workers.channel import Channel
 from tfzero.workers.cluster import Cluster
 from tfzero.workers.links import Links, link
 
-# A connection for each: of all collectives, but of gathers in the backward pass. [Note: ordering]
+# One connection for most collectives and one for gathers in the backward pass. [Note: ordering]
 USUAL, BACKWARD = LANES = (0, -1)
 
 
@@ -28,8 +29,8 @@ class OverLinks(Transport):
     """Collectives over `Links`.
 
     Args:
-        links: this worker's, one for each of `LANES`.
-        reason: why it was chosen.
+        links: this worker's links, one for each of `LANES`.
+        reason: why this transport was chosen.
     """
 
     name = "links"
@@ -44,7 +45,7 @@ class OverLinks(Transport):
 
     @classmethod
     def connect(cls, cluster: Cluster, channel: Channel, timeout_seconds: float) -> Sequence[Connection]:
-        """Connects every two workers, if each has threads enough. [Note: links]"""
+        """Connects every two workers, if each has enough threads. [Note: links]"""
         threads = tf.config.threading.get_inter_op_parallelism_threads() or os.cpu_count() or 1
         if cluster.size == 1 or min(channel.all_gather("counting threads", threads)) < len(LANES):
             return ()
@@ -52,7 +53,7 @@ class OverLinks(Transport):
 
     @classmethod
     def obstacle(cls, where: Surroundings) -> str:
-        """They connect workers with one device each."""
+        """Links need several workers with one device each."""
         if where.workers == 1:
             return "all replicas are CPU devices of one process"
         if where.devices > 1:
@@ -63,16 +64,16 @@ class OverLinks(Transport):
 
     @classmethod
     def make(cls, where: Surroundings, reason: str) -> "Transport":
-        """Over what was connected as the workers met."""
+        """Uses the connections made when the workers met."""
         return cls(where.connections[cls.name], reason)  # type: ignore[arg-type]
 
     @classmethod
     def merit(cls, where: Surroundings) -> str:
-        """What they need is there."""
+        """Everything that links need is there."""
         return "each worker has one CPU device, and threads enough to wait for others"
 
     def check_group(self, devices: int, world_size: int) -> None:
-        """One device here, and one in each worker that is connected."""
+        """Requires one device here and one in each connected worker."""
         super().check_group(devices, world_size)
         for links in self._links.values():
             if (devices, world_size) != (1, links.workers):
@@ -82,11 +83,11 @@ class OverLinks(Transport):
                 )
 
     def describe(self, is_between: bool) -> str:
-        """What travels, and in which order sums are taken."""
+        """The primitives in use and the order of sums."""
         return "all-to-all and all-gather over connections between every two workers, sums in rank order"
 
     def of_tensorflow(self, primitive: str, place: Place) -> Transport | None:
-        """That of rings."""
+        """The same as for rings."""
         return self._rings.of_tensorflow(primitive, place)
 
     def lane(self, lane: int, backward: bool) -> int:
@@ -94,11 +95,11 @@ class OverLinks(Transport):
         return BACKWARD if backward else USUAL
 
     def all_reduce(self, value: tf.Tensor, call: Call) -> tf.Tensor:
-        """The sum of all members' values, added in rank order."""
+        """Sum of all members' values, added in rank order."""
         return self._fill(Links.all_reduce, value, call)
 
     def all_to_all(self, rows: tf.Tensor, call: Call) -> tf.Tensor:
-        """Row `r` goes to rank `r`: `[members, n]` to the same."""
+        """Sends row `r` to rank `r`: `[members, n]` to the same shape."""
         return self._fill(Links.all_to_all, rows, call)
 
     def all_gather(self, row: tf.Tensor, call: Call) -> tf.Tensor:
@@ -106,18 +107,18 @@ class OverLinks(Transport):
         return self._fill(Links.all_gather, row, call, [call.members])
 
     def broadcast(self, value: tf.Tensor, call: Call) -> tf.Tensor:
-        """Rank 0's value, by TensorFlow."""
+        """Rank 0's value, sent by TensorFlow."""
         return self._rings.broadcast(value, call)
 
     def ended(self, primitive: str, result: tf.Tensor, value: tf.Tensor, call: Call) -> tf.Tensor:
-        """The result with what is known of its shape."""
+        """The result with the static shape that is known."""
         if primitive == ways.BROADCAST:
             return result
         rows = [call.members] if primitive == ways.ALL_GATHER else []
         return tf.ensure_shape(result, [*rows, *value.shape])
 
     def _fill(self, method: Callable, value: tf.Tensor, call: Call, rows: Sequence[int] = ()) -> tf.Tensor:
-        """What a method of the lane's `Links` makes of a value: of the same shape, or of so many rows of it."""
+        """Runs a method of the lane's `Links` on a value; the result has the value's shape, with `rows` before it."""
         run = functools.partial(method, self._links[call.lane], key=call.key)
         flat = tf.reshape(value, [-1])
         filled = graphs.fill(run, flat, tf.concat([[*rows], tf.shape(flat)], 0), method.__name__)

@@ -1,7 +1,7 @@
-"""Gradients into buckets and updated parameters out of them.
+"""Packs gradients into buckets and unpacks updated parameters from them.
 
 The shape contract of `plan.Bucket`: a sharded or owned bucket is `[world_size, row_elements]`, a whole one is flat.
-`unpack(bucket, pack(bucket, tensors))` gives the tensors back.
+`unpack(bucket, pack(bucket, tensors))` returns the tensors.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from tfzero.plan.placement import Bucket, Placement, Segment, shard_elements
 
 
 def pack(bucket: Bucket, tensors: Mapping[int, tf.Tensor], world_size: int) -> tf.Tensor:
-    """Lays tensors, by variable index, into a bucket; a missing one leaves zeros."""
+    """Packs tensors, keyed by variable index, into a bucket; a missing one leaves zeros."""
     dtype = tf.as_dtype(bucket.dtype)
 
     def flat(segment: Segment) -> tf.Tensor:
@@ -28,14 +28,14 @@ def pack(bucket: Bucket, tensors: Mapping[int, tf.Tensor], world_size: int) -> t
 
 
 def as_rows(flat: tf.Tensor, world_size: int) -> tf.Tensor:
-    """A flat tensor, padded with zeros, as one shard for each rank: `[world_size, shard_elements]`."""
+    """Splits a flat tensor, padded with zeros, into one shard for each rank: `[world_size, shard_elements]`."""
     padding = -flat.shape.num_elements() % world_size
     padded = tf.pad(flat, [[0, padding]]) if padding else flat
     return tf.reshape(padded, [world_size, -1])
 
 
 def pack_row(bucket: Bucket, rank: int, shards: Mapping[int, tf.Tensor]) -> tf.Tensor:
-    """One rank's row of a bucket, from the flat shards that it holds."""
+    """One rank's row of a bucket, built from that rank's flat shards."""
     segments = bucket.segments_of(rank)
     row = [shards[segment.index] for segment in segments]
     padding = bucket.row_elements - sum(segment.width for segment in segments)
@@ -45,9 +45,9 @@ def pack_row(bucket: Bucket, rank: int, shards: Mapping[int, tf.Tensor]) -> tf.T
 
 
 def pack_for_owners(bucket: Bucket, shards: Mapping[int, tf.Tensor], world_size: int) -> tf.Tensor:
-    """One rank's shards of owned variables: row `r` holds those that rank `r` owns.
+    """One rank's shards of owned variables: row `r` holds those of variables that rank `r` owns.
 
-    After an all-to-all row `r` holds rank `r`'s shards of this rank's own variables: see `unpack_owned`.
+    After an all-to-all, row `r` holds rank `r`'s shards of this rank's own variables: see `unpack_owned`.
     """
     columns = owned_columns(bucket, world_size)
     rows = []
@@ -58,7 +58,7 @@ def pack_for_owners(bucket: Bucket, shards: Mapping[int, tf.Tensor], world_size:
 
 
 def unpack_owned(bucket: Bucket, rows: tf.Tensor, rank: int) -> dict[int, tf.Tensor]:
-    """The owner's whole variables, flat, from every rank's shards."""
+    """The owner's whole variables, flat, put together from every rank's shards."""
     wholes, begin = {}, 0
     for segment in bucket.segments_of(rank):
         width = shard_elements(segment.elements, rows.shape[0])
@@ -68,7 +68,7 @@ def unpack_owned(bucket: Bucket, rows: tf.Tensor, rank: int) -> dict[int, tf.Ten
 
 
 def pack_owned(bucket: Bucket, wholes: Mapping[int, tf.Tensor], rank: int, world_size: int) -> tf.Tensor:
-    """The owner's whole variables, flat, as every rank's shards: row `r` holds those of rank `r`."""
+    """Splits the owner's whole variables, given flat, into shards: row `r` holds those of rank `r`."""
     cut = [as_rows(wholes[segment.index], world_size) for segment in bucket.segments_of(rank)]
     columns = owned_columns(bucket, world_size)
     mine = _shard_columns(bucket, rank, world_size)
@@ -76,7 +76,7 @@ def pack_owned(bucket: Bucket, wholes: Mapping[int, tf.Tensor], rank: int, world
 
 
 def unpack_for_owners(bucket: Bucket, rows: tf.Tensor) -> dict[int, tf.Tensor]:
-    """One rank's shards of owned variables; row `r` is what their owner `r` sent."""
+    """One rank's shards of owned variables, from rows of which row `r` came from owner `r`."""
     shards, begins = {}, [0] * rows.shape[0]
     for segment in bucket.segments:
         width = shard_elements(segment.elements, rows.shape[0])
@@ -87,7 +87,7 @@ def unpack_for_owners(bucket: Bucket, rows: tf.Tensor) -> dict[int, tf.Tensor]:
 
 
 def owned_columns(bucket: Bucket, world_size: int) -> int:
-    """The most elements that one rank holds in shards of the variables of one owner."""
+    """The most elements that one rank holds in shards of one owner's variables."""
     return max(_shard_columns(bucket, owner, world_size) for owner in range(world_size))
 
 
@@ -96,7 +96,7 @@ def _shard_columns(bucket: Bucket, owner: int, world_size: int) -> int:
 
 
 def unpack(bucket: Bucket, packed: tf.Tensor, shapes: Sequence[tf.TensorShape]) -> dict[int, tf.Tensor]:
-    """The whole tensors of a bucket, by variable index; `shapes` has one for each segment."""
+    """The whole tensors of a bucket, keyed by variable index; `shapes` has one shape for each segment."""
     tensors = {}
     for segment, shape in zip(bucket.segments, shapes, strict=True):
         end = segment.offset + segment.width

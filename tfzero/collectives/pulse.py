@@ -1,12 +1,12 @@
 """Notices workers that are lost or stuck, and ends the collectives that would wait for them for ever.
 
 [Note: pulse] TensorFlow's own timeout starts a thread for each collective, and the thread sleeps until the time is
-over. Instead each replica counts what it begins and what it ends (`Group.counts`): an odd count is a collective in
-flight. Every second the workers exchange their counts over a control channel of their own. A worker that does not
-answer is lost or stopped; one whose counts lag behind is elsewhere in its program.
+over. Instead each replica counts the collectives that it begins and ends (`Lanes.counts`): an odd count is a collective
+in flight. Every second the workers exchange their counts, as a heartbeat, over a control channel of their own. A worker
+that does not answer is lost or stopped; a worker whose counts lag behind is elsewhere in its program.
 
-A worker that ends with an error because of that exits with a code of its own, and at once: leaving TensorFlow in good
-order takes the others.
+A worker that ends for such an error exits at once, with a code of its own: leaving TensorFlow in good order would take
+the others with it.
 """
 
 import atexit
@@ -31,14 +31,14 @@ from tfzero.workers.cluster import Cluster
 from tfzero.workers.stopping import EXIT_WORKER_LOST, AgreedStop, blamed_by, note_blame
 
 _INTERVAL_SECONDS = 1.0
-# When a worker is lost, for a collective that has all it needs to end by itself.
+# When a worker is lost, collectives that have everything they need get this long to end by themselves.
 _GRACE_SECONDS = 2.0
-# What the pulse says where nobody is behind the others.
+# The pulse's message when nobody is behind the others.
 NOT_FOR_THE_SAME = "All workers wait, but not for the same"
-# After so much of the timeout a worker that does not answer counts as lost, so that all know in time.
+# A worker that does not answer for this fraction of the timeout counts as lost, so that all know in time.
 _PATIENCE = 0.8
-# As which TensorFlow reports that another worker is gone; it may notice before the pulse does. What tfzero itself
-# raises then, is marked. [Note: blame] in `workers/stopping.py`
+# How TensorFlow reports that another worker is gone; it may notice before the pulse does. tfzero marks the errors that
+# it raises itself in this case. [Note: blame] in `workers/stopping.py`
 _LOSSES = (
     tf.errors.UnavailableError, tf.errors.DeadlineExceededError, tf.errors.AbortedError, tf.errors.CancelledError
 )  # fmt: skip
@@ -46,7 +46,7 @@ _TASK = re.compile(r"/job:(\w+)/replica:0/task:(\d+)")
 
 
 class _Watched:
-    """A group's counts, also when it has been dropped with its strategy: then they stay what they were, and even."""
+    """A group's counts. After the group is dropped with its strategy, they stay as they were, rounded up to even."""
 
     def __init__(self, group: Group) -> None:
         self._group = weakref.ref(group)
@@ -63,7 +63,7 @@ class _Watched:
         return {} if group is None else dict(group.keys.traced)
 
     def places(self) -> list[str]:
-        """What its collectives in flight are for."""
+        """Purposes of its collectives in flight."""
         group = self._group()
         if group is None:
             return []
@@ -76,8 +76,8 @@ class Pulse:
     Args:
         cluster: the workers.
         channel: a control channel that nothing else uses.
-        timeout_seconds: how long a collective may take, and a worker may not answer.
-        connections: what collectives may wait for beside TensorFlow's own.
+        timeout_seconds: the longest that a collective may take, and that a worker may not answer.
+        connections: connections that collectives may wait for beside TensorFlow's own.
     """
 
     def __init__(
@@ -87,22 +87,22 @@ class Pulse:
         self._channel = channel
         self._connections = connections
         self._groups: list[_Watched] = []
-        self._since: list[tuple[int, float]] = []  # each count and when it came to it
+        self._since: list[tuple[int, float]] = []  # each count and when it reached that value
         self._lock = threading.Lock()  # held while the thread is in TensorFlow
         self._stopped = threading.Event()
         self.stop_together = AgreedStop(timeout_seconds)
         self._reason = ""  # why the watch has ended
-        self._blamed: tuple[int, ...] = ()  # whose doing that is
+        self._blamed: tuple[int, ...] = ()  # the workers that caused it
         self._has_reason = threading.Event()
         self._process = os.getpid()
-        self.programs_differ = False  # collectives were at odds, and nobody is lost
+        self.programs_differ = False  # collectives were at odds, and no worker is lost
         atexit.register(self.stop)
         sys.excepthook = self._exit_hook(sys.excepthook)
         threading.Thread(target=self._watch, name="tfzero pulse", daemon=True).start()
 
     @property
     def timeout_seconds(self) -> float:
-        """How long a collective may take, and a worker may not answer."""
+        """The longest that a collective may take, and that a worker may not answer."""
         return self.stop_together.timeout_seconds
 
     @timeout_seconds.setter
@@ -110,17 +110,17 @@ class Pulse:
         self.stop_together.timeout_seconds = seconds
 
     def add(self, group: Group) -> None:
-        """Watches one more group while its strategy lives; all workers add the same ones in the same order."""
+        """Watches one more group while its strategy lives. All workers add the same groups in the same order."""
         self._groups.append(_Watched(group))
 
     def hear_of_loss(self, error: Exception) -> None:
-        """Takes over why another channel has ended: this process then ends for that reason."""
+        """Takes over the reason for which another channel has ended: this process then ends for that reason."""
         if not self._has_reason.is_set():
             self._note(str(error), blamed_by(error) or ())
 
     def stop(self) -> None:
-        """Ends the watch; the other workers take it for the end of this one."""
-        if os.getpid() != self._process:  # a forked child, which has no such thread
+        """Ends the watch. To the other workers this looks like the end of this process."""
+        if os.getpid() != self._process:  # a forked child does not have the thread
             return
         with self._lock:
             self._stopped.set()
@@ -167,12 +167,12 @@ class Pulse:
         return reason
 
     def _where(self) -> str:
-        """What this worker waits for; a collective that was aborted stays in flight."""
+        """What this worker waits for. A collective that was aborted stays in flight."""
         places = [place for watched in self._groups for place in watched.places()]
         return f"{self._cluster.name} was {' and '.join(dict.fromkeys(places))}." if places else ""
 
     def _exit_hook(self, former: Callable[..., Any]) -> Callable[..., None]:
-        """What to do with an error that ends the process, after `former` has shown it."""
+        """An exception hook for errors that end the process; it first lets `former` show the error."""
 
         def show_and_exit(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
             former(kind, error, trace)
@@ -188,7 +188,7 @@ class Pulse:
         return show_and_exit
 
     def _others_in(self, error: BaseException) -> tuple[str, tuple[int, ...]]:
-        """What is to be said of other workers, if they are why this one ends, and which they are; "" if not."""
+        """If other workers are why this one ends: a text about them and their ranks; else "" and ()."""
         if self.programs_differ:
             return "", ()
         blamed = blamed_by(error)
@@ -196,20 +196,21 @@ class Pulse:
             return self._reason or str(error), self._blamed or blamed
         if not isinstance(error, _LOSSES) and not any(each.is_lost for each in self._connections):
             return "", ()
-        # TensorFlow has such errors of its own, as of files: the pulse knows of what no collective waits for.
+        # TensorFlow also raises such errors for other reasons, such as files. The pulse also knows of losses that no
+        # collective waits for.
         if self._has_reason.wait(self.timeout_seconds if self._where() else 2 * _INTERVAL_SECONDS + _GRACE_SECONDS):
             return self._reason, self._blamed
         return self._named_in(str(error))
 
     def _named_in(self, text: str) -> tuple[str, tuple[int, ...]]:
-        """What TensorFlow says of another worker, by our name for it, and which it is."""
+        """A text about the workers in TensorFlow's message, by their names in tfzero, and their ranks."""
         names = {f"{job} {index}" for job, index in _TASK.findall(text)} - {self._cluster.name}
         lost = [index for index, name in enumerate(self._cluster.names) if name in names]
         text = ", ".join(self._cluster.names[index] for index in lost)
         return (f"{text} was lost, as TensorFlow noticed." if lost else ""), tuple(lost)
 
     def _stuck_lanes(self, counts: list[int], limit_seconds: float) -> list[int]:
-        """Places of the counts that have been odd, and the same, for too long."""
+        """Places of the counts that have been odd and unchanged for too long."""
         now = monotonic()
         for place, count in enumerate(counts):
             if place == len(self._since):
@@ -219,7 +220,7 @@ class Pulse:
         return [k for k, (count, since) in enumerate(self._since) if count % 2 and now - since >= limit_seconds]
 
     def _behind(self, beats: list["_Beat"], stuck: list[int]) -> list[int]:
-        """The workers that have not come to where this one is stuck."""
+        """The workers that have not reached the collective in which this one is stuck."""
         mine = beats[self._cluster.index].counts if beats else []
         told = [place for place in stuck if place < len(mine)]
         return [
@@ -241,7 +242,7 @@ class Pulse:
         return " ".join(filter(None, (where, what, self._traced_alone(beats))))
 
     def _traced_alone(self, beats: list["_Beat"]) -> str:
-        """Which function one worker has traced more often than another, if there is one; else "". [Note: keys]"""
+        """Describes a function that one worker has traced more often than another; "" if there is none. [Note: keys]"""
         for told in zip(*(beat.traced for beat in beats), strict=False):
             for name in told[0]:
                 counts = [traced.get(name, 0) for traced in told]
@@ -263,17 +264,17 @@ class Pulse:
 
 @dataclass(frozen=True)
 class _Beat:
-    """What a worker tells every second."""
+    """The heartbeat: what a worker tells every second."""
 
     counts: list[int]  # [Note: counts] in `collectives/counts.py`
     stopping: list[bool | int]  # `AgreedStop.tell`
-    at_odds: str  # how another worker's collective differs from its own
+    at_odds: str  # how another worker's collective differs from this worker's own
     where: str  # what it waits for
     traced: list[dict[str, int]]  # `_Watched.traced`, of each group
 
     @classmethod
     def read(cls, told: object, name: str) -> "_Beat":
-        """What was received of a worker; ValueError if it is no beat."""
+        """Parses a worker's message; raises ValueError if it is no beat."""
         if isinstance(told, list) and [type(each) for each in told] == [list, list, str, str, list]:
             counts, stopping, at_odds, where, traced = told
             kinds = [type(each) for each in stopping]

@@ -1,7 +1,7 @@
 """TensorFlow's rings: between CPUs, and between GPUs that are logical parts of one card.
 
-The raw operations are TensorFlow's (`tensorflow/core/ops/collective_ops.cc`). They are told how to travel by a hint,
-which it compares in lower case; it takes all but "nccl" for a ring.
+The raw operations are TensorFlow's (`tensorflow/core/ops/collective_ops.cc`). A hint selects the implementation.
+TensorFlow compares it in lower case and takes everything but "nccl" for a ring.
 """
 
 from collections.abc import Callable
@@ -13,29 +13,29 @@ from tfzero.collectives import ways
 from tfzero.collectives.transport import Call, Transport
 from tfzero.collectives.ways import Place
 
-# Sums are taken so.
+# Attributes of operations that sum.
 _ADDED = {"merge_op": "Add", "final_op": "Id"}
 
 
 class TensorFlows(Transport):
-    """TensorFlow's own collectives, which travel as `hint` says."""
+    """TensorFlow's own collectives, implemented as `hint` says."""
 
     hint = ""
 
     def all_reduce(self, value: tf.Tensor, call: Call) -> tf.Tensor:
-        """The sum of all members' values."""
+        """Sum of all members' values."""
         return self._run(tf.raw_ops.CollectiveReduceV2, value, call, **_ADDED)
 
     def all_to_all(self, rows: tf.Tensor, call: Call) -> tf.Tensor:
-        """Row `r` goes to rank `r`: `[members, n]` to the same."""
+        """Sends row `r` to rank `r`: `[members, n]` to the same shape."""
         return self._run(tf.raw_ops.CollectiveAllToAllV2, rows, call)
 
     def all_gather(self, row: tf.Tensor, call: Call) -> tf.Tensor:
-        """The members' values, one after the other along the first axis."""
+        """The members' values, concatenated along the first axis."""
         return self._run(tf.raw_ops.CollectiveGatherV2, row, call)
 
     def broadcast(self, value: tf.Tensor, call: Call) -> tf.Tensor:
-        """Rank 0's value. It takes no token: its key tells it from others, and between processes counts order it."""
+        """Rank 0's value. Takes no token: its key tells it from others, and between processes counts order it."""
         attributes = {
             "group_size": call.members,
             "group_key": call.group_key,
@@ -63,21 +63,21 @@ class TensorFlows(Transport):
 
 
 class Rings(TensorFlows):
-    """Rings. They have no reduce-scatter: there it is an all-to-all and a sum. [Note: ways]"""
+    """Rings. An all-to-all and a sum replace the reduce-scatter that they lack. [Note: ways]"""
 
     name = hint = "ring"
     title = "a ring"
 
     def obstacle_of_levels(self, device_type: str) -> str:
-        """Parts of GPUs have one level."""
+        """Parts of a GPU have one level."""
         return "two levels are chosen between CPUs only" if device_type == "GPU" else ""
 
     def describe(self, is_between: bool) -> str:
-        """What rings do, and how small sums are taken."""
+        """How rings reduce-scatter, and how they take small sums."""
         between = "; sums of up to 64 KiB are gathered and added" if is_between else ""
         return f"rings; reduce-scatter is an all-to-all and a sum, as TensorFlow has none on CPU{between}"
 
     def of_tensorflow(self, primitive: str, place: Place) -> Transport | None:
-        """Itself, but for what it has not, and what is left out among the crowded. [Note: ways]"""
+        """Itself, except for primitives that rings lack, and for those avoided among the crowded. [Note: ways]"""
         known = [ways.ALL_REDUCE, ways.ALL_GATHER, *([] if place.transport == ways.CROWDED else [ways.ALL_TO_ALL])]
         return self if primitive in known else None

@@ -1,11 +1,11 @@
-"""Whether the transport between replicas is right: each primitive runs once, on values whose result is known.
+"""Tests the transport between replicas: each primitive runs once, on values whose result is known.
 
-A transport can be wrong without an error: a library that numbers members otherwise, or supports a dtype or a size in
-part, or adds in too few bits. So every start of a strategy sends a few numbers in every way in which training will.
+A transport can be wrong without an error: a library may number members differently, support a dtype or a size only in
+part, or add in too few bits. So every start of a strategy sends a few numbers in every way that training will use.
 
-[Note: known values] Each rank and each element has a number of its own, and no size divides by the number of replicas.
-What is only moved uses many bits of its dtype. What is summed are whole numbers, whose sum is exact in any order;
-16-bit floats that are to be added in float32 have a sum that 16 bits cannot hold.
+[Note: known values] Each rank and each element has a number of its own, and no size is divisible by the number of
+replicas. Values that are only moved use many bits of their dtype. Values that are summed are whole numbers with an
+exact sum in any order. 16-bit floats that must be added in float32 have a sum that 16 bits cannot hold.
 """
 
 import contextlib
@@ -24,17 +24,18 @@ from tfzero.collectives.transport import LIBRARIES
 from tfzero.host import graphs, runtime
 from tfzero.workers.channel import Channel
 
-_LARGE_BYTES = 2**16 + 4  # so many are not summed by gathering. [Note: small sums] in `collectives/group.py`
-_MOST_SHOWN = 3  # of what is wrong, by each worker
-_MOST_CHARACTERS = 2000  # of what a worker tells
+_LARGE_BYTES = 2**16 + 4  # too many to sum by gathering. [Note: small sums] in `collectives/group.py`
+_MOST_SHOWN = 3  # errors shown by each worker
+_MOST_CHARACTERS = 2000  # of a worker's message
 _TOPIC = "testing the transport"
 
-# The dtypes in which training uses a primitive, or may. On CPUs the first ones have a way of their own, and the others
-# travel as one of them does: all_gather_ragged is two all-gathers. A transport may want all of them tested always.
+# The dtypes in which training uses a primitive, or may. On CPUs each dtype of the first tuple has a way of its own, and
+# those of the second travel as one of the first: all_gather_ragged is two all-gathers. A transport may want all tested
+# always.
 _DTYPES = {
     "all_reduce": ((tf.float32, tf.bfloat16, tf.int64), (tf.float64, tf.float16, tf.int32, tf.bool)),
     "reduce_scatter": ((tf.float32, tf.bfloat16), (tf.float16,)),
-    "all_to_all": ((tf.int32,), (tf.float32,)),  # as int32 compressed values travel
+    "all_to_all": ((tf.int32,), (tf.float32,)),  # compressed values travel as int32
     "all_gather": ((tf.float32, tf.bfloat16, tf.bool), (tf.float16, tf.int32, tf.int64, tf.uint8)),
     "all_gather_ragged": ((), (tf.float32, tf.bool)),
     "broadcast": ((tf.float32, tf.bool), (tf.bfloat16, tf.int64)),
@@ -42,14 +43,14 @@ _DTYPES = {
 
 
 class TransportError(RuntimeError):
-    """What replicas send each other arrives wrong, or cannot be sent."""
+    """Values that replicas send each other arrive wrong, or cannot be sent."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """What came of one primitive and dtype; if it is wrong, at the first local rank that received something wrong."""
+    """Result of one primitive and dtype. If it is wrong: what the first local rank with a wrong value received."""
 
-    primitive: str  # such as "all_reduce", or "reduce_scatter within workers" for a level of two
+    primitive: str  # such as "all_reduce", or "reduce_scatter within workers" for one of two levels
     dtype: str
     way: str  # the transport's name
     ok: bool
@@ -64,14 +65,14 @@ class Row:
 
 
 def check(group: Group, channel: Channel) -> None:
-    """Runs the test. All workers call it together, and if it fails on one, it ends with an error on all.
+    """Runs the test. All workers call it together, and if it fails on one, all raise an error.
 
     Args:
         group: the replicas of a strategy.
-        channel: between the workers; what takes longer than its timeout is an error.
+        channel: control channel of the workers; the test fails if it takes longer than its timeout.
 
     Raises:
-        TransportError: a RuntimeError that names primitive, dtype, rank, and what was expected and received.
+        TransportError: a RuntimeError that names primitive, dtype and rank, the value expected and the one received.
         tf.errors.OpError: if TensorFlow fails; the text names primitive and dtype.
     """
     if group.world_size == 1:
@@ -88,7 +89,7 @@ def check(group: Group, channel: Channel) -> None:
     except Exception as error:
         if failure is None:
             raise
-        raise failure from error  # who waits for this worker in a primitive does not answer
+        raise failure from error  # a worker that waits for this one in a primitive does not answer
     if failure is not None:
         raise failure
     if any(answers):
@@ -105,11 +106,11 @@ def run(group: Group, timeout_seconds: float = 60.0, every_dtype: bool = False) 
 
     Args:
         group: the replicas of a strategy.
-        timeout_seconds: how long it may take within one process. Between processes the pulse limits it.
-        every_dtype: whether what travels as something else does is tested too, where the transport leaves it out.
+        timeout_seconds: the limit within one process. Between processes the pulse sets the limit.
+        every_dtype: whether to test dtypes that travel as another one too, where the transport leaves them out.
 
     Returns:
-        A row for each primitive and dtype, of what this process's replicas received; none for a single replica.
+        A row for each primitive and dtype, about what this process's replicas received; none for a single replica.
 
     Raises:
         TransportError: if a primitive cannot be traced.
@@ -127,14 +128,14 @@ def run(group: Group, timeout_seconds: float = 60.0, every_dtype: bool = False) 
 
 @dataclass(frozen=True)
 class _Case:
-    """A primitive and a dtype: what ranks give, and what they must receive."""
+    """One primitive and dtype: the values that ranks send, and the values that they must receive."""
 
     primitive: str
     dtype: tf.DType
-    run: Callable  # of a value and a replica
-    gives: Callable[[int], np.ndarray]  # of a rank
-    receives: Callable[[Sequence[int], int], Sequence[np.ndarray]]  # of a group's ranks, and a place among them
-    members: Callable[[int], tuple[Sequence[int], int]]  # those ranks and that place, of a local replica
+    run: Callable  # takes a value and a replica
+    gives: Callable[[int], np.ndarray]  # takes a rank
+    receives: Callable[[Sequence[int], int], Sequence[np.ndarray]]  # takes a group's ranks, and a place among them
+    members: Callable[[int], tuple[Sequence[int], int]]  # takes a local replica; returns those ranks and that place
 
     @property
     def name(self) -> str:
@@ -142,12 +143,12 @@ class _Case:
 
     @property
     def scope(self) -> str:
-        """What TensorFlow's errors name."""
+        """Name scope that appears in TensorFlow's errors."""
         return f"self_test_of_{self.primitive}_of_{self.dtype.name}_".replace(" ", "_")
 
 
 def _row(case: _Case, received: Sequence, group: Group, way: str, seconds: float) -> Row:
-    """The row of a case, from what each local replica received."""
+    """The row of a case, given what each local replica received."""
     for replica, results in enumerate(received):
         parts = results if isinstance(results, list | tuple) else [results]
         wanted = case.receives(*case.members(replica))
@@ -159,10 +160,10 @@ def _row(case: _Case, received: Sequence, group: Group, way: str, seconds: float
 
 
 def _difference(found: np.ndarray, wanted: np.ndarray) -> tuple[str, str] | None:
-    """What was wanted and what was found, where they first differ; None if they are the same."""
+    """The wanted and the found value at the first difference; None if all are equal."""
     if found.dtype != wanted.dtype or found.shape != wanted.shape:
         return f"{wanted.dtype} of shape {wanted.shape}", f"{found.dtype} of shape {found.shape}"
-    same = found == wanted  # not of NaN
+    same = found == wanted  # False for NaN
     if same.all():
         return None
     place = np.unravel_index(int(np.argmin(same)), same.shape)
@@ -170,7 +171,7 @@ def _difference(found: np.ndarray, wanted: np.ndarray) -> tuple[str, str] | None
 
 
 def _received(group: Group, cases: Sequence[_Case], timeout_seconds: float) -> list[list]:
-    """What each local replica receives in each case: one after the other, in one graph, which is the cheapest."""
+    """Runs all cases in one graph, one after the other, which is cheapest; returns each local replica's results."""
 
     def results(values: Sequence, replica: int) -> list:
         received: list = []
@@ -196,7 +197,7 @@ def _received(group: Group, cases: Sequence[_Case], timeout_seconds: float) -> l
 
 
 def _result(case: _Case, value: np.ndarray, replica: int, group: Group, after: Sequence[tf.Tensor]) -> Any:
-    """Part of the graph: what a case gives a replica, once the last one has ended, so that errors name what hangs."""
+    """Traces one case for a replica. It waits for the previous case to end, so that errors name the one that hangs."""
     with tf.name_scope(case.scope), group.lanes.purpose(replica, f"the self-test of {case.name}"):
         with tf.control_dependencies(after):
             given = tf.constant(value, case.dtype)
@@ -208,7 +209,7 @@ def _result(case: _Case, value: np.ndarray, replica: int, group: Group, after: S
 
 @contextlib.contextmanager
 def _unoptimized() -> Iterator[None]:
-    """Within it graphs run as they were traced: to optimize one that runs once takes longer than to run it."""
+    """While active, graphs run as traced: optimizing a graph that runs once takes longer than running it."""
     former = tf.config.optimizer.get_experimental_options().get("disable_meta_optimizer", False)
     tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
     try:
@@ -219,7 +220,7 @@ def _unoptimized() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _limited(group: Group, timeout_seconds: float) -> Iterator[None]:
-    """Ends collectives that take longer, within one process; between processes the pulse does."""
+    """Ends collectives that take too long within one process; between processes the pulse does that."""
     if group.lanes.is_counted:
         yield
         return
@@ -242,7 +243,7 @@ def _dtypes(primitive: str, every_dtype: bool) -> tuple[tf.DType, ...]:
 
 
 def _cases(group: Group, every_dtype: bool) -> list[_Case]:
-    """What training may send, through one group or the two levels of it."""
+    """The cases that training may need, for one group or its two levels."""
     here, size = len(group.devices), group.world_size
     first = group.rank(0)
     everyone = list(range(size))
@@ -260,7 +261,7 @@ def _cases(group: Group, every_dtype: bool) -> list[_Case]:
         def across(replica: int) -> tuple[Sequence[int], int]:
             return everyone[replica::here], first // here
 
-        if every_dtype:  # else the sum of both levels will do
+        if every_dtype:  # otherwise the sum over both levels is enough
             cases += [_scatter(group.within, " within workers", tf.float32, here, size, within)]
             cases += [_scatter(group.across, " across workers", tf.float32, size // here, size, across)]
         cases += [_exchange(group.across, " across workers", tf.int32, size // here, across)]
@@ -326,7 +327,7 @@ def _moves(group: Group, size: int, members: Callable, every_dtype: bool) -> lis
         return group.all_gather(value, replica, True)
 
     def broadcast(value: tf.Tensor, replica: int) -> tf.Tensor:
-        with tf.control_dependencies([value]):  # who only receives has no use for it
+        with tf.control_dependencies([value]):  # ranks that only receive do not use it
             return group.broadcast(value, replica)
 
     def stacked(values: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -344,26 +345,26 @@ def _moves(group: Group, size: int, members: Callable, every_dtype: bool) -> lis
     ]
 
 
-# What ranks give. [Note: known values]
+# Values that ranks send. [Note: known values]
 
 
 def _numbers(dtype: tf.DType, rank: int, shape: Sequence[int]) -> np.ndarray:
-    """Of a rank: numbers that are to be moved."""
+    """A rank's numbers for primitives that move values."""
     index = np.arange(np.prod(shape)).reshape(shape)
     if dtype.is_bool:
         numbers = (rank + 1) >> (index % 16) & 1
     elif dtype.size <= 2:
-        numbers = (1 + 17 * rank + 3 * index) % 251  # as many as are exact in all of them, less a few
+        numbers = (1 + 17 * rank + 3 * index) % 251  # all these dtypes hold whole numbers below 256 exactly
     else:
         numbers = 2 ** (40 if dtype == tf.int64 else 23) + (4099 * rank + 3 * index) % 2**23
     return numbers.astype(dtype.as_numpy_dtype)
 
 
 def _terms(dtype: tf.DType, rank: int, size: int, shape: Sequence[int]) -> np.ndarray:
-    """Of a rank among `size`: numbers whose sum is exact in their dtype, in whatever order they are added."""
+    """A rank's terms, among `size` ranks: their sum is exact in their dtype, whatever the order of addition."""
     index = np.arange(np.prod(shape)).reshape(shape)
     if dtype.is_bool:
-        terms = index % (size + 1) == rank  # one rank's for each element, and nobody's for the last
+        terms = index % (size + 1) == rank  # True on one rank for each element, and on no rank for the last
     elif dtype.size <= 2:
         terms = (1 + (rank + index) % 7) * (rank % (1 + 7 * size // 256) == 0)  # sums up to 256
     else:
@@ -372,7 +373,7 @@ def _terms(dtype: tf.DType, rank: int, size: int, shape: Sequence[int]) -> np.nd
 
 
 def _terms_beyond(dtype: tf.DType, rank: int, size: int, shape: Sequence[int]) -> np.ndarray:
-    """Of a rank among `size`: 16-bit floats whose sum needs more bits; in each element another rank's is large."""
+    """A rank's 16-bit terms, among `size` ranks: their sum needs more bits; the large term moves from rank to rank."""
     index = np.arange(np.prod(shape)).reshape(shape)
     large = 2**8 if dtype == tf.bfloat16 else 2**11
     small = np.where((rank - index) % size == 1 % size, 1 + size % 2 + 2 * (index % 5), 1)

@@ -1,13 +1,13 @@
-"""The contract of a transport: how the values of a group's replicas travel.
+"""The contract of a transport, which carries the values of a group's replicas.
 
-[Note: transports] `Group` knows ranks, dtypes that travel in disguise, shapes that are not known yet, and two levels.
-What is left is one of five primitives on a value as it travels, and that is a `Transport`'s: `rings.py`, `nccl.py` and
-`over_links.py` are three. `transport_choice.py` chooses; nothing else asks which one carries. Another is one file with
-one class, and its row in `transport_choice.TRANSPORTS`.
+[Note: transports] `Group` handles ranks, dtypes that travel in disguise, shapes that are not known yet, and two levels.
+A `Transport` does the rest: one of five primitives on a value in its wire dtype. There are three, in `rings.py`,
+`nccl.py` and `over_links.py`. `transport_choice.py` chooses; no other module asks which one is in use. To add another,
+write one file with one class, and add its row to `transport_choice.TRANSPORTS`.
 
-A transport says what it can do: on which devices and in which topology (`device_types`, `obstacle`, `check_group`), in
-which dtypes (`rows` of the table of `ways.py`), and what orders its collectives (`ordering`). A group refuses what
-would leave them without order, and counts and keys every collective itself, so that no transport can leave that out.
+A transport declares what it can do: its devices and topologies (`device_types`, `obstacle`, `check_group`), its dtypes
+(`rows` of the table of `ways.py`), and what orders its collectives (`ordering`). A group refuses a transport that would
+leave its collectives without order. It counts and keys every collective itself, so that no transport can omit that.
 """
 
 import contextlib
@@ -25,33 +25,33 @@ from tfzero.workers.channel import Channel
 from tfzero.workers.cluster import Cluster
 
 # What orders the collectives of one replica's lane. [Note: ordering]
-BY_TOKENS = "tokens"  # TensorFlow's: each collective is given its lane's
-BY_COUNTS = "counts"  # each waits for its lane's count, which the last one adds to when it ends
+BY_TOKENS = "tokens"  # TensorFlow's: each collective takes its lane's token
+BY_COUNTS = "counts"  # each waits for its lane's count, which the previous one increments when it ends
 
-# What machines may have in different versions, for errors.
+# What machines may have in different versions; for error messages.
 LIBRARIES = "(NCCL on GPUs)"
 
 
 class Connection(Protocol):
-    """What collectives may wait for beside TensorFlow's own."""
+    """A connection that collectives may wait for beside TensorFlow's own."""
 
     timeout_seconds: float
     at_odds: str  # how another worker's collective differs; "" as long as none does
     is_lost: bool
 
     def close(self, reason: str) -> None:
-        """Ends it: what waits for it raises for this reason."""
+        """Ends it: whatever waits for it raises an error with this reason."""
 
 
 @dataclass(frozen=True)
 class Surroundings:
-    """Where a strategy's replicas compute, which is what a transport is chosen by.
+    """Where a strategy's replicas compute. The choice of a transport depends on it.
 
     Args:
         device_type: "CPU" or "GPU".
-        devices: how many of them this process has, as every other.
-        workers: how many processes there are.
-        connections: what was connected when the workers met, by the name of its transport; none before.
+        devices: number of these devices in this process, and in every other.
+        workers: number of processes.
+        connections: those made when the workers met, by the name of their transport; empty before that.
     """
 
     device_type: str
@@ -62,16 +62,16 @@ class Surroundings:
 
 @dataclass(frozen=True)
 class Call:
-    """One collective, as one replica puts it into a graph, on its device and in its place of the order.
+    """One collective as one replica puts it into a graph, on the replica's device and in its lane.
 
     Args:
-        members: how many replicas take part.
-        rank: of this replica among them.
-        group_key: by which TensorFlow knows the group.
-        key: which collective it is. [Note: keys]
-        size: index of that of `keys.SIZES` to which the value is padded, if its shape is not known; a scalar tensor.
-        lane: in which it is ordered; the last one is -1 or the highest.
-        token: of that lane, on this replica's device.
+        members: number of replicas that take part.
+        rank: this replica's rank among them.
+        group_key: the key by which TensorFlow knows the group.
+        key: identifies the collective. [Note: keys]
+        size: a scalar tensor, for a value of unknown shape: index in `keys.SIZES` of the size to which it is padded.
+        lane: the lane that orders it; the last one is -1 or the highest.
+        token: that lane's token on this replica's device.
     """
 
     members: int
@@ -91,21 +91,21 @@ class Call:
 class Transport:
     """How values travel. [Note: transports]
 
-    A primitive gets a value in a dtype that the transport's rows of `ways.TABLE` name, on the replica's device, and is
-    traced once for each replica of every process, in the same order. It gives a tensor of that dtype.
+    A primitive takes a value on the replica's device, in a dtype that the transport's rows of `ways.TABLE` name, and
+    returns a tensor of that dtype. It is traced once for each replica of every process, in the same order.
 
     Args:
-        reason: why it was chosen, as `python -m tfzero.doctor` says it.
+        reason: why it was chosen, for `python -m tfzero.doctor`.
     """
 
-    name = ""  # as the self-test's rows have it, and as workers agree on it
+    name = ""  # in the self-test's rows, and in the agreement of workers
     title = ""  # for people
     device_types: tuple[str, ...] = ("CPU", "GPU")
-    rows = ways.RINGS  # which rows of `ways.TABLE` are its own
+    rows = ways.RINGS  # the name of its rows of `ways.TABLE`
     ordering = BY_TOKENS
     lanes = LANES + 1  # [Note: ordering]
     gathers_small_sums = True  # [Note: small sums] in `collectives/group.py`
-    is_tested_in_every_dtype = False  # by the self-test of every start
+    is_tested_in_every_dtype = False  # by the self-test at every start
 
     def __init__(self, reason: str = "") -> None:
         self.reason = reason
@@ -114,42 +114,44 @@ class Transport:
 
     @classmethod
     def connect(cls, cluster: Cluster, channel: Channel, timeout_seconds: float) -> Sequence[Connection]:
-        """What it needs between the workers, who all call this as they meet, before TensorFlow listens."""
+        """Makes its connections. All workers call it as they meet, before TensorFlow's server listens."""
         del cluster, channel, timeout_seconds
         return ()
 
     @classmethod
     def configure(cls, is_clustered: bool) -> contextlib.AbstractContextManager:
-        """Within it TensorFlow's server starts, of a process of a cluster or of one without others."""
+        """While active, TensorFlow's server starts, for a process of a cluster or for one without others."""
         del is_clustered
         return contextlib.nullcontext()
 
     @classmethod
     def obstacle(cls, where: Surroundings) -> str:
-        """Why it cannot carry there, for devices of its types; "" if it can."""
+        """Why it cannot work there, for devices of its types; "" if it can."""
         del where
         return ""
 
     @classmethod
     def make(cls, where: Surroundings, reason: str) -> "Transport":
-        """One that carries there."""
+        """A transport for these surroundings."""
         del where
         return cls(reason)
 
     @classmethod
     def merit(cls, where: Surroundings) -> str:
-        """Why it is chosen where it can carry; "" if that is what hinders those before it."""
+        """Why it is chosen where it can work; "" if the reason is the obstacle of the transports before it."""
         del where
         return ""
 
     def check(self, settings: Settings, workers: int) -> None:
-        """Raises ValueError if one of the settings has no effect over it."""
+        """Raises ValueError if one of the settings has no effect with this transport."""
         del settings, workers
 
     def check_group(self, devices: int, world_size: int) -> None:
-        """Raises ValueError if it cannot carry, in order, what so many devices of this process and all others exchange.
+        """Raises ValueError if it cannot order the collectives of such a group. [Note: ordering]
 
-        [Note: ordering]
+        Args:
+            devices: number of replicas in this process.
+            world_size: number of replicas in all processes.
         """
         if self.ordering == BY_COUNTS and devices >= world_size:
             raise ValueError(
@@ -158,67 +160,67 @@ class Transport:
             )
 
     def obstacle_of_levels(self, device_type: str) -> str:
-        """Why sums are taken in one level, though there could be two; "" if they need not. [Note: two levels]"""
+        """Why sums take one level where two are possible; "" if nothing speaks against two. [Note: two levels]"""
         del device_type
         return ""
 
     def prepare(self) -> None:
-        """What must be before TensorFlow makes its devices."""
+        """Prepares the process before TensorFlow makes its devices."""
 
     def meeting(self, worker: str, timeout_seconds: float) -> contextlib.AbstractContextManager:
-        """Within it the replicas' first collectives run, as seen by `worker`; for errors that tell more."""
+        """While active, the replicas' first collectives run on `worker`; it makes errors more informative."""
         del worker, timeout_seconds
         return contextlib.nullcontext()
 
     # What it is.
 
     def describe(self, is_between: bool) -> str:
-        """How it carries, for `strategy.report()`: between processes, or within one."""
+        """How it carries values, for `strategy.report()`: between processes, or within one."""
         raise NotImplementedError
 
     @property
     def note(self) -> str:
-        """What else `python -m tfzero.doctor` says of it; "" for nothing."""
+        """A remark for `python -m tfzero.doctor`; "" for none."""
         return ""
 
     def of_tensorflow(self, primitive: str, place: Place) -> "Transport | None":
-        """That of TensorFlow's own operation for a primitive, to compare this one with; None if there is none."""
+        """The transport of TensorFlow's own operation for a primitive, for comparison; None if there is none."""
         del primitive, place
         return None
 
     def way(self, primitive: str, dtype: str, place: Place) -> Way:
-        """As what, and in which dtype, a primitive is carried. [Note: ways]"""
+        """The way of a primitive: operation and dtype. [Note: ways]"""
         return ways.choose(primitive, dtype, place)
 
     def lane(self, lane: int, backward: bool) -> int:
-        """In which lane a collective is ordered, whose key has this one. [Note: ordering]"""
+        """The lane that orders a collective whose key has this lane. [Note: ordering]"""
         del backward
         return lane
 
-    # The primitives. A value's rows, or all of it, lie flat or in any shape of as many elements.
+    # The primitives. A value may be flat, or have any shape with as many elements.
 
     def all_reduce(self, value: tf.Tensor, call: Call) -> tf.Tensor:
-        """The sum of all members' values."""
+        """Sum of all members' values."""
         raise self._cannot(ways.ALL_REDUCE)
 
     def reduce_scatter(self, rows: tf.Tensor, call: Call) -> tf.Tensor:
-        """The sum of this rank's rows, of those of all members: `[members * n]` to `[n]`."""
+        """Sum over members of this rank's row: `[members * n]` to `[n]`."""
         raise self._cannot(ways.REDUCE_SCATTER)
 
     def all_to_all(self, rows: tf.Tensor, call: Call) -> tf.Tensor:
-        """Row `r` goes to rank `r`; the row that comes from rank `r` takes its place: `[members, n]` to the same."""
+        """Sends row `r` to rank `r`, and returns the row from rank `r` in its place: `[members, n]` both."""
         raise self._cannot(ways.ALL_TO_ALL)
 
     def all_gather(self, row: tf.Tensor, call: Call) -> tf.Tensor:
-        """The members' values, one after the other: `[n, ...]` to as many elements as `[members, n, ...]`."""
+        """The members' values, one after the other: `[n, ...]` to as many elements as `[members, n, ...]` has."""
         raise self._cannot(ways.ALL_GATHER)
 
     def broadcast(self, value: tf.Tensor, call: Call) -> tf.Tensor:
-        """Rank 0's value, of a static shape."""
+        """Rank 0's value, for a static shape."""
         raise self._cannot(ways.BROADCAST)
 
     def ended(self, primitive: str, result: tf.Tensor, value: tf.Tensor, call: Call) -> tf.Tensor:
-        """A result outside of what is counted; it may be told its shape."""
+        """A collective's result once its end is counted; may set its static shape."""
         del primitive, value, call
         return result
 
@@ -227,9 +229,9 @@ class Transport:
 
 
 class Silent:
-    """Sends nothing: each replica gets its own values, in the shapes of results, and there is no order.
+    """Sends nothing: each replica gets its own values, in the shapes of results, and nothing is ordered.
 
-    For a group of one, and for measuring what is not communication. What else it is asked, `transport` answers.
+    Used for a group of one, and to measure a step without communication. All other questions go to `transport`.
     """
 
     def __init__(self, transport: Transport) -> None:
@@ -244,7 +246,7 @@ class Silent:
         return tf.identity(value)
 
     def reduce_scatter(self, rows: tf.Tensor, call: Call) -> tf.Tensor:
-        """The own row of `[members, n]`."""
+        """This replica's row of `[members, n]`."""
         return rows[call.rank]
 
     def all_to_all(self, rows: tf.Tensor, call: Call) -> tf.Tensor:
@@ -253,7 +255,7 @@ class Silent:
         return rows
 
     def all_gather(self, row: tf.Tensor, call: Call) -> tf.Tensor:
-        """The own row in all places: `[n]` to `[members, n]`."""
+        """This replica's row in all places: `[n]` to `[members, n]`."""
         return tf.stack([row] * call.members)
 
     def broadcast(self, value: tf.Tensor, call: Call) -> tf.Tensor:

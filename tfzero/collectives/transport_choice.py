@@ -1,4 +1,4 @@
-"""Which transport carries a group's collectives: chosen here and nowhere else, with its reason. [Note: transports]"""
+"""Chooses the transport of a group's collectives, with its reason, here and nowhere else. [Note: transports]"""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -10,12 +10,12 @@ from tfzero.collectives.transport import Connection, Surroundings, Transport
 from tfzero.workers.channel import Channel
 from tfzero.workers.cluster import Cluster
 
-# The first one that can carry does. Another transport is one more row.
+# The first transport that can carry is chosen. Add another transport as one more row.
 TRANSPORTS: list[type[Transport]] = [Nccl, OverLinks, Rings]
 
 
 def choose(where: Surroundings) -> Transport:
-    """The transport of a strategy. Before the workers have met, none that needs connections is chosen."""
+    """The transport of a strategy. Before the workers meet, no transport that needs connections is chosen."""
     obstacles = [""]
     for kind in TRANSPORTS:
         if where.device_type not in kind.device_types:
@@ -28,13 +28,13 @@ def choose(where: Surroundings) -> Transport:
 
 
 def connect(cluster: Cluster, channel: Channel, timeout_seconds: float) -> dict[str, Sequence[Connection]]:
-    """What the transports need between the workers, by their names. All workers call it together, as they meet."""
+    """Makes the transports' connections, by transport name. All workers call it together when they meet."""
     return {kind.name: kind.connect(cluster, channel, timeout_seconds) for kind in TRANSPORTS}
 
 
 @contextlib.contextmanager
 def configured(is_clustered: bool) -> Iterator[None]:
-    """Within it TensorFlow's server starts as the transports need it. See `Transport.configure`."""
+    """While active, TensorFlow's server starts with the transports' configuration. See `Transport.configure`."""
     with contextlib.ExitStack() as stack:
         for kind in TRANSPORTS:
             stack.enter_context(kind.configure(is_clustered))

@@ -1,19 +1,20 @@
-"""Which way each collective takes: the one table of what TensorFlow's transports can do.
+"""The way each collective takes: one table of what TensorFlow's transports can do.
 
-[Note: ways] A primitive is carried by one of TensorFlow's operations, not always by its own, and in a dtype that is not
-always its own. What the table knows:
+[Note: ways] Each primitive is carried by one of TensorFlow's operations, which may be that of another primitive, and in
+a dtype that may differ from the value's. The table encodes these facts:
 
-- Rings, on CPUs and on GPUs that are logical parts of one card, have no reduce-scatter: there it is an all-to-all and a
-  local sum, the same bytes on the wire. Among 12 or more members of one process ("crowded") their all-to-all fails, as
-  its rendezvous keys become ambiguous: they reduce or gather everything, and keep their row. All-gather and broadcast
-  have no bfloat16.
-- NCCL, between GPUs, has a reduce-scatter of its own. It knows float16, float32, float64, int32 and int64 only, adds
+- Rings, on CPUs and on GPUs that are logical parts of one card, have no reduce-scatter. An all-to-all and a local sum
+  replace it, with the same bytes on the wire. Among 12 or more members of one process ("crowded") the all-to-all of
+  rings fails, because its rendezvous keys become ambiguous. Crowded rings all-reduce or all-gather everything, and each
+  replica keeps its row. All-gather and broadcast have no bfloat16.
+- NCCL, between GPUs, has a reduce-scatter of its own. It knows only float16, float32, float64, int32 and int64, adds
   16-bit floats in 16 bits, and its all-reduce of int32 fails between workers.
 - NCCL's all-to-all gives wrong values, without an error, between processes: TensorFlow (`nccl_manager.cc`) divides the
   elements by the participants of this process. There all rows are gathered, and each replica keeps its own: N times the
-  bytes. So 16-bit gradients are added on the way, in float32, and encoded ones (`compression`) are not exchanged.
+  bytes. So between processes NCCL adds 16-bit gradients itself, in float32, and does not exchange encoded ones
+  (`compression`).
 
-Nothing here needs TensorFlow: dtypes go by their names.
+This module does not need TensorFlow: it uses the names of dtypes.
 """
 
 from dataclasses import dataclass, replace
@@ -24,12 +25,12 @@ ALL_REDUCE, REDUCE_SCATTER, ALL_TO_ALL, ALL_GATHER, BROADCAST = PRIMITIVES = (
 RINGS, CROWDED, NCCL = TRANSPORTS = ("rings", "crowded rings", "nccl")
 ONE, SEVERAL = PROCESSES = ("one process", "several processes")
 
-# Rings exchange among so many members of one process.
+# The most members of one process whose all-to-all works over rings.
 _MOST_EXCHANGING = 11
 
 _PLAIN = ("float32", "float64", "int64")
 _NARROW = ("float16", "bfloat16")
-_INTEGERS = ("bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "uint64")  # but int64
+_INTEGERS = ("bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "uint64")  # all but int64
 _ANY_DTYPE = (*_PLAIN, *_NARROW, *_INTEGERS)
 _COPIES = (ALL_TO_ALL, ALL_GATHER, BROADCAST)
 
@@ -39,9 +40,9 @@ class Way:
     """How a primitive is carried.
 
     Args:
-        operation: the primitive whose operation of TensorFlow's carries it; "" for its own.
-        dtype: in which it is carried; "" for its own.
-        is_disguise: whether its bits are taken for that dtype, instead of a cast.
+        operation: the primitive whose TensorFlow operation carries it; "" for its own.
+        dtype: the dtype in which it is carried; "" for its own.
+        is_disguise: whether the value is bitcast to that dtype instead of cast.
     """
 
     operation: str = ""
@@ -51,7 +52,7 @@ class Way:
 
 @dataclass(frozen=True)
 class Row:
-    """Which way these primitives take for these dtypes, over these transports and among so many processes."""
+    """The way of these primitives and dtypes over these transports, within one process or between several."""
 
     primitives: tuple[str, ...]
     transports: tuple[str, ...]
@@ -61,7 +62,7 @@ class Row:
 
 
 AS_IT_IS = Way()
-# The first row that fits counts. [Note: ways]
+# The first row that matches wins. [Note: ways]
 TABLE = (
     Row((ALL_REDUCE,), TRANSPORTS, PROCESSES, _INTEGERS, Way(dtype="int64")),
     Row((ALL_REDUCE,), (NCCL,), PROCESSES, _NARROW, Way(dtype="float32")),
@@ -86,25 +87,25 @@ TABLE = (
 
 @dataclass(frozen=True)
 class Place:
-    """Where a group's collectives run: over which transport, and among one process or several."""
+    """Where a group's collectives run: the transport, and whether in one process or several."""
 
     transport: str = RINGS
     processes: str = ONE
 
     @property
     def exchanges_encoded(self) -> bool:
-        """Whether encoded gradients are exchanged; else they are added on the way, as they are. [Note: ways]"""
+        """Whether encoded gradients can be exchanged; if not, the transport sums them unencoded. [Note: ways]"""
         return (self.transport, self.processes) != (NCCL, SEVERAL)
 
 
 def place_of(rows: str, members_here: int, members: int) -> Place:
-    """Where a group's collectives run, by a transport's rows and the group's members in this process and in all."""
+    """The place of a group, from its transport's rows and its number of members in this process and in all."""
     is_crowded = rows == RINGS and members_here > _MOST_EXCHANGING
     return Place(CROWDED if is_crowded else rows, SEVERAL if members > members_here else ONE)
 
 
 def choose(primitive: str, dtype: str, place: Place) -> Way:
-    """The way that a primitive takes for a dtype, by its name. [Note: ways]
+    """The way of a primitive for a dtype, given by name. [Note: ways]
 
     Raises:
         TypeError: if there is none.
@@ -131,7 +132,7 @@ _BY_ANOTHER = {
 
 
 def as_markdown() -> str:
-    """The table, as docs/gpus.md has it."""
+    """The table of docs/gpus.md."""
     rows = [["", *_COLUMNS], ["---"] * (1 + len(_COLUMNS))]
     rows += [[name.replace("_", "-"), *(_cell(name, place) for place in _COLUMNS.values())] for name in PRIMITIVES]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
