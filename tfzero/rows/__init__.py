@@ -1,1 +1,1 @@
-"""A batch's rows: how they are cut for the replicas, and what of a tensor depends on them."""
+"""The rows of a batch: how they are cut for the replicas, and how tensors depend on them."""

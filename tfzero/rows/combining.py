@@ -1,13 +1,14 @@
-"""What a variable becomes that every replica updates from its own rows of the batch.
+"""Combines a variable's updates when every replica computes them from its own rows of the batch.
 
-[Note: layer state] A layer's state must be equal on all replicas, and what one device computes. What a replica assigns
-is taken apart ([Note: kinds]): a part that does not depend on the replica's rows counts once, sums over rows are summed
-over replicas, and means over rows are averaged, weighted by the replicas' rows. What a variable declares
-(`aggregation="sum"` or "mean") decides about all that depends on rows. If nothing is declared and the graph does not
-tell, floats are averaged, with a warning, and other dtypes are refused.
+[Note: layer state] A layer's state must be equal on all replicas, and equal to the state that one device computes. The
+value that a replica assigns is split into parts ([Note: kinds]). A part that does not depend on the replica's rows
+counts once, sums over rows are summed over replicas, and means over rows are averaged, weighted by the replicas' rows.
+If the variable declares an aggregation (`aggregation="sum"` or "mean"), it applies to every part that depends on rows.
+If it declares none and the graph does not reveal the kind, floats are averaged, with a warning, and other dtypes are
+refused.
 
-Eagerly there is no graph that could tell: floats are averaged with a warning, unless a sum is declared, and other
-dtypes must be equal.
+Eagerly there is no graph to look at: floats are averaged with a warning, unless a sum is declared, and other dtypes
+must be equal.
 """
 
 import warnings
@@ -24,12 +25,12 @@ _OR_MEAN = _DECLARE + ', `aggregation="mean"` for averages.'
 
 
 def combined(variable: tf.Variable, value: tf.Tensor, extended: tf.distribute.StrategyExtended) -> tf.Tensor:
-    """Within a replica: what `variable` is to be assigned on all, where this replica has `value`. [Note: layer state]
+    """Within a replica: the value to assign to `variable` on all replicas, given this replica's. [Note: layer state]
 
     Args:
         variable: a distributed variable, or its sharded parameter.
-        value: what this replica assigns, or adds, from its rows: in the variable's shape and dtype.
-        extended: the strategy's.
+        value: what this replica assigns or adds, computed from its rows, in the variable's shape and dtype.
+        extended: the strategy's `extended`.
 
     Raises:
         ValueError: naming the variable, if replicas cannot agree on a value.
@@ -64,14 +65,14 @@ def combined(variable: tf.Variable, value: tf.Tensor, extended: tf.distribute.St
 
 
 def summed(value: tf.Tensor, extended: tf.distribute.StrategyExtended) -> tf.Tensor:
-    """Sum over replicas, of 16-bit floats in float32."""
+    """Sum over replicas; 16-bit floats are added in float32."""
     is_narrow = value.dtype in (tf.float16, tf.bfloat16)
     wide = tf.cast(value, tf.float32) if is_narrow else value
     return tf.cast(extended.replica_collective(extended.group.all_reduce, wide), value.dtype)
 
 
 def _check(variable: tf.Variable, dtype: tf.DType, parts: dict[str, tf.Tensor]) -> None:
-    """Refuses what cannot be combined; `parts` depend on the replica's rows."""
+    """Refuses updates that cannot be combined; `parts` depend on the replica's rows."""
     run = current_run()
     if run is not None and graphs.is_in_a_loop(run.graph):
         raise ValueError(
@@ -127,7 +128,7 @@ def _combined_eagerly(variable: tf.Variable, value: tf.Tensor, extended: tf.dist
 
 
 def is_eager_sum(variable: tf.Variable) -> bool:
-    """Whether what a replica adds to a variable is summed over replicas without a graph that could be taken apart."""
+    """Whether replicas sum their additions to a variable without a graph that could be taken apart."""
     return (
         variable.aggregation == tf.VariableAggregation.SUM
         and tf.executing_eagerly()

@@ -1,7 +1,7 @@
-"""How the whole batch's tensors follow from the replicas': a walk through the operations that made them.
+"""Derives how one device's tensors follow from the replicas', by walking through the operations that made them.
 
-See [Note: kinds] in `rows/kinds.py`. `rows/sums.py` knows what adds up, `rows/moves.py` where rows are, and this module
-what functions, branches and loops give.
+See [Note: kinds] in `rows/kinds.py`. `rows/sums.py` knows what adds up, `rows/moves.py` knows where rows are, and this
+module handles functions, branches and loops.
 """
 
 from collections.abc import Callable, Iterable
@@ -16,29 +16,30 @@ __all__ = [
     "COUNT", "MEAN", "MIXED", "OTHER", "OWN", "ROWS", "SAME", "SUM", "Dependence", "is_global", "mark", "mark_global",
 ]  # fmt: skip
 
-# Through which no gradient goes.
+# Operations that stop gradients.
 _STOPPED = {"StopGradient", "PreventGradient"}
 _PASSED = {"Identity", "IdentityN", "StopGradient", "PreventGradient", "CheckNumerics", "EnsureShape", "Snapshot"}
 _COLLECTIVES = {
     "CollectiveReduce", "CollectiveReduceV2", "CollectiveGather", "CollectiveGatherV2", "CollectiveBcastRecvV2",
     "CollectiveBcastSendV2",
 }  # fmt: skip
-# Stateful operations of which equal inputs give equal results.
+# Stateful operations whose equal inputs give equal results.
 _DETERMINED = {"ReadVariableOp", "ResourceGather", "ResourceGatherNd", "VariableShape", "Empty"}
 _BRANCHES = {"If", "StatelessIf", "Case", "StatelessCase"}
 _LOOPS = {"While", "StatelessWhile"}
 
 
 class Dependence:
-    """What is known of the tensors of one replica's graph, and of the graphs within it.
+    """The kinds of the tensors of one replica's graph and of the graphs within it.
 
     Args:
-        given: the tensors that the replica's function was given, and their kinds.
-        graph: the graph that the replicas are traced in: else what a function is given is the same for all.
+        given: the arguments of the replica's function, as tensors and their kinds.
+        graph: the graph in which the replicas are traced. Its other placeholders, and those of graphs around it, are
+            the same on all replicas.
     """
 
     def __init__(self, given: Iterable[tuple[tf.Tensor, Kind]], graph: tf.Graph | None = None) -> None:
-        self._given = list(given)  # held, as they are known by their identity
+        self._given = list(given)  # keeps them alive, as `_known` identifies them by id
         self._known = {_key(tensor): kind for tensor, kind in self._given}
         self._around = graphs.graphs_around(graph)
         self._captures: dict[int, tuple] = {}
@@ -64,7 +65,7 @@ class Dependence:
         return self._known[_key(tensor)]
 
     def _kind_from(self, tensor: tf.Tensor, kinds: list[Kind]) -> Kind:
-        """The kind of a tensor, from those of the tensors that it depends on."""
+        """The kind of a tensor, given the kinds of its sources."""
         if self._is_own(tensor):
             return OWN
         is_made = not isinstance(tensor, batch_rows.EagerTensor) and not hasattr(tensor, "_tfzero_kind")
@@ -75,8 +76,8 @@ class Dependence:
         return _kind(tensor, kinds)
 
     def _kinds_of_call(self, operation: tf.Operation) -> list[Kind]:
-        """The kinds of what an operation gives that calls functions: a `tf.function`, a branch or a loop."""
-        key = id(operation.graph), operation.name, len(operation.outputs)  # a gradient adds to what a loop gives
+        """The kinds of the outputs of an operation that calls functions: a `tf.function`, a branch or a loop."""
+        key = id(operation.graph), operation.name, len(operation.outputs)  # a gradient adds outputs to a loop
         if key not in self._within:
             functions = graphs.functions_of(operation)
             kinds = [SAME if each.dtype == tf.resource else self._known[_key(each)] for each in operation.inputs]
@@ -88,7 +89,7 @@ class Dependence:
                 found = _of_branches(functions, kinds)
             else:
                 found = _of_function(functions[0], kinds)
-            # A function's result cannot be taken apart here.
+            # The result of a function cannot be taken apart from outside.
             self._within[key] = [OTHER if kind == MIXED else kind for kind in found]
         return self._within[key]
 
@@ -97,9 +98,9 @@ class Dependence:
         self._updates.append((name, tf.compat.v1.get_default_graph()))
 
     def check_updates(self) -> None:
-        """Refuses updates that only some replicas make: each would have a state of its own, or wait for the others.
+        """Refuses updates that only some replicas make: their states would diverge, or they would wait for the others.
 
-        Of a branch that is being traced the condition is not known, so this is to be called afterwards.
+        Call it after tracing: the condition of a branch is not known while the branch is traced.
         """
         for name, graph in self._updates:
             for operation in graphs.calls_around(graph):
@@ -122,7 +123,7 @@ class Dependence:
         return _is_round_for_all(condition, _before_a_round(body, kinds))
 
     def _is_own(self, tensor: tf.Tensor) -> bool:
-        """Whether a tensor is read from a variable that each replica counts up by itself."""
+        """Whether a tensor is read from a variable in which each replica accumulates by itself."""
         if isinstance(tensor, batch_rows.EagerTensor) or tensor.op.type != "ReadVariableOp":
             return False
         handle = tensor.op.inputs[0]
@@ -131,7 +132,7 @@ class Dependence:
         return isinstance(batch_rows.container_of(handle), runtime.SyncOnReadVariable)
 
     def split(self, tensor: tf.Tensor) -> dict[str, tf.Tensor]:
-        """Tensors by the names of their kinds, which add up to `tensor`; only one of kind "mixed" has several."""
+        """Splits a tensor into parts that add up to it, by the names of their kinds. Only "mixed" has several parts."""
         kind = self.kind(tensor)
         if kind != MIXED:
             return {{COUNT.name: SUM.name, "shape": OTHER.name}.get(kind.name, kind.name): tensor}
@@ -175,7 +176,7 @@ class Dependence:
         return found
 
     def _sources(self, tensor: tf.Tensor) -> list:
-        """The tensors on which a tensor depends, variables aside."""
+        """The tensors that a tensor depends on, except variables."""
         if hasattr(tensor, "_tfzero_kind") or isinstance(tensor, batch_rows.EagerTensor):
             return []
         operation = tensor.op
@@ -187,7 +188,7 @@ class Dependence:
         return [each for each in operation.inputs if each.dtype != tf.resource]
 
     def _outer(self, placeholder: tf.Tensor) -> tf.Tensor | None:
-        """The tensor of the graph around that a graph has captured as this placeholder, or None."""
+        """The tensor of the enclosing graph that was captured as this placeholder, or None."""
         graph = placeholder.graph
         count, captures = self._captures.get(id(graph), (-1, {}))
         pairs = getattr(graph, "captures", [])
@@ -198,27 +199,27 @@ class Dependence:
 
 
 def _of_function(graph: tf.Graph, kinds: list[Kind]) -> list[Kind]:
-    """The kinds of a function's results, where it is given inputs of these kinds."""
+    """The kinds of a function's results, for inputs of these kinds."""
     within = Dependence(zip(graph.inputs, kinds, strict=True))
     return [within.kind(each) for each in graph.outputs]
 
 
 def _of_branches(functions: list, kinds: list[Kind]) -> list[Kind]:
-    """Which branch is taken must be the same everywhere."""
+    """The kinds of a conditional's results; OTHER unless all replicas take the same branch."""
     found = [_of_function(function, kinds[1:]) for function in functions]
-    # A number of rows is a sum.
+    # A number of rows counts as a sum here.
     alike = [{SUM if kind == COUNT else kind for kind in each} for each in zip(*found, strict=True)]
     return [each.pop() if kinds[0] == SAME and len(each) == 1 else OTHER for each in alike]
 
 
 def _of_loop(condition: tf.Graph, body: tf.Graph, kinds: list[Kind]) -> list[Kind]:
-    """The number of rounds must be the same everywhere."""
+    """The kinds of a loop's results; OTHER unless all replicas run the same number of rounds."""
     kinds = _before_a_round(body, kinds)
     return kinds if _is_round_for_all(condition, kinds) else [OTHER] * len(kinds)
 
 
 def _before_a_round(body: tf.Graph, kinds: list[Kind]) -> list[Kind]:
-    """What holds before and after each round."""
+    """The kinds of the loop variables that hold before and after each round."""
     for _ in range(len(kinds) + 1):
         after = _of_function(body, kinds)
         together = [_of_both(before, kind, each) for before, kind, each in zip(kinds, after, body.inputs, strict=True)]
@@ -233,7 +234,7 @@ def _is_round_for_all(condition: tf.Graph, kinds: list[Kind]) -> bool:
 
 
 def _of_both(before: Kind, after: Kind, value: tf.Tensor) -> Kind:
-    """Of a variable of a loop. A list is empty before the first round."""
+    """The kind of a loop variable, before and after a round. A tensor list is empty before the first round."""
     if before == after:
         return before
     return after if before == SAME and after.name == "rows" and value.dtype == tf.variant else OTHER
@@ -244,7 +245,7 @@ def _key(tensor: tf.Tensor) -> int | tuple[int, str]:
 
 
 def _kind(tensor: tf.Tensor, kinds: list[Kind]) -> Kind:
-    """The kind of a tensor, from those of the tensors that it depends on."""
+    """The kind of a tensor that no called function gives, from the kinds of its sources."""
     if hasattr(tensor, "_tfzero_kind"):
         return tensor._tfzero_kind
     if isinstance(tensor, batch_rows.EagerTensor):

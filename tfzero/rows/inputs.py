@@ -1,8 +1,8 @@
-"""Cutting a batch for the replicas.
+"""Cuts batches for the replicas.
 
-Every worker reads the same global batches and keeps its rows, so batch `k` of the fleet is batch `k` of one device,
-whatever the pipeline: arrays, generators, unknown or ragged batch sizes. All replicas get an element of every batch,
-possibly of no rows, so they always run the same number of steps.
+Every worker reads the same global batches and keeps its rows, so batch `k` of the fleet is batch `k` of one device.
+This holds for any pipeline: arrays, generators, unknown or ragged batch sizes. All replicas get an element of every
+batch, possibly without rows, so they always run the same number of steps.
 """
 
 import contextlib
@@ -22,14 +22,14 @@ from tfzero.workers.digests import BatchComparison
 
 @dataclass
 class DataPosition:
-    """Where in its data a training goes on, and from which randomness it shuffles them.
+    """The position in its data at which training resumes, and the random state that shuffles the data.
 
     Args:
-        epochs: how many times the data have been begun before.
-        batches: of the current epoch, already trained with.
-        epoch_batches: of the epoch before.
+        epochs: number of epochs begun before.
+        batches: batches of the current epoch that are already trained on.
+        epoch_batches: batches of the previous epoch.
         randomness: the state from which the pipeline is built (`runtime.random_state`), once known.
-        batch_size: samples of a batch of the data that are trained with, where Keras knows it.
+        batch_size: samples in a batch of the training data, if Keras knows it.
     """
 
     epochs: int = 0
@@ -39,8 +39,8 @@ class DataPosition:
     batch_size: int | None = None
 
     def note_batch_size(self, data_adapter: Any) -> None:
-        """Notes how Keras's adapter makes batches of the data."""
-        with contextlib.suppress(NotImplementedError):  # of some kinds of data
+        """Notes the batch size of Keras's data adapter."""
+        with contextlib.suppress(NotImplementedError):  # some kinds of data have none
             self.batch_size = data_adapter.batch_size
 
 
@@ -56,7 +56,7 @@ def rows_of(value: Any) -> tf.Tensor | None:
 
 
 def cut(value: tf.Tensor | tf.RaggedTensor | tf.SparseTensor, part: int, parts: int) -> tuple:
-    """Part `part` of `parts` of a batched tensor, dealt as evenly as possible (`plan.split_rows`, in a graph).
+    """Part `part` of `parts` of a batched tensor; rows are split as evenly as possible (`plan.split_rows`, in a graph).
 
     Returns:
         The part, and the number of its rows, int64. A part without rows is one row of padding. [Note: padding row]
@@ -72,19 +72,19 @@ def cut(value: tf.Tensor | tf.RaggedTensor | tf.SparseTensor, part: int, parts: 
 def take_rows(
     value: tf.Tensor | tf.RaggedTensor | tf.SparseTensor, begin: tf.Tensor, end: tf.Tensor
 ) -> tf.Tensor | tf.RaggedTensor | tf.SparseTensor:
-    """The rows from `begin` to `end` of a dense, ragged or sparse tensor, int64; their number is not static."""
+    """The rows from `begin` to `end` (int64) of a dense, ragged or sparse tensor; their number is not static."""
     if isinstance(value, tf.SparseTensor):
         start = tf.concat([[begin], tf.zeros_like(value.dense_shape[1:])], 0)
         return tf.sparse.slice(value, start, tf.concat([[end - begin], value.dense_shape[1:]], 0))
     part = value[begin:end]
     if isinstance(part, tf.RaggedTensor) or part.shape[0] is None or tf.executing_eagerly():
         return part
-    # A number of rows that is a constant of the graph could not be told from other numbers. [Note: kinds]
+    # A constant number of rows could not be told from other numbers in the graph. [Note: kinds]
     return tf.compat.v1.placeholder_with_default(part, [None, *part.shape[1:]])
 
 
 def cut_batch(batch: Any, mesh: Mesh) -> Any:
-    """The structure of a batch with per-replica values: the rows of each of this worker's replicas."""
+    """Cuts a batch: its structure, with per-replica values that hold the rows of each of this worker's replicas."""
 
     def of_replicas(leaf: Any) -> Any:
         leaf = tf.convert_to_tensor(leaf) if isinstance(leaf, np.ndarray) else leaf
@@ -97,9 +97,9 @@ def cut_batch(batch: Any, mesh: Mesh) -> Any:
 
 
 def batch_leaves(arguments: Any) -> list:
-    """The tensors with rows of the batch, among the arguments of a replica's function. [Note: batch fraction]
+    """The tensors with rows of the batch among the arguments of a replica's function. [Note: batch fraction]
 
-    What was cut by rows is known. If nothing was, it can be any tensor with an axis.
+    Tensors that tfzero cut are known. If there are none, any tensor with an axis may be part of a batch.
     """
     leaves = tf.nest.flatten(arguments)
     known = [leaf for leaf in leaves if own_rows(leaf) is not None]
@@ -107,13 +107,13 @@ def batch_leaves(arguments: Any) -> list:
 
 
 def own_rows_of(arguments: Any) -> tf.Tensor | None:
-    """How many rows of the batch a replica has, int64; None if there is no batch.
+    """Number of rows of the batch that a replica has, int64; None if there is no batch.
 
     Args:
-        arguments: those of the replica's function.
+        arguments: the arguments of the replica's function.
 
     Raises:
-        ValueError: if it cannot be told which argument is of the batch.
+        ValueError: if it is unclear which argument holds rows of the batch.
     """
     leaves = batch_leaves(arguments)
     if not leaves or (rows := own_rows(leaves[0])) is not None:
@@ -128,7 +128,7 @@ def own_rows_of(arguments: Any) -> tf.Tensor | None:
 
 
 def check_shardable(dataset: tf.data.Dataset, workers: int) -> None:
-    """Refuses what cannot be cut by rows, and warns of what the workers would see in different orders."""
+    """Refuses datasets that cannot be cut by rows, and warns if workers would see data in different orders."""
     policy = dataset.options().experimental_distribute.auto_shard_policy
     allowed = (tf.data.experimental.AutoShardPolicy.AUTO, tf.data.experimental.AutoShardPolicy.DATA)
     if policy not in allowed:
@@ -160,7 +160,7 @@ def check_shardable(dataset: tf.data.Dataset, workers: int) -> None:
 
 
 def describe_dataset(dataset: tf.data.Dataset) -> dict:
-    """What can be known before training of whether workers read the same batches in the same order."""
+    """What is known before training about whether workers read the same batches in the same order."""
     specs = enumerate(tf.nest.flatten(dataset.element_spec))
     return {
         "number of batches": int(dataset.cardinality()),
@@ -170,8 +170,9 @@ def describe_dataset(dataset: tf.data.Dataset) -> dict:
 
 
 def in_order(dataset: tf.data.Dataset) -> tf.data.Dataset:
-    """A dataset with the option that its stages give elements in the order of their inputs, which is TensorFlow's own
-    choice; `options.deterministic = False` would give each worker another order.
+    """A dataset whose stages keep the order of their inputs.
+
+    This is TensorFlow's default; `options.deterministic = False` would give each worker a different order.
     """
     if dataset.options().deterministic is not False:
         return dataset
@@ -181,12 +182,12 @@ def in_order(dataset: tf.data.Dataset) -> tf.data.Dataset:
 
 
 def cut_dataset(dataset: tf.data.Dataset, mesh: Mesh, comparison: BatchComparison) -> tf.data.Dataset:
-    """A dataset whose elements are per-replica values: of every batch the parts of this worker's replicas.
+    """A dataset of per-replica values: of every batch, the parts of this worker's replicas.
 
-    The first batches are compared with those of the other workers when they are given out. [Note: digests]
+    The first batches are compared with those of the other workers as they are yielded. [Note: digests]
 
-    It is a plain dataset, as TensorFlow's multi-device iterator crashes now and then when it is dropped in the middle
-    of its data, which Keras does with the first batch of every `fit` and `evaluate`.
+    It is a plain dataset: TensorFlow's multi-device iterator crashes now and then when it is dropped in the middle of
+    its data, as Keras does with the first batch of every `fit` and `evaluate`.
     """
     is_single = not isinstance(dataset.element_spec, tuple)
 
@@ -205,7 +206,7 @@ def cut_dataset(dataset: tf.data.Dataset, mesh: Mesh, comparison: BatchCompariso
         comparison.compared(noted, source)
         return parts
 
-    # What is given out has been compared, so nothing may be prepared ahead of a step after that.
+    # A batch is compared when it is yielded, so nothing after that stage may run ahead of a step.
     options = tf.data.Options()
     options.experimental_optimization.inject_prefetch = False
     return _prepared_ahead(dataset.enumerate(), note_and_cut).map(give_out).with_options(options)

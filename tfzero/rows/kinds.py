@@ -1,17 +1,17 @@
-"""What of a tensor depends on a replica's rows: the kinds of tensors.
+"""The kinds of tensors: how a tensor depends on a replica's rows.
 
-[Note: kinds] A replica computes from its rows of the batch what one device computes from all rows. Of each tensor of
-the traced step it can be told, from the operations that made it, how the one follows from the other:
+[Note: kinds] A replica computes from its rows of the batch what one device computes from all rows. The operations that
+made a tensor of the traced step tell how one device's tensor follows from the replicas':
 
     same   does not depend on rows: every replica has what one device has
     rows   has an axis of rows, in the order of the batch: one device has those of all replicas
     sum    one device has the sum over replicas (a sum over rows; `count` is a number of rows)
     mean   one device has the mean over replicas, weighted by their rows (a mean over rows)
-    mixed  a sum of tensors of several kinds, into which `Dependence.split` takes it apart
-    own    what a replica has counted up by itself, in a variable of its own
+    mixed  a sum of tensors of several kinds; `Dependence.split` takes it apart
+    own    what a replica has accumulated by itself, in a variable of its own
     other  none of these, such as a maximum
 
-What is not known to be anything else is `other`: a value of `other` is never taken for one device's without a word.
+A tensor not known to be of another kind is `other`. A value of `other` never silently replaces one device's value.
 """
 
 from typing import NamedTuple
@@ -23,8 +23,8 @@ class Kind(NamedTuple):
     """How one device's tensor follows from the replicas'. [Note: kinds]
 
     Args:
-        name: a word of the note; "shape" is the shape of a tensor of kind "rows".
-        axis: of "rows", the axis of rows; of "shape", the element that counts rows.
+        name: a word of the note, or "shape": the shape of a tensor of kind "rows".
+        axis: for "rows", the axis of rows; for "shape", the element that counts rows.
     """
 
     name: str
@@ -37,18 +37,18 @@ ROWS = Kind("rows", 0)
 
 
 def rows_along(axis: int) -> Kind:
-    """Of a tensor with rows along this axis."""
+    """The kind of a tensor with rows along this axis."""
     return Kind("rows", axis)
 
 
 def mark(tensor: tf.Tensor, kind: Kind) -> tf.Tensor:
-    """Notes of what kind a tensor is, where its operations do not tell."""
+    """Sets the kind of a tensor whose operations do not tell it."""
     tensor._tfzero_kind = kind
     return tensor
 
 
 def mark_global(tensor: tf.Tensor) -> tf.Tensor:
-    """Notes that a tensor has the same value on all replicas, so that nobody need reduce it."""
+    """Notes that a tensor has the same value on all replicas, so that no one needs to reduce it."""
     return mark(tensor, SAME)
 
 

@@ -1,7 +1,7 @@
 """Where the rows of a batch are after an operation that keeps, moves or cuts axes. [Note: kinds]
 
-A rule gives kind "rows" only if every row of the result comes from one row of the batch, and rows keep their order.
-What takes some of the rows, such as `x[1:]`, puts them in another order or beside other rows gives "other".
+A rule gives kind "rows" only if every row of the result comes from one row of the batch, and rows keep their order. An
+operation that takes some of the rows (such as `x[1:]`), reorders them or puts them beside other rows gives "other".
 """
 
 from collections.abc import Callable
@@ -11,8 +11,8 @@ import tensorflow as tf
 
 from tfzero.rows.kinds import COUNT, MEAN, OTHER, ROWS, SAME, SUM, Kind, rows_along
 
-# Operations that treat each row of their first input by itself, if the others are the same everywhere, and the least
-# rank of that input: below it, they work along the rows.
+# Operations that treat each row of their first input separately, if their other inputs are the same everywhere, and the
+# least rank of that input: below it they work along the rows.
 _EACH_ROW = {
     **dict.fromkeys(("BiasAdd", "Softmax", "LogSoftmax", "TopKV2", "FFT", "IFFT", "MatrixDiagV3"), 2),
     **dict.fromkeys(("Conv2D", "DepthwiseConv2dNative", "MaxPool", "AvgPool", "LRN", "ExtractImagePatches"), 4),
@@ -22,7 +22,7 @@ _EACH_ROW = {
     **dict.fromkeys(("ResourceGather", "LookupTableFindV2", "StringToHashBucketFast", "Bucketize"), 1),
 }
 _CROSS_ENTROPIES = ("SoftmaxCrossEntropyWithLogits", "SparseSoftmaxCrossEntropyWithLogits")
-# Of the elements that their first input, a shape, tells.
+# Random operations. Their first input is the shape of the result.
 _DRAWN = (
     "RandomStandardNormal", "RandomUniform", "RandomUniformInt", "TruncatedNormal", "StatelessRandomUniformV2",
     "StatelessRandomNormalV2", "StatelessTruncatedNormalV2", "StatelessRandomUniformIntV2",
@@ -54,7 +54,7 @@ def _of_conv_transpose(tensor: tf.Tensor, operation: tf.Operation, kinds: list[K
 
 
 def _of_drawn(tensor: tf.Tensor, operation: tf.Operation, kinds: list[Kind]) -> Kind:
-    """Random numbers for each row: one device has others, as many."""
+    """Random numbers for each row. One device draws different ones, but as many."""
     return rows_along(kinds[0].axis) if kinds[0].name == "shape" else OTHER
 
 
@@ -63,7 +63,7 @@ def _of_fill(tensor: tf.Tensor, operation: tf.Operation, kinds: list[Kind]) -> K
 
 
 def _of_pack(tensor: tf.Tensor, operation: tf.Operation, kinds: list[Kind]) -> Kind:
-    """Of shapes put together, `[rows, 3]`; of statistics; and of tensors with rows."""
+    """Stacks parts of a shape, such as `[rows, 3]`; or statistics; or tensors with rows."""
     rank = tensor.shape.rank
     if rank == 1 and tensor.dtype.is_integer and kinds.count(COUNT) == 1 and kinds.count(SAME) == len(kinds) - 1:
         return Kind("shape", kinds.index(COUNT))
@@ -116,7 +116,7 @@ def _of_gather(tensor: tf.Tensor, operation: tf.Operation, kinds: list[Kind]) ->
 
 
 def _of_shape_elements(places: np.ndarray | None, kind: Kind, shape: tf.Tensor) -> Kind:
-    """Of some elements of a shape, in a vector."""
+    """The kind of a vector of some elements of a shape."""
     rank = shape.shape[0]
     if places is None or rank is None:
         return OTHER
@@ -136,7 +136,7 @@ def _of_one_hot(tensor: tf.Tensor, operation: tf.Operation, kinds: list[Kind]) -
     return rows_along(kinds[0].axis + (operation.get_attr("axis") % tensor.shape.rank <= kinds[0].axis))
 
 
-# Of the tensor at a place among the inputs; its axes that are touched are told by a constant input or an attribute.
+# The following rules are about one tensor among the inputs. A constant input or an attribute gives the axes concerned.
 
 
 def _of_unpack(tensor: tf.Tensor, operation: tf.Operation, kinds: list[Kind]) -> Kind:
@@ -148,7 +148,7 @@ def _of_unpack(tensor: tf.Tensor, operation: tf.Operation, kinds: list[Kind]) ->
 
 
 def _along(value_place: int, axes_place: int) -> Callable[..., Kind]:
-    """A rule of operations that work along the axes that one of their inputs tells."""
+    """A rule for operations that work along the axes given by one of their inputs."""
 
     def rule(tensor: tf.Tensor, operation: tf.Operation, kinds: list[Kind]) -> Kind:
         value, axes = operation.inputs[value_place], _static(operation.inputs[axes_place])
@@ -183,7 +183,7 @@ def _of_slice(tensor: tf.Tensor, operation: tf.Operation, kinds: list[Kind]) -> 
 
 
 def of_strided_slice(operation: tf.Operation, kind: Kind) -> Kind:
-    """Of `x[:, 3]` and such, where x has rows; OTHER unless all rows are taken."""
+    """The kind of `x[:, 3]` and the like, where x has rows; OTHER unless all rows are taken."""
     rank, strides = operation.inputs[0].shape.rank, _static(operation.inputs[3])
     if rank is None or strides is None:
         return OTHER
@@ -211,7 +211,7 @@ _MASKS = ("begin", "end", "ellipsis", "new_axis", "shrink_axis")
 
 
 def of_sliced_shape(operation: tf.Operation, kind: Kind) -> Kind:
-    """Of `shape[0]`, `shape[1:]` and such, of a tensor with rows."""
+    """The kind of `shape[0]`, `shape[1:]` and the like, for the shape of a tensor with rows."""
     begin, end, strides = (_static(each) for each in operation.inputs[1:])
     rank = operation.inputs[0].shape[0]
     if begin is None or rank is None or len(begin) != 1:
@@ -227,7 +227,7 @@ def of_sliced_shape(operation: tf.Operation, kind: Kind) -> Kind:
 
 
 def of_reshape(tensor: tf.Tensor, operation: tf.Operation, kinds: list[Kind]) -> Kind:
-    """Of a tensor with rows along its first axis: each row of the result must be of one row of the batch."""
+    """Reshape of a tensor with rows along axis 0: each row of the result must come from one row of the batch."""
     before, after = operation.inputs[0].shape, tensor.shape
     if kinds[0] != ROWS or None in (before.rank, after.rank) or not after.rank or after[0] is not None:
         return OTHER
@@ -238,7 +238,7 @@ def of_reshape(tensor: tf.Tensor, operation: tf.Operation, kinds: list[Kind]) ->
 
 
 def _begins_with_rows(shape: tf.Tensor, kind: Kind) -> bool:
-    """Whether a shape is `[rows, ...]` or `[-1, ...]`, whose other elements are the same everywhere."""
+    """Whether a shape is `[rows, ...]` or `[-1, ...]` with its other elements the same everywhere."""
     if kind == Kind("shape", 0):
         return True
     first = shape.op.inputs[0] if kind == SAME and hasattr(shape, "op") and shape.op.type == "Pack" else None
@@ -246,7 +246,7 @@ def _begins_with_rows(shape: tf.Tensor, kind: Kind) -> bool:
 
 
 def of_axes_moved(tensor: tf.Tensor, operation: tf.Operation, kinds: list[Kind]) -> Kind:
-    """Of a tensor with rows, of which axes are added, taken away or put in another order."""
+    """Operations that add, remove or permute axes of a tensor with rows."""
     kind, rank = kinds[0], operation.inputs[0].shape.rank
     static = [_static(each) for each in operation.inputs[1:]]
     if rank is None or tensor.shape.rank is None:
@@ -267,7 +267,7 @@ def of_axes_moved(tensor: tf.Tensor, operation: tf.Operation, kinds: list[Kind])
 
 
 def _of_list(tensor: tf.Tensor, operation: tf.Operation, kinds: list[Kind]) -> Kind:
-    """Of the lists of loops: what they are stacked is of their kind."""
+    """The tensor lists of loops: a list has the kind of its elements stacked."""
     kind = kinds[0]
     if operation.type == "TensorListFromTensor":
         return kind if kind.name == "rows" and kind.axis else OTHER

@@ -1,10 +1,10 @@
-"""What becomes of a replica that gets no rows of a batch.
+"""Handles replicas that get no rows of a batch.
 
 [Note: padding row] Kernels of cuDNN and oneDNN take no batch without rows, and the mean of no rows is NaN. So a replica
-without rows is given one row of padding, a copy of the batch's first, which is as good as a real one. It computes, and
-meets the others in their collectives, but nothing of that row counts: what leaves a replica (results, gradients, what
-it adds to variables, sums over replicas) is zero, or has no rows, as far as it depends on rows ([Note: kinds]).
-Eagerly there is no graph that could tell: there all of it is dropped that is not known to be the same on all replicas.
+without rows gets one row of padding: a copy of the batch's first row, which is as good as a real one. The replica
+computes and joins the others in their collectives, but nothing of that row counts. Whatever leaves the replica
+(results, gradients, additions to variables, sums over replicas) is zero or has no rows, as far as it depends on rows
+([Note: kinds]). Eagerly there is no graph to look at: everything not known to be the same on all replicas is dropped.
 """
 
 from collections.abc import Callable
@@ -18,17 +18,19 @@ from tfzero.rows.dependence import COUNT, MIXED, OWN, ROWS, SAME, is_global, mar
 from tfzero.rows.inputs import rows_of, take_rows
 from tfzero.rows.replica_run import current_run
 
-# To choose between two values copies one of them; a branch, which is slower to trace, does not.
+# Choosing between two values copies one of them. A branch does not, but is slower to trace.
 _LARGE_BYTES = 2**20
 
 
 @tf.autograph.experimental.do_not_convert
 def counted(value: tf.Tensor, extended: tf.distribute.StrategyExtended) -> tf.Tensor:
-    """Within a replica: a value, or what does not depend on rows of it if the replica has none. [Note: padding row]
+    """Within a replica: the part of a value that counts. [Note: padding row]
+
+    A replica without rows keeps only the part that does not depend on rows; others keep the whole value.
 
     Args:
         value: any tensor.
-        extended: the strategy's.
+        extended: the strategy's `extended`.
     """
     has_rows = extended.has_rows()
     if has_rows is None:
@@ -47,9 +49,9 @@ def counted(value: tf.Tensor, extended: tf.distribute.StrategyExtended) -> tf.Te
 
 @tf.autograph.experimental.do_not_convert
 def kept(variable: tf.Variable, value: tf.Tensor, extended: tf.distribute.StrategyExtended) -> tf.Tensor:
-    """Within a replica: what of a value counts that it assigns to a variable of its own. [Note: padding row]
+    """Within a replica: the part that counts of a value that it assigns to a variable of its own. [Note: padding row]
 
-    Where the value does not tell, the variable stays as it is.
+    A replica without rows leaves the variable unchanged if the value does not tell which part depends on rows.
     """
     has_rows = extended.has_rows()
     if has_rows is None:
@@ -62,9 +64,10 @@ def kept(variable: tf.Variable, value: tf.Tensor, extended: tf.distribute.Strate
 
 @tf.autograph.experimental.do_not_convert
 def added(value: tf.Tensor, extended: tf.distribute.StrategyExtended) -> tf.Tensor:
-    """Within a replica: what of a value counts that it adds to a variable of its own. [Note: padding row]
+    """Within a replica: the part that counts of a value that it adds to a variable of its own. [Note: padding row]
 
-    In a loop that may be one over rows, of which there are as many rounds: then also what is the same in each.
+    A loop may have one round for each row. So in a loop even what is the same in each round counts only if there are
+    rows.
     """
     has_rows = extended.has_rows()
     is_of_rows = has_rows is not None and not tf.executing_eagerly() and _is_in_a_loop()
@@ -76,9 +79,9 @@ def _is_in_a_loop() -> bool:
 
 
 def with_own_results(function: Callable) -> Callable:
-    """A replica's function, of whose results only that remains which counts. [Note: padding row]"""
+    """A replica's function with its results reduced to what counts. [Note: padding row]"""
     if isinstance(function, tf.types.experimental.PolymorphicFunction):
-        # It must stay one: TensorFlow traces all replicas within it, and converts its Python function there.
+        # It must stay a tf.function: TensorFlow traces all replicas within it, and converts its Python function there.
         return graphs.cloned(function, _of_own_rows)
     if tf.executing_eagerly():
         return _of_own_rows(function)
@@ -96,14 +99,14 @@ def _of_own_rows(function: Callable) -> Callable:
 
 @tf.autograph.experimental.do_not_convert
 def _padded(arguments: Any) -> Any:
-    """A replica's arguments, with a row of zeros in each tensor if none that may be of a batch has rows.
+    """A replica's arguments. If no tensor that may be part of a batch has rows, each of these gets a row of zeros.
 
-    What was cut has its padding already; a user's own data set gives the last replicas empty tensors.
+    Parts that tfzero cut are padded already. A user's own dataset gives the last replicas empty tensors.
     """
     arguments = tf.nest.map_structure(_of_unknown_rows, arguments)
     tensors = [each for each in tf.nest.flatten(arguments) if isinstance(each, tf.Tensor) and each.shape.rank]
     unpadded = [each for each in tensors if own_rows(each) is None]
-    # Beside tensors of an unknown number of rows, those of a known one are no rows.
+    # Beside tensors with an unknown number of rows, tensors with a known size are not part of the batch.
     unpadded = [each for each in unpadded if each.shape[0] is None] or unpadded
     if not unpadded or any(each.shape[0] for each in unpadded):
         return arguments
@@ -123,13 +126,13 @@ def _padded(arguments: Any) -> Any:
 
 
 def _of_unknown_rows(leaf: Any) -> Any:
-    """A part of a batch as its number of rows is known to depend on the replica. [Note: kinds]"""
+    """A part of a batch whose number of rows visibly depends on the replica. [Note: kinds]"""
     if tf.executing_eagerly() or (rows := own_rows(leaf)) is None:
         return leaf
     result = leaf
-    if isinstance(leaf, batch_rows.EagerTensor):  # captured: it would be a constant of the graph
+    if isinstance(leaf, batch_rows.EagerTensor):  # captured, it would be a constant of the graph
         result = mark(tf.compat.v1.placeholder_with_default(leaf, [None, *leaf.shape[1:]]), ROWS)
-    elif isinstance(leaf, tf.RaggedTensor) and leaf.uniform_row_length is None:  # else it counts splits, less one
+    elif isinstance(leaf, tf.RaggedTensor) and leaf.uniform_row_length is None:  # else rows = number of splits - 1
         count = mark(tf.maximum(rows, 1), COUNT)
         result = tf.RaggedTensor.from_value_rowids(leaf.values, leaf.value_rowids(), count, validate=False)
     result._tfzero_rows = rows
@@ -138,9 +141,9 @@ def _of_unknown_rows(leaf: Any) -> Any:
 
 @tf.autograph.experimental.do_not_convert
 def _exchange_own_rows() -> None:
-    """Lets the replica's context reduce and gather what counts. Each run of a function has a context of its own.
+    """Makes the replica's context reduce and gather only what counts. Each run of a function has its own context.
 
-    Also of a replica that has rows for certain: others may not have, and all must do the same.
+    This includes replicas that certainly have rows: others may not have any, and all must do the same.
     """
     replica = tf.distribute.get_replica_context()
     extended = replica.strategy.extended
@@ -169,7 +172,7 @@ def _exchange_own_rows() -> None:
 def _own_along(
     value: tf.types.experimental.TensorLike, axis: int, extended: tf.distribute.StrategyExtended
 ) -> tf.Tensor:
-    """What counts of a replica's value: its own rows, if they lie along an axis along which replicas may differ."""
+    """The part that counts of a replica's value: its own rows, if `axis` is an axis along which replicas may differ."""
     value, has_rows = tf.convert_to_tensor(value), extended.has_rows()
     if has_rows is None:
         return value
@@ -178,7 +181,7 @@ def _own_along(
 
 
 def _gather(value: tf.Tensor, axis: int, extended: tf.distribute.StrategyExtended) -> tf.Tensor:
-    """As `tf.distribute.ReplicaContext.all_gather`, also where replicas cannot be merged."""
+    """Like `tf.distribute.ReplicaContext.all_gather`, but also works where replicas cannot be merged."""
     rank = extended.group.rank(runtime.replica_index())
 
     @tf.custom_gradient
@@ -220,7 +223,7 @@ def _own(result: Any, has_rows: tf.Tensor, extended: tf.distribute.StrategyExten
 
 
 def _own_of_unknown_rank(result: tf.Tensor, has_rows: tf.Tensor, extended: tf.distribute.StrategyExtended) -> tf.Tensor:
-    """A result that has rows along its first axis, if it has any axis, as far as can be told."""
+    """A result with rows along its first axis, if it has an axis, as far as can be told."""
     if extended.dependence().kind(result) in (SAME, OWN):
         return result
     shape = tf.shape(result)
@@ -229,7 +232,7 @@ def _own_of_unknown_rank(result: tf.Tensor, has_rows: tf.Tensor, extended: tf.di
 
 
 def _without_padding(value: tf.Tensor, axis: int, has_rows: tf.Tensor) -> tf.Tensor:
-    """A tensor with rows along an axis, or with none there if the replica has none."""
+    """A tensor with rows along `axis`; a replica without rows gets size 0 there."""
     size = tf.shape(value, tf.int64)
     others = tf.constant([int(k != axis) for k in range(value.shape.rank)], tf.int64)
     return tf.slice(value, tf.zeros_like(size), tf.where(has_rows, size, size * others))
@@ -238,7 +241,7 @@ def _without_padding(value: tf.Tensor, axis: int, has_rows: tf.Tensor) -> tf.Ten
 def _axis_of_rows(
     result: tf.Tensor | tf.SparseTensor | tf.RaggedTensor, has_rows: tf.Tensor, extended: tf.distribute.StrategyExtended
 ) -> int | None:
-    """The axis along which a result has rows, as far as that can be told."""
+    """The axis of a result's rows, as far as it can be told."""
     if isinstance(result, tf.SparseTensor | tf.RaggedTensor):
         return 0
     if tf.executing_eagerly():
@@ -253,10 +256,10 @@ def _axis_of_rows(
 
 
 def _if_any(has_rows: tf.Tensor, value: tf.Tensor) -> tf.Tensor:
-    """A value, or zeros without rows, to which no gradient leads."""
+    """The value, or zeros without gradients if the replica has no rows."""
 
     def chosen() -> tf.Tensor:
-        # Of a tensor of zeros TensorFlow would make a constant, and hold it for ever.
+        # TensorFlow would turn a full tensor of zeros into a constant, and keep it for ever.
         return tf.where(has_rows, value, tf.zeros([], value.dtype))
 
     elements = value.shape.num_elements()

@@ -1,7 +1,7 @@
-"""What is known of a replica's run of a function: one record, for as long as the run lasts.
+"""One record about a replica's run of a function, kept for as long as the run lasts.
 
-TensorFlow runs each replica's function in a thread of its own, at every call of `strategy.run` and in every trace; the
-record is that thread's. What belongs to a graph is kept by the graph, as functions may be traced within the run.
+TensorFlow runs each replica's function in a thread of its own, at every call of `strategy.run` and in every trace. The
+record belongs to that thread. Its per-graph facts are keyed by graph, because functions may be traced within the run.
 """
 
 import threading
@@ -21,25 +21,25 @@ class ReplicaRun:
     """A replica's run of a function.
 
     Args:
-        thread: the replica's, as `runtime.replica_thread` gives it.
+        thread: the replica's thread, from `runtime.replica_thread`.
     """
 
     def __init__(self, thread: threading.Thread) -> None:
         self.arguments = [thread.main_args, thread.main_kwargs]  # type: ignore[attr-defined]
         self.graph = thread.graph  # type: ignore[attr-defined]
-        self.found_rows: tf.Tensor | None = None  # whether it has rows, where only its own tensors tell
+        self.found_rows: tf.Tensor | None = None  # whether it has rows, if only its own tensors tell
         self.gathers_late = False  # whether it is a step that begins by gathering parameters
-        self.gatherers: dict = {}  # of parameters in shards, by graph
-        self.fractions: dict = {}  # of the batch, by graph
+        self.gatherers: dict = {}  # of sharded parameters, by graph
+        self.fractions: dict = {}  # batch fractions, by graph
         self.dependence: Dependence | None = None
         self._has_rows: dict = {}  # by graph
 
     def own_rows(self) -> tf.Tensor | None:
-        """How many rows of the batch it was given, int64; None if it was given none that are known."""
+        """Number of rows of the batch that it was given, int64; None if it was given no known rows."""
         return own_rows_of(self.arguments)
 
     def has_rows(self) -> tf.Tensor | None:
-        """Whether it has rows of the batch; None if it has for certain, or if that is not known."""
+        """Whether it has rows of the batch; None if it certainly has, or if that is unknown."""
         graph = current_graph()
         if graph not in self._has_rows:
             leaves = tf.nest.flatten(self.arguments)
@@ -52,10 +52,10 @@ class ReplicaRun:
         return self._has_rows[graph]
 
     def look_into(self, is_for_all: Sequence[bool]) -> Dependence:
-        """Makes known what depends on its rows of the batch. [Note: kinds]
+        """Determines which tensors depend on its rows of the batch. [Note: kinds]
 
         Args:
-            is_for_all: of each argument, whether all replicas are given the same.
+            is_for_all: for each argument, whether all replicas get the same value.
         """
         rows = {id(leaf) for leaf in batch_leaves(self.arguments)}
         leaves = tf.nest.flatten(self.arguments)
@@ -80,7 +80,7 @@ _runs: weakref.WeakKeyDictionary[threading.Thread, ReplicaRun] = weakref.WeakKey
 
 
 def current_run() -> ReplicaRun | None:
-    """The run of the replica that is traced, or runs eagerly, here; None outside replicas."""
+    """The run of the replica that is traced or runs eagerly in this thread; None outside replicas."""
     thread = runtime.replica_thread()
     if thread is None:
         return None
@@ -90,5 +90,5 @@ def current_run() -> ReplicaRun | None:
 
 
 def current_graph() -> tf.Graph | None:
-    """The graph that is being traced here; None eagerly."""
+    """The graph that is being traced; None eagerly."""
     return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()

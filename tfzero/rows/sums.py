@@ -1,4 +1,4 @@
-"""Of what kind the sums, means, products and quotients of tensors are. [Note: kinds]"""
+"""The kinds of sums, means, products and quotients of tensors. [Note: kinds]"""
 
 from collections.abc import Callable
 
@@ -7,14 +7,14 @@ import tensorflow as tf
 from tfzero.rows.kinds import COUNT, MEAN, MIXED, OTHER, OWN, ROWS, SAME, SUM, Kind, rows_along
 from tfzero.rows.moves import MOVES, of_axes_moved, of_reshape, of_sliced_shape, of_strided_slice
 
-# Of their first input, if the others are the same everywhere.
+# Linear in their first input, if the others are the same everywhere.
 _LINEAR = {"Neg", "Reshape", "ExpandDims", "Squeeze", "Transpose", "Sum", "Mean", "StridedSlice", "Tile", "BroadcastTo"}
 ADDED = {"AddV2", "Add", "AddN", "Sub"}
 _DIVIDED = {"RealDiv", "Div", "DivNoNan"}
 SCATTERED = {"TensorScatterAdd", "TensorScatterSub"}
 _MATMULS = ("MatMul", "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3")
 _PRODUCTS = {*_MATMULS, "Einsum"}
-# Linear in the inputs at these places together (in one of a product), if the others are the same everywhere.
+# Jointly linear in the inputs at these places (a product: in one of them), if the others are the same everywhere.
 LINEAR_IN = {
     **dict.fromkeys(("ReluGrad", "Relu6Grad", "LeakyReluGrad", "EluGrad", "SeluGrad"), slice(0, 1)),
     **dict.fromkeys(("SoftplusGrad", "SoftsignGrad", "GatherV2", "Slice", "Pad", "UnsortedSegmentSum"), slice(0, 1)),
@@ -26,7 +26,7 @@ LINEAR_IN = {
     "StridedSliceGrad": slice(4, 5),
 }
 _REDUCED = {"Sum", "Mean", "Max", "Min", "Prod", "All", "Any", "EuclideanNorm"}
-# Of an element each, broadcast.
+# Each element of the result depends on one element of each input, after broadcasting.
 _ELEMENTWISE = {
     *ADDED, *_DIVIDED, "Mul", "MulNoNan", "Maximum", "Minimum", "Pow", "SquaredDifference", "FloorDiv", "FloorMod",
     "TruncateDiv", "TruncateMod", "Mod", "Atan2", "Xlogy", "Xlog1py", "Xdivy", "NextAfter", "BitwiseAnd", "BitwiseOr",
@@ -42,7 +42,7 @@ _ELEMENTWISE = {
 
 
 def kind_of_result(tensor: tf.Tensor, kinds: list[Kind]) -> Kind:
-    """The kind of what an operation gives, from those of its inputs; of an operation that is not known, "other"."""
+    """The kind of an operation's result, from the kinds of its inputs; "other" for unknown operations."""
     operation = tensor.op
     kind = OTHER
     if operation.type in _RULES:
@@ -51,12 +51,12 @@ def kind_of_result(tensor: tf.Tensor, kinds: list[Kind]) -> Kind:
         kind = _of_elements(tensor, operation, kinds)
     if kind == OTHER and operation.type in LINEAR_IN:
         kind = _of_parts(operation, kinds)
-    # What is the same for each of an unknown number of rows is not the same once it is summed over them.
+    # A part that is the same for each of an unknown number of rows stops being the same when it is summed over them.
     return OTHER if kind == MIXED and not tensor.shape.is_fully_defined() else kind
 
 
 def linear_places(operation: tf.Operation, kinds: list[Kind]) -> list[int]:
-    """The inputs in which an operation of `LINEAR_IN` is linear together; none if another depends on rows."""
+    """The inputs in which an operation of `LINEAR_IN` is jointly linear; none if another input depends on rows."""
     depending = [place for place, kind in enumerate(kinds) if kind != SAME]
     places = list(range(len(kinds)))[LINEAR_IN[operation.type]]
     if operation.type in _PRODUCTS:
@@ -65,7 +65,7 @@ def linear_places(operation: tf.Operation, kinds: list[Kind]) -> list[int]:
 
 
 def _of_parts(operation: tf.Operation, kinds: list[Kind]) -> Kind:
-    """Of what adds up: the kind of the inputs in which an operation is linear; zeros are of any kind."""
+    """The kind of an operation that adds up its parts: that of its linear inputs. Zeros are of any kind."""
     places = [
         place
         for place in linear_places(operation, kinds)
@@ -110,7 +110,7 @@ def _of_product(tensor: tf.Tensor, operation: tf.Operation, kinds: list[Kind]) -
 def _of_quotient(tensor: tf.Tensor, operation: tf.Operation, kinds: list[Kind]) -> Kind:
     numerator, denominator = kinds
     if denominator == SAME and numerator.name != "rows":
-        return OTHER if tensor.dtype.is_integer else numerator  # integers are cut off
+        return OTHER if tensor.dtype.is_integer else numerator  # integer division truncates
     if numerator in (SUM, COUNT) and denominator == COUNT:
         return MEAN
     return _of_elements(tensor, operation, kinds)
@@ -123,7 +123,7 @@ def _of_cast(tensor: tf.Tensor, operation: tf.Operation, kinds: list[Kind]) -> K
 
 
 def _of_linear(tensor: tf.Tensor, operation: tf.Operation, kinds: list[Kind]) -> Kind:
-    """Of shapes, slices, and sums over other axes than that of rows."""
+    """The kind of shapes, slices, and sums over axes other than that of rows."""
     kind = kinds[0]
     if operation.type == "StridedSlice" and kind.name in ("rows", "shape"):
         if any(other != SAME for other in kinds[1:]):
@@ -134,7 +134,7 @@ def _of_linear(tensor: tf.Tensor, operation: tf.Operation, kinds: list[Kind]) ->
         return kind if operation.type == "Neg" else moved(tensor, operation, kinds)
     if kind == SAME and operation.type in ("BroadcastTo", "Tile") and kinds[1].name == "shape":
         return rows_along(kinds[1].axis)
-    # As often as a replica has rows it would be no sum over them.
+    # A value repeated for each of a replica's rows would be no sum over them.
     return kind if kind.name != "shape" and all(other == SAME for other in kinds[1:]) else OTHER
 
 
@@ -157,7 +157,7 @@ def _of_reduction(tensor: tf.Tensor, operation: tf.Operation, kinds: list[Kind])
 
 
 def _of_matmul(tensor: tf.Tensor, operation: tf.Operation, kinds: list[Kind]) -> Kind:
-    """`[..., a, b]` times `[..., b, c]`: a sum over rows where both are summed along theirs."""
+    """`[..., a, b]` times `[..., b, c]`: a sum over rows if both operands are summed along their axis of rows."""
     batched, rank = operation.type.startswith("Batch"), tensor.shape.rank
     turned = [operation.get_attr(f"adj_{side}" if batched else f"transpose_{'ab'[k]}") for k, side in enumerate("xy")]
     ranks = [each.shape.rank for each in operation.inputs]
@@ -167,10 +167,10 @@ def _of_matmul(tensor: tf.Tensor, operation: tf.Operation, kinds: list[Kind]) ->
     summed = [rank - 2 if turned[0] else rank - 1, rank - 1 if turned[1] else rank - 2]
     if axes == summed:
         return SUM
-    if None not in axes:  # of the same rows, not of each with each
+    if None not in axes:  # of the same rows, not of each row with each other row
         return rows_along(axes[0]) if axes[0] == axes[1] and axes[0] < rank - 2 else OTHER
     side = 1 if axes[0] is None else 0
-    if axes[side] == summed[side]:  # not of as many rows
+    if axes[side] == summed[side]:  # summed over rows, but the other operand does not have as many
         return OTHER
     return rows_along(axes[side] if axes[side] < rank - 2 else rank - 1 if side else rank - 2)
 
@@ -190,12 +190,12 @@ def _of_einsum(tensor: tf.Tensor, operation: tf.Operation, kinds: list[Kind]) ->
 
 
 def _of_added_by_number(tensor: tf.Tensor, operation: tf.Operation, kinds: list[Kind]) -> Kind:
-    """Sums of rows by their numbers."""
+    """Sums of rows by segment number."""
     return SUM if kinds == [ROWS, ROWS, SAME] else OTHER
 
 
 def _of_counted(tensor: tf.Tensor, operation: tf.Operation, kinds: list[Kind]) -> Kind:
-    """How often numbers come in a vector, or what they weigh."""
+    """How often numbers occur in a vector, or the sums of their weights."""
     is_each = operation.inputs[0].shape.rank != 1 or (
         operation.type == "DenseBincount" and operation.get_attr("binary_output")
     )
@@ -203,7 +203,7 @@ def _of_counted(tensor: tf.Tensor, operation: tf.Operation, kinds: list[Kind]) -
 
 
 def _of_scattered(tensor: tf.Tensor, operation: tf.Operation, kinds: list[Kind]) -> Kind:
-    """Sums of rows by their numbers, added to a tensor."""
+    """Sums of rows by index, added to a tensor."""
     is_apart = kinds[0] in (SAME, SUM, COUNT, MEAN, MIXED)
     return MIXED if is_apart and kinds[1:] == [ROWS, ROWS] else OTHER
 
