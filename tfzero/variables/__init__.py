@@ -1,1 +1,1 @@
-"""The variables of a strategy: equal on all replicas, or in shards."""
+"""The variables of a strategy: replicated or sharded."""

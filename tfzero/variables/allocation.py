@@ -1,10 +1,10 @@
-"""The `tf.Variable`s of single replicas, made so that they lie close in memory.
+"""Makes the `tf.Variable`s of single replicas so that they lie close together in memory.
 
 [Note: close] TensorFlow's allocator (tensorflow/core/common_runtime/bfc_allocator.cc) hands out a free chunk unsplit if
-it is less than twice as large as what is asked for. A variable that was made in the hole that some larger temporary
-tensor left would hold that whole hole for as long as it lives. So temporary whole values are moved out of TensorFlow's
-memory, and a variable's value that came to lie in too large a hole is made again, elsewhere, before the hole is free
-again. In training, `training/walk.py` writes in place, so a variable stays where it was made.
+it is less than twice as large as the request. A variable made in the hole that a larger temporary tensor left would
+hold that whole hole for as long as it lives. So temporary whole values are moved out of TensorFlow's memory. A
+variable's value that lies in too large a hole is made again elsewhere, before the hole is released. In training,
+`training/walk.py` writes in place, so a variable stays where it was made.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,14 +12,14 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import tensorflow as tf
 
-# Of smaller values the waste does not matter.
+# For smaller values the waste does not matter.
 _WORTH_BYTES = 1 << 16
 _MOST_WASTE = 1 / 64
 _MOST_TRIES = 32
 
 
 def initial_value(kwargs: dict) -> tf.Tensor:
-    """The value that the arguments of a variable's creation name."""
+    """The initial value given by the arguments of a variable's creation."""
     value = kwargs["initial_value"]
     if callable(value):
         value = value()
@@ -28,7 +28,7 @@ def initial_value(kwargs: dict) -> tf.Tensor:
 
 
 def on_host(value: tf.Tensor) -> np.ndarray | tf.Tensor:
-    """A copy in memory of NumPy's, if that can be; else the tensor itself."""
+    """A copy in NumPy's memory if possible, else the tensor itself."""
     return np.array(value) if tf.executing_eagerly() and value.dtype != tf.string else value
 
 
@@ -39,7 +39,7 @@ def component(
     made: Sequence[tf.Variable],
     kwargs: dict,
 ) -> tf.Variable:
-    """One replica's variable; names as in TensorFlow's mirrored_strategy.py."""
+    """Makes one replica's variable, with a name as in TensorFlow's mirrored_strategy.py."""
     kwargs = dict(kwargs)
     if made:
         kwargs["name"] = f"{made[0].name.split(':')[0]}/replica_{len(made)}/"
@@ -49,9 +49,9 @@ def component(
 
 
 def placed(value: np.ndarray, device: str) -> tf.Tensor:
-    """A value for a variable, in memory of its own and of about its own size. [Note: close]"""
+    """Copies a value for a variable into memory of its own and of about its own size. [Note: close]"""
     with tf.device(device):
-        tensor = tf.convert_to_tensor(value)  # it may go on using the array's memory
+        tensor = tf.convert_to_tensor(value)  # it may still use the array's memory
         held_meanwhile = []
         for _ in range(_MOST_TRIES):
             before = _bytes_in_use(device)
@@ -64,5 +64,5 @@ def placed(value: np.ndarray, device: str) -> tf.Tensor:
 def _bytes_in_use(device: str) -> int:
     try:
         return tf.config.experimental.get_memory_info(device)["current"]
-    except ValueError:  # an allocator that keeps no account, which does not have such chunks either
+    except ValueError:  # an allocator that keeps no statistics, and has no such chunks either
         return 0

@@ -1,4 +1,4 @@
-"""Variables of a ZeroStrategy: equal on all replicas, or in shards."""
+"""Variables of a ZeroStrategy: replicated or sharded."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,8 +18,8 @@ from tfzero.workers.channel import Channel
 class ReplicatedVariable(distributed.VariableBase):
     """A variable of which every replica holds an equal copy.
 
-    Within a replica, a write with aggregation `only_first_replica` takes rank 0's value, also in a nested graph, where
-    TensorFlow's own cannot.
+    Within a replica, a write with aggregation `only_first_replica` takes rank 0's value. This also works in a nested
+    graph, where TensorFlow's own variable cannot do it.
     """
 
     def __int__(self) -> int:
@@ -42,7 +42,7 @@ class ReplicatedVariable(distributed.VariableBase):
         return super().update_in_replica(update, value, **kwargs)
 
     def update_outside(self, update: Callable[..., Any], value: tf.types.experimental.TensorLike, **kwargs: Any) -> Any:
-        # A sharded variable must be read here, where it is whole, and not on each device, which has a shard.
+        # Read a sharded variable here, where it is whole, and not on each device, which has only a shard.
         if isinstance(value, tf.Variable | keras.Variable):
             value = tf.convert_to_tensor(value)
         return super().update_outside(update, value, **kwargs)
@@ -51,12 +51,12 @@ class ReplicatedVariable(distributed.VariableBase):
 class LayerVariable(ReplicatedVariable):
     """A replicated variable of a layer or a program, such as a counter or BatchNormalization's moving statistics.
 
-    Each replica computes a value from its part of the batch; all take what one device would have computed, so that
-    replicas stay equal. [Note: layer state]
+    Each replica computes a value from its part of the batch. All replicas then take the value that one device would
+    compute, so that they stay equal. [Note: layer state]
     """
 
     def assign(self, value: tf.types.experimental.TensorLike, *args: Any, **kwargs: Any) -> Any:
-        if is_eager_sum(self):  # of what is new in it
+        if is_eager_sum(self):  # sum only the change
             return self.assign_add(tf.convert_to_tensor(value, self.dtype) - self.value(), *args, **kwargs)
         return super().assign(value, *args, **kwargs)
 
@@ -75,9 +75,9 @@ class LayerVariable(ReplicatedVariable):
 
 
 class OnReadVariable(distributed.OnReadBase):
-    """A variable that each replica counts up by itself and that is combined when read: metrics and such.
+    """A variable that each replica accumulates by itself and that is combined when read, such as a metric's.
 
-    A replica without rows of the batch counts nothing. [Note: padding row]
+    A replica without rows of the batch adds nothing. [Note: padding row]
     """
 
     def assign(self, value: tf.types.experimental.TensorLike, *args: Any, **kwargs: Any) -> Any:
@@ -106,10 +106,11 @@ def _added_to(variable: OnReadVariable, value: tf.types.experimental.TensorLike)
 
 
 class ShardedVariable(ReplicatedVariable):
-    """A variable of which each replica holds its own component: a shard, or everything or nothing of an owned one.
+    """A variable of which each replica holds its own component: a shard; of an owned variable, everything or nothing.
 
-    Within a replica it reads and writes the replica's component, which is flat (`[shard_elements]`) if sharded. Outside it
-    behaves as the whole variable: reading gathers, assigning cuts. Both are collectives, so all workers must take part.
+    Within a replica it reads and writes the replica's component, which is flat (`[shard_elements]`) if sharded. Outside
+    it behaves as the whole variable: reading gathers, assigning cuts. Both are collectives, so all workers must take
+    part.
     """
 
     def __init__(
@@ -142,14 +143,14 @@ class ShardedVariable(ReplicatedVariable):
     def hold(self) -> None:
         """Holds the whole value here, for reading and assigning outside replicas, until `let_go`. A collective.
 
-        Who holds what is held already shares it.
+        Nested holds share the value.
         """
         if self._held is None:
             self._held = runtime.plain_variable(self.value_outside(), self.name.split(":")[0])
         self._holders += 1
 
     def let_go(self, write_back: bool) -> None:
-        """Ends a `hold`; to write back is a collective, and what the first worker assigned counts."""
+        """Ends a `hold`. Writing back is a collective; the value on the first worker counts."""
         self._holders -= 1
         held, self._held = self._held, None
         if write_back:
@@ -161,7 +162,7 @@ class ShardedVariable(ReplicatedVariable):
             self._held = held
 
     def value_here(self) -> tf.Tensor | tf.Variable:
-        # Outside any scope, and while it saves a SavedModel, TensorFlow takes the first component for the whole.
+        # Outside any scope, and while saving a SavedModel, TensorFlow takes the first component for the whole variable.
         is_outside = self._held is not None and runtime.replica_index() is None
         return self.value_outside() if is_outside or not tf.distribute.has_strategy() else super().value_here()
 
@@ -196,7 +197,7 @@ class ShardedVariable(ReplicatedVariable):
         return self._held
 
     def _shard_of(self, value: tf.types.experimental.TensorLike, replica: int) -> tf.Tensor:
-        """What a local replica holds of a value for the whole variable; a scalar may stand for every element."""
+        """A local replica's component, cut from a value of the whole variable. A scalar stands for every element."""
         if tf.convert_to_tensor(value).shape.rank == 0 and self._whole_shape.rank:
             return value
         mesh = self.distribute_strategy.extended.mesh
@@ -204,7 +205,7 @@ class ShardedVariable(ReplicatedVariable):
 
 
 def agree_on_sharded(channel: Channel, topic: str, variables: Sequence[ShardedVariable], what: str) -> None:
-    """Raises ValueError on all workers unless all name the same ones; not by names, which each process counts up."""
+    """Raises ValueError on all workers unless all name the same variables; ignores names, which differ by process."""
     _, differences = channel.compare(topic, {f"sharded variable {v.number}": str(list(v.shape)) for v in variables})
     if differences:
         names = ", ".join(variable.name for variable in variables) or "none"
@@ -214,10 +215,11 @@ def agree_on_sharded(channel: Channel, topic: str, variables: Sequence[ShardedVa
 
 
 class ShardedParameter(ShardedVariable):
-    """A model's variable of which every replica holds a shard; a replica that reads it gathers it.
+    """A model's variable of which every replica holds a shard. A replica that reads it gathers it.
 
-    See [Note: gather] in `variables/gathering.py`. The tape's gradient of it is the shard's, `[shard_elements]`, summed
-    over replicas; outside replicas it is that of the whole variable, as this process has computed it.
+    See [Note: gather] in `variables/gathering.py`. Within a replica the tape's gradient is that of the shard,
+    `[shard_elements]`, summed over replicas. Outside replicas it is that of the whole variable, as computed by this
+    process.
     """
 
     def __init__(self, strategy: tf.distribute.Strategy, values: Sequence[tf.Variable], shape: tf.TensorShape) -> None:
@@ -240,8 +242,8 @@ class ShardedParameter(ShardedVariable):
         return self.value_here()
 
     def value_outside(self) -> tf.Tensor:
-        # A tape cannot follow how it is made: it takes it for what was read of the first shard. Where a tape is around
-        # the call of a function in which this is read, it is a constant.
+        # A tape cannot follow how the whole value is made, so it is recorded as a read of the first shard. If a tape is
+        # around the call of a function that reads it, the value is a constant to that tape.
         with runtime.unrecorded():
             whole = tf.stop_gradient(super().value_outside())
         runtime.record_read(self.values[0], whole)
@@ -265,9 +267,10 @@ class ShardedParameter(ShardedVariable):
 def local_shard(
     whole: tf.types.experimental.TensorLike, owner: int | None, rank: int, shards: int
 ) -> np.ndarray | tf.Tensor:
-    """What shard `rank` of `shards` is of a whole array or tensor: all or nothing of an owned one, else its flat shard.
+    """Component of shard `rank` of `shards`, cut from a whole array or tensor.
 
-    The shard `[shard_elements]` is padded with copies of its last element.
+    It is a flat shard `[shard_elements]`, padded with copies of its last element. Of an owned variable it is everything
+    or nothing.
     """
     library, concatenate = (np, np.concatenate) if isinstance(whole, np.ndarray) else (tf, tf.concat)
     if library is tf:
@@ -282,10 +285,10 @@ def local_shard(
 
 
 class VariableView(SlotKey):
-    """What an inner optimizer sees of a model variable.
+    """A model variable as an inner optimizer sees it.
 
-    While the optimizer is built it stands for the whole variable. In a step it holds `value`, the replica's
-    shard. The optimizer's `assign` methods change it as they would change a variable.
+    While the optimizer is built it stands for the whole variable. In a step it holds `value`, the replica's shard. The
+    optimizer's `assign` methods change that value as they would change a variable.
 
     Args:
         variable: the model's Keras variable.
@@ -299,7 +302,7 @@ class VariableView(SlotKey):
         self.plan = plan
         self.index = index
         self.current = value
-        self.slots: list = []  # made for it
+        self.slots: list = []  # created for this view
         self.path = variable.path
         # On one device Keras builds with its own variables, and updates TensorFlow's.
         self.name = variable.name if value is None else variable.value.name

@@ -1,4 +1,4 @@
-"""Which kind a new variable becomes, and what each local replica holds of it."""
+"""Chooses the kind of each new variable, and what each local replica holds of it."""
 
 import contextlib
 import itertools
@@ -26,12 +26,12 @@ from tfzero.variables.row_state import RowsVariable
 
 
 class VariableCreation:
-    """Makes a strategy's variables; all workers make the same ones in the same order.
+    """Makes a strategy's variables. All workers make the same ones in the same order.
 
     Args:
         strategy: the strategy.
         group: its replicas.
-        mesh: where they are.
+        mesh: the positions of its replicas.
     """
 
     def __init__(self, strategy: tf.distribute.Strategy, group: Group, mesh: Mesh) -> None:
@@ -41,8 +41,8 @@ class VariableCreation:
         self._group = group
         self._mesh = mesh
         self._creating_optimizer_state = False
-        self.view_at_hand: VariableView | None = None  # to which an optimizer's loop has come
-        # Those that are equal on all replicas, by numbers that are the same on all workers.
+        self.view_at_hand: VariableView | None = None  # the view that an optimizer's loop has reached
+        # Variables that are equal on all replicas, by numbers that are the same on all workers.
         self.layer_variables: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
         self._numbers = itertools.count()
 
@@ -52,7 +52,7 @@ class VariableCreation:
 
     @contextlib.contextmanager
     def of_optimizer_state(self) -> Iterator[None]:
-        """Within it new variables are the strategy's, and an optimizer's: all replicas or one owner update them."""
+        """While active, new variables are optimizer state of this strategy: all replicas or one owner update them."""
         self._creating_optimizer_state = True
         try:
             with tf.init_scope(), self._strategy.scope():
@@ -67,12 +67,12 @@ class VariableCreation:
         view: VariableView | runtime.DistributedVariable | None,
         kwargs: dict,
     ) -> tf.Variable:
-        """A new variable.
+        """Creates a new variable.
 
         Args:
-            next_creator: makes one replica's.
-            view: of the model's variable of which it is a slot, if it is one.
-            kwargs: what the variable is to be made with.
+            next_creator: makes one replica's variable.
+            view: if the variable is a slot, the view of its model variable.
+            kwargs: arguments for creating the variable.
         """
         with tf.device(self._group.devices[0]):
             value = initial_value(kwargs)
@@ -91,7 +91,7 @@ class VariableCreation:
         return self._replicate(next_creator, value, kwargs)
 
     def _is_sharded(self, initial_value: tf.Tensor, kwargs: dict) -> bool:
-        """Whether a new variable is one that stage 3 shards: a layer's own state, made untrainable, is not."""
+        """Whether stage 3 shards a new variable. A layer's own state, created as untrainable, is not sharded."""
         return (
             self._settings.scheme.shards_parameters
             and not self._creating_optimizer_state
@@ -104,7 +104,7 @@ class VariableCreation:
     def _make_components(
         self, next_creator: Callable[..., tf.Variable], value: np.ndarray | tf.Tensor, owner: int | None, kwargs: dict
     ) -> list[tf.Variable]:
-        """One variable for each local replica, of its shard of a value."""
+        """One variable for each local replica, holding its shard of a value."""
         kwargs.pop("shape", None)
         components: list[tf.Variable] = []
         for rank, device in zip(self._mesh.ranks, self._group.devices, strict=True):
@@ -119,7 +119,7 @@ class VariableCreation:
     def _replicate(
         self, next_creator: Callable[..., tf.Variable], value: np.ndarray | tf.Tensor, kwargs: dict
     ) -> tf.Variable:
-        """A distributed variable of one component for each local replica."""
+        """A distributed variable with one component for each local replica."""
 
         def components(**kwargs: Any) -> list[tf.Variable]:
             values: list[tf.Variable] = []
@@ -129,7 +129,7 @@ class VariableCreation:
 
         kind: type = ReplicatedVariable if self._creating_optimizer_state else LayerVariable
         if batch_rows.is_moving_statistic(kwargs) and kind is LayerVariable:
-            # The variance is one about the replica's own mean; docs/limits.md names it among the exceptions.
+            # The variance is about the replica's own mean; docs/limits.md lists it among the exceptions.
             kwargs["aggregation"] = tf.VariableAggregation.MEAN
         if batch_rows.is_recurrent_state(kwargs) and not self._creating_optimizer_state:
             kind = RowsVariable
@@ -145,7 +145,7 @@ class VariableCreation:
     def _create_slot(
         self, next_creator: Callable[..., tf.Variable], view: VariableView, value: np.ndarray | tf.Tensor, kwargs: dict
     ) -> tf.Variable:
-        """An optimizer's slot: as the plan places its variable, or a replica's own."""
+        """An optimizer's slot, placed as the plan places its variable, or private to each replica."""
         adds_up = not getattr(view, "overwrite_with_gradient", False)
         accumulates_whole = self._settings.scheme.exchanges_when_accumulated
         if adds_up and accumulates_whole and runtime.is_accumulator_name(kwargs.get("name") or ""):

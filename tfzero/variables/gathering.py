@@ -1,17 +1,17 @@
-"""Whole values of sharded parameters, for as long as a layer needs them (stage 3).
+"""Whole values of sharded parameters, kept only as long as a layer needs them (stage 3).
 
 [Note: gather] A replica that reads a sharded parameter gathers it from all replicas. Gather and reduce-scatter are each
-other's gradient, so a gradient arrives as the shard that the replica owns, already summed. In a graph four things keep
-the memory down:
+other's gradient, so a gradient arrives as the shard that the replica owns, already summed. In a graph four measures
+bound the memory:
 
-1. Unless delayed, all gathers start at once. A gather waits until what an earlier gather was for has been computed.
-2. The backward pass would keep every gathered value alive. What it computes from one is pointed to a second gather,
-   which starts when the backward pass comes near; activations are not computed again.
+1. Without a delay, all gathers would start at once. A gather waits until the layer of an earlier gather is computed.
+2. The backward pass would keep every gathered value alive. Its operations are redirected to a second gather, which
+   starts shortly before the backward pass needs it. Activations are not recomputed.
 3. Reduce-scatters fall behind the backward pass. Second gathers wait for the reduce-scatter of an earlier layer.
-4. A value is gathered once in a step, and its gradient reduced once, however often it is read (tied layers).
+4. A value is gathered once in a step, and its gradient is reduced once, however often it is read (tied layers).
 
 [Note: control flow] All replicas must gather in the same order, so never in a branch or a loop: the gather is put into
-the graph around it. A `tf.function` within a loop would hide it there and is refused.
+the graph around it. In a `tf.function` called within a loop, that graph is out of reach; this is refused.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,14 +25,14 @@ from tfzero.collectives.packing import as_rows
 from tfzero.host import graphs, runtime
 from tfzero.host.edges import Edges
 
-# Bytes of gathered values that may wait for their layer, beside that of the layer which is being computed; a larger
-# value waits alone. So large layers are prefetched one by one, and small ones need not wait for the network each time.
+# Bytes of gathered values that may wait for their layer, beside those of the layer being computed. A larger value waits
+# alone. So large layers are prefetched one by one, and small ones do not wait for the network each time.
 PREFETCH_BYTES = 4 * 2**20
-# Operations that give the same elements in another form: what comes after them uses the gathered value too.
+# Operations that give the same elements in another form: operations after them use the gathered value too.
 _VIEWS = {"Identity", "IdentityN", "Reshape", "Transpose", "Cast", "ExpandDims", "Squeeze"}
-# Operations that look at the shape only, and run at once.
+# Operations that need only the shape, and run at once.
 _SHAPES = {"Shape", "ShapeN", "Size", "Rank"}
-# Attribute of a shard: its residual's component and the loss scale's, or None. [Note: error feedback]
+# Attribute of a shard: the components of its residual and of the loss scale, or None. [Note: error feedback]
 RESIDUAL = "_tfzero_residual"
 
 
@@ -49,7 +49,7 @@ class Use:
         return runtime.creation_order(self.operation)
 
     def replace(self, value: tf.Tensor) -> None:
-        """Makes the operation take another value, by copies of the views, unless that waits for it."""
+        """Makes the operation take another value, through copies of the views, unless that value waits for it."""
         for view in self.views:
             value = graphs.copy_operation(view, {0: value})
         Edges.of(self.operation.graph).replace_input(self.operation, self.place, value)
@@ -61,9 +61,9 @@ class Gatherer:
     Args:
         group: the replicas.
         collective: runs one of the group's methods within a replica (`ZeroExtended.replica_collective`).
-        counted: gives what of a replica's gradient counts. [Note: padding row]
+        counted: returns the part of a replica's gradient that counts. [Note: padding row]
         reshard_after_forward: whether the backward pass gathers again instead of keeping values.
-        codec: how matrices travel; None for as they are.
+        codec: the wire format of matrices; None to leave them unencoded.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Gatherer:
         self._values: dict = {}
         self._gathered: list[tf.Tensor] = []
         self._scattered: list[tf.Tensor] = []
-        self._awaited: list[tf.Tensor] = []  # what the latest second gather's layer waits for
+        self._awaited: list[tf.Tensor] = []  # tensors that the latest second gather's layer waits for
 
     def whole(self, shard: tf.Variable, shape: tf.TensorShape, dtype: tf.DType) -> tf.Tensor:
         """The whole value of a parameter in `dtype`, from this replica's flat shard `[shard_elements]`."""
@@ -94,7 +94,7 @@ class Gatherer:
         return self._values[key]
 
     def forget(self) -> None:
-        """Lets the next reads gather anew, because parameters have changed."""
+        """Makes the next reads gather anew, because parameters have changed."""
         self._values.clear()
 
     def _gather(self, shard: tf.Variable, shape: tf.TensorShape, dtype: tf.DType) -> tf.Tensor:
@@ -162,7 +162,7 @@ class Gatherer:
         return scatter(tf.reshape(upstream, [upstream.shape.num_elements()]))
 
     def _encode_gradient(self, codec: Codec, rows: tf.Tensor, kept: tuple | None) -> tf.Tensor:
-        """Encodes rows; with a residual, in units of the loss scale, keeps what is lost. [Note: error feedback]"""
+        """Encodes rows; a residual keeps the encoding error, divided by the loss scale. [Note: error feedback]"""
         if kept is None:
             return codec.encode(rows)
         residual, loss_scale = kept
@@ -177,16 +177,16 @@ class Gatherer:
         return tf.function(encode, jit_compile=True, autograph=False)(rows)
 
     def _previous_users(self) -> list[tf.Operation]:
-        """What is computed from a gathered value before the last; see 1 in [Note: gather]."""
+        """The operations that use the gathered value for which the next gather waits; see 1 in [Note: gather]."""
         if tf.executing_eagerly():
             return []
         before = _before_the_last(self._gathered, PREFETCH_BYTES)
         return [use.operation for value in before for use in _uses(value)]
 
     def _gather_again(self, whole: tf.Tensor, shard: tf.Tensor, dtype: tf.DType, waits: Sequence[tf.Tensor]) -> None:
-        """Points the backward pass to a second gather; see 2 in [Note: gather].
+        """Redirects the backward pass to a second gather; see 2 in [Note: gather].
 
-        What the second gather must wait for must not wait for what it is for: such a use keeps the first value.
+        A use that the second gather itself depends on keeps the first value: the two would wait for each other.
         """
         if runtime.is_backward(whole.op):
             return
@@ -214,7 +214,7 @@ class Gatherer:
 
 
 def _before_the_last(values: Sequence[tf.Tensor], size_bytes: int) -> Sequence[tf.Tensor]:
-    """The value, if any, before the fewest last ones that have `size_bytes` together."""
+    """The value before the shortest suffix of `values` with at least `size_bytes`, alone in a sequence; or nothing."""
     remaining = max(1, size_bytes)
     for place in reversed(range(len(values))):
         if remaining <= 0:
@@ -224,7 +224,7 @@ def _before_the_last(values: Sequence[tf.Tensor], size_bytes: int) -> Sequence[t
 
 
 def _uses(value: tf.Tensor, views: tuple[tf.Operation, ...] = ()) -> Iterator[Use]:
-    """What takes a value or a view of it that the forward pass made."""
+    """The operations that take a value, or a view of it that the forward pass made."""
     for operation in value.consumers():
         for place, taken in enumerate(operation.inputs):
             if taken is not value:
@@ -238,5 +238,5 @@ def _uses(value: tf.Tensor, views: tuple[tf.Operation, ...] = ()) -> Iterator[Us
 
 
 def _incoming(operation: tf.Operation) -> list[tf.Tensor]:
-    """The gradients that a backward operation takes."""
+    """The gradients among a backward operation's inputs."""
     return [t for t in operation.inputs if runtime.is_backward(t.op) and t.op.type not in _SHAPES]

@@ -14,10 +14,10 @@ from tfzero.variables.classes import ReplicatedVariable
 
 
 class RowsVariable(ReplicatedVariable):
-    """State `[samples of the global batch, ...]` of which a replica reads and writes its own rows.
+    """State `[samples of the global batch, ...]`. A replica reads and writes its own rows.
 
-    Every replica holds all rows, and they are equal on all: what replicas write is gathered. So outside replicas, in
-    files and at any number of replicas it is what one device has.
+    Every replica holds all rows, and they are equal on all replicas: written rows are gathered. So outside replicas, in
+    files and for any number of replicas the state is that of one device.
     """
 
     def value_here(self) -> tf.Tensor | tf.Variable:
@@ -35,11 +35,11 @@ class RowsVariable(ReplicatedVariable):
         return tf.convert_to_tensor(self._own_rows(), dtype, name=name)
 
     def _replica(self) -> int | None:
-        """The local replica that is run, if there are others."""
+        """The local replica that is running, if there is more than one; else None."""
         return runtime.replica_index() if self.distribute_strategy.extended.mesh.replicas > 1 else None
 
     def _span(self, part: int) -> tuple[int, int]:
-        """First row and the row after the last of a part of the batch."""
+        """The first row of a part of the batch, and the row after its last."""
         return split_rows(self.shape[0], self.distribute_strategy.extended.mesh.replicas, part)
 
     def _own_rows(self) -> tf.Tensor:
@@ -74,8 +74,8 @@ class RowsVariable(ReplicatedVariable):
     def _checked(self, rows: tf.Tensor | None, expected: int) -> contextlib.AbstractContextManager[object]:
         """A context whose operations wait for a check of the number of rows that a replica has.
 
-        Its name is all that it can say. `tf.debugging.assert_equal` would be kept in order with those of the other
-        replicas, which wait for each other elsewhere.
+        The operation's name is its only message. `tf.debugging.assert_equal` would be ordered with the assertions of
+        other replicas, which wait for each other elsewhere.
         """
         if rows is None:
             return tf.control_dependencies([])
