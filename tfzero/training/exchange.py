@@ -1,16 +1,18 @@
-"""What a replica sends and receives of each bucket: gradients, and the parameters that it has updated.
+"""How one replica exchanges each bucket: it reduces gradients and gathers updated parameters.
 
-[Note: differences] With compression at stages 1 and 2 an owner sends, in fewer bits, by how much its float32 shard is
-ahead of what every replica holds, and every replica adds what it decodes. What the encoding has lost, the owner keeps
-as its *lag* (4/N bytes a parameter): the next difference holds it. Parameter plus lag is the master shard, from which
-the optimizer goes on. If somebody assigns the parameter, so does the master, but for a difference's rounding.
+[Note: differences] With compression at stages 1 and 2 an owner's updated float32 shard is ahead of the value that every
+replica holds. The owner sends the difference, encoded in fewer bits, and every replica adds the decoded difference. The
+owner keeps the encoding error as its *lag* (4/N bytes a parameter) and includes it in the next difference. Parameter
+plus lag is the master shard, from which the optimizer continues. If someone assigns the parameter, the master follows,
+up to the rounding of one difference.
 
-[Note: error feedback] What encoding a gradient has lost, the replica that sent it keeps as its *residual* (4 bytes a
+[Note: error feedback] The replica that sends an encoded gradient keeps the encoding error as its *residual* (4 bytes a
 parameter), and adds it to the next gradient. A gradient that is not finite leaves the residual as it is.
 
-[Note: late gathers] At stages 1 and 2 what an owner has updated may wait in the owner's variable, in its own place
-(with differences: as the lag), until the next step begins. There it is gathered in the order of the forward pass, and a
-layer waits for its own parameters only. Between the two a variable is nobody's to read (`training/late_gathers.py`).
+[Note: late gathers] At stages 1 and 2 an owner's updated values may wait until the next step begins. They wait in the
+owner's variable, in their own place (with differences: in the lag). The next step gathers them in the order of the
+forward pass, and a layer waits only for its own parameters. Between the update and the gather no one may read the
+variable (`training/late_gathers.py`).
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -39,12 +41,12 @@ from tfzero.variables.gathering import RESIDUAL
 
 @dataclass(frozen=True)
 class Wire:
-    """How a model's variables travel, and what compression makes replicas keep.
+    """How a model's variables travel, and the values that replicas keep because of compression.
 
     Args:
-        codec: how matrices are encoded; None for not.
-        lags: of variables whose differences travel encoded, by variable index. [Note: differences]
-        residuals: what encoding gradients has lost, by variable index. [Note: error feedback]
+        codec: encodes matrices; None for no compression.
+        lags: lags of variables whose differences travel encoded, by variable index. [Note: differences]
+        residuals: encoding errors of gradients, by variable index. [Note: error feedback]
     """
 
     codec: Codec | None = None
@@ -57,9 +59,9 @@ class Exchange:
 
     Args:
         variables: the model's Keras variables, in the plan's order.
-        plan: who owns what.
+        plan: says who owns what.
         group: the replicas.
-        wire: how they travel.
+        wire: how the variables travel.
         replica: the local replica.
     """
 
@@ -74,7 +76,7 @@ class Exchange:
     # Gradients.
 
     def reduce(self, bucket: Bucket, gradients: Mapping[int, tf.Tensor]) -> tf.Tensor:
-        """The sum over replicas of what this replica updates of a bucket: its row, or all of a whole bucket."""
+        """Sum over replicas of the part of a bucket that this replica updates: its row, or all of a whole bucket."""
         if bucket.sharded_parameters:
             return self._row_of_shards(bucket, gradients)
         with self.group.lanes.purpose(self.replica, f"the gradients of {self._describe(bucket)}"):
@@ -86,7 +88,7 @@ class Exchange:
             return self.group.reduce_scatter(packed, self.replica)
 
     def _row_of_shards(self, bucket: Bucket, shards: Mapping[int, tf.Tensor]) -> tf.Tensor:
-        """This replica's row from the shards that it has of a bucket's variables; a missing one leaves zeros."""
+        """This replica's row, made from its shards of a bucket's variables; a missing one leaves zeros."""
         size = self.plan.shards
         given = {}
         for segment in bucket.segments:
@@ -104,7 +106,7 @@ class Exchange:
         residuals = {s.index: self._local(self.wire.residuals[s.index]) for s in bucket.segments if self.wire.residuals}
 
         def as_rows_of_ranks(tensors: Mapping[int, tf.Tensor]) -> tf.Tensor:
-            """For each rank what it is to sum up; a whole bucket is cut evenly."""
+            """For each rank, the row that it sums; a whole bucket is cut evenly."""
             packed = pack(bucket, tensors, size)
             return as_rows(packed, size) if is_whole else packed
 
@@ -131,7 +133,7 @@ class Exchange:
         return tf.cast(row, tf.as_dtype(bucket.dtype))
 
     def _gathered_encoded(self, bucket: Bucket, row: tf.Tensor) -> tf.Tensor:
-        """All of a whole bucket, of which each replica has summed up a row."""
+        """All of a whole bucket, of which each replica has summed one row."""
         gathered = self.group.all_gather(self.wire.codec.encode(row[tf.newaxis])[0], self.replica)
         flat = tf.reshape(self.wire.codec.decode(gathered, row.shape[0], row.dtype), [-1])
         return flat[: bucket.row_elements]
@@ -139,7 +141,7 @@ class Exchange:
     # Parameters.
 
     def master(self, bucket: Bucket, segment: Segment) -> tf.Tensor:
-        """The value that this replica updates of a variable: flat when sharded, else whole. [Note: differences]"""
+        """The value of a variable that this replica updates: flat if sharded, else whole. [Note: differences]"""
         value = self.component(segment.index)
         if bucket.sharded_parameters or bucket.placement is not Placement.SHARDED:
             return tf.convert_to_tensor(value)
@@ -148,7 +150,7 @@ class Exchange:
         return shard if lag is None else shard + self._local(lag)
 
     def _range_of(self, segment: Segment) -> tuple[int, int]:
-        """The flat elements of a variable that this replica updates: its shard, or all of one that it owns."""
+        """The range of a flat variable that this replica updates: its shard, or all of a variable that it owns."""
         if segment.row is not None:
             return 0, segment.elements
         begin = min(self.rank * segment.width, segment.elements)
@@ -159,13 +161,13 @@ class Exchange:
         return tf.pad(tf.reshape(value, [-1])[begin:end], [[0, segment.width - (end - begin)]])
 
     def _ahead(self, segment: Segment, row: tf.Tensor, value: tf.Tensor) -> tf.Tensor:
-        """By how much this replica's shard in a row is ahead of a whole value; nothing in the padding."""
+        """This replica's shard in a row minus the same shard of a whole value; zero in the padding."""
         begin, end = self._range_of(segment)
         own = row[segment.offset : segment.offset + end - begin]
         return tf.pad(own - tf.reshape(value, [-1])[begin:end], [[0, segment.width - (end - begin)]])
 
     def collect_owned(self, bucket: Bucket) -> dict[int, tf.Tensor]:
-        """The whole values of this replica's own variables, by variable index, if they lie in shards."""
+        """The whole values of variables that this replica owns, by variable index, if they are held in shards."""
         if not (bucket.sharded_parameters and bucket.placement is Placement.OWNED):
             return {}
         shards = {s.index: tf.convert_to_tensor(self.component(s.index)) for s in bucket.segments}
@@ -176,12 +178,12 @@ class Exchange:
         }
 
     def gather(self, bucket: Bucket, row: tf.Tensor, updated: Collection[int]) -> None:
-        """Gives all replicas what this one updated of a bucket, and takes what they did.
+        """Sends this replica's updated row of a bucket to all replicas, and assigns all replicas' rows.
 
         Args:
             bucket: the bucket.
             row: this replica's row, or all of a whole bucket.
-            updated: the variables that had a gradient, to whom constraints apply.
+            updated: the variables that had a gradient; constraints apply to these only.
         """
         if bucket.sharded_parameters:
             self._assign_shards(bucket, row, updated)
@@ -199,18 +201,18 @@ class Exchange:
             for index, value in values.items():
                 self.component(index).assign(value)
 
-        # XLA writes into the variables' memory; new memory every step would leave holes in between.
+        # XLA writes into the variables' memory; new memory at every step would leave holes in between.
         tf.function(assign, jit_compile=True, autograph=False)(values)
 
     # [Note: late gathers]
 
     def can_wait(self, bucket: Bucket) -> bool:
-        """Whether a bucket's parameters may be gathered later. A constraint would need the whole ones at once."""
+        """Whether a bucket's parameters may be gathered later. A constraint needs the whole variables at once."""
         is_gathered = self.plan.shards > 1 and bucket.placement is not Placement.WHOLE
         return is_gathered and not bucket.sharded_parameters and not self.is_constrained(bucket)
 
     def keep(self, bucket: Bucket, row: tf.Tensor) -> None:
-        """Keeps what this replica updated of a bucket, for `gather_kept`."""
+        """Keeps this replica's updated part of a bucket for `gather_kept`."""
 
         def assign(row: tf.Tensor) -> None:
             for segment in bucket.segments_of(self.rank):
@@ -228,7 +230,7 @@ class Exchange:
         tf.function(assign, jit_compile=True, autograph=False)(row)  # in the variable's memory, as in `gather`
 
     def gather_kept(self, bucket: Bucket) -> None:
-        """Gives all replicas what this one kept of a bucket, and takes what they did."""
+        """Sends the part of a bucket that this replica kept to all replicas, and assigns all replicas' parts."""
         masters = {s.index: tf.reshape(self.master(bucket, s), [-1]) for s in bucket.segments_of(self.rank)}
         self.gather(bucket, pack_row(bucket, self.rank, masters), ())
 
@@ -274,7 +276,7 @@ class Exchange:
         return any(self.variables[segment.index].constraint for segment in bucket.segments)
 
     def component(self, index: int) -> tf.Variable:
-        """What this replica holds of a model variable."""
+        """This replica's component of a model variable."""
         return self._local(self.variables[index])
 
     def _local(self, variable: keras.Variable) -> tf.Variable:
@@ -298,10 +300,10 @@ def make_wire(
     strategy: tf.distribute.Strategy,
     loss_scale: keras.optimizers.LossScaleOptimizer | None = None,
 ) -> Wire:
-    """Makes what compression makes replicas keep of each variable that travels encoded.
+    """Creates the lags and residuals of the variables that travel encoded.
 
     Raises:
-        ValueError: if none does, so that compression would have no effect.
+        ValueError: if no variable travels encoded, so that compression would have no effect.
     """
     if codec is None:
         return Wire()
@@ -336,7 +338,7 @@ def _zeros_like(view: VariableView, name: str, **arguments: Any) -> keras.Variab
 def _hand_out(
     residual: keras.Variable, view: VariableView, loss_scale: keras.optimizers.LossScaleOptimizer | None
 ) -> None:
-    """Lets each shard of a parameter know its replica's residual: the gradient tape needs it there."""
+    """Attaches its replica's residual to each shard of a parameter: the gradient tape needs it there."""
     for replica, shard in enumerate(view.variable.value.values):
         scale = None if loss_scale is None else loss_scale.dynamic_scale.value.values[replica]
         setattr(shard, RESIDUAL, (residual.value.values[replica], scale))

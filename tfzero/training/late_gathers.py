@@ -1,9 +1,9 @@
-"""Gathers of updated parameters that overlap with the next step's forward pass, at stages 1 and 2.
+"""Gathers updated parameters during the next step's forward pass, at stages 1 and 2.
 
-Within one execution of several steps (`steps_per_execution`) every step but the first begins with the gathers of what
-the step before has updated; what the last one has updated is gathered after it, before Keras goes on. So nobody outside
-ever sees a parameter of which parts are old, and each is gathered once a step as ever. [Note: late gathers] in
-`training/exchange.py`. It is Megatron-LM's `overlap_param_gather`.
+In one execution of several steps (`steps_per_execution`) every step but the first begins by gathering the parameters
+that the previous step updated. Those that the last step updated are gathered after it, before Keras continues. So code
+outside never sees a partly old parameter, and each parameter is still gathered once a step. [Note: late gathers] in
+`training/exchange.py`. This is Megatron-LM's `overlap_param_gather`.
 """
 
 from collections.abc import Callable
@@ -33,8 +33,8 @@ class LateGathers:
 
     Args:
         model: a compiled model.
-        train_step: its training step, of one replica.
-        strategy: its strategy.
+        train_step: one replica's training step of the model.
+        strategy: the model's strategy.
     """
 
     def __init__(self, model: keras.Model, train_step: Callable, strategy: tf.distribute.Strategy) -> None:
@@ -44,14 +44,14 @@ class LateGathers:
 
     @classmethod
     def of(cls, model: keras.Model, step_function: Callable, strategy: tf.distribute.Strategy) -> "LateGathers | None":
-        """Of a model's step function, if it trains and its parameters can be gathered late."""
+        """Makes them for a model's step function; None unless it trains and the parameters can be gathered late."""
         is_own = runtime.is_train_step_of_keras(step_function)
         several = model.steps_per_execution > 1 and not model.run_eagerly
         serves = strategy.settings.overlap_param_gather and is_own and several and model.optimizer is not None
         return cls(model, step_function, strategy) if serves else None
 
     def step(self, data: Any) -> Any:
-        """Within a replica: gathers what the step before has updated, and trains on a batch."""
+        """Within a replica: gathers the parameters that the previous step updated, and trains on a batch."""
         self._gather_kept()
         trained, replica = self._model.optimizer.trained, runtime.replica_index()
         begun = _last_mark(trained, replica)
@@ -62,20 +62,20 @@ class LateGathers:
         return logs
 
     def run(self, execution: Callable, iterator: Any) -> Any:
-        """Runs an execution of several steps, and gathers what its last one has updated."""
+        """Runs an execution of several steps, then gathers the parameters that its last step updated."""
         try:
             logs = execution(iterator)
         except tf.errors.OpError as error:
             error.add_note(_APART)
             raise
-        except KeyboardInterrupt:  # Python noticed it when the execution had ended, perhaps of this worker only
+        except KeyboardInterrupt:  # Python noticed it after the execution, perhaps on this worker only
             self._finish()
             raise
         self._finish()
         return logs
 
     def _gather_kept(self) -> None:
-        """Within a replica: the gathers, in the order of the forward pass."""
+        """Within a replica: gathers kept parameters in the order of the forward pass."""
         trained, replica = self._model.optimizer.trained, runtime.replica_index()
         exchange = trained.exchange(replica)
         pending = trained.pending.value.values[replica]
@@ -91,7 +91,7 @@ class LateGathers:
 
 
 def make_pending(variables: int, strategy: tf.distribute.Strategy) -> keras.Variable | None:
-    """Makes `Trained.pending` for so many variables, if the strategy's parameters are to be gathered late."""
+    """Creates `Trained.pending` for so many variables, if the strategy's parameters are gathered late."""
     if not strategy.settings.overlap_param_gather:
         return None
     with strategy.extended.creation.of_optimizer_state():
@@ -99,10 +99,10 @@ def make_pending(variables: int, strategy: tf.distribute.Strategy) -> keras.Vari
 
 
 def is_late() -> bool:
-    """Within a replica: that what is updated now is gathered in the next step.
+    """Within a replica: returns True, as the next step gathers the parameters that are updated now.
 
     Raises:
-        RuntimeError: if it would not be, as this is no step of `LateGathers`.
+        RuntimeError: if no step would gather them, because this is not a step of `LateGathers`.
     """
     run = current_run()
     if run is None or not run.gathers_late:
@@ -115,13 +115,13 @@ def _waiting(exchange: Exchange) -> list[Bucket]:
 
 
 def _last_mark(trained: Trained, replica: int) -> int:
-    """The place in the current graph of the latest operation that has marked parameters as pending or not."""
+    """The place in the current graph of the latest operation that marked parameters as pending or as gathered."""
     uses = runtime.uses_of_variable(trained.pending.value.values[replica])
     return max(map(runtime.creation_order, uses), default=-1)
 
 
 def _refuse_reads_of_kept(trained: Trained, replica: int) -> None:
-    """Raises if a parameter is read between its update and its gather: by a metric, for one."""
+    """Raises if a parameter is read between its update and its gather, for example by a metric."""
     exchange, kept = trained.exchange(replica), _last_mark(trained, replica)
     for index in (segment.index for bucket in _waiting(exchange) for segment in bucket.segments):
         uses = runtime.uses_of_variable(exchange.component(index))

@@ -1,12 +1,12 @@
-"""The loss of one replica: its part of the loss of the whole batch.
+"""The loss of one replica: its part of the whole batch's loss.
 
-[Note: the divisor] Keras divides each loss by what one replica sees and then by the number of replicas: a mean of
-means, wrong as soon as replicas see different numbers of samples, unmasked elements or weights. Here each replica's
-sum is divided by the count over all replicas, so that the parts add up to what one device computes.
+[Note: the divisor] Keras divides each loss by the count that one replica sees, and then by the number of replicas. This
+mean of means is wrong as soon as replicas see different numbers of samples, unmasked elements or weights. Here each
+replica's sum is divided by the count over all replicas, so that the parts add up to the loss that one device computes.
 
 [Note: a user's own loss] Within `Model._compute_loss` all values are means over this replica's samples. At the end the
-total is multiplied by the replica's fraction of the batch. So a `compute_loss` that takes its own mean is as right as
-one that adds up Keras losses.
+total is multiplied by the batch fraction. So a `compute_loss` that takes its own mean is as right as one that adds up
+Keras losses.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ _scope = threading.local()
 
 
 def current_extended() -> ZeroExtended | None:
-    """The extended of the ZeroStrategy whose replica is being run, or None."""
+    """The `extended` of the ZeroStrategy whose replica is running, or None."""
     replica = tf.distribute.get_replica_context()
     if replica is None or not hasattr(replica.strategy, "settings"):
         return None
@@ -33,7 +33,7 @@ def current_extended() -> ZeroExtended | None:
 
 @contextlib.contextmanager
 def local_unit(batch_is_static: bool) -> Iterator[None]:
-    """Within it losses are means over this replica's samples. [Note: a user's own loss]"""
+    """While active, losses are means over this replica's samples. [Note: a user's own loss]"""
     before = getattr(_scope, "static", None)
     _scope.static = batch_is_static
     try:
@@ -43,7 +43,7 @@ def local_unit(batch_is_static: bool) -> Iterator[None]:
 
 
 def scale(value: tf.types.experimental.TensorLike, extended: ZeroExtended) -> tf.Tensor:
-    """A mean over this replica's samples as its part of the mean over all.
+    """Scales a mean over this replica's samples to its part of the mean over all samples.
 
     A loss for each sample (`reduction="none"`) is no mean: on one device its gradient is that of the sum.
     """
@@ -57,10 +57,10 @@ def scale(value: tf.types.experimental.TensorLike, extended: ZeroExtended) -> tf
 
 
 def unscale(value: tf.types.experimental.TensorLike, extended: ZeroExtended) -> tf.Tensor:
-    """The inverse, for metrics that weigh replicas by their samples.
+    """The inverse of `scale`, for metrics that weigh replicas by their samples.
 
-    Within `_compute_loss` Keras counts each replica as one when it does not know the batch size while tracing; then
-    the parts must add up to as many times the batch's mean.
+    If the batch size is unknown while tracing, Keras counts each replica as one within `_compute_loss`. Then the parts
+    must add up to the batch's mean times the number of replicas.
     """
     static = getattr(_scope, "static", None)
     if static is True or ops.convert_to_tensor(value).shape.rank:
@@ -113,7 +113,7 @@ def reduce_loss(
 
 
 def _global_divisor(counts: Sequence[tf.Tensor], dtype: tf.DType, extended: ZeroExtended) -> tf.Tensor:
-    """Keras's divisor `elements * unmasked / maskable`, or the sum of weights, of the whole batch."""
+    """The whole batch's divisor as in Keras: `elements * unmasked / maskable`, or the sum of weights."""
     local = tf.stack([tf.stop_gradient(tf.cast(counted(count, extended), tf.float64)) for count in counts])
     total = extended.replica_collective(extended.group.all_reduce, local)
     if len(counts) == 1:

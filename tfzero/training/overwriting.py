@@ -1,9 +1,10 @@
 """Variables that their gradient overwrites: scales and histories of float8 layers.
 
-[Note: overwriting] Keras lets a layer give, as the gradient of some variables, their next values, and assigns them
-(`_overwrite_variables_directly_with_gradients` in keras/src/optimizers/base_optimizer.py). They are not descended, and
-have no slots. Each replica gives values for its rows; the largest counts, as over micro-steps in Keras: a history of
-largest absolute values, and scales that are equal. Such variables stay whole at every stage.
+[Note: overwriting] A Keras layer may give the next values of some variables as their gradients; Keras assigns them
+(`_overwrite_variables_directly_with_gradients` in keras/src/optimizers/base_optimizer.py). No descent is applied to
+such variables, and they have no slots. Each replica gives values for its rows, and the largest counts, as over
+micro-steps in Keras: they are a history of largest absolute values, and scales that are equal. Such variables stay
+whole at every stage.
 """
 
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ def is_overwritten(variable: keras.Variable) -> bool:
 
 
 class OverwrittenView(VariableView):
-    """What an inner optimizer sees of such a variable while it is built: no slots, an accumulator at most."""
+    """An overwritten variable as an inner optimizer sees it while it is built: no slots, at most an accumulator."""
 
     def __init__(self, variable: keras.Variable) -> None:
         super().__init__(variable, plan=None, index=-1)
@@ -38,10 +39,10 @@ class OverwrittenView(VariableView):
 
 
 def keep_whole(variables: Sequence[keras.Variable], strategy: tf.distribute.Strategy) -> None:
-    """Makes such variables whole, which at stage 3 may lie in shards. All workers call it together.
+    """Makes overwritten variables whole; at stage 3 they may be sharded. All workers call it together.
 
     Raises:
-        RuntimeError: while a step is traced, which may have read the shards.
+        RuntimeError: while a step is traced, as it may have read the shards.
     """
     sharded = [variable for variable in variables if isinstance(variable.value, ShardedParameter)]
     if not sharded:
@@ -57,11 +58,11 @@ def keep_whole(variables: Sequence[keras.Variable], strategy: tf.distribute.Stra
 
 
 class Overwriting:
-    """The next values of one replica's variables that are overwritten, while a step is traced.
+    """The next values of one replica's overwritten variables, while a step is traced.
 
     Args:
-        variables: each with the optimizer that it belongs to.
-        gradients: this replica's, by place in `variables`.
+        variables: the variables, each with its optimizer.
+        gradients: this replica's gradients, by place in `variables`.
         group: the replicas.
         replica: the local replica.
     """

@@ -1,9 +1,9 @@
-"""Keeping gradients from piling up at stage 2.
+"""Keeps gradients from piling up at stage 2.
 
-[Note: pacing] The backward pass is often faster than the network, and then all gradients wait whole in memory for
-their turn on the wire, as at stage 1. So the operation that computes a large gradient is made to wait until enough of
-the gradients before it have been reduced. The chain of activations' gradients goes on meanwhile, so only work that
-the wire could not take yet is delayed.
+[Note: pacing] The backward pass is often faster than the network. Then all gradients wait whole in memory for their
+turn on the wire, as at stage 1. So the operation that computes a large gradient waits until enough of the earlier
+gradients have been reduced. The chain of activations' gradients continues meanwhile: only work that the wire could not
+take yet is delayed.
 """
 
 from collections.abc import Sequence
@@ -12,9 +12,9 @@ import tensorflow as tf
 
 from tfzero.host.edges import Edges
 
-# Full buckets whose gradients may wait whole, beside those of the bucket that is being reduced.
+# Full buckets whose gradients may wait whole, beside those of the bucket being reduced.
 WINDOW_BUCKETS = 2
-# Operations that pass a gradient on in the same memory, or rescale it: what computes it stands before them.
+# Operations that pass a gradient on in the same memory, or rescale it. The operation that computes it is before them.
 _PASSING_ON = {"Reshape", "Identity", "IdentityN", "Squeeze", "ExpandDims", "Cast", "RealDiv", "Mul", "StopGradient"}
 
 
@@ -22,17 +22,17 @@ class Pacer:
     """Bounds the bytes of gradients that are whole at once.
 
     Args:
-        window_bytes: bytes of gradients that may wait beside those of the bucket that is being reduced.
+        window_bytes: bytes of gradients that may wait beside those of the bucket being reduced.
     """
 
     def __init__(self, window_bytes: int) -> None:
         self._window_bytes = window_bytes
-        self._reduced: list[tuple[tf.Operation, int]] = []  # each with the bytes reduced up to and with it
+        self._reduced: list[tuple[tf.Operation, int]] = []  # each with the bytes reduced so far, including its own
         self._bytes = 0
-        self._leader = 0  # the first of `_reduced` that nobody waits for yet
+        self._leader = 0  # the first of `_reduced` that no gradient waits for yet
 
     def add(self, reduced: tf.Tensor, gradients: Sequence[tf.Tensor], size_bytes: int) -> None:
-        """Notes a bucket's reduced tensor, and lets the computation of its gradients wait for earlier buckets."""
+        """Notes a bucket's reduced tensor, and makes the computation of its gradients wait for earlier buckets."""
         while self._leader < len(self._reduced) and (
             self._bytes - self._reduced[self._leader][1] >= self._window_bytes
         ):
@@ -48,7 +48,7 @@ class Pacer:
 
 
 def _origin(gradient: tf.Tensor) -> tf.Operation:
-    """The operation that computes a gradient, before what only passes it on."""
+    """The operation that computes a gradient, before operations that only pass it on."""
     while gradient.op.type in _PASSING_ON and len(gradient.op.inputs):
         gradient = gradient.op.inputs[gradient.value_index if gradient.op.type == "IdentityN" else 0]
     return gradient.op

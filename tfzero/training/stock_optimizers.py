@@ -1,4 +1,4 @@
-"""What is inside a ZeroOptimizer: Keras's own optimizers, and what they are known for."""
+"""The optimizers inside a ZeroOptimizer: Keras's own, and their known properties."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -14,8 +14,8 @@ from tfzero.variables.classes import ShardedParameter, VariableView
 from tfzero.variables.creation import VariableCreation
 from tfzero.workers.agreement import by_path, describe
 
-# Optimizers whose `update_step` treats every element by itself, checked by reading each; a subclass that keeps the
-# method keeps the property.
+# Optimizers whose `update_step` treats every element separately; each was checked by reading it. A subclass that keeps
+# the method keeps the property.
 _ELEMENTWISE = (
     ko.SGD, ko.RMSprop, ko.Adam, ko.AdamW, ko.Adadelta, ko.Adagrad, ko.Adamax,
     ko.Nadam, ko.Ftrl, ko.Lion, ko.ScheduleFreeAdamW,
@@ -29,7 +29,7 @@ CONTAINERS = (ko.LossScaleOptimizer, runtime.MultiOptimizer)
 
 
 def chain(optimizer: ko.Optimizer) -> list:
-    """An optimizer and all inside it."""
+    """An optimizer and all optimizers inside it."""
     if isinstance(optimizer, ko.LossScaleOptimizer):
         return [optimizer, *chain(optimizer.inner_optimizer)]
     if isinstance(optimizer, runtime.MultiOptimizer):
@@ -38,9 +38,10 @@ def chain(optimizer: ko.Optimizer) -> list:
 
 
 def check_wrappable(optimizer: object) -> None:
-    """
+    """Checks that ZeroOptimizer can wrap an optimizer.
+
     Raises:
-        TypeError: if it is no Keras optimizer, or one that overrides what tfzero does in its place.
+        TypeError: if it is no Keras optimizer, or if it overrides methods that tfzero replaces.
         ValueError: if it has been built.
     """
     if not isinstance(optimizer, ko.Optimizer):
@@ -61,20 +62,20 @@ def check_wrappable(optimizer: object) -> None:
 
 
 def chooser(optimizer: ko.Optimizer) -> Callable[[keras.Variable], ko.Optimizer]:
-    """A function that gives the optimizer of a variable."""
+    """A function that returns the optimizer of a variable."""
     if isinstance(optimizer, runtime.MultiOptimizer):
         return lambda variable: runtime.optimizer_for(optimizer, variable)
     return lambda variable: optimizer
 
 
 def counting(chained: Sequence[ko.Optimizer], chosen: Iterable[ko.Optimizer]) -> tuple:
-    """Those of `chained` that count steps: the optimizers that are `chosen` for variables, and a `MultiOptimizer`."""
+    """The optimizers of `chained` that count steps: those `chosen` for variables, and a `MultiOptimizer`."""
     chosen = list(chosen)
     return tuple(each for each in chained if isinstance(each, runtime.MultiOptimizer) or each in chosen)
 
 
 def spec(variable: keras.Variable, optimizers: list, optimizer: ko.Optimizer, codec: Codec | None) -> VariableSpec:
-    """What the plan needs to know of a variable that `optimizer`, one of `optimizers`, trains.
+    """The facts that the plan needs about a variable that `optimizer`, one of `optimizers`, trains.
 
     Raises:
         ValueError: if its dtype cannot be trained.
@@ -103,9 +104,9 @@ def spec(variable: keras.Variable, optimizers: list, optimizer: ko.Optimizer, co
 
 
 def config_of(optimizer: ko.Optimizer) -> dict:
-    """An optimizer's `get_config`; a learning rate that has none stands in it as the object that it is.
+    """An optimizer's `get_config`; a learning rate without a config appears in it as the object itself.
 
-    Keras asks a schedule for `get_config` only when it saves a model, so many a schedule has none.
+    Keras asks a schedule for `get_config` only when it saves a model, so many schedules have none.
     """
     try:
         return optimizer.get_config()
@@ -113,13 +114,13 @@ def config_of(optimizer: ko.Optimizer) -> dict:
         learning_rate = keras_objects.own_rate(optimizer)
         if not callable(learning_rate):
             raise
-        # Without it the rest can be asked for, of a subclass too.
+        # Without the learning rate the rest of the config can be read, also from a subclass.
         with keras_objects.without_rate(optimizer):
             return optimizer.get_config() | {"learning_rate": learning_rate}
 
 
 def settings_of(chained: list) -> dict:
-    """What workers must agree on: the classes and their settings, but not names counted up per process."""
+    """The classes and settings on which workers must agree, without names, which are counted up per process."""
     settings: dict[str, Any] = {}
     for place, optimizer in enumerate(chained):
         where = f"{place}" if len(chained) > 1 else ""
@@ -129,7 +130,7 @@ def settings_of(chained: list) -> dict:
 
 
 def is_elementwise(optimizer: ko.Optimizer) -> bool:
-    """Whether it is known to treat every element by itself."""
+    """Whether it is known to treat every element separately."""
     return type(optimizer).update_step in _ELEMENTWISE_STEPS
 
 
@@ -139,7 +140,7 @@ def is_compiled(optimizer: ko.Optimizer) -> bool:
 
 
 def strategy_of(variables: Sequence[keras.Variable]) -> tf.distribute.Strategy:
-    """The one ZeroStrategy of all variables; without variables the current one.
+    """The one ZeroStrategy of all variables; without variables, the current strategy.
 
     Raises:
         ValueError: if there are several, or none.
@@ -158,9 +159,9 @@ def strategy_of(variables: Sequence[keras.Variable]) -> tf.distribute.Strategy:
 
 
 class ViewsAtHand(list):
-    """Views that tell the strategy which of them an optimizer's loop has come to.
+    """Views that tell the strategy which of them an optimizer's loop has reached.
 
-    Adafactor makes slots of shapes of its own, without naming the variable that they belong to.
+    Adafactor makes slots of its own shapes without naming the variable that they belong to.
     """
 
     def __init__(self, views: Iterable[VariableView], creation: VariableCreation) -> None:

@@ -14,7 +14,7 @@ from tfzero.training.walk import Trained
 
 
 def sent(settings: Settings, group: Group, trained: Trained) -> Iterator[tuple[int, int]]:
-    """Bytes and messages that a replica sends in a step, exchange by exchange, for what one optimizer trains."""
+    """Bytes and messages that a replica sends in a step, exchange by exchange, for one optimizer's variables."""
     if group.world_size == 1:
         return
     for bucket in trained.plan.buckets:
@@ -33,7 +33,7 @@ def sent(settings: Settings, group: Group, trained: Trained) -> Iterator[tuple[i
 
 
 def _sent_of_shards(settings: Settings, group: Group, trained: Trained, bucket: Bucket) -> Iterator[tuple[int, int]]:
-    """Stage 3: layers gather forward and backward and reduce their gradients; owners collect and hand out."""
+    """Stage 3: layers gather forward and backward and reduce their gradients; owners collect and send back."""
     computed_in = tf.as_dtype(keras.config.dtype_policy().compute_dtype)
     for segment in bucket.segments:
         value = trained.variables[segment.index].value
@@ -57,13 +57,13 @@ def _to_all(group: Group, row_bytes: int) -> tuple[int, int]:
 
 
 def _exchange(group: Group, row_elements: int, dtype: tf.DType) -> tuple[int, int]:
-    """An all-to-all of rows of so many elements, for which all rows may be gathered. [Note: ways]"""
+    """An all-to-all of rows of so many elements; it may have to gather all rows. [Note: ways]"""
     is_gathered = group.way(ways.ALL_TO_ALL, dtype).operation == ways.ALL_GATHER
     return _to_all(group, row_elements * dtype.size * (group.world_size if is_gathered else 1))
 
 
 def _reduce_scatter(group: Group, row_elements: int, dtype: tf.DType, sent_bytes: int) -> tuple[int, int]:
-    """Of a row of so many elements, and so many bytes if it travels encoded or as it is."""
+    """A reduce-scatter of rows of so many elements; `sent_bytes` is the size of a row on the wire, encoded or not."""
     carried = group.across.way(ways.REDUCE_SCATTER, dtype)
     plain_bytes = row_elements * (tf.as_dtype(carried.dtype).size if carried.dtype else dtype.size)
     sent_bytes = sent_bytes if group.exchanges_encoded else plain_bytes

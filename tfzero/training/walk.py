@@ -6,9 +6,9 @@
     -> all-replica finite vote -> clip by the true norm -> weight decay -> inner update on the shard
     -> moving average -> all-gather -> constraint -> assign
 
-At stage 3 the tape has reduce-scattered already ([Note: gather]), and the all-gather is left to the next reader.
-Gradients are summed over replicas; the loss has been divided by the global count before (`training/losses.py`). The
-vote comes with a loss scale only, and once per micro-step, as in Keras.
+At stage 3 the tape has already reduce-scattered ([Note: gather]), and the all-gather is left to the next reader.
+Gradients are summed over replicas; the loss has already been divided by the global count (`training/losses.py`). The
+vote takes place only with a loss scale, once per micro-step, as in Keras.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,25 +30,25 @@ from tfzero.variables.classes import VariableView
 
 @dataclass(frozen=True)
 class Trained:
-    """What one wrapper trains, and with what.
+    """The variables that one wrapper trains, and everything that it trains them with.
 
     Args:
         variables: the model's Keras variables, in the plan's order.
-        optimizers: the inner optimizers; a variable's is `plan.specs[i].optimizer`.
+        optimizers: the inner optimizers; variable `i` uses number `plan.specs[i].optimizer`.
         counting: all optimizers that count steps: the inner ones and a `MultiOptimizer` around them.
         compiled: for each inner optimizer, whether XLA compiles its update.
-        plan: who owns what.
+        plan: says who owns what.
         group: the replicas.
         slots: the optimizers' slots for each variable.
         wire: how variables travel.
-        bucket_bytes: bytes of a full bucket, and why so many.
-        sharded_gradients: whether gradients are kept in shards: reduced as the backward pass goes, and before they are
+        bucket_bytes: size of a full bucket, and the reason for it.
+        sharded_gradients: whether gradients are kept in shards: reduced during the backward pass, and before they are
             accumulated (stage 2).
         loss_scale: Keras's loss scale optimizer, if there is one.
         squared_norms: for each inner optimizer, the square of its gradient's norm in the latest update; empty unless
-            somebody asks for it.
-        pending: bool, `[variables]`: whose latest values have not been gathered; None if they always are at once.
-            [Note: late gathers]
+            requested.
+        pending: bool, `[variables]`: whether a variable's latest values have yet to be gathered; None if all are always
+            gathered at once. [Note: late gathers]
         overwritten: variables that their gradients overwrite, each with its optimizer. [Note: overwriting]
     """
 
@@ -73,7 +73,7 @@ class Trained:
 
 
 def with_norms(trained: Trained, strategy: tf.distribute.Strategy) -> Trained:
-    """The same, but the step computes the gradient's norm too. All workers call it together."""
+    """The same, but with the gradient's norm computed in each step. All workers call it together."""
     with strategy.extended.creation.of_optimizer_state():
         norms = [keras.Variable("zeros", (), "float32", False, name="squared_norm") for _ in trained.optimizers]
     return replace(trained, squared_norms=tuple(norms))
@@ -85,8 +85,8 @@ class ReplicaStep:
     Args:
         trained: what is trained.
         replica: the local replica.
-        gradients: by variable index, then those of `trained.overwritten`; a variable without gradient is missing and
-            stays as it is.
+        gradients: by variable index, followed by those of `trained.overwritten`; a variable without gradient is missing
+            and stays as it is.
         gathers_late: whether parameters are kept until the next step gathers them. [Note: late gathers]
     """
 
@@ -156,7 +156,7 @@ class ReplicaStep:
     # Reduce-scatter.
 
     def _reduce(self) -> dict[Bucket, tf.Tensor]:
-        """Sums gradients over replicas: each bucket's row that this replica updates, or all of a whole bucket."""
+        """Sums gradients over replicas: of each bucket the row that this replica updates, or all of a whole bucket."""
         rows = {}
         pacer = Pacer(WINDOW_BUCKETS * self.trained.bucket_bytes.value)
         for bucket in self.buckets:
@@ -233,7 +233,7 @@ class ReplicaStep:
         if optimizer.global_clipnorm and optimizer.global_clipnorm > 0:
             limit = optimizer.global_clipnorm
             norm = tf.sqrt(tf.reduce_sum(squares))
-            # As keras/src/optimizers/base_optimizer.py: a norm that is not finite makes everything NaN.
+            # As in keras/src/optimizers/base_optimizer.py: a norm that is not finite makes everything NaN.
             scale = limit * tf.minimum(1.0 / norm, 1.0 / limit) + (norm - norm)
             return lambda shard, index: shard * tf.cast(scale, shard.dtype)
         if optimizer.clipvalue and optimizer.clipvalue > 0:
@@ -246,7 +246,7 @@ class ReplicaStep:
             self._local(noted).assign(tf.reduce_sum(squares))
 
     def _squared_norms(self, rows: Mapping[Bucket, tf.Tensor]) -> tf.Tensor:
-        """`[variables]`: for each variable the sum of squares over all ranks; whole variables count on rank 0 only."""
+        """`[variables]`: the sum of squares of each variable over all ranks; whole variables count on rank 0 only."""
         indices = self._indices(rows)
         squares = {index: tf.zeros([], tf.float32) for index in indices}
         for bucket, row in rows.items():
@@ -262,7 +262,7 @@ class ReplicaStep:
     def _update(
         self, optimizer: keras.optimizers.Optimizer, buckets: Sequence[Bucket], rows: Mapping[Bucket, tf.Tensor]
     ) -> None:
-        """Updates the variables of `buckets`; with a moving average also the averages of all others."""
+        """Updates the variables of `buckets`; with a moving average, also the averages of all others."""
         learning_rate = None
         clip = None
         if buckets:
@@ -284,7 +284,7 @@ class ReplicaStep:
                 }
 
             given = {place: rows[bucket] for place, bucket in enumerate(batch) if bucket in rows}
-            # Outside what XLA compiles, as it has no collectives.
+            # Outside the function that XLA compiles, which has no collectives.
             masters = {place: self.exchange.collect_owned(bucket) for place, bucket in enumerate(batch)}
             updated = tf.function(updated_rows, jit_compile=compiled, autograph=False)(given, masters)
             for place, bucket in enumerate(batch):
@@ -318,7 +318,7 @@ class ReplicaStep:
         return None if self._is_updated_in_place(bucket) else pack_row(bucket, self.rank, updated)
 
     def _is_updated_in_place(self, bucket: Bucket) -> bool:
-        """Whether what this replica updates is all that it holds."""
+        """Whether this replica updates everything that it holds of a bucket."""
         is_all = bucket.placement is Placement.WHOLE or self.plan.shards == 1
         is_shard = bucket.sharded_parameters and bucket.placement is Placement.SHARDED
         return (is_all or is_shard) and not self.exchange.is_constrained(bucket)
@@ -338,7 +338,7 @@ class ReplicaStep:
         learning_rate: tf.Tensor | None,
         clip: Callable[[tf.Tensor, int], tf.Tensor] | None,
     ) -> tf.Tensor:
-        """What this replica updates of one variable, after the step, flat."""
+        """The updated master of one variable, flat."""
         view = VariableView(self.trained.variables[segment.index], self.plan, segment.index, master)
         if row is not None and segment.index in self.gradients:
             gradient = clip(row[segment.offset : segment.offset + segment.width], segment.index)
