@@ -1,4 +1,4 @@
-"""What TensorFlow and Keras call when they meet replicas: collectives, variables and input."""
+"""The interface that TensorFlow and Keras call for replicas: collectives, variables and input."""
 
 import contextlib
 import functools
@@ -50,7 +50,7 @@ class ZeroExtended(distributed.ExtendedBase):
 
     def __init__(self, strategy: tf.distribute.Strategy, cluster: Cluster | None, devices: Sequence[str]) -> None:
         self._local_devices = tuple(devices)
-        # Called for each variable gathered outside replicas, on all workers.
+        # Both are called for each variable gathered outside replicas, on all workers.
         self.before_gathering: Callable[[], object] = lambda: None
         self.after_gathering: Callable[[], object] = lambda: None
         self._settings: Settings = strategy.settings
@@ -73,15 +73,15 @@ class ZeroExtended(distributed.ExtendedBase):
         self.gives_first_values = False
         self._network: Network | None = None
         self._told_of_eager_memory = False
-        self._traced: list[Dependence] = []  # of the replicas that are traced now
-        self._is_for_all: list[bool] = []  # of each argument that is run now, whether all replicas are given the same
+        self._traced: list[Dependence] = []  # of the replicas being traced
+        self._is_for_all: list[bool] = []  # whether all replicas get the same, by argument of the current run
 
     def meet(self) -> None:
-        """Forms the collective group, and makes sure that each of its primitives gives what it should."""
+        """Forms the collective group, and checks that each of its primitives gives correct values."""
         self_test.check(self.group, self._channel)
 
     def choose_bucket_bytes(self, model_bytes: int) -> Choice:
-        """The bytes of a bucket, for a model of so many bytes of gradients. All workers call it together."""
+        """The bucket size for a model with so many bytes of gradients. All workers call it together."""
         asked: Any = self._settings.bucket_bytes
         if asked != "auto":
             return Choice(asked, f"bucket_bytes={asked}")
@@ -93,7 +93,7 @@ class ZeroExtended(distributed.ExtendedBase):
 
     @contextlib.contextmanager
     def first_values(self) -> Iterator[None]:
-        """Within it `strategy.reduce` gives the first replica's values of a structure, of which Keras learns shapes."""
+        """While active, `strategy.reduce` returns the first replica's values, which tell Keras the shapes."""
         self.gives_first_values = True
         try:
             yield
@@ -103,7 +103,7 @@ class ZeroExtended(distributed.ExtendedBase):
     # Collectives.
 
     def replicas_merge(self) -> bool:
-        # In a graph every replica's part of a collective is traced with it; eager replicas run one after the other.
+        # In a graph each replica traces its own part of a collective; eager replicas run one after the other.
         return tf.executing_eagerly()
 
     def run_replicas(self, function: Callable, args: tuple, kwargs: dict) -> Any:
@@ -121,7 +121,7 @@ class ZeroExtended(distributed.ExtendedBase):
         return results
 
     def replica_collective(self, method: Callable, value: tf.types.experimental.TensorLike, *args: Any) -> Any:
-        """One of the group's collectives from within a replica, in a graph or eagerly."""
+        """Runs one of the group's collectives from within a replica, in a graph or eagerly."""
         if not tf.executing_eagerly():
             result = method(value, runtime.replica_index(), *args)
             is_same = method in (self.group.all_reduce, self.group.all_gather, self.group.broadcast)
@@ -133,7 +133,7 @@ class ZeroExtended(distributed.ExtendedBase):
         return tf.distribute.get_replica_context().merge_call(together, args=(value,))
 
     def gathered(self, shard: tf.Variable, shape: tf.TensorShape, dtype: tf.DType, name: str) -> tf.Tensor:
-        """Within a replica: the whole value of a parameter, from the replica's shard. [Note: control flow]"""
+        """Within a replica: the whole value of a parameter, gathered from the replicas' shards. [Note: control flow]"""
         if tf.executing_eagerly():
             if not self._told_of_eager_memory:
                 self._told_of_eager_memory = True
@@ -152,7 +152,7 @@ class ZeroExtended(distributed.ExtendedBase):
             return self._gatherer(graph).whole(shard, shape, dtype)
 
     def forget_gathered(self) -> None:
-        """Within a replica: parameters change, so what is read from now on is gathered anew."""
+        """Within a replica: makes later reads gather anew, because parameters change."""
         for gatherer in current_run().gatherers.values():
             gatherer.forget()
 
@@ -168,8 +168,8 @@ class ZeroExtended(distributed.ExtendedBase):
     def batch_fraction(self) -> tf.Tensor:
         """This replica's rows of the batch over the rows of all, float32; 1/N if `run` was given nothing with rows.
 
-        [Note: batch fraction] A mean over this replica's samples, times the fraction, is what it adds to the mean over
-        all samples. The batch is what was cut by rows, of the arguments of the function that `run` runs.
+        [Note: batch fraction] A mean over this replica's samples, times the fraction, is the replica's part of the mean
+        over all samples. The batch consists of those arguments of `run`'s function that were cut by rows.
         """
         unknown = tf.constant(1.0 / self.mesh.replicas)
         run, graph = current_run(), current_graph()
@@ -186,12 +186,12 @@ class ZeroExtended(distributed.ExtendedBase):
         return run.fractions[graph]
 
     def has_rows(self) -> tf.Tensor | None:
-        """Within a replica: whether it has rows of the batch; None if it has for certain, or if that is not known."""
+        """Within a replica: whether it has rows of the batch; None if it certainly has, or if that is unknown."""
         run = current_run()
         return None if run is None or self.mesh.replicas == 1 else run.has_rows()
 
     def dependence(self) -> Dependence:
-        """Within a replica that is traced: what depends on its rows of the batch. [Note: kinds]"""
+        """Within a replica being traced: which tensors depend on its rows of the batch. [Note: kinds]"""
         run = current_run()
         if run is None:
             return Dependence([])
@@ -200,7 +200,7 @@ class ZeroExtended(distributed.ExtendedBase):
         return run.dependence
 
     def average(self, value: tf.Tensor) -> tf.Tensor:
-        """Mean over replicas, weighted by their fractions of the batch."""
+        """Mean over replicas, weighted by their batch fractions."""
         if self.mesh.replicas == 1:
             return value
         fraction = self.batch_fraction()
@@ -209,7 +209,7 @@ class ZeroExtended(distributed.ExtendedBase):
         return tf.cast(self.replica_collective(self.group.all_reduce, weighted), value.dtype)
 
     def whole_value(self, components: Sequence[tf.Variable], shape: tf.TensorShape, owner: int | None) -> tf.Tensor:
-        """A variable from the components that its replicas hold."""
+        """The whole value of a variable, from this worker's components and those of the others."""
         self.before_gathering()
         values = [tf.reshape(tf.convert_to_tensor(component), [-1]) for component in components]
         if owner is not None:
@@ -243,7 +243,7 @@ class ZeroExtended(distributed.ExtendedBase):
             return value
         values, count = self._spread(value), self.mesh.replicas
         if not isinstance(value, tf.distribute.DistributedValues):
-            # One value for each worker: its first replica speaks for it.
+            # One value for each worker: only its first replica contributes it.
             values, count = [values[0], *map(tf.zeros_like, values[1:])], self.mesh.workers
         totals = self.group.launch(self.group.all_reduce, values)
         return runtime.mirrored([_divide(total, count) if mean else total for total in totals])
@@ -251,21 +251,21 @@ class ZeroExtended(distributed.ExtendedBase):
     def gather_values(self, value: Any, axis: int) -> tf.distribute.DistributedValues:
         parts = self.group.launch(self.group.all_gather_ragged, self._spread(value))
         if not isinstance(value, tf.distribute.DistributedValues):
-            # One value for each worker: its first replica speaks for it.
+            # One value for each worker: only its first replica contributes it.
             parts = [replica_parts[:: len(self.worker_devices)] for replica_parts in parts]
         return runtime.mirrored([tf.concat(replica_parts, axis) for replica_parts in parts])
 
     # Variables.
 
     def take_in(self, variables: Iterable[Any]) -> None:
-        """Makes Keras variables that were made outside the scope this strategy's, with their values, in place."""
+        """Makes Keras variables from outside the scope this strategy's, in place; they keep their values."""
         for variable in variables:
             if getattr(variable.value, "distribute_strategy", None) is not self.own_strategy:
                 with tf.init_scope(), self.own_strategy.scope():
                     runtime.remake(variable)
 
     def value_container(self, value: Any) -> Any:
-        """What a tape notes when a replica's component is read: of a parameter in shards the shard, by itself."""
+        """What a tape notes when a replica's component is read; for a sharded parameter this is the shard itself."""
         container = super().value_container(value)
         return value if isinstance(container, ShardedParameter) else container
 

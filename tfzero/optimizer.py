@@ -1,8 +1,8 @@
-"""ZeroOptimizer: any Keras optimizer, its state sharded over the replicas.
+"""ZeroOptimizer: any Keras optimizer, with its state sharded over the replicas.
 
-The wrapper holds the user's own optimizer, builds its slots in shards, and takes the place of its `apply`: the parts
-of Keras's `apply` run here in an order that is right for several replicas (`training/walk.py`), the arithmetic of each
-optimizer stays Keras's own `update_step`.
+The wrapper holds the user's own optimizer, builds its slots in shards, and replaces its `apply`. The parts of Keras's
+`apply` run here in an order that is right for several replicas (`training/walk.py`). The arithmetic of each optimizer
+stays in Keras's own `update_step`.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ _INNER_SETTINGS = (
 
 
 class Home:
-    """What an inner optimizer takes for its distribution strategy: slots in parts, updates in place."""
+    """The distribution strategy as an inner optimizer sees it: it makes slots in shards and runs updates in place."""
 
     def __init__(self, wrapper: "ZeroOptimizer", strategy: tf.distribute.Strategy) -> None:
         self.wrapper = wrapper
@@ -54,14 +54,14 @@ class Home:
         self.extended = self
 
     def colocate_vars_with(self, view: VariableView) -> contextlib.AbstractContextManager:
-        """Slots made in this context belong to the view's variable."""
+        """Context in which new slots belong to the view's variable."""
         return self.strategy.extended.colocate_vars_with(view)
 
     def update(self, variable: tf.Variable, function: Callable, args: tuple = (), kwargs: dict | None = None,
                group: bool = True) -> Any:  # fmt: skip
-        """Runs an update where the variable is; distributed variables know what to do with a whole value."""
+        """Runs an update where the variable is; distributed variables accept a whole value."""
         del group
-        if args and args[0] is None:  # a variable without a moving average, which Keras would assign all the same
+        if args and args[0] is None:  # a variable without a moving average; Keras would assign it anyway
             return None
         return function(variable, *args, **(kwargs or {}))
 
@@ -70,17 +70,18 @@ class Home:
 class ZeroOptimizer(keras.optimizers.Optimizer):
     """Shards a Keras optimizer over the replicas of a `ZeroStrategy` (ZeRO, https://arxiv.org/abs/1910.02054).
 
-    `compile` wraps by itself under a `ZeroStrategy`; wrap by hand in custom training loops. How much is sharded is the
-    strategy's stage. Element-wise optimizers (SGD, Adam, ...) are updated shard by shard; those that need the whole
-    tensor (Adafactor, Lamb, Muon, and any that tfzero does not know) get whole variables, each updated by one owner.
+    `compile` wraps automatically under a `ZeroStrategy`; wrap by hand in custom training loops. The strategy's stage
+    says how much is sharded. Element-wise optimizers (SGD, Adam, ...) are updated shard by shard. Optimizers that need
+    the whole tensor (Adafactor, Lamb, Muon, and any that tfzero does not know) get whole variables, each updated by one
+    owner.
 
     Args:
         optimizer: a Keras optimizer that has not been built, as an object, a name or a config.
             `LossScaleOptimizer` and `MultiOptimizer` belong inside. It is used in place: setting its
-            `learning_rate` works as ever.
+            `learning_rate` works as usual.
 
     Raises:
-        TypeError: if `optimizer` is no Keras optimizer, or one that overrides what tfzero does in its place.
+        TypeError: if `optimizer` is no Keras optimizer, or if it overrides methods that tfzero replaces.
         ValueError: if `optimizer` is a `ZeroOptimizer` or has been built elsewhere.
 
     Example:
@@ -135,12 +136,12 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
 
     @property
     def trained(self) -> Trained | None:
-        """What it trains, and with what; None until built."""
+        """The variables that it trains, and everything that it trains them with; None until built."""
         return self._trained
 
     @property
     def bucket_bytes(self) -> Choice | None:
-        """Bytes of a bucket, and why so many; None until built."""
+        """Bucket size and the reason for it; None until built."""
         return self._trained.bucket_bytes if self._trained else None
 
     @property
@@ -153,7 +154,7 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
         """How the variables travel; nothing is encoded until built."""
         return self._trained.wire if self._trained else Wire()
 
-    # What Keras asks of an optimizer is answered by the one inside.
+    # The optimizer inside answers what Keras asks of an optimizer.
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "_wrapped" not in self.__dict__:
@@ -168,7 +169,7 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
             super().__setattr__(name, value)
 
     def __dir__(self) -> Iterable[str]:
-        # Keras saves what `dir` shows: a file holds the optimizer inside, and plain Keras loads it.
+        # Keras saves what `dir` shows: a file holds the optimizer inside, and plain Keras can load it.
         return dir(self._wrapped) if "_wrapped" in self.__dict__ else super().__dir__()
 
     @property
@@ -214,11 +215,11 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
     def from_config(cls, config: dict, custom_objects: dict | None = None) -> "ZeroOptimizer":
         return cls(keras.saving.deserialize_keras_object(config["optimizer"], custom_objects=custom_objects))
 
-    # Build. AutoGraph, which would take 17 s over tfzero in a `tf.function`, is kept out, as it is of Keras.
+    # Build. AutoGraph is kept out, as Keras keeps it out of itself: in a `tf.function` it would take 17 s over tfzero.
 
     @tf.autograph.experimental.do_not_convert
     def build(self, variables: Iterable[keras.Variable]) -> None:
-        """Makes the inner optimizer's slots, in parts, for the model's trainable variables.
+        """Makes the inner optimizer's slots, in shards, for the model's trainable variables.
 
         Args:
             variables: the Keras variables of a model made under `strategy.scope()`.
@@ -269,7 +270,7 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
 
     def _build_slots(self, given: list, variables: list, plan: Plan,
                      strategy: tf.distribute.Strategy) -> tuple[tuple, Wire]:  # fmt: skip
-        """Slots of each of `variables`, those of `given` that are not overwritten, and how the variables travel."""
+        """Slots of `variables`, which are those of `given` that are not overwritten; and how variables travel."""
         codec = Codec.of(strategy.settings.compression) if strategy.num_replicas_in_sync > 1 else None
         with strategy.extended.creation.of_optimizer_state():
             views = [VariableView(variable, plan, index) for index, variable in enumerate(variables)]
@@ -280,10 +281,10 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
             return slots, make_wire(codec, views, plan, strategy, self.loss_scale_optimizer)
 
     def watch_norm(self) -> bool:
-        """Lets steps that are traced from now on compute the gradient's norm. All workers call it together.
+        """Makes steps traced from now on compute the gradient's norm. All workers call it together.
 
         Returns:
-            Whether it is new, so that a step which has been traced must be traced again.
+            Whether this is new, so that an already traced step must be retraced.
         """
         self._watches_norm = True
         if not self.built or self._trained.squared_norms:
@@ -294,14 +295,14 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
 
     @property
     def gradient_norm(self) -> float | None:
-        """Norm of the whole batch's gradient in the latest update, unscaled and unclipped; None if nobody watches."""
+        """Norm of the whole batch's gradient in the latest update, unscaled and unclipped; None unless `watch_norm`."""
         norms = self._trained.squared_norms if self._trained else ()
         return math.sqrt(sum(float(norm.value.values[0].numpy()) for norm in norms)) if norms else None
 
     def repeat_bucket_bytes(self, bucket_bytes: int) -> None:
-        """Takes the size of buckets that "auto" chose in a former run, so that sums round as they did there.
+        """Takes the bucket size that "auto" chose in a former run, so that sums round as they did there.
 
-        It has an effect on steps that are traced from now on, and none if the size was not left to "auto".
+        This affects steps traced from now on. It has no effect if the size was not left to "auto".
         """
         strategy = strategy_of(self.trained_variables)
         if strategy.settings.bucket_bytes == "auto" and strategy.num_replicas_in_sync > 1:
@@ -354,7 +355,7 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
             ReplicaStep(self._trained, runtime.replica_index(), gradients, gathers_late).run()
 
     def _by_index(self, grads: Sequence, variables: Iterable | None) -> dict[int, tf.Tensor]:
-        """Dense gradients by variable index, those that overwrite last, without the missing ones."""
+        """Dense gradients by variable index, overwriting ones last; missing ones are left out."""
         trained = [*self._trained.variables, *(variable for variable, _ in self._trained.overwritten)]
         places = {id(variable): index for index, variable in enumerate(trained)}
         variables = list(self._given if variables is None else variables)
@@ -376,12 +377,12 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
 
     def _counted(self, gradients: dict[int, tf.Tensor],
                  extended: tf.distribute.StrategyExtended) -> dict[int, tf.Tensor]:  # fmt: skip
-        """What is still to be summed over replicas, without what a replica without rows has. [Note: padding row]"""
+        """Drops a padding row's part from gradients that have yet to be summed over replicas. [Note: padding row]"""
         summed = {i for i, v in enumerate(self._trained.variables) if not isinstance(v.value, ShardedParameter)}
         return {i: counted(g, extended) if i in summed else g for i, g in gradients.items()}
 
     def _apply_eagerly(self, replica: tf.distribute.ReplicaContext, gradients: dict[int, tf.Tensor]) -> None:
-        """Eager replicas run one after the other, so they meet here and step together in a graph."""
+        """Makes eager replicas meet here, as they run one after the other, and step together in a graph."""
         indices = tuple(gradients)
 
         def together(strategy: tf.distribute.Strategy, *values: Any) -> None:

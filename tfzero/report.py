@@ -1,4 +1,4 @@
-"""What a strategy does with a model, in words and numbers: `ZeroStrategy.report`."""
+"""Describes what a strategy does with a model, in words and numbers: `ZeroStrategy.report`."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,14 +23,14 @@ class VariableReport:
     """One trained variable.
 
     Args:
-        name: its path.
-        shape: of the whole variable.
+        name: path of the variable.
+        shape: shape of the whole variable.
         placement: "sharded", "whole", or "owned by rank 2".
-        reason: of the placement.
-        wire: in what its gradient travels: "float32", "int8", ...
-        parameter_bytes: that the first replica here holds of the variable itself.
-        slot_bytes: that it holds of the optimizer's slots, and of what compression keeps.
-        whole_bytes: of both, if nothing lay in shards.
+        reason: reason for the placement.
+        wire: format in which its gradient travels: "float32", "int8", ...
+        parameter_bytes: bytes of the variable itself on this process's first replica.
+        slot_bytes: bytes there of the optimizer's slots, and of what compression keeps.
+        whole_bytes: bytes of parameter and slots without sharding.
     """
 
     name: str
@@ -44,20 +44,20 @@ class VariableReport:
 
     @property
     def saved_bytes(self) -> int:
-        """What sharding saves here."""
+        """Bytes that sharding saves here."""
         return self.whole_bytes - self.parameter_bytes - self.slot_bytes
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a strategy does. `str(report)` is all of it, `report.summary()` the most important in at most 12 lines.
+    """What a strategy does. `str(report)` shows everything, `report.summary()` the most important in at most 12 lines.
 
     Args:
-        options: the effect of each setting of the strategy, and why, where it was left to "auto".
-        variables: the trained ones; none before an optimizer is built.
-        sent_bytes: that each replica sends in a step, by formula. Of large parameters at stage 3 it takes for granted
-            that a layer of the global dtype policy reads them, and that the backward pass comes by.
-        messages: in how many messages.
+        options: the effect of each setting of the strategy, and the reason if it was left to "auto".
+        variables: the trained variables; empty before an optimizer is built.
+        sent_bytes: bytes that each replica sends in a step, by formula. For large parameters at stage 3 this assumes
+            that a layer with the global dtype policy reads them, and that the backward pass reaches them.
+        messages: number of messages that each replica sends in a step.
     """
 
     options: Mapping[str, str]
@@ -96,7 +96,7 @@ class Report:
 
 
 def text_of(size_bytes: float) -> str:
-    """12,345,678 as "12.3 MB"."""
+    """Formats bytes: 12,345,678 as "12.3 MB"."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(size_bytes) < 1000:
             return f"{size_bytes:.0f} B" if unit == "B" else f"{size_bytes:.3g} {unit}"
@@ -105,14 +105,14 @@ def text_of(size_bytes: float) -> str:
 
 
 def make_report(settings: Settings, group: Group, levels: Choice, mesh: Mesh, trained: Sequence[Trained]) -> Report:
-    """The report of a strategy and of what the optimizers that were built under it train.
+    """The report on a strategy and on the variables trained by optimizers built under it.
 
     Args:
-        settings: of the strategy.
+        settings: the strategy's settings.
         group: its replicas.
         levels: whether sums are taken in two levels, and why.
-        mesh: where they are.
-        trained: of each optimizer.
+        mesh: the positions of its replicas.
+        trained: the record of each optimizer.
     """
     sent = [exchange for each in trained for exchange in traffic.sent(settings, group, each)]
     return Report(
@@ -209,7 +209,7 @@ def _compression(settings: Settings, group: Group) -> str:
 
 
 def _bytes(value: tf.Variable, replica: int | None = 0) -> int:
-    """Of what the first replica here holds of a variable, or with None of the whole."""
+    """Bytes of a variable on this process's first replica; with None, of the whole variable."""
     component = value if replica is None or not hasattr(value, "values") else value.values[replica]
     return math.prod(component.shape) * tf.as_dtype(value.dtype).size
 
@@ -242,7 +242,7 @@ def _is_served(trained: Trained, value: tf.Variable) -> bool:
 
 
 def _count(variables: Sequence[VariableReport]) -> str:
-    """Placements with their reasons: "4 sharded (its optimizer is element-wise), 3 whole (...)"."""
+    """Counts placements and their reasons: "4 sharded (its optimizer is element-wise), 3 whole (...)"."""
     counts: dict[tuple[str, str], int] = {}
     for variable in variables:
         kind = variable.placement.split(" ")[0]
