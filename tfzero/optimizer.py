@@ -295,7 +295,7 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
 
     @property
     def gradient_norm(self) -> float | None:
-        """Norm of the whole batch's gradient in the latest update, unscaled and unclipped; None unless `watch_norm`."""
+        """Norm of the whole batch's gradient in the latest update, unscaled and unclipped; None unless watched."""
         norms = self._trained.squared_norms if self._trained else ()
         return math.sqrt(sum(float(norm.value.values[0].numpy()) for norm in norms)) if norms else None
 

@@ -112,7 +112,7 @@ def make_report(settings: Settings, group: Group, levels: Choice, mesh: Mesh, tr
         group: its replicas.
         levels: whether sums are taken in two levels, and why.
         mesh: the positions of its replicas.
-        trained: the record of each optimizer.
+        trained: what each optimizer trains.
     """
     sent = [exchange for each in trained for exchange in traffic.sent(settings, group, each)]
     return Report(

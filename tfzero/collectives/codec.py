@@ -4,7 +4,7 @@ The blockwise format is that of ZeRO++ (https://arxiv.org/abs/2306.10209), symme
 feedback, in `training/exchange.py`, is that of 1-bit SGD
 (https://www.microsoft.com/en-us/research/publication/1-bit-sgd/).
 
-[Note: exact products] Replicas add decoded differences to what they hold and must stay bitwise equal for ever. Some
+[Note: exact products] Replicas add decoded differences to what they hold, and must stay equal for ever, even if some
 machines fuse the product with the sum and others do not. So a scale keeps few significant bits: its product with any
 encoded element is exact in float32, and fusing changes nothing.
 """
@@ -35,7 +35,7 @@ class Codec:
         return None if compression is None else cls(FORMATS[compression])
 
     def serves(self, shape: tf.TensorShape, dtype: tf.DType) -> bool:
-        """Whether such variables travel encoded: floats wider than the format, with two dimensions or more."""
+        """Whether such variables travel encoded: those of wider floats, with two or more dimensions."""
         return len(shape) > 1 and dtype.is_floating and dtype.size > self.format.item_bytes
 
     def encode(self, rows: tf.Tensor) -> tf.Tensor:

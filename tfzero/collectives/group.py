@@ -42,9 +42,8 @@ _MOST_GATHERED_BYTES, _MOST_RECEIVED_BYTES = 2**16, 2**18
 class Group:
     """The replicas of one strategy as a collective group.
 
-    Call each method that takes `replica` while that local replica is traced (in a `tf.function`). It emits
-    the operations of the collective on the replica's device. Every replica of every worker must call it, in the same
-    order.
+    Call each method that takes `replica` while that local replica is traced (in a `tf.function`). It emits the
+    operations of the collective on the replica's device. Every replica of every worker must call it, in the same order.
 
     Args:
         devices: this process's devices, one per local replica.
@@ -200,7 +199,7 @@ class Group:
         return self.within.reduce_scatter(tf.transpose(by_place, [1, 0, 2]), replica, dtype)
 
     def all_to_all(self, rows: tf.Tensor, replica: int) -> tf.Tensor:
-        """Sends row `r` to rank `r`, and returns the row from rank `r` in its place: `[world_size, n]` both."""
+        """Sends row `r` to rank `r` and returns the rows received, in rank order; both are `[world_size, n]`."""
         if self._is_alone:
             return self._alone(ways.ALL_TO_ALL, rows, replica)
         way = self.way(ways.ALL_TO_ALL, rows.dtype)

@@ -32,7 +32,7 @@ BOUND_TO = {
     "all_gather": "collective_gather_v2",
     "broadcast": "Broadcast",
 }
-# Keys are positive int32. Keys of a single shape are below this, keys of all sizes above.
+# Keys are positive int32. Keys of one shape are below this, keys of all `SIZES` above.
 _SIZED = 2**30
 
 

@@ -22,7 +22,7 @@ _UNPROVEN = (
 
 
 def has_whole_gpus() -> bool:
-    """Whether this process's GPUs are not split: NCCL refuses two replicas on one GPU, which then use rings."""
+    """Whether this process has GPUs and none is split. NCCL refuses two replicas on one GPU; these use rings."""
     gpus = tf.config.list_physical_devices("GPU")
     return bool(gpus) and all(len(tf.config.get_logical_device_configuration(gpu) or [None]) == 1 for gpu in gpus)
 

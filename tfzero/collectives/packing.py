@@ -76,7 +76,7 @@ def pack_owned(bucket: Bucket, wholes: Mapping[int, tf.Tensor], rank: int, world
 
 
 def unpack_for_owners(bucket: Bucket, rows: tf.Tensor) -> dict[int, tf.Tensor]:
-    """One rank's shards of owned variables, from rows of which row `r` came from owner `r`."""
+    """One rank's shards of owned variables; row `r` came from their owner `r`."""
     shards, begins = {}, [0] * rows.shape[0]
     for segment in bucket.segments:
         width = shard_elements(segment.elements, rows.shape[0])

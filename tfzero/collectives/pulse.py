@@ -5,8 +5,8 @@ over. Instead each replica counts the collectives that it begins and ends (`Lane
 in flight. Every second the workers exchange their counts, as a heartbeat, over a control channel of their own. A worker
 that does not answer is lost or stopped; a worker whose counts lag behind is elsewhere in its program.
 
-A worker that ends for such an error exits at once, with a code of its own: leaving TensorFlow in good order would take
-the others with it.
+A worker that ends with an error because of another one exits at once, with a code of its own: leaving TensorFlow in
+good order would take the others with it.
 """
 
 import atexit

@@ -208,7 +208,7 @@ class Transport:
         raise self._cannot(ways.REDUCE_SCATTER)
 
     def all_to_all(self, rows: tf.Tensor, call: Call) -> tf.Tensor:
-        """Sends row `r` to rank `r`, and returns the row from rank `r` in its place: `[members, n]` both."""
+        """Sends row `r` to rank `r` and returns the rows received, in rank order; both are `[members, n]`."""
         raise self._cannot(ways.ALL_TO_ALL)
 
     def all_gather(self, row: tf.Tensor, call: Call) -> tf.Tensor:

@@ -11,7 +11,7 @@ made a tensor of the traced step tell how one device's tensor follows from the r
     own    what a replica has accumulated by itself, in a variable of its own
     other  none of these, such as a maximum
 
-A tensor not known to be of another kind is `other`. A value of `other` never silently replaces one device's value.
+A tensor not known to be of another kind is `other`. A value of `other` is never silently used as one device's.
 """
 
 from typing import NamedTuple

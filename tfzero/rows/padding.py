@@ -1,10 +1,11 @@
 """Handles replicas that get no rows of a batch.
 
 [Note: padding row] Kernels of cuDNN and oneDNN take no batch without rows, and the mean of no rows is NaN. So a replica
-without rows gets one row of padding: a copy of the batch's first row, which is as good as a real one. The replica
-computes and joins the others in their collectives, but nothing of that row counts. Whatever leaves the replica
-(results, gradients, additions to variables, sums over replicas) is zero or has no rows, as far as it depends on rows
-([Note: kinds]). Eagerly there is no graph to look at: everything not known to be the same on all replicas is dropped.
+without rows gets one row of padding: a copy of the batch's first row, which is as good as a real one (zeros, if tfzero
+did not cut the batch). The replica computes and joins the others in their collectives, but nothing of that row counts.
+Whatever leaves the replica (results, gradients, additions to variables, sums over replicas) is zero or has no rows, as
+far as it depends on rows ([Note: kinds]). Eagerly there is no graph to look at: everything not known to be the same on
+all replicas is dropped.
 """
 
 from collections.abc import Callable
@@ -51,7 +52,7 @@ def counted(value: tf.Tensor, extended: tf.distribute.StrategyExtended) -> tf.Te
 def kept(variable: tf.Variable, value: tf.Tensor, extended: tf.distribute.StrategyExtended) -> tf.Tensor:
     """Within a replica: the part that counts of a value that it assigns to a variable of its own. [Note: padding row]
 
-    A replica without rows leaves the variable unchanged if the value does not tell which part depends on rows.
+    A replica without rows keeps what does not depend on rows. If that is unknown, the variable stays as it is.
     """
     has_rows = extended.has_rows()
     if has_rows is None:

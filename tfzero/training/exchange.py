@@ -133,7 +133,7 @@ class Exchange:
         return tf.cast(row, tf.as_dtype(bucket.dtype))
 
     def _gathered_encoded(self, bucket: Bucket, row: tf.Tensor) -> tf.Tensor:
-        """All of a whole bucket, of which each replica has summed one row."""
+        """Gathers a whole bucket after each replica has summed one row of it."""
         gathered = self.group.all_gather(self.wire.codec.encode(row[tf.newaxis])[0], self.replica)
         flat = tf.reshape(self.wire.codec.decode(gathered, row.shape[0], row.dtype), [-1])
         return flat[: bucket.row_elements]

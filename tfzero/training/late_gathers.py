@@ -44,7 +44,7 @@ class LateGathers:
 
     @classmethod
     def of(cls, model: keras.Model, step_function: Callable, strategy: tf.distribute.Strategy) -> "LateGathers | None":
-        """Makes them for a model's step function; None unless it trains and the parameters can be gathered late."""
+        """The `LateGathers` of a step function; None unless it trains and its parameters can be gathered late."""
         is_own = runtime.is_train_step_of_keras(step_function)
         several = model.steps_per_execution > 1 and not model.run_eagerly
         serves = strategy.settings.overlap_param_gather and is_own and several and model.optimizer is not None

@@ -73,7 +73,7 @@ class Trained:
 
 
 def with_norms(trained: Trained, strategy: tf.distribute.Strategy) -> Trained:
-    """The same, but with the gradient's norm computed in each step. All workers call it together."""
+    """The same, except that each step also computes the gradient's norm. All workers call it together."""
     with strategy.extended.creation.of_optimizer_state():
         norms = [keras.Variable("zeros", (), "float32", False, name="squared_norm") for _ in trained.optimizers]
     return replace(trained, squared_norms=tuple(norms))
@@ -373,7 +373,7 @@ class ReplicaStep:
         return self._local(runtime.accumulator(self._optimizer_of(index), variable))
 
     def _active(self, bucket: Bucket) -> list:
-        """Segments with a gradient of which this replica accumulates something."""
+        """Segments that have a gradient and that this replica accumulates, at least in part."""
         if self.trained.sharded_gradients:
             return [s for s in self._mine(bucket) if s.index in self.gradients]
         return [s for s in bucket.segments if s.index in self.gradients]

@@ -16,7 +16,7 @@ from tfzero.workers.channel import Channel
 
 
 class ReplicatedVariable(distributed.VariableBase):
-    """A variable of which every replica holds an equal copy.
+    """A variable with an equal copy on every replica.
 
     Within a replica, a write with aggregation `only_first_replica` takes rank 0's value. This also works in a nested
     graph, where TensorFlow's own variable cannot do it.
@@ -106,7 +106,7 @@ def _added_to(variable: OnReadVariable, value: tf.types.experimental.TensorLike)
 
 
 class ShardedVariable(ReplicatedVariable):
-    """A variable of which each replica holds its own component: a shard; of an owned variable, everything or nothing.
+    """A variable with a different component on each replica: a shard, or all or nothing of an owned variable.
 
     Within a replica it reads and writes the replica's component, which is flat (`[shard_elements]`) if sharded. Outside
     it behaves as the whole variable: reading gathers, assigning cuts. Both are collectives, so all workers must take
@@ -215,7 +215,7 @@ def agree_on_sharded(channel: Channel, topic: str, variables: Sequence[ShardedVa
 
 
 class ShardedParameter(ShardedVariable):
-    """A model's variable of which every replica holds a shard. A replica that reads it gathers it.
+    """A model's variable that is sharded over the replicas. A replica that reads it gathers it.
 
     See [Note: gather] in `variables/gathering.py`. Within a replica the tape's gradient is that of the shard,
     `[shard_elements]`, summed over replicas. Outside replicas it is that of the whole variable, as computed by this

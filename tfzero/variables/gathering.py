@@ -11,7 +11,7 @@ bound the memory:
 4. A value is gathered once in a step, and its gradient is reduced once, however often it is read (tied layers).
 
 [Note: control flow] All replicas must gather in the same order, so never in a branch or a loop: the gather is put into
-the graph around it. In a `tf.function` called within a loop, that graph is out of reach; this is refused.
+the graph around it. In a `tf.function` called within a loop or a branch, that graph is out of reach; this is refused.
 """
 
 from collections.abc import Callable, Iterator, Sequence
