@@ -188,7 +188,7 @@ class _Estimate:
         world_size: int,
         batch_size: int | None,
     ) -> None:
-        optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # without a loss scale: its own variables are small
+        optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # a loss scale's own variables are small
         self._model = model
         self._world_size = world_size
         self._variables = model.trainable_variables
