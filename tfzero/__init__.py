@@ -1,11 +1,11 @@
-"""ZeRO for TensorFlow 2 and Keras 3: optimizer state, gradients and parameters in shards, in plain `model.fit`."""
+"""ZeRO for TensorFlow 2 and Keras 3: shards optimizer state, gradients and parameters in plain `model.fit`."""
 
 import importlib
 from typing import Any
 
 __version__ = "0.1.0"
 
-# Names are imported when first used: launching workers must not wait for TensorFlow.
+# Names are imported on first use: launching workers must not wait for TensorFlow.
 _HOMES = {
     "CheckpointCallback": "tfzero.checkpoint.callback",
     "DamagedCheckpointError": "tfzero.checkpoint.commits",

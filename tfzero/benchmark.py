@@ -1,6 +1,6 @@
 """Step time, memory and traffic of a GPT (`python -m tfzero.benchmark`), from a checkout only: see `benchmarks/gpt.py`.
 
-The models that it trains, and PyTorch's beside them, are no part of the installed package.
+The models that it trains, and PyTorch's beside them, are not part of the installed package.
 """
 
 import importlib
@@ -12,7 +12,7 @@ CHECKOUT = Path(__file__).parents[1]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line of `benchmarks/gpt.py`. Returns 0; 2 where there is no checkout, and says where it is found."""
+    """Runs the command line of `benchmarks/gpt.py`. Returns 0, or 2 without a checkout, and then says what to do."""
     folder = CHECKOUT / "benchmarks"
     if not (folder / "gpt.py").is_file():
         print(

@@ -1,12 +1,12 @@
-"""What a step costs by formula, for any number of replicas and workers; pure arithmetic, no TensorFlow.
+"""What a step costs by formula, for any number of replicas and workers. Pure arithmetic, no TensorFlow.
 
     python -m tfzero.costs --parameters 7e9 --gbit 100 --microseconds 20
 
 prints what 8, 64, 1024 and 16384 replicas hold and send, and how long that takes on such links.
 
-A reduce-scatter sends each of N rows to its owner, an all-gather each owner's row to all: both (N-1)/N of all elements
-from each replica, in N-1 messages. A ring's all-reduce is one of each
-(https://arxiv.org/abs/1910.02054, section 7). `tests/test_costs.py` compares with what collectives of real steps take.
+A reduce-scatter sends each of N rows to its owner. An all-gather sends each owner's row to all. In both, each replica
+sends (N-1)/N of all elements, in N-1 messages. An all-reduce in a ring is one of each
+(https://arxiv.org/abs/1910.02054, section 7). `tests/test_costs.py` compares this with the collectives of real steps.
 """
 
 import argparse
@@ -27,7 +27,7 @@ class Setup:
         compression: as in `ZeroStrategy`; None, "bf16", "fp16" or "int8".
         error_feedback: as in `ZeroStrategy`.
         reshard_after_forward: as in `ZeroStrategy`.
-        replicas_per_worker: how many of the replicas share a worker, and reach each other without the network.
+        replicas_per_worker: how many replicas share a worker, and reach each other without the network.
         two_level: whether gradients are summed within each worker first, in float32 (`collectives/group.py`).
     """
 
@@ -45,7 +45,7 @@ class Setup:
 
     @property
     def passes(self) -> int:
-        """How often all elements travel in a step: gradients once, parameters once, at stage 3 twice."""
+        """How often all elements travel in a step (`Scheme.passes`)."""
         return self.scheme.passes
 
     @property
@@ -53,7 +53,7 @@ class Setup:
         return self.world_size // self.replicas_per_worker
 
     def sent_bytes(self) -> float:
-        """Bytes that a replica sends in a step for each parameter."""
+        """Bytes that a replica sends in a step, for each parameter."""
         item = item_bytes(self.compression)
         once = item * (self.world_size - 1) / self.world_size
         if not self.two_level:
@@ -62,9 +62,9 @@ class Setup:
         return 4 * (here - 1) / here + item * (workers - 1) / workers / here + (self.passes - 1) * once
 
     def network_bytes(self) -> float:
-        """Bytes that leave a worker in a step for each parameter.
+        """Bytes that leave a worker in a step, for each parameter.
 
-        All-to-all sends from each replica straight to all others. A ring passes a worker's boundary once.
+        An all-to-all sends from each replica straight to all others. A ring crosses a worker's boundary once.
         """
         inside = min(self.replicas_per_worker, self.world_size)
         if inside == self.world_size:
@@ -77,13 +77,13 @@ class Setup:
         return straight + (self.passes - 1) * ring
 
     def messages(self, exchanges: int) -> int:
-        """Messages that a replica sends in a step, if variables travel in so many exchanges (buckets, or layers)."""
+        """Messages that a replica sends in a step, if variables travel in this many exchanges (buckets, or layers)."""
         once = self.world_size - 1
         of_gradients = self.replicas_per_worker - 1 + self.workers - 1 if self.two_level else once
         return exchanges * (of_gradients + (self.passes - 1) * once)
 
     def held_bytes(self, slots: int = 2) -> float:
-        """Bytes that a replica holds between steps for each float32 parameter: parameter, slots, and what is kept."""
+        """Bytes that a replica holds between steps, for each float32 parameter: parameter, slots, lag and residual."""
         fraction, scheme = 1 / self.world_size, self.scheme
         parameter = 4 * fraction if scheme.shards_parameters else 4.0
         slot = 4 * fraction if scheme.shards_slots else 4.0
@@ -93,12 +93,12 @@ class Setup:
 
 
 def item_bytes(compression: str | None) -> float:
-    """Bytes on the wire of one float32 element, its part of a scale included."""
+    """Bytes of one float32 element on the wire, its part of a scale included."""
     return 4.0 if compression is None else FORMATS[compression].size_bytes(BLOCK_ELEMENTS) / BLOCK_ELEMENTS
 
 
 def projection(options: argparse.Namespace) -> str:
-    """A table of what replicas hold and send, and how long a step's traffic takes, if nothing hides it."""
+    """A table of what replicas hold and send, and how long a step's traffic takes if nothing overlaps it."""
     lines = ["replicas  stage  wire  held GB  sent GB  messages  seconds on the wire"]
     giga = options.parameters / 1e9
     for world_size in (8, 64, 1024, 16384):

@@ -1,14 +1,14 @@
-"""Tells whether a cluster is sound: what it consists of, whether what replicas send arrives, and whether models train.
+"""Tells whether a cluster is sound: what it consists of, whether what is sent arrives, and whether models train.
 
     python -m tfzero.doctor                                            # this process, all its GPUs
     python -m tfzero.doctor --cpu-devices 2 --quick                    # two logical CPU devices
     python -m tfzero.launch --workers 2 -m tfzero.doctor --quick       # two local workers
     TF_CONFIG=... python -m tfzero.doctor                              # on each machine of a cluster
 
-Versions, devices, the transport and why it was chosen; each primitive on known values; the time of each from 1 KiB to
-64 MiB beside TensorFlow's own; then small models at every stage beside one device. The last line is the verdict, and
-the exit code is 0 if all is sound on all workers, or 1. The first worker prints. `--quick` leaves times and all models
-but the dense one away.
+It reports versions, devices, the transport and why it was chosen. It tests each primitive on known values, and times
+each from 1 KiB to 64 MiB beside TensorFlow's own. Then it trains small models at every stage beside one device. The
+last line is the verdict, and the exit code is 0 if all is sound on all workers, or 1. The first worker prints.
+`--quick` skips timings and all models but the dense one.
 """
 
 import argparse

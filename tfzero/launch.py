@@ -1,11 +1,11 @@
-"""Starts a TensorFlow cluster of local worker processes, on one machine, for scripts and for functions.
+"""Starts a TensorFlow cluster of worker processes on one machine, for scripts and for functions.
 
     python -m tfzero.launch --workers 2 train.py --epochs 3     # a script, like torchrun
     losses = tfzero.run_local(train, workers=2, args=(3,))      # a function, like a call
 
-Each worker gets its `TF_CONFIG` and GPUs of its own, its output is passed on line by line, and the first failure ends
-all the others. With `--max-restarts` they are started again then, and go on from their last checkpoint. TensorFlow is
-imported by the workers alone, never here. Linux and macOS.
+Each worker gets its `TF_CONFIG` and GPUs of its own. Its output is passed on line by line, and the first failure ends
+all the others. With `--max-restarts` all are then started again, and resume from their last checkpoint. Only the
+workers import TensorFlow, never the launcher. Linux and macOS.
 """
 
 import argparse
@@ -37,9 +37,9 @@ from tfzero.workers.stopping import BLAME_VARIABLE, EXIT_STOPPED, EXIT_WORKER_LO
 
 CPU_DEVICES_VARIABLE = "TFZERO_CPU_DEVICES"
 RESTARTS_VARIABLE = "TFZERO_RESTARTS"  # how often the fleet was restarted, for scripts that want to know
-# A worker that is lost again so soon after a restart has not come back.
+# A worker that is lost again within this time after a restart has not come back.
 _COME_BACK_SECONDS = 60.0
-# A fleet that fails so soon is started again after a pause, which doubles as long as that goes on.
+# A fleet that fails within this time is started again after a pause. The pause doubles with each such failure in a row.
 _AT_ONCE_SECONDS = 10.0
 _PAUSE_SECONDS = 0.5
 _LONGEST_PAUSE_SECONDS = 60.0
@@ -70,9 +70,10 @@ class WorkerError(RuntimeError):
 
 @contextlib.contextmanager
 def held_ports(count: int) -> Iterator[list[int]]:
-    """`count` TCP ports of 127.0.0.1 that the system, meanwhile, gives only to who asks for that very port.
+    """Holds `count` TCP ports of 127.0.0.1: meanwhile the system gives each only to a process that asks for that port.
 
-    They are bound, but nobody listens: so servers with SO_REUSEADDR, as workers and TensorFlow have them, may use them.
+    They are bound, but nobody listens. So servers with SO_REUSEADDR, such as those of workers and TensorFlow, may use
+    them.
     """
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
@@ -87,18 +88,18 @@ def run_local(fn: Callable[..., Any], workers: int = 2, *, args: Sequence[Any] =
               gpus_per_worker: int | None = None, echo: bool = False) -> list[Any]:  # fmt: skip
     """Calls `fn(*args)` in `workers` fresh local processes; returns their results in worker order.
 
-    All travels by cloudpickle: closures and functions of notebooks work. A delivered result is what counts, not how
-    the process ends afterwards. Finished workers wait for the last one: in TensorFlow a worker that leaves early may
-    bring down the others. On a terminal a bar shows how many have finished.
+    The call and the results travel by cloudpickle, so closures and functions of notebooks work. Once a worker has
+    delivered its result, it does not matter how its process ends. Finished workers wait for the last one: in TensorFlow
+    a worker that leaves early may bring down the others. On a terminal a bar shows how many have finished.
 
     Args:
         fn: the function. It makes its own strategy and model.
-        workers: how many processes, each with its `TF_CONFIG`.
-        args: its arguments, the same for all.
-        timeout_seconds: for all results.
+        workers: number of processes, each with its `TF_CONFIG`.
+        args: arguments of `fn`, the same for all.
+        timeout_seconds: time for all results.
         env: environment variables to add.
         cpu_devices: logical CPU devices of each worker; by default one.
-        gpus_per_worker: GPUs of each worker, which no other sees; 0 for CPUs only. By default all GPUs that
+        gpus_per_worker: GPUs of each worker, which no other worker sees; 0 for CPUs only. By default all GPUs that
             `CUDA_VISIBLE_DEVICES` names, or that the machine has, are divided evenly.
         echo: whether to print the workers' output as it comes.
 
@@ -106,10 +107,10 @@ def run_local(fn: Callable[..., Any], workers: int = 2, *, args: Sequence[Any] =
         What `fn` returned in each worker.
 
     Raises:
-        WorkerError: a worker ended without a result; its traceback is in the message.
-        TimeoutError: a result was missing after `timeout_seconds`.
-        TypeError: `fn` or `args` cannot be pickled.
-        ValueError: a number that is not above 0, or too few GPUs.
+        WorkerError: if a worker ended without a result; its traceback is in the message.
+        TimeoutError: if a result was missing after `timeout_seconds`.
+        TypeError: if `fn` or `args` cannot be pickled.
+        ValueError: for a number that is not above 0, or too few GPUs.
 
     Example:
 
@@ -137,7 +138,7 @@ def run_local(fn: Callable[..., Any], workers: int = 2, *, args: Sequence[Any] =
 
 
 def _pickle_call(fn: Callable[..., Any], args: tuple[Any, ...]) -> bytes:
-    """The call as bytes. What is defined in the file of `fn` travels by value, unless it is installed."""
+    """The call as bytes. Definitions in the file of `fn` travel by value, unless the file is installed."""
     name = getattr(fn.func if isinstance(fn, functools.partial) else fn, "__module__", None) or ""
     file = Path(getattr(sys.modules.get(name), "__file__", None) or sysconfig.get_path("stdlib"))
     installed = file.is_relative_to(sysconfig.get_path("stdlib")) or "site-packages" in file.parts
@@ -159,7 +160,7 @@ def _pickle_call(fn: Callable[..., Any], args: tuple[Any, ...]) -> bytes:
 
 
 def _wait_for_results(fleet: Fleet, results: Sequence[Path], timeout_seconds: float, which: str = "") -> None:
-    """Waits until each worker has delivered its result. Else all have ended, and it raises as `run_local` does."""
+    """Waits until each worker has delivered its result. If one fails or is late, it ends all and raises an error."""
     failed, late = fleet.wait(lambda worker: results[worker.index].exists(), timeout_seconds)
     if failed:
         reason = f"{failed.verdict(len(fleet.workers))}, before it delivered a result{which}"
@@ -170,7 +171,7 @@ def _wait_for_results(fleet: Fleet, results: Sequence[Path], timeout_seconds: fl
 
 
 def _serve_call(folder: str, result_name: str) -> None:
-    """What a worker of `run_local` does: the call, its result into a file, then wait for all the others."""
+    """A worker of `run_local`: makes the call, writes the result into a file, and waits for all the others."""
 
     def call(line: int) -> None:
         fn, args = pickle.loads(Path(folder, "call").read_bytes())
@@ -187,8 +188,8 @@ def _deliver(result: Path, content: bytes) -> None:
 
 
 def _serve(work: Callable[[int], object]) -> None:
-    """Does a worker's `work(line)`, and ends the process; `line` is the file descriptor of the line to the launcher."""
-    line = os.dup(0)  # what `work` calls sees a closed stdin
+    """Does a worker's `work(line)`, and ends the process. `line` is the file descriptor of the launcher's pipe."""
+    line = os.dup(0)  # code in `work` sees an empty stdin
     with open(os.devnull) as nothing:
         os.dup2(nothing.fileno(), 0)
     exit_code = 0
@@ -223,9 +224,9 @@ def _check_settings(workers: int, timeout_seconds: float | None, cpu_devices: in
 def _environments(
     ports: list[int], env: dict[str, str], cpu_devices: int | None, gpus: list[dict[str, str]]
 ) -> list[dict[str, str]]:
-    """What each worker gets: our environment, a secret, unbuffered output, `env`, its place and its GPUs.
+    """The environment of each worker: ours, a secret, unbuffered output, `env`, its place and its GPUs.
 
-    The first one shows progress.
+    Only the leader is asked to report progress.
     """
     shared = {"TF_CPP_MIN_LOG_LEVEL": "2", SECRET_VARIABLE: make_secret(), **os.environ, "PYTHONUNBUFFERED": "1", **env}
     if cpu_devices is not None:
@@ -241,7 +242,7 @@ def _environments(
 
 @dataclass(frozen=True)
 class _Outcome:
-    """How one fleet of the command line ended; `lost` is the worker to blame, if one is."""
+    """How one fleet of the command line ended; `lost` is the worker to blame, if there is one."""
 
     exit_code: int = 0
     message: str = ""
@@ -250,11 +251,15 @@ class _Outcome:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line. Returns 0, the first failure's exit code, or 124 after a timeout; bad input is 2."""
+    """Runs the command line. Returns the exit code.
+
+    It is 0, the first failure's exit code, or 124 after a timeout. After a signal it is 75 if all workers have saved,
+    else 128 plus the signal's number. Bad input exits with 2.
+    """
     options = _parse(arguments)
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     for number in _STOP_SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:  # as it is under nohup
+        if signal.getsignal(number) != signal.SIG_IGN:  # ignored, as under nohup
             signal.signal(number, _stop)
     try:
         return _run_fleets(options)
@@ -265,7 +270,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run_fleets(options: argparse.Namespace) -> int:
-    """Fleet after fleet, until one ends well or none is left. Returns the last one's exit code."""
+    """Runs fleet after fleet, until one ends well or no restart is left. Returns the last one's exit code."""
     former, quick = _Outcome(), 0  # fleets in a row that failed at once
     gpus = options.gpus  # one for each worker that is left
     for restarts in range(options.max_restarts + 1):
@@ -277,7 +282,7 @@ def _run_fleets(options: argparse.Namespace) -> int:
             break
         again = f"restart {restarts + 1} of {options.max_restarts}"
         if outcome.lost == former.lost and outcome.seconds < _COME_BACK_SECONDS and len(gpus) > options.min_workers:
-            gpus = [*gpus[: outcome.lost], *gpus[outcome.lost + 1 :]]  # its GPUs may be why
+            gpus = [*gpus[: outcome.lost], *gpus[outcome.lost + 1 :]]  # its GPUs may be the reason
             again = f"worker {outcome.lost} does not come back; {again}"
         quick = quick + 1 if outcome.seconds < _AT_ONCE_SECONDS else 0
         pause_seconds = min(_LONGEST_PAUSE_SECONDS, _PAUSE_SECONDS * 2 ** (quick - 1)) if quick else 0.0

@@ -1,14 +1,14 @@
-"""What a model will take on each replica, before anything of it is allocated.
+"""Estimates what a model will take on each replica, before anything of it is allocated.
 
     python -m tfzero.memory --model train:make_model --world-size 8 --batch-size 64 --budget-gb 16
 
-[Note: the peak] Between steps a replica holds parameters and slots; a step adds activations, gradients and buffers of
+[Note: the peak] Between steps a replica holds parameters and slots. A step adds activations, gradients and buffers of
 the collectives. The trace of a step (`views/liveness.py`) tells how activations come and go while gradients appear one
-after the other. What becomes of these follows from the stage. With one replica, and up to stage 1, they stay whole
-until the backward pass is over; at stage 2 as many stay whole as `training/pacing.py` lets wait, and shards of the
-rest; at stage 3 the latest two, and buffers of the latest, while values of layers are gathered two at a time
-(`variables/gathering.py`). As many exchanges as there are lanes (`collectives/group.py`) have a buffer each. Estimated
-is the greatest sum.
+after the other. The stage decides what becomes of the gradients. With one replica, and up to stage 1, they stay whole
+until the backward pass is over. At stage 2 as many stay whole as `training/pacing.py` lets wait; of the rest, shards.
+At stage 3 the latest two stay whole, with buffers; of the rest, shards. Meanwhile values of the current layer and the
+next ones are gathered (`variables/gathering.py`). Up to stage 2 as many exchanges as there are lanes
+(`collectives/counts.py`) have a buffer each. The estimate is the greatest sum.
 """
 
 import argparse
@@ -40,16 +40,16 @@ from tfzero.views.liveness import Moment, trace_step
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of one replica at one stage; of the replica that holds most.
+    """Bytes of one replica at one stage: of the replica that holds most.
 
     Args:
-        stage: of ZeRO.
+        stage: the ZeRO stage.
         world_size: number of replicas.
         parameter_bytes: of the model's variables.
         slot_bytes: of the optimizer's slots, accumulators and averages.
-        gradient_bytes: of gradients, when the step takes most.
-        buffer_bytes: of what is sent, received or gathered then, and of values that the update computes.
-        activation_bytes: of activations then; None if no batch size was given.
+        gradient_bytes: of gradients, at the peak of a step.
+        buffer_bytes: of what is sent, received or gathered at the peak, and of values that the update computes.
+        activation_bytes: of activations at the peak; None if no batch size was given.
     """
 
     stage: int
@@ -62,12 +62,12 @@ class MemoryEstimate:
 
     @property
     def held_bytes(self) -> int:
-        """Between steps."""
+        """Bytes held between steps."""
         return self.parameter_bytes + self.slot_bytes
 
     @property
     def peak_bytes(self) -> int:
-        """Within a step; without activations if no batch size was given."""
+        """Bytes at the peak of a step; without activations if no batch size was given."""
         return self.held_bytes + self.gradient_bytes + self.buffer_bytes + (self.activation_bytes or 0)
 
     def record(self) -> dict:
@@ -79,7 +79,7 @@ class MemoryEstimates(tuple):
     """One `MemoryEstimate` for each stage. `print` shows a table."""
 
     def smallest_stage(self, budget_bytes: float) -> MemoryEstimate | None:
-        """The first stage whose peak is within a budget for each replica, or None."""
+        """The estimate of the first stage whose peak fits into a budget for each replica, or None."""
         return next((each for each in self if each.peak_bytes <= budget_bytes), None)
 
     def __str__(self) -> str:
@@ -92,7 +92,7 @@ class MemoryEstimates(tuple):
         return "\n".join(lines)
 
     def draw(self, path: str | os.PathLike) -> None:
-        """Writes a picture of stacked bars, one for each stage; needs matplotlib."""
+        """Draws a picture of stacked bars, one for each stage, into a file. Needs matplotlib."""
         import matplotlib
 
         matplotlib.use("Agg")
@@ -119,25 +119,25 @@ def estimate_memory(
     stage: int | None = None,
     batch_size: int | None = None,
 ) -> MemoryEstimate | MemoryEstimates:
-    """What each replica of a `ZeroStrategy` will hold, and take at the peak of a step, in bytes.
+    """Estimates the bytes that each replica of a `ZeroStrategy` holds, and takes at the peak of a step.
 
-    Settings other than `stage` are the strategy's defaults. Nothing is trained, and of a model that a function makes
-    nothing is allocated. Activations are those of TensorFlow's CPU kernels; what loops keep for the backward pass
-    (LSTM, GRU) is not counted, nor what convolutions use for themselves.
+    Settings other than `stage` are the strategy's defaults. Nothing is trained, and a model that a function makes is
+    not allocated. Activations are those of TensorFlow's CPU kernels. What loops keep for the backward pass (LSTM, GRU)
+    and the workspace of convolutions are not counted.
 
     Args:
         model: a Keras model, or a function without arguments that makes one. A compiled one is traced with its loss.
         optimizer: a name, config or Keras optimizer.
         world_size: number of replicas.
-        stage: of ZeRO; None for all.
-        batch_size: the global one, as in `fit`; None for an estimate without activations.
+        stage: the ZeRO stage; None for all.
+        batch_size: the global batch size, as in `fit`; None for an estimate without activations.
 
     Returns:
         A `MemoryEstimate`, or `MemoryEstimates` with one for each stage.
 
     Raises:
-        ValueError: for settings that make no sense; with a batch size for a model whose inputs are not known, or one
-            that was made under a strategy.
+        ValueError: for invalid settings or a model without variables; with a batch size, also for a model whose inputs
+            are not known or that was made under a strategy.
 
     Example:
 
@@ -153,7 +153,7 @@ def estimate_memory(
     if batch_size is not None:
         check_number("batch_size", batch_size, int, 1)
     optimizer = keras.optimizers.get(optimizer)
-    # Again, each with no other variables than its steps and learning rate, whatever the given one has been built for.
+    # Fresh optimizers, with no variables but steps and learning rate, whatever the given one has been built for.
     makers = {id(each): functools.partial(type(each).from_config, config_of(each)) for each in chain(optimizer)}
     with tf.Graph().as_default():  # variables made in a graph take no memory
         made = model if isinstance(model, keras.Model) else model()
@@ -188,7 +188,7 @@ class _Estimate:
         world_size: int,
         batch_size: int | None,
     ) -> None:
-        optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # of a loss scale, whose own variables are small
+        optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # a loss scale's own variables are small
         self._model = model
         self._world_size = world_size
         self._variables = model.trainable_variables
@@ -236,7 +236,7 @@ class _Estimate:
         )
 
     def _is_sharded(self, variable: keras.Variable, scheme: Scheme) -> bool:
-        """Whether stage 3 shards it; as `ZeroExtended` decides when it is created."""
+        """Whether stage 3 shards a variable, as `ZeroExtended` decides when the variable is created."""
         is_large = variable.shape.num_elements() >= max(1, DEFAULT_MIN_SHARD_ELEMENTS)
         is_floating = tf.as_dtype(variable.dtype).is_floating
         return scheme.shards_parameters and is_large and is_floating and id(variable) in self._made_trainable
@@ -263,10 +263,10 @@ class _Estimate:
 
 
 def _slots_of(optimizer: keras.optimizers.Optimizer, variable: keras.Variable) -> list:
-    """What an optimizer that has not been built makes for one variable."""
+    """The slots that an optimizer makes for one variable. The optimizer must not have been built."""
     scalars = len(optimizer.variables)  # steps and learning rate
     optimizer.build([keras.Variable("zeros", shape=variable.shape, dtype=variable.dtype, name=variable.name)])
-    # A scalar beside a matrix is one for all variables.
+    # All variables share a scalar that stands beside a matrix.
     return [slot for slot in optimizer.variables[scalars:] if slot.shape.rank or not variable.shape.rank]
 
 
@@ -283,7 +283,7 @@ def _peaks(moments: Sequence[Moment], plan: Plan, scheme: Scheme) -> Iterator[tu
             latest.append(sizes[moment.gradient])
         yield moment.activation_bytes, *_of_gradients(size, scheme, produced, latest, in_flight, gathered[place])
     gradients, buffers = _of_gradients(size, scheme, produced, latest, in_flight, 0)
-    # When the backward pass is over, updated values wait to be sent and assigned.
+    # After the backward pass, updated values wait to be sent and assigned.
     waits = scheme.gathers_updates and (scheme.shards_gradients or size == 1)
     yield 0, gradients, max(buffers, min(produced, _updated_bytes(plan)) // size if waits else 0)
 
@@ -291,7 +291,7 @@ def _peaks(moments: Sequence[Moment], plan: Plan, scheme: Scheme) -> Iterator[tu
 def _of_gradients(
     size: int, scheme: Scheme, produced: int, latest: Sequence[int], in_flight: int, gathered: int
 ) -> tuple[int, int]:
-    """Bytes of gradients, and of buffers, of one of `size` replicas when so many bytes of gradients are computed."""
+    """Bytes of gradients and of buffers on one of `size` replicas, when `produced` bytes of gradients are computed."""
     if size == 1:
         return produced, 0
     if scheme.shards_parameters:
@@ -304,13 +304,13 @@ def _of_gradients(
 
 
 def _updated_bytes(plan: Plan) -> int:
-    """Of the two largest runs of buckets that are updated at once."""
+    """Bytes of the two largest runs of buckets that are updated at once."""
     runs = plan.coalesced(plan.buckets, DEFAULT_BUCKET_BYTES)
     return sum(sorted((sum(map(plan.bucket_bytes, run)) for run in runs), reverse=True)[:2])
 
 
 def _gathered(moments: Sequence[Moment], plan: Plan) -> list[int]:
-    """Bytes of gathered values at each moment: of the layer that is computed, and of the next ones."""
+    """Bytes of gathered values at each moment: of the layer that is computed, and of prefetched ones."""
     gathered = [0] * len(moments)
     for is_backward in (False, True):
         places = [k for k, moment in enumerate(moments) if moment.is_backward is is_backward]

@@ -42,7 +42,7 @@ from tfzero.workers.stopping import AgreedStop
 class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
     """Synchronous data parallelism with sharded optimizer state, gradients and parameters.
 
-    ZeRO, https://arxiv.org/abs/1910.02054. It stands on `CollectiveAllReduceStrategy` of
+    ZeRO, https://arxiv.org/abs/1910.02054. It is built on `CollectiveAllReduceStrategy` of
     `tensorflow/python/distribute/collective_all_reduce_strategy.py`.
 
     Use it in place of `tf.distribute.MirroredStrategy` or `MultiWorkerMirroredStrategy`: create the model under
@@ -58,38 +58,38 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
 
     Args:
         stage: how much is sharded: 0, 1, 2 or 3.
-        devices: this process's devices, such as `["GPU:0", "GPU:1"]`; by default all its GPUs, or else all its logical
-            CPU devices. Every worker must have equally many, of one type.
-        cluster_resolver: a `tf.distribute.cluster_resolver.ClusterResolver` that names the workers; by default
-            `TF_CONFIG` does, and without it this process is the only one.
-        bucket_bytes: gradients travel together in buckets of at most this many bytes (a larger variable travels alone).
-            "auto" measures the network when the optimizer is built, and chooses for the model.
+        devices: this process's devices, such as `["GPU:0", "GPU:1"]`. The default is all its GPUs, or all its logical
+            CPU devices if it has no GPU. Every worker must have the same number of devices, all of one type.
+        cluster_resolver: a `tf.distribute.cluster_resolver.ClusterResolver` that names the workers. The default is
+            `TF_CONFIG`; without it this process is the only worker.
+        bucket_bytes: gradients travel in buckets of at most this many bytes (a larger variable travels alone). "auto"
+            measures the network when the optimizer is built, and picks a size for the model.
         min_shard_elements: variables with fewer elements stay whole on every replica.
-        timeout_seconds: how long a worker waits for the others before it gives up with an error: when it starts, and
-            in every exchange of a step. The limit of a process's latest strategy counts for all it has.
-        reshard_after_forward: at stage 3, whether gathered parameters are let go after the forward pass and gathered
-            again in the backward pass (the default), or kept, with a third less to send and more memory.
-        compression: in what float32 matrices travel: None for as they are, "bf16", "fp16" or "int8" (the latter two
-            with one scale for each 256 elements). Gradients are summed in float32. At stages 1 and 2 parameters travel
-            as differences, and owners keep float32 master values (4/N bytes a parameter more); at stage 3 replicas
-            compute with encoded weights, as in ZeRO++ (https://arxiv.org/abs/2306.10209). Vectors travel as they are,
-            and up to stage 2 also variables with a constraint and those that an owner updates whole. Between GPUs of
-            several processes only parameters travel encoded, gradients as they are.
-        error_feedback: with "int8", whether replicas keep what the encoding of gradients has lost and add it to the
-            next ones (4 bytes a parameter more).
+        timeout_seconds: how long a worker waits for the others before it gives up with an error: at the start, and in
+            every exchange of a step. The value of the latest strategy applies to all strategies of the process.
+        reshard_after_forward: at stage 3, whether gathered parameters are freed after the forward pass and gathered
+            again in the backward pass (the default). False keeps them: a third less to send, and more memory.
+        compression: wire format of float32 matrices: None (not encoded), "bf16", "fp16" or "int8" (the latter two with
+            one scale for each 256 elements). Gradients are summed in float32. At stages 1 and 2 parameters travel as
+            differences, and owners keep float32 master values (4/N more bytes per parameter). At stage 3 replicas
+            compute with encoded weights, as in ZeRO++ (https://arxiv.org/abs/2306.10209). Vectors are never encoded.
+            Up to stage 2 neither are variables with a constraint, nor those that one owner updates whole. Between GPUs
+            of several processes only parameters are encoded, gradients are not.
+        error_feedback: with "int8", whether replicas keep what the encoding of gradients loses and add it to the next
+            gradients (4 more bytes per parameter).
         hierarchical: with several devices in each of several workers, whether gradients are summed within each worker
-            first and then across workers, in float32 where compression is used. "auto" does on CPU devices, unless
-            stage, `error_feedback` or the number of devices leave nothing to gain.
+            first and then across workers, in float32 if compression is used. "auto" enables this on CPU devices,
+            unless stage, `error_feedback` or the number of devices leave nothing to gain.
         overlap_param_gather: at stages 1 and 2, in `fit` with `steps_per_execution` of 2 or more, whether updated
-            parameters are gathered while the next step's forward pass goes on, as Megatron-LM's option of this name
-            does, and not while gradients are still on their way. It pays where the network is slow.
-        compare_batches: of how many batches, at the start of every pass over data, workers compare shapes and content
-            before a step takes them. 0 leaves it away, for data that may rightly differ.
+            parameters are gathered during the next step's forward pass, as with Megatron-LM's option of this name,
+            instead of while gradients are still in flight. It pays off on slow networks.
+        compare_batches: number of batches that workers compare, by shape and content, at the start of every pass over
+            data, before a step takes them. 0 turns this off, for data that may rightly differ.
 
     Raises:
-        ValueError: for settings, devices or a `TF_CONFIG` that make no sense, or that differ between workers.
-        TimeoutError: if a worker does not come within `timeout_seconds`; the message names it.
-        RuntimeError: if TensorFlow was used before the strategy was made in one of several workers.
+        ValueError: for settings, devices or a `TF_CONFIG` that are invalid or differ between workers.
+        TimeoutError: if a worker does not arrive within `timeout_seconds`; the message names it.
+        RuntimeError: if TensorFlow was used before the strategy was made, with several workers.
 
     Example:
 
@@ -149,10 +149,10 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         self.transport = choose(self._surroundings)  # chosen again when the workers have met
         self.levels = choose_levels(self.settings, workers, self.transport.obstacle_of_levels(kind))
         self.transport.check(self.settings, workers)
-        self.optimizers: weakref.WeakSet = weakref.WeakSet()  # that were built for its variables
-        self.announced: weakref.WeakSet = weakref.WeakSet()  # those that `fit` has printed a report of
-        self.data_position: DataPosition | None = None  # for the next training data
-        self.sharded_numbers = itertools.count()  # of its variables in shards: the same on all workers
+        self.optimizers: weakref.WeakSet = weakref.WeakSet()  # those built for its variables
+        self.announced: weakref.WeakSet = weakref.WeakSet()  # those whose report `fit` has printed
+        self.data_position: DataPosition | None = None  # where the next training data begin
+        self.sharded_numbers = itertools.count()  # number its sharded variables, alike on all workers
         self._join(cluster, local)
 
     def _join(self, cluster: Cluster | None, devices: Sequence[str]) -> None:
@@ -182,19 +182,19 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
             self.extended.meet()
 
     def reduce(self, reduce_op: str | tf.distribute.ReduceOp, value: Any, axis: int | None = None) -> Any:
-        """One value from those of all replicas, as `tf.distribute.Strategy.reduce`. All workers call it.
+        """Reduces the values of all replicas to one, like `tf.distribute.Strategy.reduce`. All workers call it.
 
-        Of a structure each value is reduced. Keras's trainer (`keras/src/backend/tensorflow/trainer.py`) asks for two
-        things more: the first replica's values, of which it only learns shapes; and scalars along axis 0
-        (`reduce_per_replica`), which can only mean over replicas.
+        Each value of a structure is reduced. Keras's trainer (`keras/src/backend/tensorflow/trainer.py`) needs two
+        more cases: the first replica's values, from which it only learns shapes; and scalars along axis 0
+        (`reduce_per_replica`), which can only mean a reduction over replicas.
 
         Args:
             reduce_op: "SUM" or "MEAN", or a `tf.distribute.ReduceOp`.
-            value: what `strategy.run` gave: a tensor `[*shape]` for each replica; or a structure of such.
+            value: the result of `strategy.run`: a tensor `[*shape]` for each replica, or a structure of them.
             axis: None to reduce over replicas only, or an axis of the tensors to reduce along as well.
 
         Returns:
-            A tensor `[*shape]`, without the axis if one was given; or a structure of such.
+            A tensor `[*shape]`, without the axis if one was given; or a structure of them.
 
         Example:
 
@@ -215,14 +215,14 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         return super().reduce(reduce_op, value, axis)
 
     def report(self) -> Report:
-        """What this strategy does: settings, placements, bytes and messages. `print(strategy.report())` shows all.
+        """Reports settings, placements, bytes and messages. `print(strategy.report())` shows all of it.
 
         `fit` prints `strategy.report().summary()` when it starts, on the first worker at `verbose=1`. Trained variables
-        and traffic are told once an optimizer has been built.
+        and traffic are included once an optimizer has been built.
 
         Returns:
-            A `Report`: `options`, `variables` (bytes of each on this worker's first replica), and for one step of each
-            replica `sent_bytes` and `messages`.
+            A `Report`: `options`, `variables` (bytes of each on this worker's first replica), and `sent_bytes` and
+            `messages` of one step on each replica.
 
         Example:
 
@@ -236,14 +236,14 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         return make_report(self.settings, self.extended.group, self.levels, self.extended.mesh, trained)
 
     def cut_batch(self, batch: Any) -> Any:
-        """One global batch as per-replica values, cut as `experimental_distribute_dataset` cuts it.
+        """Cuts one global batch into per-replica values, as `experimental_distribute_dataset` does.
 
         Args:
             batch: a structure of tensors or arrays `[samples, ...]`, the same on all workers.
 
         Returns:
-            The same structure, for `strategy.run`: each replica's tensors are its rows, and the last replicas may have
-            fewer than the others, or none.
+            The same structure, for `strategy.run`: each replica's tensors are its rows. The last replicas may have
+            fewer rows than the others, or none.
 
         Example:
 
@@ -257,19 +257,19 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
 
     @contextlib.contextmanager
     def gathered(self, variables: Any) -> Iterator[None]:
-        """Within it every worker holds the whole values of sharded variables; what is assigned is written back.
+        """Holds whole values of sharded variables on every worker; on exit, assigned values are written back.
 
-        For looking at and changing parameters between steps, without a collective for each access. All workers must
-        enter and leave it; if they assign different values, the first worker's count. Replicas see the assigned values
-        after the context. Within another `gathered` it shares the values held there. It does nothing for variables that
-        are whole anyway.
+        Use it to read and change parameters between steps without a collective for each access. All workers must enter
+        and leave it. If they assign different values, the first worker's values count. Replicas see assigned values
+        after the context. A nested `gathered` shares the values that the outer one holds. Variables that are whole
+        anyway are left alone.
 
         Args:
             variables: a Keras variable of this strategy, or a list of them.
 
         Raises:
-            ValueError: for variables of another or of no strategy, or if workers name different ones.
-            TimeoutError: if a worker does not come within `timeout_seconds`.
+            ValueError: for variables of another strategy or of none, or if workers name different variables.
+            TimeoutError: if a worker does not arrive within `timeout_seconds`.
 
         Example:
 
@@ -300,9 +300,9 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
 
     @contextlib.contextmanager
     def agreed_randomness(self, position: DataPosition | None = None) -> Iterator[None]:
-        """Within it a data pipeline that is built shuffles alike on all workers: as the first worker would.
+        """Makes data pipelines that are built within it shuffle alike on all workers: as the first worker would.
 
-        With a position it shuffles as it did when the position's training began, or else the position notes how.
+        A position from a checkpoint restores the shuffling with which its training began. A new position records it.
         """
         if self.extended.mesh.workers == 1 and position is None:
             yield

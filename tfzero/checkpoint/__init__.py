@@ -1,1 +1,1 @@
-"""Checkpoints for any number of workers, and what all workers do with files together."""
+"""Checkpoints for any number of workers, and the file work that all workers do together."""

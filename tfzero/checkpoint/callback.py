@@ -1,4 +1,4 @@
-"""CheckpointCallback: checkpoints that a run goes on from, for `fit`."""
+"""CheckpointCallback: saves checkpoints during `fit`, and resumes from them."""
 
 import os
 import signal
@@ -19,26 +19,28 @@ from tfzero.workers.stopping import EXIT_STOPPED
 
 
 class CheckpointCallback(keras.callbacks.Callback):
-    """Saves checkpoints while `fit` runs, and lets `fit` go on from the newest one when it is started again.
+    """Saves checkpoints during `fit`, and resumes from the newest one when `fit` is started again.
 
-    What is saved: weights, slots, steps, loss scale, accumulated gradients, seed generators, metrics in progress, the
-    epoch and the position in the data. A run that goes on, in the middle of an epoch too, gives the result of one that
-    was never interrupted: bit for bit on as many workers, if TensorFlow's operations are deterministic
-    (`tf.config.experimental.enable_op_determinism`). Data are passed over to the position: within the epoch batch by
-    batch, and of each epoch before only the first is drawn, which repeats shuffles; with `steps_per_epoch` all are, as
-    one iterator serves all epochs. Random operations in a `Dataset.map` are not repeated.
+    It saves weights, slots, steps, loss scale, accumulated gradients, seed generators, metrics in progress, the epoch
+    and the position in the data. A resumed run gives the result of an uninterrupted one, even in the middle of an
+    epoch. The results are equal bit for bit on the same number of workers, if TensorFlow's operations are deterministic
+    (`tf.config.experimental.enable_op_determinism`).
 
-    SIGTERM lets all workers save after the same step and exit with code 75.
+    To resume, `fit` skips the data before the saved position. Within the epoch it skips batch by batch. From each
+    earlier epoch it draws only the first batch, which repeats the shuffles. With `steps_per_epoch` it draws all
+    batches, as one iterator serves all epochs. Random operations in a `Dataset.map` are not repeated.
+
+    On SIGTERM all workers save after the same step and exit with code 75.
 
     Args:
-        directory: where to save, `directory/step-...`; all workers must see it. One run at a time.
-        save_every_steps: save whenever so many batches have been trained; None for not.
-        save_every_epochs: save after so many epochs; None for not.
+        directory: where to save, as `directory/step-...`; all workers must see it. Only one run may use it at a time.
+        save_every_steps: save each time this many batches have been trained; None turns this off.
+        save_every_epochs: save each time this many epochs are over; None turns this off.
         keep: how many checkpoints to keep; None for all.
         asynchronous: write in the background, from a copy of each worker's own shards.
 
     Raises:
-        ValueError: for settings that make no sense.
+        ValueError: for invalid settings.
         OSError: from `fit`, on all workers, if the directory cannot be written, lacks room, or is another run's.
 
     Example:
@@ -72,14 +74,17 @@ class CheckpointCallback(keras.callbacks.Callback):
         self.save_every_epochs = save_every_epochs
         self.keep = keep
         self.asynchronous = asynchronous
-        self.step = 0  # batches trained, in all
+        self.step = 0  # batches trained in total
         self._save: Save | None = None
         self._former_handler: Any = None
 
     # Before and after `fit` itself (`keras/training.py`).
 
     def prepare(self, model: keras.Model) -> None:
-        """Finds the checkpoint to go on from, before the data pipeline is made, which must shuffle as it did."""
+        """Finds the checkpoint to resume from.
+
+        This comes before the data pipeline is made, because the pipeline must repeat its shuffles.
+        """
         self._team = Team.of(model)
         names = ("directory", "save_every_steps", "save_every_epochs", "keep", "asynchronous")
         settings = {name: str(getattr(self, name)) for name in names}
@@ -119,7 +124,7 @@ class CheckpointCallback(keras.callbacks.Callback):
             raise SystemExit(EXIT_STOPPED)
 
     def leave(self) -> None:
-        """Lets directory and signals go, whatever has happened."""
+        """Releases the directory and the signal handler, whatever has happened."""
         if self._save is not None:
             self._save.close()
             self._save = None
@@ -154,7 +159,7 @@ class CheckpointCallback(keras.callbacks.Callback):
                 warnings.warn(f"{folder}: {told}", stacklevel=2)
 
     def _describe_other_data(self) -> str:
-        """What going on in the middle of an epoch means if its batches are no longer those that were trained with."""
+        """A warning for a run that resumes in the middle of an epoch with other batches; "" if there is none."""
         batch, now = self._position["batch"], {"steps": self.params["steps"], "batch_size": self._data.batch_size}
         words = {"steps": "batches an epoch", "batch_size": "samples a batch"}
         other = [
@@ -196,7 +201,7 @@ class CheckpointCallback(keras.callbacks.Callback):
         if self.save_every_steps is None or self.step // self.save_every_steps == before // self.save_every_steps:
             return
         self._due = True
-        if batch + 1 != self.params["steps"]:  # else the epoch's end comes first
+        if batch + 1 != self.params["steps"]:  # else `on_epoch_end` comes first
             self._save_if_due()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
@@ -205,7 +210,11 @@ class CheckpointCallback(keras.callbacks.Callback):
             self._due = True
 
     def _save_if_due(self) -> None:
-        """Saves when all other callbacks are through with an epoch, as they may change what is saved."""
+        """Saves if a save is due.
+
+        A save at an epoch's end waits until all other callbacks are done with the epoch, as they may change what is
+        saved.
+        """
         if self._due and self._mark() != self._saved:
             self._position |= {"randomness": self._data.randomness, "batch_size": self._data.batch_size}
             self._position["steps"] = self.params["steps"]
@@ -214,5 +223,5 @@ class CheckpointCallback(keras.callbacks.Callback):
         self._due = False
 
     def _mark(self) -> tuple:
-        """What tells a checkpoint from the one before."""
+        """A key that differs from one checkpoint to the next."""
         return self.step, *(self._position[key] for key in ("epoch", "batch", "finished"))

@@ -1,4 +1,4 @@
-"""One checkpoint: complete and unchanged, or not there at all. `checkpoint/directories.py` has several.
+"""Writes and checks one checkpoint: complete and unchanged, or not there. `checkpoint/directories.py` handles several.
 
     step-00000012/
         state.index, state.data-*    TensorFlow's checkpoint
@@ -7,10 +7,11 @@
     .unfinished-step-00000015/       until it is complete
 
 [Note: commit] A checkpoint is written under another name. Its files reach the disk before its manifest does, and the
-manifest before the directory gets its name. Whatever instant the writers die at, what is named `step-...` is complete.
+manifest before the directory gets its final name. So a directory named `step-...` is complete, whenever writers die.
 
-[Note: unreadable] Damaged is what is missing, cut or changed: the checkpoint before it is used. A file that cannot be
-read for another reason (no permission, a disk or a server that fails) may be whole: its error ends the run.
+[Note: unreadable] A checkpoint is damaged if a file is missing, cut or changed. Then the checkpoint before it is used.
+A file that cannot be read for another reason (no permission, a disk or a server that fails) may be whole, so its error
+ends the run.
 """
 
 import contextlib
@@ -27,14 +28,14 @@ from typing import Any
 
 from tfzero.checkpoint.manifests import MOST_BYTES, find_fault
 
-# Of the manifest and all that it describes; a reader takes this and older ones.
+# The format of the manifest and all that it describes. A reader accepts this and older ones.
 FORMAT = 1
 STATE = "state"
 UNFINISHED = ".unfinished-"
 REPLACED = ".replaced-"
 _MANIFEST = "manifest.json"
 _POINTER = "checkpoint"
-# How opening fails where there is no such file, or another thing in its place.
+# How opening fails if there is no such file, or something else in its place.
 _MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO)
 _PATTERN = "*?[\\"
 
@@ -60,7 +61,7 @@ class NewerFormatError(ValueError):
 
 
 def begin(final: Path) -> Path:
-    """A new, empty directory to write a checkpoint into. For one worker."""
+    """Makes a new, empty directory to write a checkpoint into. Only one worker calls it."""
     unfinished = final.with_name(f"{UNFINISHED}{final.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -68,12 +69,12 @@ def begin(final: Path) -> Path:
 
 
 def commit(unfinished: Path, final: Path, manifest: Mapping[str, Any]) -> None:
-    """Completes a checkpoint of which all files are written, and gives it its name. [Note: commit]
+    """Completes a checkpoint after all its files are written, and gives it its final name. [Note: commit]
 
     Args:
-        unfinished: what `begin` gave.
-        final: its name; a checkpoint that is there already is replaced.
-        manifest: what is in it, as JSON has it, with `files`: name to `[bytes, checksum]`.
+        unfinished: the directory from `begin`.
+        final: its final path; a checkpoint that is there already is replaced.
+        manifest: what is in it, as JSON, with `files`: name to `[bytes, checksum]`.
     """
     pointer = unfinished / _POINTER
     pointer.write_text(f'model_checkpoint_path: "{STATE}"\n')
@@ -98,7 +99,7 @@ def commit(unfinished: Path, final: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def describe_file(path: Path) -> list[Any]:
-    """`[bytes, checksum]` of a file, which is on the disk afterwards."""
+    """Flushes a file to disk, and returns its `[bytes, checksum]`."""
     with _open(path) as file:
         os.fsync(file.fileno())
         return _describe(file)
@@ -114,11 +115,11 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself, when it is intact and as a manifest must be (`checkpoint/manifests.py`).
+    """Reads a checkpoint's manifest, and checks that it is intact and valid (`checkpoint/manifests.py`).
 
     Raises:
-        DamagedCheckpointError: if the manifest is missing, has changed, or cannot be one.
-        NewerFormatError: if it was written by a newer tfzero.
+        DamagedCheckpointError: if the manifest is missing, has changed, or is not valid.
+        NewerFormatError: if a newer tfzero wrote it.
         OSError: if it cannot be read for another reason. [Note: unreadable]
     """
     path = folder / _MANIFEST
@@ -150,10 +151,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def find_damage(folder: Path, manifest: Mapping[str, Any], part: int = 0, parts: int = 1) -> list[str]:
-    """What is wrong with the files of a checkpoint, of which `part` of `parts` is looked at; workers share the work.
+    """What is wrong with the files of a checkpoint. It checks `part` of `parts`, so workers can share the work.
 
     Raises:
-        OSError: if one cannot be read, though it is there. [Note: unreadable]
+        OSError: if a file exists but cannot be read. [Note: unreadable]
     """
     damages = []
     for name, expected in sorted(manifest["files"].items())[part::parts]:
@@ -174,7 +175,7 @@ def find_damage(folder: Path, manifest: Mapping[str, Any], part: int = 0, parts:
 
 
 def looks_whole(folder: Path) -> bool:
-    """Whether the manifest is intact and every file has its size; their contents are not read."""
+    """Whether the manifest is intact and every file has its size. The contents of files are not read."""
     try:
         files = read_manifest(folder)["files"]
         for name, (size, _) in files.items():
@@ -190,7 +191,7 @@ def looks_whole(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def plain_path(folder: Path) -> Iterator[str]:
-    """Another path of a directory, for TensorFlow, whose `RestoreV2` takes `[`, `*`, `?` and `\\` for patterns."""
+    """Another path to a directory, for TensorFlow: its `RestoreV2` reads `[`, `*`, `?` and `\\` as patterns."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         path = f"/proc/self/fd/{handle}"
@@ -205,10 +206,10 @@ def plain_path(folder: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _open(path: Path) -> Iterator[BufferedReader]:
-    """Opens a file for reading, and never waits, as a pipe would let one wait.
+    """Opens a file for reading. It never blocks, even if the file is a pipe.
 
     Raises:
-        DamagedCheckpointError: if it is missing or no regular file.
+        DamagedCheckpointError: if it is missing or not a regular file.
         OSError: if it cannot be read; the text says what to do. [Note: unreadable]
     """
     try:

@@ -1,13 +1,13 @@
-"""Directories of checkpoints: which are there, which are kept, and whose the directory is.
+"""Directories of checkpoints: which checkpoints exist, which are kept, and which run owns the directory.
 
     directory/
         lock              held by the run that writes here
         step-00000012/    a checkpoint (`checkpoint/commits.py`)
-        .unfinished-...   of a writer that is at work, or died
-        .replaced-...     gives way to a new checkpoint of the same step
-        .deleted-...      out of sight, so that no half of a checkpoint can be seen
+        .unfinished-...   being written, or left by a writer that died
+        .replaced-...     moved aside for a new checkpoint of the same step
+        .deleted-...      being deleted, out of sight, so that nobody sees half a checkpoint
 
-Nothing but these names is ever taken for a checkpoint or deleted.
+Only these names are ever taken for checkpoints or deleted.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from tfzero.checkpoint.commits import REPLACED, UNFINISHED, is_checkpoint, looks
 _DELETED = ".deleted-"
 _NAME = re.compile(r"step-(\d{8,})")
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(//?|$)")
-# What `flock` says of a file that another process has locked, and on file systems that have no locks.
+# Errors of `flock` if another process has locked the file, and on file systems without locks.
 _HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 _OWNER = re.compile(rb"process \d+ on [^\n]*\n")
@@ -37,7 +37,7 @@ def local_path(directory: str | os.PathLike[str]) -> Path:
     """A directory as a path.
 
     Raises:
-        ValueError: for a URL, which would become a folder `gs:` here.
+        ValueError: for a URL, which would become a local folder such as `gs:`.
     """
     if _URL.match(os.fspath(directory)):
         raise ValueError(
@@ -48,29 +48,29 @@ def local_path(directory: str | os.PathLike[str]) -> Path:
 
 
 def step_folder(directory: Path, step: int) -> Path:
-    """Where the checkpoint of a step belongs."""
+    """The path of the checkpoint of a step."""
     return directory / f"step-{step:08d}"
 
 
 def step_of(folder: Path) -> int | None:
-    """The step that a checkpoint's name tells; None if it is no name of a checkpoint, such as `step-best`."""
+    """The step in a checkpoint's name; None if it is not the name of a checkpoint, such as `step-best`."""
     match = _NAME.fullmatch(folder.name)
     step = int(match[1]) if match and match[1].isascii() else None
     return step if step is not None and step_folder(folder.parent, step) == folder else None
 
 
 def checkpoints(directory: Path) -> list[Path]:
-    """The checkpoints of a directory, the one of the last step first.
+    """The checkpoints of a directory, last step first.
 
     Raises:
-        OSError: if the directory is there but cannot be read.
+        OSError: if the directory exists but cannot be read.
     """
     folders = [path for path in _entries(directory) if step_of(path) is not None and path.is_dir()]
     return sorted(folders, key=lambda path: step_of(path) or 0, reverse=True)
 
 
 def _entries(directory: Path) -> list[Path]:
-    # `Path.glob` passes over directories that it may not read.
+    # Not `Path.glob`: it silently skips directories that it may not read.
     try:
         return [directory / name for name in os.listdir(directory)]
     except (FileNotFoundError, NotADirectoryError):
@@ -78,12 +78,12 @@ def _entries(directory: Path) -> list[Path]:
 
 
 def prune(directory: Path, keep: int, damaged: Collection[str] = ()) -> None:
-    """Deletes all but the last checkpoints. Those that cannot be loaded do not count as kept.
+    """Deletes all but the last checkpoints. Checkpoints that cannot be loaded do not count as kept.
 
     Args:
         directory: of the checkpoints.
-        keep: how many stay that are whole, as far as manifests and sizes tell.
-        damaged: names of those that are known to be damaged.
+        keep: how many whole checkpoints to keep, as far as manifests and sizes tell.
+        damaged: names of checkpoints that are known to be damaged.
     """
     folders = checkpoints(directory)
     whole = [path for path in folders if path.name not in damaged and looks_whole(path)]
@@ -105,7 +105,7 @@ def _remove(path: Path) -> None:
 
 
 def tidy(directory: Path) -> None:
-    """Deletes what writers that died left unfinished, and gives back its name to what they had not yet replaced."""
+    """Deletes leftovers of dead writers, and renames back checkpoints that they moved aside but did not replace."""
     for path in _entries(directory):
         for prefix in (UNFINISHED, REPLACED, _DELETED):
             name = path.name.removeprefix(prefix)
@@ -119,7 +119,7 @@ def tidy(directory: Path) -> None:
 
 
 def check_room(directory: Path, needed_bytes: int) -> None:
-    """Raises OSError if one cannot write into a directory, which is made, or if its disk has not enough room."""
+    """Makes a directory. Raises OSError if it is not writable, or if its disk has too little room."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory) as probe:
@@ -138,7 +138,7 @@ def check_room(directory: Path, needed_bytes: int) -> None:
 
 
 class Lock:
-    """Keeps a second run out of a directory, for as long as this process lives or until `release`.
+    """Keeps a second run out of a directory, until `release` or the end of this process.
 
     Raises:
         OSError: if another run holds it, or if the file `lock` is not one of tfzero's.
@@ -195,6 +195,6 @@ class Lock:
         )
 
     def release(self) -> None:
-        with contextlib.suppress(OSError):  # of file systems without locks
-            fcntl.flock(self._handle, fcntl.LOCK_UN)  # closing is not enough where a forked child has the file too
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(self._handle, fcntl.LOCK_UN)  # closing is not enough if a forked child has the file open, too
         os.close(self._handle)

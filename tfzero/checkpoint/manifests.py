@@ -1,13 +1,13 @@
-"""What a manifest must look like. It comes from a file, so nothing of it is believed before it is looked at.
+"""Checks manifests. A manifest comes from a file, so nothing in it is trusted before it is checked.
 
-The manifest of a checkpoint, as JSON has it:
+The manifest of a checkpoint, as JSON:
 
     format, step, world_size   integers
     stage                      of the strategy; null for plain Keras
     files                      name to `[bytes, checksum]`
     variables                  list of `{"name", "shape", "dtype", "replicas"}`
-    optimizers, bucket_bytes   by the model's attribute
-    position                   the place in the data, or null (`checkpoint/callback.py`)
+    optimizers, bucket_bytes   by the model's attribute that holds the optimizer
+    position                   the position in the data, or null (`checkpoint/callback.py`)
 """
 
 import re
@@ -16,7 +16,7 @@ from typing import Any
 
 from tfzero.plan.scheme import STAGES
 
-MOST_BYTES = 2**28  # of a manifest; one of 100,000 variables has 2**24
+MOST_BYTES = 2**28  # of a manifest; one with 100,000 variables has 2**24
 _MOST = 2**53
 _MOST_REPLICAS = 2**20
 _INDEX = "state.index"
@@ -50,7 +50,7 @@ def _is_shape(value: Any) -> bool:
 
 
 def _is_randomness(value: Any) -> bool:
-    """Whether it is a state that `random.setstate` takes (`runtime.random_state`)."""
+    """Whether a value is a state that `random.setstate` accepts (`runtime.random_state`)."""
     if not isinstance(value, dict) or not _or_none(lambda seed: type(seed) is int)(value.get("seed", "")):
         return False
     state = value.get("python")
@@ -89,7 +89,7 @@ _WHOLE: dict[str, Check] = {
     "bucket_bytes": lambda value: _is_table(value, _is_text, lambda size: _is_count(size, 1)),
     "position": _or_none(lambda value: isinstance(value, dict)),
 }
-# What older tfzeros did not write.
+# Keys that older versions of tfzero did not write.
 _LATER = {"bucket_bytes", "steps", "batch_size"}
 
 
@@ -111,7 +111,7 @@ def _short(value: Any) -> str:
 
 
 def find_fault(content: Any) -> str:
-    """What is wrong with the content of a manifest of this format, or ""."""
+    """What is wrong with the content of a manifest of this format; "" if nothing is."""
     if fault := _fault_of(content, _WHOLE, ""):
         return fault
     names = set()

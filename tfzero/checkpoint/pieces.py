@@ -1,10 +1,10 @@
-"""The state of a model's training, written and read by all workers at once, each its own part.
+"""Writes and reads the state of a model's training: all workers at once, each its own part.
 
-[Note: forms] A variable is stored in its own shape, whoever holds it: a shard as the rectangles that it covers
-(`checkpoint/slices.py`), an owned variable by its owner, one that is equal everywhere by one worker. So any number of
-workers, at any stage, reads what any other wrote. What each replica counts for itself (metrics, accumulators at stage
-1) is stored as `[replicas, *shape]`: the same number of replicas gets its own values back, another number the sum on
-its first.
+[Note: forms] A variable is stored in its own shape, whoever holds it. A rank stores its shard as the rectangles that it
+covers (`checkpoint/slices.py`). The owner stores an owned variable. One worker stores a variable that is equal
+everywhere. So any number of workers, at any stage, can read what any other number wrote. Values that each replica
+accumulates for itself (metrics, accumulators at stage 1) are stored as `[replicas, *shape]`. The same number of
+replicas gets its own values back. With another number the first replica gets the sum, and the others get zeros.
 """
 
 import math
@@ -25,20 +25,20 @@ from tfzero.variables.allocation import on_host, placed
 from tfzero.variables.classes import ShardedVariable
 from tfzero.workers.channel import Channel
 
-# Rectangles are cut out in batches of as many bytes as the largest variable has, or this.
+# Pieces are written in batches: of as many bytes as the largest variable has, but at least this.
 _LEAST_BATCH_BYTES = 4 * 2**20
-_SLOWEST_BYTES_PER_SECOND = 5e6  # of a disk that is not taken for broken
-# As what TensorFlow reports files that do not hold what is sought.
+_SLOWEST_BYTES_PER_SECOND = 5e6  # of a disk that does not count as broken
+# How TensorFlow reports files that do not hold what is read.
 _DAMAGES = (
     tf.errors.DataLossError, tf.errors.InvalidArgumentError, tf.errors.NotFoundError, tf.errors.OutOfRangeError,
 )  # fmt: skip
 
 
-# Which slices of which variable a replica has.
+# Which slices of each variable a replica has.
 
 
 def _range(item: Item, rank: int, mesh: Mesh) -> tuple[int, int]:
-    """The flat elements of a variable that a rank holds."""
+    """The flat elements `[begin, end)` of a variable that a rank holds."""
     elements = math.prod(item.shape)
     if not isinstance(item.value, ShardedVariable):
         return 0, elements
@@ -50,7 +50,10 @@ def _range(item: Item, rank: int, mesh: Mesh) -> tuple[int, int]:
 
 
 def _writers(items: Sequence[Item], mesh: Mesh) -> dict[str, int]:
-    """The worker that writes each variable that is equal on all; the largest first, to who has least to write."""
+    """The worker that writes each variable that is equal on all workers.
+
+    The largest variable comes first, and goes to the worker that has the least to write so far.
+    """
     load = [0] * mesh.workers
     writers = {}
     equal = [item for item in items if item.is_equal_everywhere]
@@ -70,9 +73,9 @@ class Piece:
 
 
 def pieces_to_write(items: Sequence[Item], mesh: Mesh, advance: Callable[[int], None]) -> Iterator[Piece]:
-    """What this worker contributes to a checkpoint; tensors are read one by one.
+    """Yields this worker's part of a checkpoint. Tensors are read one by one.
 
-    `advance` is told of the bytes of each variable, of all workers' parts, when this worker's part has been taken.
+    `advance` gets the bytes of each whole variable, when this worker's part of it has been taken.
     """
     writers = _writers(items, mesh)
     for item in items:
@@ -100,13 +103,13 @@ def _cut(item: Item, component: tf.Variable, begin: int, end: int) -> Iterator[P
 
 
 def snapshot(pieces: Iterable[Piece]) -> list[Piece]:
-    """Copies of pieces in the main memory, which training does not change."""
+    """Copies pieces into host memory, where training does not change them."""
     with tf.device("CPU:0"):
         return [Piece(piece.name, piece.rectangle, tf.raw_ops.DeepCopy(x=piece.value)) for piece in pieces]
 
 
 def write_pieces(folder: Path, worker: int, pieces: Iterator[Piece], batch_bytes: int) -> list[list]:
-    """Writes a worker's pieces; gives for each of its files the name before its suffix, its bytes and its checksum."""
+    """Writes a worker's pieces. Returns name without suffix, bytes and checksum of each of its files."""
     written: list[list] = []
     batch: list[Piece] = []
     size_bytes = 0
@@ -137,7 +140,7 @@ def write_pieces(folder: Path, worker: int, pieces: Iterator[Piece], batch_bytes
 
 
 def merge(folder: Path, written: Sequence[Sequence]) -> dict[str, list]:
-    """Makes one checkpoint of all workers' files; gives the bytes and the checksum of each of its data files."""
+    """Merges all workers' files into one checkpoint. Returns bytes and checksum of each of its data files, by name."""
     with commits.plain_path(folder) as plain:
         tf.raw_ops.MergeV2Checkpoints(
             checkpoint_prefixes=[f"{plain}/{name}" for name, _, _ in written],
@@ -153,10 +156,10 @@ class Writer:
     """Writes a checkpoint together with the other workers.
 
     Args:
-        channel: a control channel that only this uses while it writes.
-        mesh: where the workers are.
-        final: the directory that the checkpoint gets.
-        timeout_seconds: how long a worker waits for the others, beside the time to write.
+        channel: a control channel that nothing else uses meanwhile.
+        mesh: the mesh of the workers.
+        final: the final directory of the checkpoint.
+        timeout_seconds: how long a worker waits for the others, on top of the time to write.
     """
 
     def __init__(self, channel: Channel, mesh: Mesh, final: Path, timeout_seconds: float) -> None:
@@ -170,7 +173,7 @@ class Writer:
 
         Raises:
             OSError: on all workers, if one of them cannot write; the text names it.
-            RuntimeError: likewise, for any other error.
+            RuntimeError: on all workers, for any other error.
         """
         manifest = {**manifest, "variables": [item.describe(self._mesh.replicas) for item in items]}
         self._timeout_seconds = patience(self._timeout_seconds, sum(item.bytes for item in items))
@@ -197,7 +200,7 @@ class Writer:
 
 
 def patience(timeout_seconds: float, size_bytes: int) -> float:
-    """How long to wait for another worker that reads or writes so much."""
+    """How long to wait for another worker that reads or writes `size_bytes`."""
     return timeout_seconds + size_bytes / _SLOWEST_BYTES_PER_SECOND
 
 
@@ -208,7 +211,7 @@ def check_fits(items: Sequence[Item], manifest: Mapping, folder: Path, optimizer
     """The manifest's entry for each item, by name. Variables are matched by their order, as names may be counted up.
 
     Raises:
-        ValueError: if the checkpoint is one of another model; the message says which variable differs, and how.
+        ValueError: if the checkpoint is of another model or optimizer; the message says what differs, and how.
     """
     for name, kind in optimizers.items():
         stored = manifest["optimizers"].get(name)
@@ -237,9 +240,9 @@ def check_fits(items: Sequence[Item], manifest: Mapping, folder: Path, optimizer
 
 
 def _entries_of_compression(items: Sequence[Item], entries: Mapping[str, dict], manifest: Mapping) -> dict:
-    """As `check_fits`, for what compression keeps; a run may go on with another compression, or without.
+    """Like `check_fits`, for lags and residuals. A run may resume with another compression, or without.
 
-    A variable that has no lag here takes what is stored of one, as the entry's "lag".
+    If a lag is stored for a variable that has none here, it becomes "lag" in the variable's own entry.
     """
     stored = {entry["name"]: entry for entry in manifest["variables"]}
     kept_here = {item.name for item in items if item.is_of_compression}
@@ -259,7 +262,7 @@ def _entries_of_compression(items: Sequence[Item], entries: Mapping[str, dict], 
 def read_state(
     folder: Path, items: Sequence[Item], entries: Mapping[str, dict], mesh: Mesh, advance: Callable[[int], None]
 ) -> None:
-    """Gives every variable of this worker its value, one after the other; `advance` is told of the bytes of each.
+    """Restores every variable of this worker, one after the other. `advance` gets the bytes of each.
 
     Raises:
         DamagedCheckpointError: if the files do not hold what the manifest says.
@@ -280,7 +283,7 @@ def read_state(
 def _read_item(prefix: str, item: Item, entry: Mapping | None, mesh: Mesh) -> None:
     for replica, rank in enumerate(mesh.ranks):
         component = item.component(replica)
-        if entry is None:  # of compression, which the checkpoint was made without
+        if entry is None:  # a lag or residual that the checkpoint does not hold
             value = tf.zeros(component.shape, item.dtype)
         else:
             value = _value_for(prefix, item, entry, rank, mesh, component)
@@ -317,7 +320,7 @@ def _row(entry: Mapping, replica: int) -> Rectangle:
 
 
 def _read(prefix: str, entry: Mapping, wanted: Sequence[Rectangle], item: Item) -> tf.Tensor:
-    """Stored rectangles, flat, one after the other."""
+    """Reads stored rectangles, flattened and concatenated."""
     if not wanted:
         return tf.zeros([0], item.dtype)
     with tf.device("CPU:0"):

@@ -1,4 +1,4 @@
-"""Saving and loading checkpoints, by all workers together."""
+"""Saves and loads checkpoints, by all workers together."""
 
 import contextlib
 import json
@@ -27,29 +27,29 @@ from tfzero.workers.progress import progress
 
 _SAVE_SECONDS = 60.0  # for workers without a strategy's timeout
 
-# [Note: one thread] Two threads cannot share a control channel: which of them speaks first may differ between workers.
-# So whoever is to use one for saving waits for the thread that writes in the background. All workers begin both at the
-# same places of the program.
+# [Note: one thread] Two threads cannot use one control channel at a time: which of them speaks first may differ between
+# workers. So whoever needs the channel for saving waits for the thread that writes in the background. All workers begin
+# both at the same places of the program.
 _writing: weakref.WeakKeyDictionary[Channel, Thread] = weakref.WeakKeyDictionary()
 
 
 def save_checkpoint(model: keras.Model, directory: str | os.PathLike[str]) -> Path:
-    """Saves all that the training of a model goes on from. All workers call it, between steps.
+    """Saves the whole training state of a model. All workers call it, between steps.
 
-    Every worker writes its own shards. Any number of workers at any stage can load it, and so can plain Keras;
-    `tf.train.load_checkpoint` reads its variables, each whole and in its own shape: the files are TensorFlow's tensor
-    bundles (`tensorflow/core/util/tensor_bundle`).
+    Every worker writes its own shards. Any number of workers at any stage can load the checkpoint, and so can plain
+    Keras. `tf.train.load_checkpoint` reads its variables, each whole and in its own shape: the files are TensorFlow's
+    tensor bundles (`tensorflow/core/util/tensor_bundle`).
 
     Args:
         model: a compiled and built Keras model.
         directory: a directory of checkpoints, which all workers see.
 
     Returns:
-        The new checkpoint, a `Path`: `directory/step-...`, by the optimizer's number of steps.
+        The `Path` of the new checkpoint: `directory/step-...`, with the optimizer's number of steps.
 
     Raises:
         OSError: on all workers, if one of them cannot write, or if another run writes there.
-        ValueError: for a model that is not built or has several replicas of another strategy, and for a URL.
+        ValueError: for a model that is not built, or has several replicas of another strategy, and for a URL.
 
     Example:
 
@@ -69,22 +69,22 @@ def save_checkpoint(model: keras.Model, directory: str | os.PathLike[str]) -> Pa
 
 
 def load_checkpoint(model: keras.Model, directory: str | os.PathLike[str]) -> int:
-    """Gives a model, its optimizer and its metrics the values of a checkpoint. All workers call it, between steps.
+    """Restores a model, its optimizer and its metrics from a checkpoint. All workers call it, between steps.
 
-    Metrics in progress are given to a model that has been trained or evaluated; before, Keras has not made them.
+    Metrics in progress are restored only if the model has been trained or evaluated: before, Keras has not made them.
 
     Args:
         model: a compiled and built Keras model: of a `ZeroStrategy`, or a plain one on one device.
-        directory: a checkpoint, or a directory of several, of which the newest that is not damaged is taken.
+        directory: a checkpoint, or a directory of several: then the newest undamaged one is taken.
 
     Returns:
-        The number of steps that it was trained for.
+        The number of steps that the checkpoint was trained for.
 
     Raises:
         FileNotFoundError: if there is no checkpoint.
-        DamagedCheckpointError: if the checkpoint that was asked for is damaged, or all are; the message names the file.
-        OSError: if one is there but cannot be read; it may be whole, so none before it is taken.
-        ValueError: if the checkpoint is one of another model or optimizer, or was written by a newer tfzero.
+        DamagedCheckpointError: if the given checkpoint is damaged, or all are; the message names what is damaged.
+        OSError: if a checkpoint is there but cannot be read. It may be whole, so none before it is taken.
+        ValueError: if the checkpoint is of another model or optimizer, or a newer tfzero wrote it.
 
     Example:
 
@@ -120,7 +120,7 @@ class Team:
 
     Args:
         channel: between them.
-        mesh: where they are.
+        mesh: the mesh of the workers.
         stage: of their strategy; None for plain Keras.
         timeout_seconds: how long they wait for each other.
     """
@@ -132,7 +132,7 @@ class Team:
 
     @classmethod
     def of(cls, model: keras.Model) -> "Team":
-        """The team for a model's own control channel for saving. [Note: one thread]"""
+        """The team of a model, with its control channel for saving. [Note: one thread]"""
         strategy = model.distribute_strategy
         if isinstance(strategy, ZeroStrategy):
             settings = strategy.settings
@@ -150,17 +150,20 @@ class Team:
         return self.mesh.is_chief
 
     def together(self, what: str, function: Callable[[], Any]) -> Any:
-        """The first worker's answer of `function`, which fails on all if it fails on one. For short work."""
+        """Calls `function` on all workers, and returns the leader's result. It fails on all if it fails on one.
+
+        For short work.
+        """
         return together(self.channel, what, function)[0]
 
 
 def open_checkpoint(folder: Path, team: Team) -> dict:
-    """A checkpoint's manifest, when every file has been checked; the workers share the work.
+    """Checks every file of a checkpoint, and returns its manifest. The workers share the work.
 
     Raises:
-        DamagedCheckpointError: on all workers, naming what is damaged.
+        DamagedCheckpointError: on all workers; the message names what is damaged.
         OSError: on all workers, if one of them cannot read what is there, or sees another checkpoint.
-        ValueError: if it was written by a newer tfzero.
+        ValueError: if a newer tfzero wrote it.
     """
     read: dict = {}
 
@@ -199,7 +202,7 @@ def _seconds_to_check(folder: Path, team: Team) -> float:
 
 @dataclass(frozen=True)
 class Search:
-    """What was found in a directory.
+    """The result of a search for checkpoints in a directory.
 
     Args:
         found: the last checkpoint that is not damaged, and its manifest; None if there is none.
@@ -211,7 +214,7 @@ class Search:
 
 
 def find_newest(directory: Path, team: Team) -> Search:
-    """Looks for the last checkpoint that is not damaged; warns of those that are."""
+    """Finds the last checkpoint that is not damaged. It warns of damaged ones."""
     names = team.together("looking for checkpoints", lambda: [path.name for path in directories.checkpoints(directory)])
     for place, name in enumerate(names):
         try:
@@ -223,13 +226,13 @@ def find_newest(directory: Path, team: Team) -> Search:
 
 
 def restore(model: keras.Model, folder: Path, manifest: Mapping, team: Team, only: str | None = None) -> None:
-    """Gives the variables of a model the values of a checkpoint, all or one section of them."""
+    """Restores the variables of a model from a checkpoint: all, or only those of one section."""
     build_optimizer(model)
     items = [item for item in state_of(model) if only in (None, item.section)]
     if manifest["position"] is None or not manifest["position"]["batch"]:
-        items = [item for item in items if item.section != METRICS]  # begins anew, and may be another
+        items = [item for item in items if item.section != METRICS]  # they begin anew, and may be others
     elif any(not getattr(metric, "built", True) for metric in model.metrics):
-        items = [item for item in items if item.section != METRICS]  # Keras makes them in the first step, and at zero
+        items = [item for item in items if item.section != METRICS]  # Keras makes them in the first step, at zero
     entries = check_fits(items, manifest, folder, optimizers_of(model))
     size_bytes = sum(item.bytes for item in items)
     with progress("restoring", size_bytes, unit="bytes", shown=team.is_chief) as bar:
@@ -245,7 +248,7 @@ def restore(model: keras.Model, folder: Path, manifest: Mapping, team: Team, onl
 
 
 class Save:
-    """Writes checkpoints of a model into a directory, one after the other, also in the background.
+    """Writes checkpoints of a model into a directory, one after the other, if wanted in the background.
 
     Args:
         team: the workers.
@@ -268,13 +271,13 @@ class Save:
         self._problem: BaseException | None = None
         self._is_writing = False
         self._is_closed = False
-        self._guard = Lock()  # of who lets the directory go: `close`, or the thread that still writes then
+        self._guard = Lock()  # either `close` releases the directory, or the thread that still writes then
 
     def open(self) -> None:
         """Takes the directory for this run, before anything is trained.
 
         Raises:
-            OSError: on all workers, if one of them cannot write there, if there is no room, or if another run does.
+            OSError: on all workers, if one of them cannot write there, there is no room, or another run holds it.
         """
         needed = sum(item.bytes for item in state_of(self._model))
 
@@ -287,11 +290,11 @@ class Save:
         self._team.together("opening the directory of checkpoints", take)
 
     def start(self, step: int, position: Mapping | None, asynchronous: bool) -> None:
-        """Begins to write the checkpoint of a step, when the one before is written.
+        """Begins to write the checkpoint of a step, once the one before is written.
 
         Args:
-            step: its number.
-            position: its place in the data, if it has one.
+            step: the number of the step.
+            position: the position in the data, if there is one.
             asynchronous: whether to return as soon as all is copied, and write in the background.
         """
         self.wait()
@@ -318,11 +321,11 @@ class Save:
         self._thread.start()
 
     def wait(self) -> None:
-        """Returns when nothing is being written any more.
+        """Waits until nothing is being written any more.
 
         Raises:
             OSError: on all workers, if one of them could not write a checkpoint.
-            RuntimeError: likewise, for any other error.
+            RuntimeError: on all workers, for any other error.
         """
         if self._thread is not None:
             self._thread.join()
@@ -332,7 +335,7 @@ class Save:
             raise problem
 
     def close(self) -> None:
-        """Lets the directory go: at once, or when what is being written is complete."""
+        """Releases the directory: at once, or when the current write is over."""
         with self._guard:
             self._is_closed = True
             if not self._is_writing:
@@ -360,13 +363,13 @@ class Save:
             if self._is_closed:
                 self._release()
                 if self._problem is not None:
-                    raise self._problem  # shown by the thread: nobody waits for it any more
+                    raise self._problem  # the thread shows it, as nobody waits for it any more
 
     def _prune(self) -> None:
         directories.prune(self._directory, self._keep, self._damaged)
 
 
 def _drain(pieces: deque) -> Iterator:
-    """Gives pieces away, so that each is freed when it has been written."""
+    """Yields pieces and drops them, so that each is freed when it has been written."""
     while pieces:
         yield pieces.popleft()

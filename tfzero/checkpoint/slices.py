@@ -1,7 +1,7 @@
 """Shards as rectangles: how a flat range of a variable's elements lies in its shape.
 
-TensorFlow's checkpoints hold rectangular slices of tensors and know the shapes of the whole, so a checkpoint that was
-written in shards can be read as whole variables or in other shards.
+TensorFlow's checkpoints hold rectangular slices of tensors, and the shape of each whole tensor. So a checkpoint that
+was written in shards can be read as whole variables or in other shards.
 """
 
 import math
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Rectangle:
-    """The elements of a variable of `shape` from `starts`, `sizes` many in each dimension."""
+    """A slice of a variable of `shape`: in each dimension `sizes` elements, from `starts` on."""
 
     shape: tuple[int, ...]
     starts: tuple[int, ...]
@@ -22,7 +22,7 @@ class Rectangle:
 
     @property
     def spec(self) -> str:
-        """What `SaveV2` and `RestoreV2` take as `shape_and_slices`; "" for the whole variable."""
+        """The `shape_and_slices` argument of `SaveV2` and `RestoreV2`; "" for the whole variable."""
         if self.sizes == self.shape:
             return ""
         slices = [f"{start},{size}" for start, size in zip(self.starts, self.sizes, strict=True)]
@@ -30,7 +30,10 @@ class Rectangle:
 
 
 def rectangles(shape: tuple[int, ...], begin: int, end: int) -> list[Rectangle]:
-    """The rectangles of which the flat elements from `begin` to `end` consist, in order; at most 2 * rank - 1."""
+    """The rectangles that make up the flat elements from `begin` to `end`, in order.
+
+    There are at most 2 * dimensions - 1, and one for a scalar.
+    """
     if begin >= end:
         return []
     if not shape:

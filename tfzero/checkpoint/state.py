@@ -1,4 +1,4 @@
-"""What a model's training consists of."""
+"""The state of a model's training: every variable that a resumed run needs."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,8 +12,8 @@ from tfzero.plan.mesh import Mesh
 from tfzero.training.exchange import Wire
 from tfzero.variables.classes import OnReadVariable, ShardedVariable
 
-# Parts of the training state beside "model" and the optimizers.
-LAG, RESIDUAL = "lag", "residual"  # what compression keeps of a variable (`training/exchange.py`)
+# Sections of the training state, beside "model" and the optimizers.
+LAG, RESIDUAL = "lag", "residual"  # what compression keeps for a variable (`training/exchange.py`)
 METRICS = "metrics"
 
 
@@ -31,12 +31,12 @@ class Item:
 
     @property
     def section(self) -> str:
-        """Which part of the training it is of: "model", "metrics", or the model's attribute that is its optimizer."""
+        """The section: "model", "metrics", "lag", "residual", or the model's attribute that holds the optimizer."""
         return self.name.split("/")[0]
 
     @property
     def is_of_compression(self) -> bool:
-        """Whether it says what encoding has lost of the model's variable of the same name."""
+        """Whether it is the lag or residual of the model's variable of the same name: what encoding has lost."""
         return self.section in (LAG, RESIDUAL)
 
     @property
@@ -61,14 +61,14 @@ class Item:
 
     @property
     def is_equal_everywhere(self) -> bool:
-        """Whether every replica holds all of it, and the same."""
+        """Whether every replica holds all of it, with equal values."""
         return not isinstance(self.value, ShardedVariable | OnReadVariable)
 
     def component(self, replica: int) -> tf.Variable:
         return self.value.values[replica] if hasattr(self.value, "values") else self.value
 
     def describe(self, replicas: int) -> dict:
-        """Its entry in the manifest of a checkpoint of so many replicas."""
+        """Its entry in the manifest of a checkpoint of `replicas` replicas."""
         stored_by = replicas if self.is_per_replica else None
         return {"name": self.name, "shape": list(self.shape), "dtype": self.dtype.name, "replicas": stored_by}
 
@@ -79,7 +79,7 @@ def mesh_of(strategy: tf.distribute.Strategy) -> Mesh:
 
 
 def state_of(model: keras.Model) -> list[Item]:
-    """All variables that training goes on from: the model's, those of its optimizers, and its metrics'."""
+    """All variables that a resumed run needs: those of the model, its optimizers, its metrics and compression."""
     sections = {"model": [*model.variables, *batch_rows.recurrent_states(model)]}
     sections |= {name: optimizer.variables for name, optimizer in _optimizers(model).items()}
     sections[METRICS] = model.metrics_variables
@@ -105,7 +105,7 @@ def _state_of_compression(model: keras.Model, names: Mapping[int, str]) -> list[
 
 
 def build_optimizer(model: keras.Model) -> None:
-    """Makes the variables of a model's optimizer, which Keras makes in the first step.
+    """Makes the variables of a model's optimizer, which Keras makes only in the first step.
 
     Raises:
         ValueError: if the model itself is not built.
@@ -119,7 +119,7 @@ def build_optimizer(model: keras.Model) -> None:
 
 
 class LocalValues:
-    """A copy of what this process holds of variables: of each replica's component, without a collective."""
+    """A copy of this process's components of variables, made and restored without a collective."""
 
     def __init__(self, variables: Iterable[keras.Variable]) -> None:
         self._copies = [(component, component.numpy()) for component in components_of(variables)]
@@ -130,7 +130,7 @@ class LocalValues:
 
 
 def components_of(variables: Iterable[keras.Variable]) -> Iterator[tf.Variable]:
-    """What this process holds of variables: each local replica's component."""
+    """The components of variables that this process holds: one for each local replica."""
     for variable in variables:
         yield from getattr(variable.value, "values", [variable.value])
 
@@ -141,7 +141,7 @@ def optimizers_of(model: keras.Model) -> dict[str, str]:
 
 
 def bucket_bytes_of(model: keras.Model) -> dict[str, int]:
-    """The sizes of buckets that were chosen for a model's optimizers, by the attribute that holds each."""
+    """The bucket sizes chosen for a model's optimizers, by the attribute that holds each optimizer."""
     choices = {name: getattr(optimizer, "bucket_bytes", None) for name, optimizer in _optimizers(model).items()}
     return {name: choice.value for name, choice in choices.items() if choice is not None}
 

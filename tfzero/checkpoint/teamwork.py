@@ -1,4 +1,4 @@
-"""Work that all workers do together, and that fails on all if it fails on one."""
+"""Work that all workers do together. If it fails on one, it fails on all."""
 
 from collections.abc import Callable
 
@@ -7,9 +7,9 @@ import tensorflow as tf
 from tfzero.checkpoint.commits import DamagedCheckpointError
 from tfzero.workers.channel import Channel
 
-SAVING_SECONDS = 3600.0  # for the others to wait for the one that writes
+SAVING_SECONDS = 3600.0  # how long the others wait for the worker that writes
 
-# As what the others raise an error of one worker. What else goes wrong is a RuntimeError.
+# The error that all workers raise for an error of one worker. Other errors become a RuntimeError.
 _KINDS: tuple[tuple[type[Exception], tuple[type[BaseException], ...]], ...] = (
     (DamagedCheckpointError, (DamagedCheckpointError,)),
     (OSError, (OSError, tf.errors.OpError)),
@@ -18,17 +18,17 @@ _KINDS: tuple[tuple[type[Exception], tuple[type[BaseException], ...]], ...] = (
 
 
 def together(channel: Channel, topic: str, function: Callable, timeout_seconds: float | None = None) -> list:
-    """What `function` gives on each worker, as JSON has it. All workers call it.
+    """Returns the results of `function` on all workers, which travel as JSON. All workers call it.
 
     Args:
         channel: between the workers.
         topic: what they do, for messages.
-        function: this worker's part, without an argument.
+        function: this worker's part, without arguments.
         timeout_seconds: how long to wait for the others; by default as long as the channel does.
 
     Raises:
-        Exception: on all workers, if it fails on one, whose error and name the text tells: a DamagedCheckpointError,
-            OSError (of TensorFlow's file operations too), ValueError or RuntimeError.
+        Exception: on all workers, if it fails on one. The text names that worker and its error. The type is
+            DamagedCheckpointError, OSError (also for TensorFlow's file operations), ValueError or RuntimeError.
     """
     answer, error = None, None
     try:
@@ -38,7 +38,7 @@ def together(channel: Channel, topic: str, function: Callable, timeout_seconds: 
     problem = None if error is None else [_kind_of(error), f"{type(error).__name__}: {error}"]
     answers = channel.all_gather(topic, [answer, problem], timeout_seconds)
     if error is not None and not isinstance(error, Exception):
-        raise error  # told to end
+        raise error  # this process is told to end
     problems = [(worker, *each) for worker, (_, each) in enumerate(answers) if each]
     if problems:
         kinds = {kind.__name__: kind for kind, _ in _KINDS}

@@ -1,4 +1,4 @@
-"""Lists every private name of TensorFlow and Keras, and every replaced function; tells which a release has changed.
+"""Lists all private names of TensorFlow and Keras and all replaced functions, and says which a release has changed.
 
     python -m tfzero.host
 
@@ -15,12 +15,12 @@ from tfzero.host.registry import Name
 
 
 def names() -> tuple[Name, ...]:
-    """A row for each private name."""
+    """Returns a row for each private name."""
     return (*tensorflow_names.ROWS, *keras_names.ROWS)
 
 
 def replaced() -> tuple[tuple[Name, ...], list[str]]:
-    """A row for each replaced function; and why they cannot be listed, as where a whole module is no more."""
+    """Returns a row for each replaced function, and why they cannot be listed (say, a whole module is gone)."""
     try:
         return tuple(patch.row for patch in patches.registry()), []
     except (ImportError, AttributeError) as error:

@@ -1,6 +1,6 @@
 """Refuses a Keras that does not run on TensorFlow, before anything of it is imported.
 
-On another backend Keras asks no `tf.distribute.Strategy`: every worker would train a model of its own, in silence.
+On another backend Keras ignores `tf.distribute.Strategy`: every worker would silently train a model of its own.
 """
 
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def chosen_backend() -> tuple[str, str]:
-    """The backend that Keras has, or will have once it is imported, and what says so."""
+    """The backend that Keras has, or will have once it is imported, and where that is set."""
     keras = sys.modules.get("keras")
     if keras is not None and hasattr(keras, "backend"):
         return keras.backend.backend(), "as it was imported"
@@ -19,14 +19,15 @@ def chosen_backend() -> tuple[str, str]:
     file = Path(os.environ.get("KERAS_HOME") or Path.home() / ".keras", "keras.json")
     try:
         written = json.loads(file.read_text())
-    except (OSError, ValueError):  # Keras goes by its default then, too
+    except (OSError, ValueError):  # Keras uses its default then, too
         written = None
     backend = written.get("backend") if isinstance(written, dict) else None
     return (backend, f"by {file}") if isinstance(backend, str) else ("tensorflow", "by default")
 
 
 def require_tensorflow() -> None:
-    """
+    """Checks that Keras runs on TensorFlow.
+
     Raises:
         ImportError: if Keras has, or would have, another backend.
     """

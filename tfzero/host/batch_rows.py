@@ -1,11 +1,11 @@
-"""How a replica's rows of a batch are known, by private names of TensorFlow. See `host/registry.py`."""
+"""Tracks a replica's rows of a batch, by private names of TensorFlow. See `host/registry.py`."""
 
 from collections.abc import Iterable, Sequence
 
 import keras
 import tensorflow as tf
 
-# A composite tensor keeps its class through data sets and `tf.function`s, so ours tells what is cut by rows.
+# A composite tensor keeps its class through datasets and `tf.function`s, so ours marks what is cut by rows.
 from tensorflow.python.distribute.values import PerReplica, PerReplicaSpec
 
 EagerTensor = tf.__internal__.EagerTensor
@@ -16,8 +16,8 @@ class BatchParts(PerReplica):
     """Each local replica's rows of a tensor of the batch. In a `tf.function` their number is not static.
 
     Args:
-        values: one for each local replica; that of a replica without rows is padding. [Note: padding row]
-        rows: for each its number of rows without padding, an int64 scalar.
+        values: one for each local replica; a replica without rows has padding. [Note: padding row]
+        rows: number of rows of each without padding, an int64 scalar.
     """
 
     def __init__(self, values: Iterable, rows: Iterable[tf.Tensor]) -> None:
@@ -26,7 +26,7 @@ class BatchParts(PerReplica):
 
     @property
     def values(self) -> tuple:
-        """One value for each local replica, whose rows `own_rows` tells."""
+        """One value for each local replica; `own_rows` returns its number of rows."""
         for value, rows in zip(self._values, self._rows, strict=True):
             value._tfzero_rows = rows
         return self._values
@@ -38,7 +38,7 @@ class BatchParts(PerReplica):
 
 
 class BatchPartsSpec(PerReplicaSpec):
-    """Type specification of `BatchParts`: of all values, then of all numbers of rows."""
+    """Type specification of `BatchParts`: specs of all values, then of all numbers of rows."""
 
     __slots__ = ()
 
@@ -53,18 +53,18 @@ class BatchPartsSpec(PerReplicaSpec):
 
 
 def container_of(handle: tf.Tensor) -> tf.Variable | None:
-    """The distributed variable of one of whose components this is the handle, an eager tensor; or None."""
+    """The distributed variable of the component with this handle (an eager tensor), or None."""
     container = getattr(handle, "_distributed_container", None)
     return None if container is None else container()
 
 
 def own_rows(value: object) -> tf.Tensor | None:
-    """How many rows of the batch a replica was given with its part of a tensor; None of what is no such part."""
+    """Number of rows in a replica's part of a tensor of the batch; None for any other value."""
     return getattr(value, "_tfzero_rows", None)
 
 
 def _without_rows(spec: tf.TypeSpec) -> tf.TypeSpec:
-    """The spec of any number of rows."""
+    """The same spec for any number of rows."""
     if getattr(spec, "shape", None) is None or not spec.shape.rank:
         return spec
     shape = [None, *spec.shape[1:]]
@@ -78,20 +78,20 @@ def _without_rows(spec: tf.TypeSpec) -> tf.TypeSpec:
 
 
 def is_recurrent_state(arguments: dict) -> bool:
-    """Whether a variable made with these arguments is a stateful layer's (`keras/src/layers/rnn/rnn.py`)."""
+    """Whether a variable made with these arguments is a stateful layer's state (`keras/src/layers/rnn/rnn.py`)."""
     return arguments.get("name") == "rnn_state" and arguments.get("trainable") is False
 
 
 def is_moving_statistic(arguments: dict) -> bool:
     """Whether a variable made with these arguments averages over batches, as BatchNormalization's do.
 
-    (`keras/src/layers/normalization/batch_normalization.py`, which declares no aggregation.)
+    See `keras/src/layers/normalization/batch_normalization.py`, which declares no aggregation.
     """
     return arguments.get("name") in ("moving_mean", "moving_variance") and arguments.get("trainable") is False
 
 
 def recurrent_states(model: keras.Model) -> list[keras.Variable]:
-    """The states of a model's stateful layers, which Keras does not count among its variables."""
+    """States of a model's stateful layers. Keras does not count them among its variables."""
     stateful = [layer for layer in model._flatten_layers() if getattr(layer, "stateful", False)]
     states = [state for layer in stateful for state in tf.nest.flatten(getattr(layer, "states", None) or [])]
-    return list({id(state): state for state in states}.values())  # Bidirectional has those of its layers
+    return list({id(state): state for state in states}.values())  # Bidirectional lists those of its layers again

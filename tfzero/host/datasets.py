@@ -1,4 +1,4 @@
-"""How pipelines and settings are described to other workers, by private names of TensorFlow and Keras.
+"""Describes pipelines and settings to other workers, by private names of TensorFlow and Keras.
 
 See `host/registry.py`.
 """
@@ -11,7 +11,7 @@ import tensorflow as tf
 
 
 def pipeline(dataset: tf.data.Dataset) -> Iterator[tf.data.Dataset]:
-    """A dataset and all that it is made from; what a function of `interleave` makes is not among them."""
+    """Yields a dataset and all datasets that it is made from, except those made by a function of `interleave`."""
     yield dataset
     # There is no public way from a dataset to its inputs.
     for source in dataset._inputs():
@@ -19,10 +19,10 @@ def pipeline(dataset: tf.data.Dataset) -> Iterator[tf.data.Dataset]:
 
 
 def operations_of(dataset: tf.data.Dataset) -> set[str]:
-    """The kinds of operations in the functions of a pipeline (of `map`, `interleave`, ...), called ones included."""
+    """Kinds of operations in a pipeline's functions (of `map`, `interleave`, ...) and in those that these call."""
     kinds: set[str] = set()
     for source in pipeline(dataset):
-        for wrapper in source._functions():  # with the traced function behind each
+        for wrapper in source._functions():  # each wraps a traced function
             definition = wrapper.function.graph.as_graph_def()
             functions = [function.node_def for function in definition.library.function]
             kinds |= {node.op for nodes in (definition.node, *functions) for node in nodes}
@@ -30,24 +30,24 @@ def operations_of(dataset: tf.data.Dataset) -> set[str]:
 
 
 def unordered_stages(dataset: tf.data.Dataset) -> list[str]:
-    """The stages of a pipeline that were told `deterministic=False` by themselves, which no option overrules.
+    """Stages of a pipeline that were given `deterministic=False` themselves, which no option overrides.
 
-    Of `map`, `batch` and readers: `interleave` keeps what it was told only in the graph.
+    Knows `map`, `batch` and readers. `interleave` keeps this argument in the graph only.
     """
     stages = [s for s in pipeline(dataset) if getattr(s, "_deterministic", None) == "false"]
     return [type(stage).__name__.strip("_") for stage in stages]
 
 
 def layers_of(model: keras.Model) -> list[keras.layers.Layer]:
-    """All layers of a model, those within layers included, in the order in which they were made part of it."""
+    """All layers of a model, nested ones included, in the order in which they became part of it."""
     return list(model._flatten_layers(include_self=False))
 
 
 def keywords_of(loss_or_metric: object) -> dict:
-    """What a loss or metric of Keras hands to its function, such as the `delta` of Huber: no part of its config."""
+    """What a loss or metric of Keras passes to its function, such as Huber's `delta`. Its config does not hold it."""
     return getattr(loss_or_metric, "_fn_kwargs", {})
 
 
 def rate_of(optimizer: keras.optimizers.Optimizer) -> Any:
-    """The schedule or the variable behind `learning_rate`, which itself is the number of the current step."""
+    """The schedule or the variable behind `learning_rate`, which itself gives the value at the current step."""
     return getattr(optimizer, "_learning_rate", None)

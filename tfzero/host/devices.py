@@ -1,4 +1,4 @@
-"""The devices of this process, as TensorFlow tells of them."""
+"""The devices of this process, as TensorFlow reports them."""
 
 import os
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from tfzero.host import runtime
 
 
 def configure_cpu_devices() -> None:
-    """`python -m tfzero.launch --cpu-devices K` asks for K logical CPU devices in each worker."""
+    """Makes the K logical CPU devices that `python -m tfzero.launch --cpu-devices K` asks for in each worker."""
     count = os.environ.get("TFZERO_CPU_DEVICES")
     if count is None or runtime.runtime_is_initialized():
         return

@@ -1,7 +1,7 @@
-"""The classes by which TensorFlow's strategies and variables become tfzero's, and what clusters of processes need.
+"""Base classes that adapt TensorFlow's strategies and variables to tfzero, and what clusters of processes need.
 
-TensorFlow calls methods with private names; here each calls a public one that a class elsewhere overrides, which by
-itself does what TensorFlow's does. See `host/registry.py` for the names.
+TensorFlow calls methods with private names. Here each of them calls a public method, which a class elsewhere
+overrides. The public method itself does what TensorFlow's does, or is abstract. See `host/registry.py` for the names.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from tfzero.host import runtime
 
 
 class ExtendedBase(CollectiveAllReduceExtended):
-    """The extended that knows clusters, runs on each replica and input; what it asks of a strategy has public names.
+    """TensorFlow's extended, which handles clusters, runs on each replica, and input; its hooks have public names.
 
     Args:
         strategy: the strategy.
@@ -32,16 +32,16 @@ class ExtendedBase(CollectiveAllReduceExtended):
         resolver: tf.distribute.cluster_resolver.ClusterResolver | None,
         devices: list[str],
     ) -> None:
-        # TensorFlow's server runs once in a process.
+        # TensorFlow starts only one server in a process.
         self._std_server_started = runtime.collectives_are_configured()
-        # `collectives/pulse.py` takes the place of TensorFlow's watch, which is slower and begins without a timeout.
+        # `collectives/pulse.py` replaces TensorFlow's health check, which is slower and starts without a timeout.
         self._enable_check_health = False
         options = tf.distribute.experimental.CommunicationOptions()
         super().__init__(strategy, resolver, options, devices=None if resolver is not None else devices)
 
     @property
     def own_strategy(self) -> tf.distribute.Strategy:
-        """The strategy that this is behind."""
+        """The strategy that this extended belongs to."""
         return self._container_strategy()
 
     def run_replicas(self, function: Callable, args: tuple, kwargs: dict) -> Any:
@@ -53,31 +53,31 @@ class ExtendedBase(CollectiveAllReduceExtended):
         super()._validate_colocate_with_variable(variable)
 
     def make_variable(self, next_creator: Callable, **kwargs: Any) -> tf.Variable:
-        """A new variable."""
+        """Makes a new variable."""
         return super()._create_variable(next_creator, **kwargs)
 
     def replicas_merge(self) -> bool:
-        """Whether replicas meet by `merge_call`, each waiting for the others."""
+        """Whether replicas meet in `merge_call`, where each waits for the others."""
         raise NotImplementedError
 
     def all_reduce_in_replica(self, reduce_op: tf.distribute.ReduceOp, value: Any) -> Any:
-        """Within a replica: a structure, reduced over all replicas."""
+        """Within a replica: reduces a structure over all replicas."""
         raise NotImplementedError
 
     def reduce_values(self, reduce_op: tf.distribute.ReduceOp, value: Any) -> Any:
-        """Outside replicas: a value of each, reduced over all."""
+        """Outside replicas: reduces one value of each replica over all."""
         raise NotImplementedError
 
     def gather_values(self, value: Any, axis: int) -> tf.distribute.DistributedValues:
-        """Outside replicas: a value of each, joined along an axis."""
+        """Outside replicas: concatenates one value of each replica along an axis."""
         raise NotImplementedError
 
     def devices_under(self, worker_device: str) -> tuple[tuple[str, ...], str]:
-        """The full names of this process's devices, and their type."""
+        """Full names of this process's devices, and their type."""
         raise NotImplementedError
 
     def distribute(self, dataset: tf.data.Dataset) -> tf.data.Dataset:
-        """A data set of each replica's part of the batches of another."""
+        """A dataset of each replica's part of another dataset's batches."""
         raise NotImplementedError
 
     # What TensorFlow calls.
@@ -134,15 +134,15 @@ class ExtendedBase(CollectiveAllReduceExtended):
 
 
 class VariableBase(MirroredVariable):
-    """A variable with a component for each local replica; what reads and changes it has public names."""
+    """A variable with a component for each local replica; public names for what reads and changes it."""
 
     @property
     def own_component(self) -> tf.Variable:
-        """That of the replica that is run; outside replicas the first one."""
+        """The component of the running replica; outside replicas the first one."""
         return self._get_on_device_or_primary()
 
     def value_here(self) -> tf.Tensor | tf.Variable:
-        """The value in a replica or outside, wherever one is."""
+        """The value where this is called, in a replica or outside."""
         return super()._get()
 
     def value_outside(self) -> tf.Tensor | tf.Variable:
@@ -150,11 +150,11 @@ class VariableBase(MirroredVariable):
         return super()._get_cross_replica()
 
     def as_tensor(self, dtype: tf.DType | None = None, name: str | None = None, as_ref: bool = False) -> tf.Tensor:
-        """The value for an operation that takes a tensor."""
+        """The value as a tensor, for an operation that takes one."""
         return super()._dense_var_to_tensor(dtype, name, as_ref)
 
     def update_in_replica(self, update: Callable, value: tf.types.experimental.TensorLike, **kwargs: Any) -> Any:
-        """Within a replica: changes it by `update(component, value)`."""
+        """Within a replica: changes its component by `update(component, value)`."""
         return super()._update_replica(update, value, **kwargs)
 
     def update_outside(self, update: Callable, value: tf.types.experimental.TensorLike, **kwargs: Any) -> Any:
@@ -162,7 +162,7 @@ class VariableBase(MirroredVariable):
         return super()._update_cross_replica(update, value, **kwargs)
 
     def exported_as(self) -> tf.Variable:
-        """What is written into a SavedModel in its place."""
+        """The variable that is written into a SavedModel in place of this one."""
         return self
 
     # What TensorFlow calls.
@@ -210,28 +210,28 @@ class OnReadBase(SyncOnReadVariable):
 
     @property
     def own_component(self) -> tf.Variable:
-        """That of the replica that is run; outside replicas the first one."""
+        """The component of the running replica; outside replicas the first one."""
         return self._get_on_device_or_primary()
 
 
 def leave_watch_out() -> None:
-    """Lets TensorFlow's servers start without a watch of their own; call it before TensorFlow makes its devices.
+    """Starts TensorFlow's servers without its coordination service. Call it before TensorFlow makes its devices.
 
-    Its coordination service ends all collectives of workers that have sent no heartbeat for 10 s, whatever limit they
-    were given, and takes SIGTERM from them: from their children too, which then do not end. `collectives/pulse.py` is
-    the one watch. The stock strategy configures the service only if nobody has (`CollectiveAllReduceExtended.
-    _initialize_multi_worker`), so an empty one stays.
+    That service ends all collectives of workers that have sent no heartbeat for 10 s, whatever limit they were given.
+    It also takes SIGTERM away from them and from their children, which then do not end. `collectives/pulse.py` is the
+    only watch. The stock strategy configures the service only if nothing has
+    (`CollectiveAllReduceExtended._initialize_multi_worker`), so an empty one stays.
     """
     context.context().configure_coordination_service(service_type="")
 
 
 @contextlib.contextmanager
 def with_nccl(is_wanted: bool) -> Iterator[None]:
-    """Within it a stock strategy configures TensorFlow for NCCL between the GPUs of several processes, if wanted.
+    """Makes a stock strategy configure TensorFlow for NCCL between the GPUs of several processes, if wanted.
 
-    The worker that leads a group chooses the implementation, from a request that carries no hint: without
+    TensorFlow's leader of a group chooses the implementation, from a request that carries no hint. Without
     `collective_nccl` in its configuration it finds none for a reduce-scatter. TensorFlow reads the configuration when
-    its server starts, which is in the constructor of `CollectiveAllReduceExtended`; that configures the context with
+    its server starts, in the constructor of `CollectiveAllReduceExtended`. That constructor configures the context with
     arguments of its own, and a second configuration must be equal to the first. On CPUs it makes no difference.
     """
     target = context.context()
@@ -242,10 +242,10 @@ def with_nccl(is_wanted: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        del target.configure_collective_ops  # of this object; its class has its own
+        del target.configure_collective_ops  # the class's own method is back
 
 
 def watch() -> str:
-    """The kind of TensorFlow's coordination service in this process; "" for none."""
+    """Kind of TensorFlow's coordination service in this process; "" for none."""
     configured = context.context().coordination_service
     return "" if configured is None else configured.service_type

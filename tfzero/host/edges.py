@@ -1,12 +1,12 @@
 """The edges of a graph that is being traced: all that makes an operation wait for another.
 
-[Note: edges] A new operation waits for older ones only. Stage 3 and pacing make an operation wait for a newer one: that
-must not wait for it in turn, or the graph could never run. What an operation waits for are its inputs, its control
-inputs, and what TensorFlow will make it wait for when the graph has been traced. So `Edges` knows all three, adds each
-such edge, and adds none that would close a cycle.
+[Note: edges] A new operation waits for older ones only. Stage 3 and pacing make an operation wait for a newer one. The
+newer one must not wait for it in turn, or the graph could never run. An operation waits for its inputs, for its control
+inputs, and for what TensorFlow adds when the graph has been traced. `Edges` knows all three. It adds the edges that
+stage 3 and pacing want, but none that would close a cycle.
 
-It keeps an order of the operations in which each stands behind all that it waits for: that of their creation, in which
-a new edge moves what has to come sooner. Whether one waits for another is then known from what stands between the two.
+It keeps a topological order of the operations: the order of creation, in which a new edge moves operations forward
+where needed. To see whether one operation waits for another, it only searches those between the two.
 """
 
 from collections import defaultdict
@@ -34,31 +34,31 @@ class Edges:
 
     @classmethod
     def of(cls, graph: tf.Graph) -> "Edges":
-        """The edges of a graph, for all that change it."""
+        """The edges of a graph, one object for all who change it."""
         if not hasattr(graph, "_tfzero_edges"):
             graph._tfzero_edges = cls(graph)
         return graph._tfzero_edges
 
     def comes_after(self, operation: tf.Operation, other: tf.Operation) -> bool:
-        """Whether an operation waits for another, by way of any operations between, or is that one."""
+        """Whether an operation waits for another, directly or through others, or is that one."""
         return self._until(operation, other) is None
 
     def run_after(self, operation: tf.Operation, awaited: tf.Operation) -> bool:
-        """Makes an operation wait for another, unless that waits for it. Whether it does now."""
+        """Makes an operation wait for another, unless that one waits for it. Returns whether it waits now."""
         if not self._put_before(awaited, operation):
             return False
         graphs.run_after(operation, awaited)
         return True
 
     def replace_input(self, operation: tf.Operation, place: int, value: tf.Tensor) -> bool:
-        """Makes an operation take another tensor, unless that waits for it. Whether it does now."""
+        """Makes an operation take another tensor, unless that one waits for it. Returns whether it takes it now."""
         if not self._put_before(value.op, operation):
             return False
         graphs.replace_input(operation, place, value)
         return True
 
     def _put_before(self, operation: tf.Operation, other: tf.Operation) -> bool:
-        """Moves an operation, and what it waits for, before another, unless it waits for that one."""
+        """Moves an operation and what it waits for before `other`. Returns False if it waits for `other`."""
         moved = self._until(operation, other)
         if moved:
             begin, end = self._places[other], self._places[operation] + 1
@@ -69,7 +69,7 @@ class Edges:
         return moved is not None
 
     def _until(self, operation: tf.Operation, other: tf.Operation) -> set[tf.Operation] | None:
-        """An operation and all that it waits for, as far as they stand behind another; None if that is among them."""
+        """An operation and all that it waits for, if behind `other` in the order; None if `other` is among them."""
         self._look()
         found: set[tf.Operation] = set()
         stack = [operation]
@@ -87,7 +87,7 @@ class Edges:
         return [*inputs, *operation.control_inputs, *self._automatic.get(operation, ())]
 
     def _look(self) -> None:
-        """Takes in the operations that are new."""
+        """Adds new operations to the order."""
         if self._graph.num_operations() == len(self._order):
             return
         known = len(self._order)

@@ -1,10 +1,11 @@
-"""What tfzero uses of TensorFlow's private parts to change a graph that is being traced.
+"""Private parts of TensorFlow that change a graph while it is being traced.
 
-[Note: automatic order] When a `tf.function` has been traced, TensorFlow makes operations wait that are to run in the
-order of the program (`AutomaticControlDependencies`): those that use one resource, of which one writes to it; and all
-stateful ones without a resource, in one chain. An operation can be declared to run whenever its inputs are there.
-That chain leads from one replica to the next. At stage 3 replicas wait for each other in the middle of it, so that the
-second one's first layer would wait for the first one's last layer, and that for the second one: each has its own.
+[Note: automatic order] When a `tf.function` has been traced, TensorFlow adds control dependencies to keep the order of
+the program (`AutomaticControlDependencies`): between operations that use one resource, if one of them writes to it; and
+along a chain of all stateful operations without a resource. An operation can be declared to run whenever its inputs are
+there. The chain leads from one replica to the next. At stage 3 replicas wait for each other in the middle of it: the
+second replica's first layer would wait for the first replica's last layer, and that one for the second replica. So each
+device gets a chain of its own.
 """
 
 import contextlib
@@ -15,7 +16,7 @@ from typing import Any
 
 import tensorflow as tf
 
-# Tells gradient tapes of an operation that was made without its function.
+# Records an operation on gradient tapes that was made without its Python function.
 from tensorflow.python.eager import execute
 
 # Tells which operations will wait for which, once a function has been traced.
@@ -26,24 +27,24 @@ from tensorflow.python.ops.control_flow_v2_func_graphs import ControlFlowFuncGra
 
 # TensorFlow's attribute of an operation that runs as soon as its inputs are there.
 _RUNS_FREELY = "_independent_side_effects"
-# TensorFlow's name of a function that it makes for the gradient of another, which it numbers in each process
+# TensorFlow's name of a function that it makes for the gradient of another, with a number of this process
 # (`_backward_name` in tensorflow/python/eager/polymorphic_function/concrete_function.py).
 _NUMBERED = re.compile(r"__(?:forward|backward|inference)_(.+)_\d+")
-# Attribute of a graph: by device, what stands for the chain of the operations there.
+# Attribute of a graph: for each device, a tensor that stands for its chain of operations.
 _CHAINS = "_tfzero_chains"
-# Attributes of operations that name the functions they call; of "Case" a list.
+# Attributes of operations that name the functions they call; a list for "Case".
 CALLS = {
     **dict.fromkeys(("PartitionedCall", "StatefulPartitionedCall"), ("f",)),
     **dict.fromkeys(("If", "StatelessIf"), ("then_branch", "else_branch")),
     **dict.fromkeys(("Case", "StatelessCase"), ("branches",)),
     **dict.fromkeys(("While", "StatelessWhile"), ("cond", "body")),
 }
-# Attribute of a `tf.function`: its clone of another Python function.
+# Attribute of a `tf.function`: its clone with a changed Python function.
 _CHANGED = "_tfzero_changed"
 
 
 def current_function() -> tf.Graph:
-    """The graph of the function that is being traced, around all branches and loops."""
+    """The graph of the function that is being traced, outside all branches and loops."""
     graph = tf.compat.v1.get_default_graph()
     while isinstance(graph, ControlFlowFuncGraph):
         graph = graph.outer_graph
@@ -51,7 +52,7 @@ def current_function() -> tf.Graph:
 
 
 def graphs_around(graph: tf.Graph | None) -> list:
-    """A graph, and those within which it is traced; none of None."""
+    """A graph and those within which it is traced; empty for None."""
     found = []
     while graph is not None:
         found.append(graph)
@@ -60,9 +61,9 @@ def graphs_around(graph: tf.Graph | None) -> list:
 
 
 def name_of_function(graph: tf.Graph) -> str:
-    """The name of a Python function, from what `current_function` gave; the same in all processes.
+    """Name of the Python function behind a graph of `current_function`; the same in all processes.
 
-    That of its gradient's function is marked by a prime. Of branches and loops TensorFlow's names have numbers.
+    A prime marks the function of its gradient. Branches and loops do not qualify: TensorFlow numbers their names.
     """
     name, primes = getattr(graph, "name", ""), ""
     while match := _NUMBERED.fullmatch(name):
@@ -73,16 +74,16 @@ def name_of_function(graph: tf.Graph) -> str:
 def cloned(
     function: tf.types.experimental.PolymorphicFunction, change: Callable
 ) -> tf.types.experimental.PolymorphicFunction:
-    """A `tf.function` of the changed Python function with all other options the same; made once for a function."""
+    """A `tf.function` of the changed Python function, with all other options the same; made once per function."""
     if _CHANGED not in vars(function):
         setattr(function, _CHANGED, function._clone(python_function=change(function.python_function)))
     return getattr(function, _CHANGED)
 
 
 def converted(function: Callable) -> Callable:
-    """A function that AutoGraph converts when it is called, if it converts what is traced now.
+    """A function that AutoGraph converts when it is called, if it converts the code being traced.
 
-    `mirrored_run.py` asks for the same, but not for what a function of ours calls.
+    `mirrored_run.py` does the same, but not for what a function of ours calls.
     """
     return tf.__internal__.autograph.tf_convert(function, tf.__internal__.autograph.control_status_ctx())
 
@@ -98,7 +99,7 @@ def replace_input(operation: tf.Operation, place: int, value: tf.Tensor) -> None
 
 
 def copy_operation(operation: tf.Operation, values: dict[int, tf.Tensor], output: int = 0) -> tf.Tensor:
-    """An output of a copy that takes `values` as its inputs at these places."""
+    """Copies an operation, with `values` as its inputs at these places. Returns one output."""
     with tf.device(operation.device):
         copy = operation.graph.create_op(
             operation.type,
@@ -111,7 +112,7 @@ def copy_operation(operation: tf.Operation, values: dict[int, tf.Tensor], output
 
 
 def repeat_operation(operation: tf.Operation, values: dict[int, tf.Tensor], output: int = 0) -> tf.Tensor:
-    """As `copy_operation`, of which gradient tapes know as of any operation (as in `gen_math_ops.py`)."""
+    """Like `copy_operation`, but recorded on gradient tapes, as `gen_math_ops.py` does for its operations."""
     copy = copy_operation(operation, values, output).op
     if execute.must_record_gradient():
         attributes = [each for attr in copy.op_def.attr for each in (attr.name, copy.get_attr(attr.name))]
@@ -120,14 +121,14 @@ def repeat_operation(operation: tf.Operation, values: dict[int, tf.Tensor], outp
 
 
 def run_freely(operation: tf.Operation) -> None:
-    """Lets a stateful operation run as soon as its inputs are there, and surely. [Note: automatic order]"""
+    """Makes a stateful operation run in any case, as soon as its inputs are there. [Note: automatic order]"""
     manager = operation.graph.experimental_acd_manager
     if manager is not None:
         manager.run_independently(operation)
 
 
 def chain_by_device(graph: tf.Graph, devices: Sequence[str]) -> None:
-    """Gives stateful operations without a resource a chain for each of the devices. [Note: automatic order]"""
+    """Gives stateful operations without a resource one chain per device. [Note: automatic order]"""
     if hasattr(graph, _CHAINS):
         return
     chains = {}
@@ -140,7 +141,7 @@ def chain_by_device(graph: tf.Graph, devices: Sequence[str]) -> None:
 
 @auto_control_deps.register_acd_resource_resolver
 def _chain_of_device(operation: tf.Operation, reads: set[tf.Tensor], writes: set[tf.Tensor]) -> bool:
-    """Takes a device's chain for the resource of a stateful operation that has none."""
+    """Makes a device's chain the resource of a stateful operation that has none."""
     chain = getattr(operation.graph, _CHAINS, {}).get(_place(operation))
     if chain is None or reads or writes or not auto_control_deps.op_is_stateful(operation):
         return False
@@ -149,12 +150,12 @@ def _chain_of_device(operation: tf.Operation, reads: set[tf.Tensor], writes: set
 
 
 def _place(operation: tf.Operation) -> str:
-    """Type and number of an operation's device: some name the host, others do not."""
+    """Type and number of an operation's device. Only some device names include the host."""
     return operation.device.rpartition("/")[2]
 
 
 def ordered_by(operation: tf.Operation) -> list[tuple[int | None, bool]]:
-    """What orders an operation: a number for each resource, None for the one chain; and whether it writes to it.
+    """What orders an operation: a number for each resource (None for the one chain), and whether it writes to it.
 
     [Note: automatic order]
     """
@@ -172,13 +173,13 @@ def ordered_by(operation: tf.Operation) -> list[tuple[int | None, bool]]:
 
 
 def fill(function: Callable, value: tf.Tensor, shape: tf.Tensor, name: str) -> tf.Tensor:
-    """A tensor of `shape` after `function(value, tensor)` has written into it, both as NumPy arrays, with an axis.
+    """Makes a tensor of `shape` and has `function(value, tensor)` write into it, both as NumPy arrays with an axis.
 
-    Calls run as soon as their inputs are there, several at once: their caller orders those that need it.
+    Calls run as soon as their inputs are there, several at once. Callers order those that need it.
     [Note: automatic order]
 
-    That a CPU tensor and the array that stands for it share memory is not promised (`TensorToNdarray` in
-    tensorflow/python/lib/core/py_func.cc); a result of `tf.numpy_function` would not lie in the allocator's memory.
+    TensorFlow does not promise that a CPU tensor and its NumPy array share memory (`TensorToNdarray` in
+    tensorflow/python/lib/core/py_func.cc). A result of `tf.numpy_function` would not lie in the allocator's memory.
     """
     out = tf.raw_ops.Empty(shape=shape, dtype=value.dtype)
     run_freely(out.op)
@@ -189,10 +190,10 @@ def fill(function: Callable, value: tf.Tensor, shape: tf.Tensor, name: str) -> t
 
 
 def functions_of(operation: tf.Operation) -> list:
-    """The graphs of the functions that an operation calls, of those of `CALLS`; none if they are not known.
+    """Graphs of the functions that an operation of `CALLS` calls; empty if they are not known.
 
-    TensorFlow keeps a function by its name in the graph that calls it, or in one around. Their inputs and outputs are
-    those of the operation, but for what chooses a branch and what a loop's condition gives.
+    TensorFlow keeps a function by its name in the graph that calls it, or in one around that. The functions have the
+    operation's inputs and outputs, except for the input that chooses a branch and the output of a loop's condition.
     """
     functions = [_function(operation.graph, name) for name in _names_of_functions(operation)]
     graphs = [function.graph for function in functions if function is not None]
@@ -205,7 +206,7 @@ def functions_of(operation: tf.Operation) -> list:
 
 
 def calls_around(graph: tf.Graph) -> list[tf.Operation]:
-    """The branches and loops within which a graph is, from the inside; those that have been traced to their end."""
+    """The branches and loops around a graph, innermost first; only those that have been traced to their end."""
     calls = []
     while isinstance(graph, ControlFlowFuncGraph):
         around = graph.outer_graph.get_operations()
@@ -215,7 +216,7 @@ def calls_around(graph: tf.Graph) -> list[tf.Operation]:
 
 
 def is_in_a_loop(outermost: tf.Graph) -> bool:
-    """Whether a loop is traced, within the graph `outermost`."""
+    """Whether a loop is being traced within the graph `outermost`."""
     around = graphs_around(tf.compat.v1.get_default_graph())
     within = itertools.takewhile(lambda graph: graph is not outermost, around)
     return any(isinstance(graph, WhileBodyFuncGraph) for graph in within)

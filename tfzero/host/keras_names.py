@@ -217,7 +217,7 @@ ROWS = (
             "backup_and_restore.BackupAndRestore._weights_path": "where weights are written",
         },
     ),
-    # Optimizers: what the wrapper asks of the one within.
+    # Optimizers: what the wrapper uses of the inner optimizer.
     *rows(
         _OPTIMIZER,
         KERAS,
@@ -304,7 +304,7 @@ ROWS = (
             "_var_key:_distributed_container": "by which slots are found",
         },
     ),
-    # Optimizers: parts of `apply` that the walk of a gradient takes the place of.
+    # Optimizers: parts of `apply` that the walk of a gradient replaces.
     *rows(
         _OPTIMIZER,
         KERAS,

@@ -1,4 +1,4 @@
-"""What tfzero asks of Keras's models, callbacks, optimizers and files by private names. See `host/registry.py`."""
+"""What tfzero uses of Keras's models, callbacks, optimizers and files by private names. See `host/registry.py`."""
 
 from tfzero.host import backend  # noqa: F401, isort: skip. It refuses other backends before Keras imports them.
 
@@ -19,7 +19,7 @@ class EpochsBase(TFEpochIterator):
     """Keras's loop over the epochs of data."""
 
     def steps_of_epoch(self) -> Generator:
-        """The first step of each execution, the first one that is not in it, and an iterator over its batches."""
+        """Yields for each execution its first step, the first step after it, and an iterator over its batches."""
         return super()._enumerate_iterator()
 
     def _enumerate_iterator(self) -> Generator:
@@ -27,10 +27,10 @@ class EpochsBase(TFEpochIterator):
 
 
 class SlotKey:
-    """What Keras's optimizers take for a variable when they look for its slots."""
+    """Stands for a variable when Keras's optimizers look for its slots."""
 
     def identity(self) -> tf.Variable:
-        """The variable by whose identity they are found."""
+        """The variable under whose identity the slots are found."""
         raise NotImplementedError
 
     def _distributed_container(self) -> tf.Variable:
@@ -38,12 +38,12 @@ class SlotKey:
 
 
 def strategy_of(model: object) -> Any:
-    """The strategy under which a model was made; None of what is no model."""
+    """The strategy under which a model was made; None for anything else."""
     return getattr(model, "_distribute_strategy", None)
 
 
 def loss_tracker(model: keras.Model) -> keras.metrics.Metric | None:
-    """The mean of a compiled model's loss, which its metrics need not list."""
+    """The metric for the mean of a compiled model's loss. The model's `metrics` need not list it."""
     return model._loss_tracker
 
 
@@ -53,18 +53,18 @@ def has_compiled_loss(model: keras.Model) -> bool:
 
 
 def is_within_fit(keywords: dict) -> bool:
-    """Whether `evaluate` was given these by `fit`, which evaluates while it trains."""
+    """Whether `fit` gave these keywords to `evaluate`, for its validation."""
     return "_use_cached_eval_dataset" in keywords
 
 
 def own_rate(optimizer: keras.optimizers.Optimizer) -> Any:
-    """The schedule, the function or the variable behind `learning_rate`, if this very object has one."""
+    """The schedule, function or variable behind `learning_rate`, if this very object has one."""
     return vars(optimizer).get("_learning_rate")
 
 
 @contextlib.contextmanager
 def without_rate(optimizer: keras.optimizers.Optimizer) -> Iterator[None]:
-    """Within it an optimizer has no learning rate. Not by assignment, which Keras takes for a new one."""
+    """Takes an optimizer's learning rate away within it. Keras would take an assignment for a new rate."""
     own = vars(optimizer)
     former, own["_learning_rate"] = own["_learning_rate"], None
     try:
@@ -74,7 +74,7 @@ def without_rate(optimizer: keras.optimizers.Optimizer) -> Iterator[None]:
 
 
 def walk_as_saving(model: keras.Model, store: H5IOStore, skipped: Iterable[int]) -> None:
-    """Gives a store the variables of a model as Keras does when it saves, without objects of these ids."""
+    """Passes a model's variables to a store as Keras's saving does, without objects of these ids."""
     _save_state(model, store, None, "", set(skipped))
 
 
@@ -91,5 +91,5 @@ def backup_path(callback: keras.callbacks.BackupAndRestore) -> str:
 
 
 def close_writers(callback: keras.callbacks.TensorBoard) -> None:
-    """Ends what a TensorBoard has begun to write."""
+    """Closes a TensorBoard's writers."""
     callback._close_writers()

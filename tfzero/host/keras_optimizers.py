@@ -1,9 +1,9 @@
-"""Which methods of Keras's optimizers tfzero takes the place of. See `host/registry.py`."""
+"""Which methods of Keras's optimizers tfzero replaces. See `host/registry.py`."""
 
 from keras.src.optimizers.base_optimizer import BaseOptimizer
 from keras.src.optimizers.loss_scale_optimizer import LossScaleOptimizer
 
-# Parts of `apply` that `training/walk.py` does itself, so that nobody calls them; an override would be without effect.
+# Parts of `apply` that `training/walk.py` does itself. Nothing calls them, so an override would have no effect.
 REPLACED = (
     "apply", "apply_gradients", "_backend_apply_gradients", "_backend_update_step", "_clip_gradients", "_clip_by_norm",
     "_backend_reset_gradient_accumulators", "_backend_increment_gradient_accumulators", "_filter_empty_gradients",
@@ -15,7 +15,7 @@ __all__ = ["REPLACED", "REPLACED_OF_LOSS_SCALE", "BaseOptimizer", "LossScaleOpti
 
 
 def overrides(optimizer: BaseOptimizer) -> list[str]:
-    """The methods without effect that a class outside of Keras gives an optimizer."""
+    """Methods without effect that a class outside of Keras, or the object itself, gives an optimizer."""
     own = [vars(each) for each in type(optimizer).__mro__ if not f"{each.__module__}.".startswith("keras.")]
     kept = {id(value) for each in own for value in each.values() if callable(value)}
     names = [*REPLACED, *REPLACED_OF_LOSS_SCALE]

@@ -1,8 +1,8 @@
 """Every function of Keras and TensorFlow that tfzero replaces, each with its reason.
 
-`python -m tfzero.host` lists them. They offer a strategy no hook at these places. A wrapper stands beside what it is
-about, in the modules of `_HOMES`, and asks first whether a `ZeroStrategy` is concerned: models of other strategies run
-the original code. The constructor of `ZeroStrategy` installs all of them, however it was imported.
+`python -m tfzero.host` lists them. Keras and TensorFlow offer a strategy no hook at these places. Each wrapper stands
+beside the code it is about, in the modules of `_HOMES`. It first asks whether a `ZeroStrategy` is concerned: models of
+other strategies run the original code. The constructor of `ZeroStrategy` installs all patches, however it was imported.
 """
 
 import functools
@@ -16,7 +16,7 @@ from tfzero.host.keras_names import KERAS
 from tfzero.host.registry import Name, difference
 from tfzero.host.tensorflow_names import TENSORFLOW
 
-# They stand after the strategy in the line of modules, so they are named and not imported.
+# They come after the strategy in the order of imports, so they are named and not imported.
 _HOMES = (
     "tfzero.keras.training",
     "tfzero.keras.data",
@@ -29,14 +29,14 @@ _HOMES = (
 
 @dataclass(frozen=True)
 class Patch:
-    """A function of Keras or TensorFlow and what stands in its place.
+    """A function of Keras or TensorFlow and its replacement.
 
     Args:
         owner: the class or module that has it.
         name: its name there.
         arguments: the names of its parameters, in order, in the releases that tfzero is made for.
-        reason: why the original does not do.
-        test: one that fails without it, as "file::function".
+        reason: why the original does not serve.
+        test: a test that fails without the patch, as "file::function".
         wrapper: takes the original function, and then its arguments.
     """
 
@@ -56,7 +56,7 @@ class Patch:
 
     @property
     def problem(self) -> str:
-        """What a release has changed, or nothing."""
+        """What the installed release has changed, or ""."""
         function = getattr(self.owner, self.name, None)
         return f"{self.target} is no more" if function is None else difference(function, self.target, self.arguments)
 
@@ -67,7 +67,7 @@ class Patch:
         return Name(self.target, self.arguments, f"Replaced: {self.reason}", since, self.test)
 
     def install(self) -> None:
-        """Puts the wrapper in its place; doing it twice is once."""
+        """Puts the wrapper in its place. A second call does nothing."""
         original = getattr(self.owner, self.name)
         if getattr(original, "_tfzero_patch", False):
             return
@@ -84,7 +84,7 @@ _registry: dict[str, Patch] = {}
 
 
 def patch(owner: Any, name: str, arguments: str, reason: str, test: str) -> Callable:
-    """Decorates `wrapper(original, *args, **kwargs)`, which shall stand for `owner.name`. See `Patch`."""
+    """Decorates `wrapper(original, *args, **kwargs)`, the replacement of `owner.name`. See `Patch`."""
 
     def register(wrapper: Callable) -> Callable:
         row = Patch(owner, name, arguments, reason, test, wrapper)
@@ -106,7 +106,7 @@ def install() -> None:
     """Installs all patches, once.
 
     Raises:
-        RuntimeError: if a function that is to be replaced is not as tfzero knows it; then none is.
+        RuntimeError: if a function to be replaced is not as tfzero knows it; then none is replaced.
     """
     patches = registry()
     problems = [problem for each in patches if (problem := each.problem)]

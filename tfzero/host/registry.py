@@ -1,7 +1,7 @@
 """One row for every private name of TensorFlow and Keras that tfzero uses, and how a row is compared with a release.
 
-`python -m tfzero.host` lists the rows, those of `host/patches.py` too, and tells which of them an installed release has
-lost or changed. A name without a row is an error of the tests (`tests/test_house.py`), and a row without a use as well.
+`python -m tfzero.host` lists the rows, those of `host/patches.py` too, and says which of them the installed release has
+lost or changed. The tests fail for a name without a row and for a row without a use (`tests/test_house.py`).
 """
 
 import ast
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 _MISSING = object()
-# A name that is there, of which only its place among `self.name = ...` in a class is known.
+# Stands for a name that is there, but is only seen in source text, such as `self.name = ...` in a class.
 _SET_BY_A_METHOD = object()
 
 
@@ -25,12 +25,12 @@ class Name:
 
     Args:
         path: where it is: "keras.src.trainers.trainer.Trainer._compute_loss". After a colon stands an attribute that
-            this function gives to objects of others, or asks them for.
-        takes: of a function the names of its parameters, of a class those of its bases, in order; None where neither
-            is known, as of a module, of an attribute of objects and of what is written in C++.
-        why: what it is for, and why no public name does.
+            this function sets on other objects, or reads from them.
+        takes: names of a function's parameters, or of a class's bases, in order; None where neither is known: for a
+            module, for an attribute of objects, and for C++ code.
+        why: what it is for, and why no public name serves.
         since: the first release in which it was as it is, as far as that was looked up.
-        test: one that notices when it does something else, as "file::function".
+        test: a test that notices when it does something else, as "file::function".
     """
 
     path: str
@@ -41,7 +41,7 @@ class Name:
 
     @property
     def problem(self) -> str:
-        """What the installed release has changed, or nothing."""
+        """What the installed release has changed, or ""."""
         found = find(self.path)
         return f"{self.path} is no more" if found is _MISSING else difference(found, self.path, self.takes)
 
@@ -51,13 +51,13 @@ class Name:
 
 
 def rows(owner: str, since: str, test: str, names: Mapping[str, str]) -> tuple[Name, ...]:
-    """Rows for several names of one class or module; of itself, for "".
+    """Rows for several names of one class or module; the name "" is the class or module itself.
 
     Args:
         owner: its path; "" if the names are whole paths.
-        since: as in `Name`, of all of them.
-        test: as in `Name`, of all of them; "file::" may be left away for `test_compat.py`.
-        names: by "name(what it takes)", or by "name" where that is not known, why each is needed.
+        since: as in `Name`, for all of them.
+        test: as in `Name`, for all of them; "file::" may be omitted for `test_compat.py`.
+        names: why each is needed, by "name(what it takes)", or by "name" where that is not known.
     """
     found = []
     for key, why in names.items():
@@ -69,7 +69,7 @@ def rows(owner: str, since: str, test: str, names: Mapping[str, str]) -> tuple[N
 
 
 def difference(found: object, path: str, takes: str | None) -> str:
-    """How a function's parameters or a class's bases differ from those that tfzero knows; or nothing."""
+    """How a function's parameters or a class's bases differ from those that tfzero knows, or ""."""
     if takes is None or (present := taken_by(found)) == takes:
         return ""
     verb = "derives from" if inspect.isclass(found) else "takes"
@@ -77,7 +77,7 @@ def difference(found: object, path: str, takes: str | None) -> str:
 
 
 def taken_by(found: Any) -> str | None:
-    """Names of the bases of a class, of the parameters of a function; None of anything else."""
+    """Names of a class's bases or of a function's parameters; None for anything else."""
     if inspect.isclass(found):
         return " ".join(base.__name__ for base in found.__bases__)
     found = found.fget if isinstance(found, property) else found
@@ -88,12 +88,12 @@ def taken_by(found: Any) -> str | None:
 
 
 def find(path: str) -> Any:
-    """What stands at a path; of an attribute that only the objects of a class have, a sign that it is there."""
+    """What stands at a path; a marker for an attribute that only the objects of a class have."""
     path, _, given = path.partition(":")
     parts = path.split(".")
     found: Any = importlib.import_module(parts[0])
     for k, part in enumerate(parts[1:], 1):
-        # A property of a class would not be found by `getattr`, if its metaclass has one of that name.
+        # `getattr` would not find a property of a class whose metaclass has one of the same name.
         look = inspect.getattr_static if inspect.isclass(found) else getattr
         inner = look(found, part, _MISSING)
         if inner is _MISSING and inspect.ismodule(found):  # a module that nobody has imported yet
@@ -108,13 +108,13 @@ def find(path: str) -> Any:
 
 
 def attributes_of_objects(owner: type) -> frozenset[str]:
-    """The attributes that the methods of a class, and of its bases, give their object."""
+    """Attributes that the methods of a class and of its bases set on their object."""
     return frozenset().union(*map(set_by_methods, owner.__mro__))
 
 
 @functools.cache
 def set_by_methods(owner: type) -> frozenset[str]:
-    """The attributes that the methods of a class, without its bases, give their object: `self.name = ...`."""
+    """Attributes that the methods of a class, without its bases, set on their object: `self.name = ...`."""
     return frozenset(
         node.attr
         for node in ast.walk(_tree(owner))
@@ -126,7 +126,7 @@ def set_by_methods(owner: type) -> frozenset[str]:
 
 
 def words_of(function: Any) -> frozenset[str]:
-    """The attributes, texts and keywords of a function's source."""
+    """Attributes, strings and keywords in a function's source."""
     nodes = list(ast.walk(_tree(inspect.unwrap(function))))
     attributes = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
     keywords = {node.arg for node in nodes if isinstance(node, ast.keyword) and node.arg}

@@ -1,4 +1,4 @@
-"""What tfzero asks of TensorFlow's runtime, and of Keras, by private names.
+"""What tfzero uses of TensorFlow's runtime and of Keras by private names.
 
 `host/registry.py` has a row for each name, with its reason and with the test that notices when a release changes it.
 """
@@ -50,7 +50,7 @@ __all__ = [
 
 
 def replica_index() -> int | None:
-    """This process's index of the replica being run, or None outside a replica of a distribution strategy."""
+    """The running replica's index in this process; None outside replicas of a distribution strategy."""
     replica = tf.distribute.get_replica_context()
     if replica is None or not tf.distribute.has_strategy():
         return None
@@ -62,7 +62,7 @@ def replica_thread() -> threading.Thread | None:
     """The thread that runs a replica's function, one for each call of `strategy.run`; None elsewhere.
 
     `main_args` are that replica's arguments. Wrapping the function instead would hide from TensorFlow that it is a
-    `tf.function`, and then replicas run one after the other, each waiting for the next one's collectives.
+    `tf.function`. Replicas would then run one after the other, each waiting for the next one's collectives.
     """
     thread = threading.current_thread()
     return thread if hasattr(thread, "main_args") else None
@@ -79,7 +79,7 @@ def mirrored(values: Iterable) -> Any:
 
 
 def runtime_is_initialized() -> bool:
-    """Whether TensorFlow has already created its devices; afterwards collectives cannot be configured."""
+    """Whether TensorFlow has already created its devices. Afterwards collectives cannot be configured."""
     return context.context()._initialized
 
 
@@ -89,18 +89,18 @@ def collectives_are_configured() -> bool:
 
 
 def abort_collectives(reason: str) -> None:
-    """Ends all collectives of this process, running and to come, with an error of this text."""
+    """Ends all collectives of this process, running and future, with an error of this text."""
     context.context().abort_collective_ops(tf.errors.UNAVAILABLE, reason)
 
 
 def random_state() -> dict:
-    """The state from which TensorFlow's global seed and Python's `random` go on. JSON."""
+    """State of TensorFlow's global seed and of Python's `random`, as JSON."""
     version, internal, gauss = random.getstate()
     return {"seed": context.global_seed(), "python": [version, list(internal), gauss]}
 
 
 def set_random_state(state: dict) -> None:
-    """Goes on from a `random_state` of another process; leaves an equal global seed alone, and its counter with it."""
+    """Sets a `random_state` of another process. Leaves an equal global seed alone, and its counter with it."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     if state["seed"] != context.global_seed():
@@ -108,7 +108,7 @@ def set_random_state(state: dict) -> None:
 
 
 def shuffle_seeds(dataset: tf.data.Dataset) -> list[list[int]]:
-    """The pair of seeds of every `shuffle` in a pipeline; `[0, 0]` is one without a seed."""
+    """Pair of seeds of every `shuffle` in a pipeline; `[0, 0]` for one without a seed."""
     seeds = [seed for source in dataset._inputs() for seed in shuffle_seeds(source)]
     if type(dataset).__name__ == "_ShuffleDataset":
         seeds.append([int(tf.get_static_value(seed)) for seed in (dataset._seed, dataset._seed2)])
@@ -116,7 +116,7 @@ def shuffle_seeds(dataset: tf.data.Dataset) -> list[list[int]]:
 
 
 def replica_element_spec(dataset: tf.data.Dataset | tf.distribute.DistributedDataset) -> Any:
-    """Specs of what one replica gets of a distributed dataset's elements; None for what is no tensor."""
+    """Specs of one replica's part of a distributed dataset's elements; None for what is not a tensor."""
 
     def of_replica(spec: tf.TypeSpec) -> tf.TypeSpec | None:
         spec = spec._value_specs[0] if isinstance(spec, PerReplicaSpec) else spec
@@ -135,23 +135,23 @@ def dataset_of(
 def length_of(epoch_iterator: keras_tensorflow_trainer.TFEpochIterator) -> dict:
     """How much data Keras's loop will give, as far as it knows."""
     last = None
-    with contextlib.suppress(NotImplementedError):  # of some kinds of data
+    with contextlib.suppress(NotImplementedError):  # for some kinds of data
         last = epoch_iterator.data_adapter.partial_batch_size
     return {"number of batches": epoch_iterator.num_batches, "size of the last batch": last}
 
 
 def is_at_first_batch(epoch_iterator: keras_tensorflow_trainer.TFEpochIterator) -> bool:
-    """Whether Keras's loop over data of unknown length has not yet got beyond the very first execution."""
+    """Whether Keras's loop over data of unknown length is still at its very first execution."""
     return epoch_iterator._num_batches is None and epoch_iterator._steps_seen == epoch_iterator.steps_per_execution
 
 
 def set_initial_epoch(model: keras.Model, epoch: int | None) -> None:
-    """The epoch from which `fit` goes on, as `BackupAndRestore` says it; None for what `fit` was told."""
+    """Sets the epoch from which `fit` goes on, as `BackupAndRestore` does; None for the one that `fit` was given."""
     model._initial_epoch = epoch
 
 
 def draw_batches(epoch_iterator: keras_tensorflow_trainer.TFEpochIterator, steps: Iterator, count: int | None) -> None:
-    """Passes over so many batches of an epoch, or all, in the loop `steps` that Keras's iterator makes over it."""
+    """Skips `count` batches of an epoch (None: all) in the loop `steps` that Keras's iterator makes over it."""
     drawn = 0
     with contextlib.suppress(StopIteration, tf.errors.OutOfRangeError):
         while count is None or drawn < count:
@@ -162,10 +162,10 @@ def draw_batches(epoch_iterator: keras_tensorflow_trainer.TFEpochIterator, steps
 
 
 def end_epoch(epoch_iterator: keras_tensorflow_trainer.TFEpochIterator, batches: int) -> None:
-    """What Keras's loop does after an epoch of so many batches, which it was not let finish.
+    """Does what Keras's loop does after an epoch of this many batches, for a loop that was stopped before its end.
 
-    It makes an iterator that it never uses, which lets a `shuffle` go on to its next order; but not after data of
-    unknown length, of which it has by then tried to take more than there are.
+    Keras makes an iterator that it never uses, which moves a `shuffle` on to its next order. After data of unknown
+    length it makes none, as it has then already tried to take more than there are.
     """
     if epoch_iterator.data_adapter.num_batches is None:
         epoch_iterator._num_batches = batches + epoch_iterator.steps_per_execution
@@ -181,27 +181,27 @@ def input_structure(model: keras.Model) -> Any:
 
 
 def made_trainable(model: keras.Model) -> set[int]:
-    """Ids of the variables that layers made to be trained, though some may be frozen now."""
+    """Ids of the variables that layers made as trainable; some may be frozen now."""
     return {id(variable) for layer in model._flatten_layers() for variable in layer._trainable_variables}
 
 
 def rows_counted(model: keras.Model) -> list[int]:
-    """How many samples each local replica has trained with since metrics were reset, as the loss's mean counts them."""
+    """Samples that each local replica has trained with since metrics were reset, from the count of the loss's mean."""
     return [int(count.numpy()) for count in model._loss_tracker.count.value.values]
 
 
 def is_train_step_of_keras(step: Callable[..., Any]) -> bool:
-    """Whether a model's step is Keras's own `train_step`, overridden by nobody."""
+    """Whether a model's step is Keras's own `train_step`, not overridden."""
     return getattr(step, "__func__", None) is keras.Model.train_step
 
 
 def training_loss(model: keras.Model, x: Any, y: Any, y_pred: Any, sample_weight: Any) -> tf.Tensor:
-    """The loss as Keras's own `train_step` computes it, also with a `compute_loss` of an older signature."""
+    """The loss as Keras's own `train_step` computes it, even with a `compute_loss` of an older signature."""
     return model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
 
 
 def is_backward(operation: tf.Operation) -> bool:
-    """Whether a gradient tape made an operation; it names them so."""
+    """Whether a gradient tape made an operation, by its name."""
     return "gradient_tape/" in operation.name
 
 
@@ -216,29 +216,29 @@ def uses_of_variable(variable: tf.Variable) -> list[tf.Operation]:
 
 
 def is_recorded(value: tf.Tensor) -> bool:
-    """Whether the gradient tape that is active, if any is, knows how a value was made."""
+    """Whether the active gradient tape knows how a value was made; True without one."""
     return not record.could_possibly_record() or record.should_record_backprop([value])
 
 
 def unrecorded() -> contextlib.AbstractContextManager[None]:
-    """Within it gradient tapes note nothing."""
+    """Stops gradient tapes from recording within it."""
     return record.stop_recording()
 
 
 def note_read(variable: tf.Variable) -> None:
-    """Lets what looks for variables that are read (tapes, `tf.recompute_grad` within another) know of one."""
+    """Tells whatever watches reads of variables (tapes, `tf.recompute_grad` within another) of a read."""
     if variable.trainable:
         tape.variable_accessed(variable)
 
 
 def record_read(variable: tf.Variable, value: tf.Tensor) -> None:
-    """Has gradient tapes take a new value for what was read of a variable: the gradient has then that value's shape."""
+    """Makes gradient tapes take `value` for a read of a variable: its gradient then has the shape of `value`."""
     note_read(variable)
     record.record_operation("ReadVariableOp", [value], [variable.handle], lambda upstream: [upstream])
 
 
 def graph_around_control_flow(outermost: tf.Graph) -> tuple:
-    """The nearest graph, up to `outermost`, that is no branch or loop; and whether a branch or loop is around that."""
+    """The nearest graph, up to `outermost`, that is no branch or loop; and whether it lies in a branch or loop."""
     graph = tf.compat.v1.get_default_graph()
     while graph is not outermost and isinstance(graph, ControlFlowFuncGraph):
         graph = graph.outer_graph
@@ -249,13 +249,13 @@ def graph_around_control_flow(outermost: tf.Graph) -> tuple:
 
 
 def plain_variable(value: tf.Tensor, name: str | None = None) -> tf.Variable:
-    """A variable of this process alone, also within the scope of a strategy."""
+    """A variable of this process alone, even within the scope of a strategy."""
     with tf.init_scope():
         return ResourceVariable(value, trainable=False, name=name)
 
 
 def remake(variable: keras.Variable) -> None:
-    """Makes a Keras variable's `tf.Variable` anew, under the current scope; references to the former stay good."""
+    """Makes a Keras variable's `tf.Variable` anew, under the current scope. The Keras variable stays the same."""
     variable._initialize(tf.constant(variable.numpy()))
 
 
@@ -263,17 +263,17 @@ def remake(variable: keras.Variable) -> None:
 
 
 def iteration_counter(optimizer: BaseOptimizer) -> keras.Variable:
-    """The counter of micro-steps; the public `iterations` divides it by the accumulation steps."""
+    """The counter of micro-steps. The public `iterations` divides it by the accumulation steps."""
     return optimizer._iterations
 
 
 def own_scalars(optimizer: BaseOptimizer) -> list[keras.Variable]:
-    """The variables that an optimizer makes in its constructor: iterations, and the learning rate if it is a number."""
+    """Variables that an optimizer makes in its constructor: iterations, and the learning rate if it is a number."""
     return list(optimizer._variables)
 
 
 def begin_update(optimizer: BaseOptimizer, learning_rate: tf.types.experimental.TensorLike) -> None:
-    """What an optimizer does once a step, before the variables' own updates (Nadam keeps a product there)."""
+    """Does what an optimizer does once a step, before the updates of variables (Nadam keeps a product there)."""
     optimizer._backend_update_step([], [], learning_rate)
 
 
@@ -303,14 +303,14 @@ def is_accumulator_name(name: str) -> bool:
 
 
 def adopt(optimizer: BaseOptimizer, home: Any, variables: Iterable[keras.Variable] | None = None) -> None:
-    """Makes `home` stand for the strategy in an optimizer, and `variables` for what it trains.
+    """Makes `home` the strategy of an optimizer, and `variables` what it trains.
 
     Keras's TensorFlow optimizer sends slot creation, updates and the swapping of averages through
     `_distribution_strategy.extended`.
     """
     optimizer._distribution_strategy = home
     if variables is not None:
-        # Not by assignment, with which Keras would count them among the optimizer's own variables.
+        # Not by assignment: Keras would then count them among the optimizer's own variables.
         optimizer.__dict__["_trainable_variables"] = list(variables)
 
 

@@ -1,4 +1,4 @@
-"""What SavedModels need of TensorFlow's and Keras's private names. See `host/registry.py`."""
+"""What SavedModels need by private names of TensorFlow and Keras. See `host/registry.py`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,17 +6,17 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-# The distributed variable of a component, which notes it at its handle.
+# The distributed variable of a component, noted at the component's handle.
 from tensorflow.python.distribute.distribute_utils import value_container
 
-# What `tf.saved_model.save`, `model.export` and TFLite's converter come down to. No strategy is asked who writes.
+# `tf.saved_model.save`, `model.export` and TFLite's converter all end here. It asks no strategy who writes.
 from tensorflow.python.saved_model import save as saver
 
 __all__ = ["saver"]
 
 
 def distributed_variables(root: tf.Module | keras.Model) -> list[tf.Variable]:
-    """The distributed variables of an object that is to be saved, each once, in an order that depends on it alone."""
+    """Distributed variables of an object to be saved, each once, in an order that depends on the object alone."""
     found: dict[int, tf.Variable] = {}
     for each in [*tf.train.TrackableView(root).descendants(), *getattr(root, "_all_variables", ())]:
         variable = container_of(each.value if isinstance(each, keras.Variable) else each)
@@ -26,12 +26,12 @@ def distributed_variables(root: tf.Module | keras.Model) -> list[tf.Variable]:
 
 
 def container_of(variable: Any) -> Any:
-    """The distributed variable that another one is a component of, else the variable itself."""
+    """The distributed variable that a component belongs to; any other variable itself."""
     return value_container(variable)
 
 
 def replace_listed(root: object, replacements: Mapping[int, tf.Variable]) -> list | None:
-    """Puts others, by id, in place of variables that Keras lists for an export because its endpoints have read them.
+    """Replaces variables, by id, that Keras lists for an export because its endpoints have read them.
 
     Returns:
         What was listed before; None if `root` is not Keras's.
@@ -43,5 +43,5 @@ def replace_listed(root: object, replacements: Mapping[int, tf.Variable]) -> lis
 
 
 def list_anew(root: Any, variables: list) -> None:
-    """Has Keras list these for an export."""
+    """Makes Keras list these variables for an export."""
     root._all_variables = variables

@@ -2,8 +2,8 @@
 
 from tfzero.host.registry import rows
 
-# "At least" where no earlier release was looked at. Of the others the syntax trees of the modules were compared, from
-# 2.16.2 to 2.21.0.
+# "At least" where no earlier release was looked at. For the others the modules' syntax trees were compared, from 2.16.2
+# to 2.21.0.
 TENSORFLOW = "at least TensorFlow 2.21"
 DISTRIBUTED = "TensorFlow 2.16"
 _DISTRIBUTE = "tensorflow.python.distribute"
@@ -229,7 +229,7 @@ ROWS = (
             "context.global_seed()": "`tf.random.set_seed` has no way back",
         },
     ),
-    # Data sets.
+    # Datasets.
     *rows(
         _DATA,
         TENSORFLOW,

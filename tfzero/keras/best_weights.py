@@ -1,4 +1,4 @@
-"""The best weights that `EarlyStopping` keeps of parameters in shards: each process keeps its own part."""
+"""The best weights that `EarlyStopping` keeps of a sharded model: each process keeps its own components."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,10 +11,10 @@ from tfzero.variables.classes import ShardedVariable
 
 
 class BestWeightsInParts(keras.callbacks.Callback):
-    """Shows Keras's `EarlyStopping` a model of which it keeps parts.
+    """Gives Keras's `EarlyStopping` a model whose weights are what this process holds.
 
     Args:
-        callbacks: those of `fit`. Of a subclass none is shown it, as its code may need the model itself.
+        callbacks: those of `fit`. Subclasses of `EarlyStopping` keep the model itself, as their code may need it.
     """
 
     def __init__(self, callbacks: Sequence[keras.callbacks.Callback]) -> None:
@@ -28,7 +28,7 @@ class BestWeightsInParts(keras.callbacks.Callback):
 
 
 class _ModelInParts:
-    """A model for who only takes its weights and gives them back: they are what this process holds of them."""
+    """A model whose `get_weights` and `set_weights` handle what this process holds; all else is the model's."""
 
     def __init__(self, model: keras.Model) -> None:
         self.__dict__["model"] = model

@@ -1,6 +1,6 @@
-"""The places where Keras's way with data must be told about replicas, and about a run that goes on.
+"""Tells Keras's data handling about replicas and about resumed runs.
 
-They are patched as the training's are (`host/patches.py`).
+The functions are patched, like those of the training (`host/patches.py`).
 """
 
 import contextlib
@@ -24,16 +24,16 @@ _EMPTY = "The data set is empty: it has no batch. Pass at least one sample."
 class _Epochs(EpochsBase):
     """Keras's loop over the epochs of data, under a ZeroStrategy."""
 
-    place: DataPosition | None = None  # in the data, where the loop begins
+    place: DataPosition | None = None  # where in the data the loop begins
 
     def steps_of_epoch(self) -> Generator[Any, None, None]:
-        """At first passes over the epochs and batches that a checkpoint has behind it."""
+        """First skips the epochs and batches that a checkpoint has behind it."""
         place, self.place = self.place or DataPosition(), None
         for _ in range(place.epochs):
             steps = super().steps_of_epoch()
             if self.steps_per_epoch:  # one iterator serves all epochs
                 runtime.draw_batches(self, steps, None)
-            else:  # a new one shuffles anew when it gives its first batch
+            else:  # a new iterator reshuffles when it gives its first batch
                 runtime.draw_batches(self, steps, 1)
                 steps.close()
                 runtime.end_epoch(self, place.epoch_batches)
@@ -43,7 +43,7 @@ class _Epochs(EpochsBase):
 
     @contextlib.contextmanager
     def catch_stop_iteration(self) -> Iterator[None]:
-        """Data of unknown length without a batch are an error, not an epoch."""
+        """Makes data of unknown length without a batch an error, not an epoch."""
         with super().catch_stop_iteration():
             try:
                 yield
@@ -69,7 +69,7 @@ def _epoch_iterator(
 ) -> None:
     if not isinstance(distribute_strategy, ZeroStrategy):
         return original(self, distribute_strategy, *args, **kwargs)
-    # Of the training data, if a callback goes on from a checkpoint: they come first.
+    # A resume sets the position for the training data, and their iterator is the first to be made.
     position, distribute_strategy.data_position = distribute_strategy.data_position, None
     with distribute_strategy.agreed_randomness(position):
         original(self, distribute_strategy, *args, **kwargs)
@@ -91,9 +91,9 @@ def _epoch_iterator(
 def _maybe_symbolic_build(
     original: Callable[..., Any], self: keras.Model, iterator: Any = None, data_batch: Any = None
 ) -> None:
-    """Builds a model from what its data say of their elements.
+    """Builds a model from the element specs of its data.
 
-    Keras draws a batch for that, which a shuffled dataset or a shared generator then has drawn.
+    Keras draws a batch for that. A shuffled dataset or a shared generator would then have moved on.
     """
     strategy = strategy_of(self)
     if strategy is None:

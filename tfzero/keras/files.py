@@ -1,10 +1,11 @@
 """Keras's own files under a ZeroStrategy: all workers take part, one writes.
 
-Reading a sharded variable gathers it, so every worker walks over the model as Keras's saving does, variable by
-variable, but only the first of those that name a path writes there. The files are ordinary ones, for plain Keras too.
+Reading a sharded variable gathers it. So every worker walks over the model as Keras's saving does, variable by
+variable. Of the workers that name the same path, only the first writes there. The files are ordinary Keras files.
 
-[Note: told] Before each variable is gathered, and at the end, the workers say to each other that all goes well. So what
-fails on one, such as a full disk under the one that writes, is raised on all at once, and none waits in a collective.
+[Note: told] Before each variable is gathered, and at the end, the workers tell each other that all is well. So a
+failure on one worker, such as a full disk under the writer, is raised on all at once, and no worker waits in a
+collective.
 """
 
 import contextlib
@@ -32,7 +33,7 @@ _TOPIC = "saving a model"
 
 
 class _Discarded(keras_objects.H5IOStore):
-    """Takes what Keras would write, one variable after the other, and drops it."""
+    """Takes what Keras would write, one variable at a time, and drops it."""
 
     def __init__(self) -> None:
         pass
@@ -51,7 +52,7 @@ class _Discarded(keras_objects.H5IOStore):
 
 
 def _exchange(strategy: ZeroStrategy, place: str | None, error: BaseException | None = None) -> list:
-    """What each worker gives as its place in the walk. Raises on all what has failed on one. [Note: told]"""
+    """Returns each worker's place in the walk. Raises on all workers what failed on one. [Note: told]"""
 
     def tell() -> str | None:
         if error is not None:
@@ -67,7 +68,7 @@ def _exchange(strategy: ZeroStrategy, place: str | None, error: BaseException | 
 
 @contextlib.contextmanager
 def _telling(strategy: ZeroStrategy) -> Iterator[None]:
-    """What fails within it fails on all, at their next exchange. [Note: told]"""
+    """Makes a failure within it fail on all workers, at their next exchange. [Note: told]"""
     try:
         yield
     except BaseException as error:
@@ -79,7 +80,7 @@ def _telling(strategy: ZeroStrategy) -> Iterator[None]:
 def _save_together(
     model: keras.Model, filepath: str | os.PathLike[str] | io.IOBase, save: Callable[[], object], skipped: Iterable = ()
 ) -> object:
-    """Saves by `save` on the worker that writes; the others take part in what it gathers."""
+    """Saves by `save` on the worker that writes; the others take part in its gathers."""
     strategy = strategy_of(model)
     gathered = 0
 
@@ -89,7 +90,7 @@ def _save_together(
         _agree_on_place(strategy, f"variable {gathered}")
 
     with _telling(strategy):
-        # Who writes into an object in memory has one of its own.
+        # A worker that saves into an object in memory writes its own.
         path = None if isinstance(filepath, io.IOBase) else str(Path(filepath).absolute())
         writer = _exchange(strategy, path).index(path)
         result = None
@@ -122,7 +123,7 @@ def _called_before_gathering(extended: ZeroExtended, function: Callable[[], obje
 
 @contextlib.contextmanager
 def _gathers_shown(strategy: ZeroStrategy, model: keras.Model) -> Iterator[None]:
-    """Shows how many of the variables that lie in parts have been gathered."""
+    """Shows how many of the sharded variables have been gathered."""
     variables = [*model.variables, *(model.optimizer.variables if model.optimizer else [])]
     count = sum(isinstance(variable.value, ShardedVariable) for variable in variables)
     shown = count > 0 and strategy.extended.mesh.worker == 0
@@ -195,11 +196,11 @@ def _save_model_to_hdf5(
     return original(model, filepath, *args, **kwargs)
 
 
-# Files that were written before the optimizer had a registered name call it so.
+# Files written before the optimizer had a registered name use this name.
 keras.saving.get_custom_objects()["ZeroOptimizer"] = ZeroOptimizer
 
 
-# Callbacks that handle files themselves.
+# Callbacks that write files on their own.
 
 
 @patch(
@@ -218,7 +219,7 @@ def _save_model_checkpoint(
 ) -> Any:
     if (strategy := strategy_of(self.model)) is not None:
         path = keras_objects.checkpoint_path(self, epoch, batch, logs)
-        # Keras's own check and `makedirs` fail if another worker is as fast.
+        # Keras's own check and `makedirs` fail if another worker makes the folder at the same time.
         with _telling(strategy):
             if "://" not in path:
                 Path(path).parent.mkdir(parents=True, exist_ok=True)

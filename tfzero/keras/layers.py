@@ -1,6 +1,6 @@
-"""The places where Keras's layers must be told about replicas: randomness and dtypes.
+"""Tells Keras's layers about replicas: randomness and dtypes.
 
-They are patched as the training's are (`host/patches.py`).
+The functions are patched, like those of the training (`host/patches.py`).
 """
 
 import functools
@@ -17,10 +17,10 @@ from tfzero.strategy import ZeroStrategy
 from tfzero.training import losses
 from tfzero.variables.classes import ShardedParameter
 
-_FOLD = 0x9E3779B9  # the golden ratio in 32 bits: far apart and odd
+_FOLD = 0x9E3779B9  # the golden ratio in 32 bits: odd, and its multiples lie far apart
 
 
-# Mixed precision: what is cast for a layer travels in the layer's dtype.
+# Mixed precision: a parameter that is cast for a layer travels in the layer's dtype.
 
 
 @patch(
@@ -46,7 +46,7 @@ def _maybe_cast(original: Callable[..., Any], self: runtime.AutocastScope, value
     "test_step.py::test_dropout_draws_its_own_mask_on_each_replica_and_again_for_the_same_seed",
 )
 def _next_seed(original: Callable[..., Any], self: keras.random.SeedGenerator, *args: Any, **kwargs: Any) -> tf.Tensor:
-    """Every replica draws from a stream of its own; rank 0's is the stream of one device."""
+    """Gives every replica a random stream of its own; rank 0 has the stream of one device."""
     seed = original(self, *args, **kwargs)
     extended = losses.current_extended()
     if extended is None:

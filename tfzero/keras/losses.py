@@ -1,6 +1,6 @@
-"""The places where Keras's losses must be told about replicas: their divisor is that of the whole batch.
+"""Tells Keras's losses about replicas: they divide by the count of the whole batch.
 
-They are patched as the training's are (`host/patches.py`).
+The functions are patched, like those of the training (`host/patches.py`).
 """
 
 from collections.abc import Callable

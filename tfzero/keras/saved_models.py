@@ -1,8 +1,8 @@
-"""SavedModels for serving: ordinary ones, that one of all workers writes.
+"""SavedModels for serving: ordinary ones, written by one of all workers.
 
-[Note: export] `tf.saved_model.save` traces functions again while it saves, and takes the variables that they read. What
-lies in shards is held whole meanwhile, as an ordinary variable, so this is what functions read and what the file holds;
-TensorFlow alone loads it. `model.export`, `keras.export.ExportArchive` and TFLite's converter all come down to it.
+[Note: export] `tf.saved_model.save` traces functions again while it saves, and takes the variables that they read.
+Sharded variables are held whole meanwhile, as ordinary variables. The functions read those, and the file holds those,
+so plain TensorFlow loads it. `model.export`, `keras.export.ExportArchive` and TFLite's converter all end in this call.
 """
 
 import contextlib
@@ -49,7 +49,7 @@ def _save_saved_model(
 
 @contextlib.contextmanager
 def _held(obj: Any, sharded: Sequence[ShardedVariable], keeps: bool) -> Iterator[None]:
-    """Whole values of sharded variables; who does not keep them takes part in gathering them, one after the other."""
+    """Holds whole values of sharded variables; without `keeps`, only takes part in their gathers, one at a time."""
     for variable in sharded:
         variable.hold()
         if not keeps:

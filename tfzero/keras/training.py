@@ -1,6 +1,6 @@
-"""The places where Keras's training must be told about replicas. Those in layers are in `keras/layers.py`.
+"""Tells Keras's training about replicas. What concerns layers is in `keras/layers.py`.
 
-Keras offers a strategy no hook for these, so they are patched (`host/patches.py`).
+Keras offers a strategy no hook at these places, so its functions are patched (`host/patches.py`).
 """
 
 import functools
@@ -41,7 +41,7 @@ def strategy_of(model: object) -> ZeroStrategy | None:
 
 
 def wrap_optimizer(optimizer: keras.optimizers.Optimizer | None, strategy: ZeroStrategy) -> ZeroOptimizer | None:
-    """The ZeroOptimizer of an optimizer: itself, the one it has, or a new one."""
+    """The ZeroOptimizer of an optimizer: itself, its existing wrapper, or a new one."""
     if optimizer is None or isinstance(optimizer, ZeroOptimizer):
         return optimizer
     home = runtime.home_of(optimizer)
@@ -143,7 +143,7 @@ def _predict_on_batch(original: Callable[..., Any], self: keras.Model, x: Any) -
 
 
 def _flat_metrics(metrics: Iterable[keras.metrics.Metric]) -> list[keras.metrics.Metric]:
-    """Metrics and, for those that hold others, the held ones."""
+    """Metrics; a metric that holds others is replaced by those."""
     flat = []
     for metric in metrics:
         held = getattr(metric, "metrics", None)
@@ -152,7 +152,7 @@ def _flat_metrics(metrics: Iterable[keras.metrics.Metric]) -> list[keras.metrics
 
 
 def _make_result_global(metric: keras.metrics.Metric, strategy: ZeroStrategy) -> None:
-    """Within a replica, lets `metric.result()` speak of all replicas; each counts its own part."""
+    """Makes `metric.result()` within a replica cover all replicas, each of which counts its own part of a batch."""
     if getattr(metric.result, "_tfzero_global", False):
         return
     original = metric.result
@@ -171,7 +171,7 @@ def _make_result_global(metric: keras.metrics.Metric, strategy: ZeroStrategy) ->
 
 
 def _sum_over_replicas(values: Sequence[tf.Variable], extended: ZeroExtended) -> list[tf.Tensor]:
-    """One all-reduce for all values of a dtype."""
+    """Sums values over replicas, with one all-reduce per dtype."""
     tensors = [tf.convert_to_tensor(value) for value in values]
     reduced: list = [None] * len(tensors)
     for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
@@ -190,7 +190,7 @@ def _sum_over_replicas(values: Sequence[tf.Variable], extended: ZeroExtended) ->
 def _bind(
     original: Callable[..., Any], model: keras.Model, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> inspect.BoundArguments:
-    """A call's arguments by name. Of several workers the first one shows progress: logs are the same on all."""
+    """Binds a call's arguments by name. Only the first worker shows progress: logs are the same on all."""
     call = inspect.signature(original).bind(model, *args, **kwargs)
     if not strategy_of(model).extended.should_checkpoint:
         call.arguments["verbose"] = 0
@@ -240,7 +240,7 @@ class _Announcement(keras.callbacks.Callback):
     "test_report.py::test_fit_prints_it_once_at_verbose_1",
 )
 def _fit(original: Callable[..., Any], self: keras.Model, *args: Any, **kwargs: Any) -> keras.callbacks.History:
-    """Adds the report, and tells a callback of checkpoints before data are prepared and after all others have ended."""
+    """Adds the report. Calls the checkpoint callback before data are prepared and after all others have ended."""
     strategy = strategy_of(self)
     if strategy is None:
         return original(self, *args, **kwargs)
@@ -248,7 +248,7 @@ def _fit(original: Callable[..., Any], self: keras.Model, *args: Any, **kwargs: 
     with one_worker_writes(_callbacks_in(call), strategy), strategy.comparison.during("fit"):
         agree_on_call(strategy, "fit", call)
         history = _fit_bound(original, self, call)
-    # What the first worker's callbacks write is there, and what they delete is not, when any worker goes on.
+    # No worker goes on before the first worker's callbacks have written and deleted their files.
     strategy.channel.all_gather("the end of `fit`", None, SAVING_SECONDS)
     return history
 

@@ -1,9 +1,9 @@
 """Keras's callbacks that write files: all workers run them, one worker's files stay.
 
-Logs are the same on all workers, so each would write the same file, all at once. Yet every worker must run them:
-histograms of weights, and whatever a subclass computes, may be collectives. So elsewhere than on the first worker they
-write where it is lost. What a callback writes when it is told its model before, in a `CallbackList` of the user's own,
-as TensorBoard does with `write_graph`, each worker has written.
+Logs are the same on all workers, so all would write the same file at once. Yet every worker must run the callbacks:
+histograms of weights, and whatever a subclass computes, may be collectives. So on all workers but the first they write
+to a place where it is lost. One exception: a user's own `CallbackList` sets the model earlier, and what a callback
+writes then (TensorBoard with `write_graph`) has been written by each worker.
 """
 
 import contextlib
@@ -17,19 +17,19 @@ import keras
 from tfzero.host.keras_objects import close_writers
 from tfzero.strategy import ZeroStrategy
 
-_lost: weakref.WeakSet = weakref.WeakSet()  # callbacks that write so at this time
+_lost: weakref.WeakSet = weakref.WeakSet()  # callbacks whose writes are lost at present
 
 
 @contextlib.contextmanager
 def one_worker_writes(callbacks: Sequence[keras.callbacks.Callback], strategy: ZeroStrategy) -> Iterator[None]:
-    """Within it what Keras's own callbacks write on other workers than the first is lost.
+    """Discards what Keras's own callbacks write within it on workers other than the first.
 
     Args:
         callbacks: those of `fit`, `evaluate` or `predict`.
         strategy: the strategy of the model.
 
     Raises:
-        ValueError: for a callback that several workers cannot have.
+        ValueError: for a callback that does not work with several workers.
     """
     mesh = strategy.extended.mesh
     if mesh.workers > 1 and any(isinstance(callback, keras.callbacks.OrbaxCheckpoint) for callback in callbacks):
@@ -39,7 +39,7 @@ def one_worker_writes(callbacks: Sequence[keras.callbacks.Callback], strategy: Z
         )
     with contextlib.ExitStack() as stack:
         for callback in callbacks:
-            if mesh.worker > 0 and callback not in _lost:  # validation within `fit` comes here again
+            if mesh.worker > 0 and callback not in _lost:  # validation within `fit` enters again
                 stack.enter_context(_writes_lost(callback))
         yield
 
@@ -54,7 +54,7 @@ def _writes_lost(callback: keras.callbacks.Callback) -> Iterator[None]:
         elif isinstance(callback, keras.callbacks.TensorBoard):
             with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
                 with _replaced(callback, "log_dir", folder):
-                    if callback.model is not None:  # of a CallbackList, which has told it where to write
+                    if callback.model is not None:  # set by a CallbackList: it writes elsewhere already
                         callback.set_model(callback.model)
                     yield
                 close_writers(callback)
@@ -72,7 +72,7 @@ def _writes_lost(callback: keras.callbacks.Callback) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _replaced(callback: keras.callbacks.Callback, name: str, value: object) -> Iterator[None]:
-    """Within it an object has another attribute of its own."""
+    """Replaces an attribute of this one object within it."""
     own = vars(callback)
     former = {name: own[name]} if name in own else {}
     own[name] = value

@@ -1,4 +1,4 @@
-"""How many bytes travel for how many elements: pure arithmetic. `collectives/codec.py` makes the bytes."""
+"""Sizes of encoded floats on the wire: pure arithmetic. `collectives/codec.py` encodes them."""
 
 from dataclasses import dataclass
 
@@ -10,12 +10,12 @@ _WORD_BYTES = 4  # payloads are made of 32-bit words
 
 @dataclass(frozen=True)
 class WireFormat:
-    """A way to write down floats in fewer bits.
+    """A wire format that encodes floats in fewer bits.
 
     Args:
         name: as in `ZeroStrategy(compression=...)`.
         item_bytes: bytes of one element.
-        has_scales: whether each block of elements has a scale, of 4 bytes.
+        has_scales: whether each block of `BLOCK_ELEMENTS` elements has a scale of 4 bytes.
     """
 
     name: str
@@ -23,17 +23,17 @@ class WireFormat:
     has_scales: bool
 
     def padded(self, elements: int) -> int:
-        """Elements with the padding of the last block, or of the last word."""
+        """Number of elements after padding to whole blocks, or to whole words if there are no scales."""
         unit = BLOCK_ELEMENTS if self.has_scales else _WORD_BYTES // self.item_bytes
         return -(-elements // unit) * unit
 
     def words(self, elements: int) -> int:
-        """32-bit words that a run of elements becomes."""
+        """Number of 32-bit words that encode a run of elements."""
         scales = self.padded(elements) // BLOCK_ELEMENTS if self.has_scales else 0
         return self.padded(elements) * self.item_bytes // _WORD_BYTES + scales * _SCALE_BYTES // _WORD_BYTES
 
     def size_bytes(self, elements: int) -> int:
-        """Bytes that a run of elements becomes."""
+        """Number of bytes that encode a run of elements."""
         return self.words(elements) * _WORD_BYTES
 
 

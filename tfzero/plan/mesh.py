@@ -1,15 +1,16 @@
-"""Who is where: pure arithmetic, no TensorFlow.
+"""Which device holds and computes what: pure arithmetic, no TensorFlow.
 
-[Note: the mesh] Every device of every worker has a rank; worker `w` has those from `w * devices_per_worker` on. Ranks
-are places in a mesh of three axes:
+[Note: the mesh] Every device of every worker has a rank. The ranks of worker `w` begin at `w * devices_per_worker`.
+They form a mesh with three axes:
 
-* `shards`: ranks over which state is split. They are neighbours, so that what is exchanged most travels least.
-* `copies`: groups of ranks that hold the same state, each split over its shards.
-* `stages` of a model, one after the other, each with copies and shards of its own. (Not of ZeRO: `plan/scheme.py`.)
+* `shards`: ranks that split one copy of the state. They are neighbours, so the heaviest traffic travels least far.
+* `copies`: groups of ranks that hold the same state. Each group splits it over its shards.
+* `stages` of a model, one after the other. Each has its own copies and shards. (Not the stage of ZeRO:
+  `plan/scheme.py`.)
 
-Ranks of one stage are its replicas, `copies * shards` of them: each computes with its own rows of a batch. What is cut
-by rows, and means over a batch, go by `replicas`; what is split goes by `shards`. A strategy's mesh has the one axis
-`shards`, so that both are as many.
+The ranks of one stage are its `copies * shards` replicas. Each computes with its own rows of a batch. Splits of a batch
+and means over it go by `replicas`; splits of state go by `shards`. A strategy's mesh has only the axis `shards`, so the
+two numbers are equal.
 """
 
 from dataclasses import dataclass
@@ -17,17 +18,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Mesh:
-    """All devices of all workers, and this process among them. [Note: the mesh]
+    """All devices of all workers, and which of them are this process's. [Note: the mesh]
 
     Args:
         workers: number of processes.
         devices_per_worker: number of devices of each.
-        worker: this process's place among the workers.
-        copies: how many times state is held.
-        stages: of the model.
+        worker: index of this process among the workers.
+        copies: number of copies of the state.
+        stages: number of stages of the model.
 
     Raises:
-        ValueError: if the ranks cannot be dealt to such axes.
+        ValueError: if the ranks cannot be divided along these axes.
     """
 
     workers: int = 1
@@ -59,20 +60,20 @@ class Mesh:
 
     @property
     def replicas(self) -> int:
-        """Into how many parts a batch is cut."""
+        """Number of replicas of a stage; a batch is cut into as many parts."""
         return self.size // self.stages
 
     @property
     def shards(self) -> int:
-        """Into how many parts state is split."""
+        """Number of shards that a copy of the state is split into."""
         return self.replicas // self.copies
 
     @property
     def is_chief(self) -> bool:
-        """Whether this process speaks for all."""
+        """Whether this process is the leader, worker 0."""
         return self.worker == 0
 
-    # Ranks. `replica` counts the devices of this process.
+    # Ranks. `replica` is the index of a device within this process.
 
     @property
     def ranks(self) -> range:
@@ -89,11 +90,11 @@ class Mesh:
         return rank // self.replicas
 
     def copy(self, rank: int) -> int:
-        """Which copy of its stage's state a rank holds a shard of."""
+        """The copy of its stage's state that a rank's shard belongs to."""
         return rank % self.replicas // self.shards
 
     def shard_rank(self, rank: int) -> int:
-        """Which shard a rank holds."""
+        """The index of the shard that a rank holds."""
         return rank % self.shards
 
     # Rows of a batch.
@@ -101,9 +102,9 @@ class Mesh:
     def part_of_rank(self, rank: int) -> int:
         """The part of a batch that a rank takes.
 
-        Keras puts predictions back in order as (replica, worker), so part `p` goes to worker `p % workers`.
+        Keras puts predictions back in (replica, worker) order, so part `p` goes to worker `p % workers`.
         """
-        here = min(self.devices_per_worker, self.replicas)  # of one stage, on one worker
+        here = min(self.devices_per_worker, self.replicas)  # replicas of one stage on one worker
         worker, replica = divmod(rank % self.replicas, here)
         return replica * (self.replicas // here) + worker
 

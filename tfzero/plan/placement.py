@@ -1,16 +1,16 @@
-"""Who owns which elements: pure arithmetic, no TensorFlow.
+"""Which rank owns which elements: pure arithmetic, no TensorFlow.
 
-Every variable of a model is placed in one of three ways:
+Every variable of a model has one of three placements:
 
-* `SHARDED`: flattened, padded to a multiple of their number and cut into equal shards, one per rank. For
-  optimizers that treat every element by itself (Adam, SGD, Lion, ...).
-* `OWNED`: whole, with one owner that updates it for all. For optimizers that need the whole tensor (Muon, Lamb, ...).
-* `WHOLE`: whole on every rank, updated by every rank alike. For small variables, and for everything at stage 0.
+* `SHARDED`: flattened, padded to a multiple of the number of ranks, and cut into equal shards, one per rank. For
+  element-wise optimizers (Adam, SGD, Lion, ...).
+* `OWNED`: kept whole; one owner updates it for all ranks. For optimizers that need the whole tensor (Muon, Lamb, ...).
+* `WHOLE`: whole on every rank, and every rank makes the same update. For small variables, and for all at stage 0.
 
-Variables travel together in buckets; one that is large enough travels alone, which saves copying it into a bucket and
-out again. A bucket of sharded or owned variables is a matrix `[shards, row_elements]`
-whose row `r` is what rank `r` owns: a reduce-scatter of the matrix gives each rank the sum of its row, and an
-all-gather of the rows gives the matrix back. A bucket of whole variables is one flat run that is all-reduced.
+Variables travel together in buckets. A large variable travels alone, which saves copying it into a bucket and out
+again. A bucket of sharded or owned variables is a matrix `[shards, row_elements]`, and rank `r` owns row `r`. A
+reduce-scatter of the matrix gives each rank the sum of its row. An all-gather of the rows gives the matrix back. A
+bucket of whole variables is one flat run of elements that is all-reduced.
 """
 
 import enum
@@ -19,12 +19,12 @@ from dataclasses import dataclass
 
 from tfzero.plan.scheme import scheme_of
 
-# A variable of this part of a bucket, or more, travels alone.
+# A variable that takes at least 1 / _ALONE of a bucket travels alone.
 _ALONE = 8
 
 
 class Placement(enum.Enum):
-    """How a variable's optimizer state lies over the ranks."""
+    """How a variable's optimizer state is spread over the ranks."""
 
     SHARDED = "sharded"
     OWNED = "owned"
@@ -33,17 +33,17 @@ class Placement(enum.Enum):
 
 @dataclass(frozen=True)
 class VariableSpec:
-    """What the plan needs to know of a variable.
+    """What the plan needs to know about a variable.
 
     Args:
         name: path of the variable, for messages.
         elements: number of elements of the whole variable.
         dtype: name of its dtype; a bucket holds one dtype.
         item_bytes: bytes of one element.
-        elementwise: whether its optimizer treats every element by itself.
+        elementwise: whether its optimizer is element-wise: updates every element by itself.
         optimizer: index of the optimizer that updates it; a bucket belongs to one optimizer.
-        sharded_parameter: whether the variable itself lies in shards (stage 3), and its gradient with it.
-        compressed: whether it may travel encoded in fewer bits; an owned one never does.
+        sharded_parameter: whether the variable itself is sharded (stage 3), and its gradient with it.
+        compressed: whether it may travel encoded in fewer bits; an owned variable never does.
     """
 
     name: str
@@ -61,11 +61,11 @@ class Segment:
     """Where one variable lies in a bucket.
 
     Args:
-        index: place of the variable in the plan.
+        index: index of the variable in the plan.
         elements: elements of the whole variable.
-        row: the row that holds it, or None if it lies across all rows (sharded) or there are no rows (whole).
+        row: the row that holds it; None if it spans all rows (sharded) or there are no rows (whole).
         offset: first column in its row (or in the flat run of a whole bucket).
-        width: columns it takes: its shard when sharded, else all its elements.
+        width: columns that it takes: one shard if sharded, else all its elements.
     """
 
     index: int
@@ -77,7 +77,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Bucket:
-    """Variables that travel together: of one dtype, placement and optimizer, and alike in the flags."""
+    """Variables that travel together. They share dtype, placement, optimizer and flags."""
 
     placement: Placement
     dtype: str
@@ -88,13 +88,13 @@ class Bucket:
     compressed: bool = False
 
     def segments_of(self, rank: int) -> tuple[Segment, ...]:
-        """The segments of which `rank` updates at least a part."""
+        """The segments that `rank` updates, at least in part."""
         return tuple(segment for segment in self.segments if segment.row in (None, rank))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Who owns what of a list of variables.
+    """Placements, owners and buckets of a list of variables.
 
     `placements`, `owners` and `reasons` have one entry per variable; `owners` is None for variables without one.
     """
@@ -111,7 +111,10 @@ class Plan:
         return sum(segment.elements * self.specs[segment.index].item_bytes for segment in bucket.segments)
 
     def coalesced(self, buckets: Iterable[Bucket], least_bytes: int) -> list[list[Bucket]]:
-        """Runs of neighbouring buckets that are updated at once: at least so many bytes, but for the last run."""
+        """Groups consecutive buckets into runs that are updated at once.
+
+        Each run has at least `least_bytes`, except the last.
+        """
         runs: list[list[Bucket]] = []
         size_bytes = 0
         for bucket in buckets:
@@ -129,7 +132,7 @@ def shard_elements(elements: int, shards: int) -> int:
 
 
 def split_rows(rows: int, parts: int, part: int) -> tuple[int, int]:
-    """First and last-plus-one row of `part` when `rows` are dealt to `parts` as evenly as possible."""
+    """The rows `[begin, end)` of `part`, if `rows` are dealt to `parts` as evenly as possible."""
     size, rest = divmod(rows, parts)
     begin = part * size + min(part, rest)
     return begin, begin + size + (part < rest)
@@ -138,9 +141,9 @@ def split_rows(rows: int, parts: int, part: int) -> tuple[int, int]:
 def make_plan(
     specs: Sequence[VariableSpec], shards: int, stage: int, bucket_bytes: int, min_shard_elements: int
 ) -> Plan:
-    """Places the variables and packs them into buckets, in the order in which their gradients are complete.
+    """Places the variables, and packs them into buckets in the order in which their gradients are complete.
 
-    The backward pass goes from the last variable to the first, so a bucket is complete with its first variable.
+    The backward pass runs from the last variable to the first, so a bucket is complete with its first variable.
     """
     placed = [_place(spec, stage, min_shard_elements) for spec in specs]
     placements = tuple(placement for placement, _ in placed)
@@ -181,7 +184,7 @@ def _travels_encoded(spec: VariableSpec, placement: Placement, min_shard_element
 def _balance_owners(
     specs: Sequence[VariableSpec], placements: Sequence[Placement], shards: int
 ) -> tuple[int | None, ...]:
-    """The largest variable first, each to the rank that owns least so far."""
+    """Assigns owners: the largest variable first, each to the rank that owns the least so far."""
     owners: list[int | None] = [None] * len(specs)
     load = [0] * shards
     owned = [i for i, placement in enumerate(placements) if placement is Placement.OWNED]
@@ -193,7 +196,7 @@ def _balance_owners(
 
 
 def _cut(members: Sequence[int], specs: Sequence[VariableSpec], limit: int) -> list[list[int]]:
-    """Puts variables of at most `limit` elements together; those of a good part of that each alone."""
+    """Packs variables together, at most `limit` elements each time. Large ones stay alone (`_ALONE`)."""
     contents: list[list[int]] = []
     room = 0
     open_bucket: list[int] = []
@@ -217,7 +220,7 @@ def _owned_buckets(
     shards: int,
     bucket_elements: int,
 ) -> list[list[int]]:
-    """Takes a row's worth of variables from every owner at once, so that rows are about equally long."""
+    """Takes about one row's worth of variables from every owner for each bucket, so its rows have similar lengths."""
     row_limit = max(1, bucket_elements // shards)
     rows = [_cut([i for i in members if owners[i] == rank], specs, row_limit) for rank in range(shards)]
     longest = max(len(row) for row in rows)

@@ -1,6 +1,6 @@
-"""What a stage of ZeRO means: what lies in shards, and when gradients and parameters are exchanged.
+"""What a stage of ZeRO means: what is sharded, and when gradients and parameters are exchanged.
 
-Only this module compares a stage's number. All others ask a `Scheme`, which names what they want to know.
+Only this module compares stage numbers. All others ask a `Scheme`, which has a name for each property.
 """
 
 from dataclasses import dataclass
@@ -17,14 +17,14 @@ _HELD = (
 
 @dataclass(frozen=True)
 class Scheme:
-    """What a stage does to the state of training.
+    """What a stage shards and exchanges.
 
     Args:
-        shards_slots: whether each rank holds and updates its shard of the optimizer's slots.
-        shards_gradients: whether a rank keeps only its shard of a gradient once it is exchanged.
-        shards_parameters: whether parameters lie in shards between the layers that read them.
-        gathers_again: whether the backward pass gathers parameters again that the forward pass has let go.
-        held: what lies in shards, in words.
+        shards_slots: whether each rank holds and updates only its shard of the optimizer's slots.
+        shards_gradients: whether a rank keeps only its shard of a gradient after the exchange.
+        shards_parameters: whether parameters are sharded, and unsharded only for the layers that read them.
+        gathers_again: whether the forward pass reshards parameters, so the backward pass gathers them again.
+        held: what is sharded, in words.
     """
 
     shards_slots: bool
@@ -35,27 +35,31 @@ class Scheme:
 
     @property
     def reduces_to_all(self) -> bool:
-        """Whether sums of gradients go to every rank, which updates all by itself, and not each to its owner."""
+        """Whether every rank gets all sums of gradients and updates everything; else each sum goes to its owner."""
         return not self.shards_slots
 
     @property
     def exchanges_when_accumulated(self) -> bool:
-        """Whether gradients are accumulated whole on each replica, and exchanged once when an update is due."""
+        """Whether each replica accumulates whole gradients, and exchanges them once when an update is due."""
         return not self.shards_gradients
 
     @property
     def gathers_updates(self) -> bool:
-        """Whether owners send what they have updated to all ranks, which hold parameters whole."""
+        """Whether owners send updated parameters to all ranks, which hold parameters whole."""
         return self.shards_slots and not self.shards_parameters
 
     @property
     def passes(self) -> int:
-        """How often all elements travel in a step: gradients once, parameters once, or twice if gathered again."""
+        """How often all elements travel in a step.
+
+        Gradients travel once, and parameters once, or twice if they are gathered again. At stage 0 the all-reduce of
+        gradients counts as two.
+        """
         return 2 + self.gathers_again
 
 
 def scheme_of(stage: int, reshard_after_forward: bool = True) -> Scheme:
-    """The scheme of a stage; `reshard_after_forward` has an effect where parameters lie in shards only."""
+    """The scheme of a stage. `reshard_after_forward` has an effect only if parameters are sharded."""
     return Scheme(
         shards_slots=stage >= 1,
         shards_gradients=stage >= 2,
@@ -66,6 +70,6 @@ def scheme_of(stage: int, reshard_after_forward: bool = True) -> Scheme:
 
 
 def check_stage(stage: Any) -> None:
-    """Raises a ValueError for what is no stage."""
+    """Raises ValueError unless `stage` is a stage of ZeRO."""
     if isinstance(stage, bool) or stage not in STAGES:
         raise ValueError(f"`stage` must be one of {STAGES}. Received: stage={stage!r}")

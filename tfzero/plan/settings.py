@@ -1,4 +1,4 @@
-"""What all workers agree on: the settings of a ZeroStrategy, and what makes sense of them; no TensorFlow."""
+"""The settings of a ZeroStrategy, which are the same on all workers, and their checks. No TensorFlow."""
 
 import math
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ DEFAULT_COMPARE_BATCHES = 2
 
 @dataclass(frozen=True)
 class Settings:
-    """What all workers must agree on. See `ZeroStrategy`."""
+    """The settings that all workers must agree on. See `ZeroStrategy`."""
 
     stage: int
     bucket_bytes: int | str
@@ -30,13 +30,13 @@ class Settings:
 
     @property
     def scheme(self) -> Scheme:
-        """What their stage means."""
+        """What `stage` means with these settings."""
         return scheme_of(self.stage, self.reshard_after_forward)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen where the user left the choice, and why."""
+    """The value chosen for a setting that the user may leave to tfzero, and why."""
 
     value: int | bool
     reason: str
@@ -59,15 +59,15 @@ def check_bucket_bytes(bucket_bytes: Any) -> None:
 
 
 def choose_levels(settings: Settings, workers: int, why_one: str = "") -> Choice:
-    """Whether sums are taken within each worker first. [Note: two levels] in `collectives/group.py`
+    """Chooses whether gradients are summed within each worker first. [Note: two levels] in `collectives/group.py`
 
     Args:
         settings: of the strategy.
-        workers: how many there are.
-        why_one: why the transport takes one level if that is left to it; "" if it does not mind.
+        workers: number of workers.
+        why_one: why the transport prefers one level, if the choice is left to it; "" if it has no preference.
 
     Raises:
-        ValueError: if two levels are asked for and would have no effect, or cannot be.
+        ValueError: if `hierarchical` is invalid, or asks for two levels that are impossible or have no effect.
     """
     asked, devices = settings.hierarchical, settings.devices_per_worker
     if not isinstance(asked, bool) and asked != "auto":

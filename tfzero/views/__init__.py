@@ -1,1 +1,1 @@
-"""What a user looks at: audits, pictures, TensorBoard, and the examination of a cluster."""
+"""What users look at: audits, pictures, TensorBoard, and the examination of a cluster."""

@@ -1,4 +1,4 @@
-"""A model's own training step, sharded and on one device, side by side."""
+"""Compares a model's own training step, sharded and on one device."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -12,14 +12,14 @@ from tfzero.checkpoint.teamwork import together
 from tfzero.plan.settings import check_number
 from tfzero.strategy import ZeroStrategy
 
-# What rounding explains: relative and absolute, by the widest float that the model computes in.
+# Differences that rounding explains, relative and absolute, by the compute dtype of Keras's global policy.
 _TOLERANCES = {"float32": (2e-4, 2e-5), "float64": (2e-4, 2e-5), "bfloat16": (2e-2, 2e-2), "float16": (1e-2, 1e-2)}
-_COPY_SECONDS = 24 * 3600.0  # for the others to wait for the copy; a worker that is lost meanwhile is named sooner
+_COPY_SECONDS = 24 * 3600.0  # how long the others wait for the copy; a lost worker is named sooner
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How far one variable is from one device.
+    """How far one variable is from its value on one device.
 
     Args:
         name: its path.
@@ -34,7 +34,12 @@ class Difference:
 
 @dataclass(frozen=True)
 class Audit:
-    """What `audit` found: one difference for each variable, the largest first. `bool(audit)` is whether they agree."""
+    """What `audit` found. `bool(audit)` tells whether all agree.
+
+    Args:
+        steps: number of steps trained.
+        differences: one for each float variable; first those that rounding does not explain, then by size.
+    """
 
     steps: int
     differences: tuple[Difference, ...]
@@ -58,22 +63,22 @@ class Audit:
 
 
 def audit(model: keras.Model, batch: Sequence, steps: int = 3) -> Audit:
-    """Trains a model for some steps, and a copy of it on one device, and compares all variables and slots.
+    """Trains a model and a one-device copy of it for some steps, and compares all variables and slots.
 
-    All workers call it, with the same batch. Afterwards the model has the values that it had before, metrics in
-    progress included. The copy takes the memory of a whole model on the first worker, and its time: the others wait.
+    All workers call it with the same batch. Afterwards the model has its former values, metrics in progress included.
+    The first worker needs memory for a whole copy, and time to train it; the others wait.
 
     Args:
         model: a compiled and built model of a `ZeroStrategy` that `keras.models.clone_model` can copy.
-        batch: `(x, y)` or `(x, y, sample_weight)`, as for `train_on_batch`: a global batch.
-        steps: how often both train with it.
+        batch: `(x, y)` or `(x, y, sample_weight)`: a global batch, as for `train_on_batch`.
+        steps: number of steps that both train with it.
 
     Returns:
         An `Audit`, the same on all workers.
 
     Raises:
         ValueError: for a model of another strategy, or one that is not built or not compiled; on all workers, if the
-            copy of it cannot be made or trained.
+            copy cannot be made or trained.
 
     Example:
 
@@ -114,12 +119,12 @@ def audit(model: keras.Model, batch: Sequence, steps: int = 3) -> Audit:
 
 @contextlib.contextmanager
 def _kept(model: keras.Model) -> Iterator[None]:
-    """Gives a model, whatever happens within it, all its values back: on each replica its own, metrics too."""
+    """Restores all values of a model on exit, whatever happens within it: each replica's own, metrics too."""
     kept = LocalValues(item.variable for item in state_of(model))
     try:
         yield
     finally:
-        model.reset_metrics()  # those that were made meanwhile
+        model.reset_metrics()  # also those made meanwhile
         kept.restore()
 
 
@@ -144,7 +149,7 @@ def _copy_of(model: keras.Model, values: Sequence[np.ndarray]) -> keras.Model:
 
 
 def _trained(model: keras.Model, batch: Sequence, steps: int) -> list[np.ndarray]:
-    """The values after some steps with one batch."""
+    """Trains some steps with one batch. Returns all values."""
     for _ in range(steps):
         model.train_on_batch(*batch)
     return _values_of(model)

@@ -1,4 +1,4 @@
-"""Whether what must be equal on all replicas still is: a watch for `fit`."""
+"""Watches during `fit` that everything that must be equal on all replicas still is."""
 
 import hashlib
 from typing import Any
@@ -15,11 +15,12 @@ class DriftCallback(keras.callbacks.Callback):
     """Stops the training when something that must be equal on all replicas is not.
 
     Args:
-        check_every: compare after so many batches. A comparison reads all variables that every replica holds whole.
+        check_every: number of batches from one comparison to the next. A comparison reads all variables that every
+            replica holds whole.
 
     Raises:
-        ValueError: if `check_every` is no integer of at least 1.
-        RuntimeError: from `fit`, on all workers, naming the variable and who has which digest.
+        ValueError: if `check_every` is not an integer of at least 1.
+        RuntimeError: from `fit`, on all workers; names the variable and each replica's digest of it.
 
     Example:
 
@@ -43,10 +44,10 @@ class DriftCallback(keras.callbacks.Callback):
 def check_drift(model: keras.Model) -> None:
     """Compares a digest of every variable that all replicas hold whole. All workers must call it.
 
-    Also of those that Keras does not know of: each `tf.Variable` that was made under the scope.
+    This includes variables that Keras does not know: every `tf.Variable` made under the scope.
 
     Raises:
-        RuntimeError: on all workers, naming the variables that differ.
+        RuntimeError: on all workers; names the variables that differ.
     """
     strategy = model.distribute_strategy
     equal = {item.name: item.value for item in state_of(model) if item.is_equal_everywhere}
@@ -56,7 +57,7 @@ def check_drift(model: keras.Model) -> None:
     digests = {name: [_digest(part) for part in getattr(value, "values", [value])] for name, value in equal.items()}
     answers = strategy.channel.all_gather("comparing replicas", digests)
     differing = []
-    # A worker may have dropped a variable, of another model, before others do.
+    # A worker may have dropped a variable of another model before the others do.
     for name in [name for name in digests if all(name in answer for answer in answers)]:
         of_ranks = [digest for answer in answers for digest in answer[name]]
         if len(set(of_ranks)) > 1:

@@ -1,6 +1,6 @@
-"""What `python -m tfzero.doctor` does in each worker.
+"""The examination that `python -m tfzero.doctor` runs in each worker.
 
-All workers do the same, tell each other what they found, and come to the same verdict; the first one prints it.
+All workers do the same, share what they found, and come to the same verdict. The first worker prints it.
 """
 
 from collections.abc import Sequence
@@ -18,23 +18,23 @@ from tfzero.views.trials import LIMIT, MODELS, run_trials
 from tfzero.workers.cluster import read_tf_config
 from tfzero.workers.progress import progress
 
-_STEP_SECONDS = 600.0  # for the others to come to the end of a part
+_STEP_SECONDS = 600.0  # how long the others may take to finish a part
 
 
 def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as what is in them."""
+    """Text in columns, each as wide as its longest cell."""
     widths = [max(len(row[k]) for row in [titles, *rows]) for k in range(len(titles))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [titles, *rows]]
     return "\n".join(f"  {line.rstrip()}" for line in lines)
 
 
 class Examination:
-    """One run of all that is examined.
+    """One run of all checks.
 
     Args:
-        devices: as of `ZeroStrategy`.
-        timeout_seconds: as of `ZeroStrategy`.
-        quick: whether to leave times, and all models but the dense one, away.
+        devices: as in `ZeroStrategy`.
+        timeout_seconds: as in `ZeroStrategy`.
+        quick: whether to skip timings, and all models but the dense one.
     """
 
     def __init__(self, devices: Sequence[str] | None, timeout_seconds: float, quick: bool) -> None:
@@ -46,15 +46,15 @@ class Examination:
         self._prints = cluster is None or cluster.index == 0
 
     def run(self) -> list[str]:
-        """Examines, and prints on the first worker. Gives what is wrong; all workers get the same.
+        """Runs all checks, and prints on the first worker. Returns the problems, the same on all workers.
 
         Raises:
-            Exception: if the workers do not meet, or a part of it fails.
+            Exception: if the workers do not meet, or a check fails with an error.
         """
         self._say("Versions")
         self._say(table(["library", "version"], list(library_versions().items())))
         unseen = unseen_gpus()
-        if unseen:  # here, as the workers may not meet because of it
+        if unseen:  # printed at once, as it may keep the workers from meeting
             print(f"  WRONG: {unseen}", flush=True)
         self._strategy = ZeroStrategy(0, devices=self._devices, timeout_seconds=self._timeout_seconds)
         self._group: Group = self._strategy.extended.group
@@ -65,7 +65,7 @@ class Examination:
             self._show_speeds()
         largest = self._try_models()
         self._say(self._verdict(largest))
-        self._from_all("the verdict", None)  # nobody leaves before it is told
+        self._from_all("the verdict", None)  # no worker leaves before it is printed
         return self._problems
 
     def _say(self, text: str) -> None:
@@ -73,7 +73,7 @@ class Examination:
             print(text, flush=True)
 
     def _from_all(self, topic: str, value: Any) -> list:
-        """What each worker has, in rank order."""
+        """Every worker's value, in rank order."""
         return self._strategy.channel.all_gather(f"examining {topic}", value, _STEP_SECONDS)
 
     def _show_devices(self) -> None:
@@ -126,7 +126,7 @@ class Examination:
         self._say(table(["primitive", "size", "ms", "MB/s", "TensorFlow's ms"], rows))
 
     def _try_models(self) -> float:
-        """The largest difference that was found."""
+        """Trains the small models. Returns the largest difference from one device."""
         names = ["dense"] if self._quick else list(MODELS)
         with progress("", len(names) * len(STAGES), unit="runs") as bar:
             done = iter(range(len(names) * len(STAGES)))

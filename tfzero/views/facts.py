@@ -1,4 +1,4 @@
-"""What a process computes with: versions of libraries, and its devices with their memory."""
+"""What a process computes with: library versions, and its devices with their memory."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ from tfzero.workers.gpus import NO_GPU, VISIBLE_VARIABLE, machine_gpus, visible_
 
 
 def library_versions() -> dict[str, str]:
-    """Of tfzero, Keras, TensorFlow, Python and NumPy, and of what TensorFlow was built for."""
+    """Versions of tfzero, Keras, TensorFlow, Python, NumPy, the system, and of what TensorFlow was built for."""
     build = tf.sysconfig.get_build_info()
     built = {f"{name} (built for)": str(build.get(key, "none")) for name, key in
              (("CUDA", "cuda_version"), ("cuDNN", "cudnn_version"))}  # fmt: skip

@@ -1,8 +1,8 @@
-"""How long the gradient of a step takes by itself: nothing is sent, and nothing changes.
+"""Measures how long the gradient of a step takes by itself: nothing is sent, and nothing changes.
 
 [Note: alone] The forward and the backward pass of Keras's own training step, with loss and metrics, run on zeros of a
-batch's shapes. Collectives are silent (`Group.silenced`), what layers and metrics would assign to Keras variables is
-dropped (`keras.StatelessScope`), and a graph that would still change something is not run.
+batch's shapes. Collectives are silent (`Group.silenced`). `keras.StatelessScope` drops what layers and metrics would
+assign to Keras variables. A graph that would still change something is not run.
 """
 
 import statistics
@@ -16,7 +16,7 @@ import tensorflow as tf
 from tfzero.host import runtime
 
 _RUNS = 3  # after one to warm up
-# Operations that change something outside of the graph, or that need other replicas.
+# Operations that change something outside the graph, or that need other replicas.
 _CHANGES = (
     "Assign", "Collective", "EagerPyFunc", "LookupTableInsert", "MutableHashTable", "PyFunc", "ResourceApply",
     "ResourceScatter", "ResourceSparseApply", "RngReadAndSkip", "StatefulUniform", "StatefulStandardNormal",
@@ -24,19 +24,19 @@ _CHANGES = (
 
 
 class UnmeasurableError(ValueError):
-    """The gradient of this model cannot be computed by itself; the message tells why."""
+    """The gradient of this model cannot be computed by itself; the message says why."""
 
 
 def gradient_seconds(model: keras.Model, rows: Sequence[int]) -> float:
-    """The median seconds of a gradient, all replicas of this process together. [Note: alone]
+    """Median seconds of a gradient, all replicas of this process together. [Note: alone]
 
     Args:
         model: a model of a ZeroStrategy that has trained with a batch of a dataset.
         rows: the rows of a batch, for each local replica.
 
     Raises:
-        UnmeasurableError: if the model has a `train_step` of its own or trains eagerly, if the shapes of its batches
-            are not known but for their rows, or if its gradient changes more than Keras variables or refuses zeros.
+        UnmeasurableError: if the model has a `train_step` of its own or trains eagerly, if more than the rows of its
+            batches' shapes is unknown, or if its gradient changes more than Keras variables or refuses zeros.
     """
     if not runtime.is_train_step_of_keras(model.train_step):
         raise UnmeasurableError("the model has a `train_step` of its own")
@@ -73,7 +73,7 @@ def _zeros(specs: Any, rows: Sequence[int]) -> Any:
 
 
 def _replica_gradient(model: keras.Model, batch: Any) -> list[tf.Tensor]:
-    """Numbers that need the whole gradient and all metrics: to return more would keep it in memory."""
+    """Returns numbers that need the whole gradient and all metrics. Returning more would keep it in memory."""
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
     with keras.StatelessScope(collect_losses=True):
         with tf.GradientTape() as tape:
@@ -87,7 +87,7 @@ def _replica_gradient(model: keras.Model, batch: Any) -> list[tf.Tensor]:
 
 
 def _changes(graph: tf.Graph) -> list[str]:
-    """The kinds of operations in a graph, or in a function that it calls, that change something."""
+    """Kinds of operations that change something, in a graph and in the functions that it calls."""
     definition = graph.as_graph_def()
     nodes = [*definition.node, *(node for function in definition.library.function for node in function.node_def)]
     return sorted({node.op for node in nodes if node.op.startswith(_CHANGES)})

@@ -1,8 +1,8 @@
 """Bytes that a step's activations take while it runs, from its traced graph: nothing is computed or allocated.
 
-[Note: liveness] A tensor lives from the operation that makes it to the last one that takes it. Operations are taken in
-the order in which they were traced. Some pass on the memory of an input, as TensorFlow's do: views of the same
-elements always, element-wise ones if nobody else needs that input any more.
+[Note: liveness] A tensor lives from the operation that makes it to the last operation that takes it. Operations are
+visited in the order in which they were traced. Some pass on the memory of an input, as TensorFlow's do: views of the
+same elements always do, and element-wise operations do if nothing else needs that input any more.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,7 +19,7 @@ from tfzero.host.keras_objects import has_compiled_loss
 _VIEWS = {"Reshape", "Identity", "IdentityN", "ExpandDims", "Squeeze", "StopGradient", "PreventGradient", "Snapshot"}
 # Operations whose result takes no memory of the step.
 _HELD_ANYWAY = {"ReadVariableOp", "VarHandleOp", "Const", "NoOp"}
-# Operations that write into an input of the same size, if it is not needed any more
+# Operations that write into an input of the same size, if nothing else needs it any more
 # (`forward_input_or_allocate_output` in tensorflow/core/kernels).
 _IN_PLACE = {
     "Abs", "Add", "AddN", "AddV2", "BiasAdd", "Div", "DivNoNan", "Elu", "EluGrad", "Erf", "Exp", "LeakyRelu",
@@ -31,13 +31,13 @@ _IN_PLACE = {
 
 @dataclass(frozen=True)
 class Moment:
-    """While one operation runs.
+    """Memory while one operation runs.
 
     Args:
-        activation_bytes: what its inputs and outputs and everything that is needed later take; values and gradients
-            of variables aside.
-        reads: the variables whose values it takes: for each its index, and the bytes of the value as it is taken.
-        gradient: the variable whose gradient it completes, by index, or None.
+        activation_bytes: of its inputs, its outputs and everything that is needed later, without values and gradients
+            of variables.
+        reads: the variables whose values it takes: the index of each, and the bytes of the value as taken.
+        gradient: the index of the variable whose gradient it completes, or None.
         is_backward: whether it belongs to the backward pass.
     """
 
@@ -48,13 +48,13 @@ class Moment:
 
 
 def trace_step(model: keras.Model, rows: int, gathers: bool) -> tuple[Moment, ...]:
-    """The moments of a forward and a backward pass of a batch of so many rows, on one replica.
+    """Traces a forward and a backward pass on one replica. Returns their moments.
 
     Args:
         model: a model whose inputs are known; its loss counts if it is compiled.
-        rows: of the replica's part of a batch.
-        gathers: whether values of variables are gathered in the dtype of the layer that takes them. Else a layer's
-            cast of a variable is an activation, and kept for the backward pass.
+        rows: number of rows in the replica's part of a batch.
+        gathers: whether values of variables are gathered in the dtype of the layer that takes them. If not, a layer's
+            cast of a variable is an activation that is kept for the backward pass.
 
     Raises:
         ValueError: if the model's inputs are not known.
@@ -95,28 +95,28 @@ def _input_specs(model: keras.Model, rows: int) -> Any:
 
 
 def _loss(model: keras.Model, inputs: Any, outputs: Any) -> tf.Tensor:
-    """The compiled loss, of targets of the shape that it takes; without one a sum of squares."""
+    """The compiled loss, of targets in a shape that it takes; otherwise a sum of squares."""
     if has_compiled_loss(model):
         for targets in (outputs, tf.nest.map_structure(lambda t: tf.zeros(t.shape[:-1], tf.int32), outputs)):
             try:
                 return model.compute_loss(inputs, tf.nest.map_structure(tf.stop_gradient, targets), outputs)
             except ValueError:
-                continue  # of another rank, as integer labels have
+                continue  # it wants another rank, as for integer labels
     return tf.add_n([tf.reduce_sum(tf.square(tf.cast(each, tf.float32))) for each in tf.nest.flatten(outputs)])
 
 
 class _Buffer:
-    """Memory that one tensor or several views take.
+    """Memory of one tensor, shared by its views.
 
     Args:
         size: in bytes.
-        variable: whose value it is, by index, or None.
+        variable: the index of the variable whose value it holds, or None.
     """
 
     def __init__(self, size: int, variable: int | None = None) -> None:
         self.size = size
         self.variable = variable
-        self.uses = 0  # by operations to come
+        self.uses = 0  # by later operations
 
 
 class _Walk:
@@ -172,7 +172,7 @@ class _Walk:
 
     def _make(self, operation: tf.Operation, place: int, tensor: tf.Tensor, inputs: Sequence[_Buffer]) -> None:
         key = tensor.name
-        uses = sum(taker in self._is_needed for taker in tensor.consumers())  # each as often as it takes it
+        uses = sum(taker in self._is_needed for taker in tensor.consumers())  # an operation counts once per input
         buffer = self._passed_on(operation, place, tensor, inputs)
         if buffer is None:
             is_free = operation.type in _HELD_ANYWAY
@@ -186,7 +186,7 @@ class _Walk:
     def _passed_on(
         self, operation: tf.Operation, place: int, tensor: tf.Tensor, inputs: Sequence[_Buffer]
     ) -> _Buffer | None:
-        """The buffer of an input, if the result lies there."""
+        """The buffer of the input in whose memory the result lies, or None."""
         if operation.type in _VIEWS or (operation.type in self._views and inputs[0].variable is not None):
             return inputs[place if operation.type == "IdentityN" else 0]
         if operation.type not in _IN_PLACE:
@@ -200,7 +200,7 @@ class _Walk:
 
 
 def _needed(graph: tf.Graph, targets: Sequence[tf.Operation]) -> list[tf.Operation]:
-    """The operations that the targets wait for, and those, in the order in which they were traced."""
+    """The targets and all operations that they wait for, in the order in which they were traced."""
     found: set[tf.Operation] = set()
     stack = list(targets)
     while stack:
@@ -213,6 +213,6 @@ def _needed(graph: tf.Graph, targets: Sequence[tf.Operation]) -> list[tf.Operati
 
 
 def _bytes(tensor: tf.Tensor) -> int:
-    """Of a tensor; 0 where its shape is not known, or its elements have no size."""
+    """Bytes of a tensor; 0 if its shape is not known, or its elements have no size."""
     elements = tensor.shape.num_elements() if tensor.shape.rank is not None else None
     return (elements or 0) * (tensor.dtype.size or 0)

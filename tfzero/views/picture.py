@@ -1,4 +1,4 @@
-"""Who holds what of a model, as a picture: what the plan places where, in bytes. Drawn with matplotlib."""
+"""Draws who holds what of a model: where the plan places how many bytes. Uses matplotlib."""
 
 import math
 from collections import Counter
@@ -13,9 +13,9 @@ from tfzero.report import text_of
 from tfzero.training.walk import Trained
 from tfzero.variables.classes import ShardedVariable
 
-MOST_ROWS, MOST_RANKS = 25, 16  # that are drawn
+MOST_ROWS, MOST_RANKS = 25, 16  # drawn at most
 _COLOURS = {"whole": "#9a9a9a", "owned": "#d95f02", "sharded": "#1b6ca8"}
-_SHARE = 0.9  # of a rank's column that the widest bar takes
+_SHARE = 0.9  # of a rank's column, taken by the widest bar
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Holding:
     """What the ranks hold of one variable, its slots included.
 
     Args:
-        name: its path, or of several how many they are.
-        ranks: for each rank the bytes that it holds "whole", as "owned" by it, and "sharded".
+        name: its path, or the number of variables if it stands for several.
+        ranks: for each rank the bytes that it holds, by "whole", "owned" and "sharded".
     """
 
     name: str
@@ -32,17 +32,17 @@ class Holding:
 
     @property
     def most_bytes(self) -> int:
-        """That any rank holds."""
+        """Bytes of the rank that holds most."""
         return max(rank.total() for rank in self.ranks)
 
     @property
     def total_bytes(self) -> int:
-        """That all ranks hold."""
+        """Bytes of all ranks together."""
         return sum(rank.total() for rank in self.ranks)
 
 
 def holdings(trained: Iterable[Trained]) -> list[Holding]:
-    """What the ranks hold of each trained variable, the largest first."""
+    """What the ranks hold of each trained variable, largest first."""
     found = []
     for each in trained:
         for variable, slots in zip(each.variables, each.slots, strict=True):
@@ -53,7 +53,7 @@ def holdings(trained: Iterable[Trained]) -> list[Holding]:
 
 
 def _bytes_by_rank(value: tf.Variable, shards: int) -> list[Counter]:
-    """What each rank holds of a variable or slot."""
+    """Bytes that each rank holds of a variable or slot."""
     elements, item_bytes = math.prod(value.shape), tf.as_dtype(value.dtype).size
     if not isinstance(value, ShardedVariable):
         return [Counter(whole=elements * item_bytes)] * shards
@@ -63,7 +63,7 @@ def _bytes_by_rank(value: tf.Variable, shards: int) -> list[Counter]:
 
 
 def draw(rows: Sequence[Holding]) -> np.ndarray:
-    """The picture, `[height, width, 4]` in bytes: variables by ranks, and bars as wide as what is held."""
+    """Draws variables by ranks, with bars as wide as what is held. Returns bytes `[height, width, 4]`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch

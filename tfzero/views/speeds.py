@@ -1,7 +1,7 @@
-"""How long each collective takes by its size, beside TensorFlow's own operation for the same.
+"""Times each collective by size, beside TensorFlow's own operation for the same.
 
-TensorFlow's own are emitted bare, under keys of this module, as `tf.distribute` does. Which there are, each transport
-says (`Transport.of_tensorflow`).
+TensorFlow's operations are emitted bare, as `tf.distribute` emits them, under keys of this module. Each transport says
+which of them exist (`Transport.of_tensorflow`).
 """
 
 import itertools
@@ -23,13 +23,13 @@ _group_keys = itertools.count(900_000)
 
 @dataclass(frozen=True)
 class Speed:
-    """What one collective takes for one size.
+    """Time of one collective at one size.
 
     Args:
         primitive: "all_reduce", "reduce_scatter", "all_gather", "all_to_all" or "broadcast".
-        size_bytes: of the whole tensor: the summed one, the gathered one, all rows that a replica gives.
-        seconds: the median as the first worker sees it.
-        stock_seconds: of TensorFlow's own operation; None where it has none.
+        size_bytes: of the whole tensor: the summed one, the gathered one, or all rows that a replica gives.
+        seconds: the median on this worker.
+        stock_seconds: the same of TensorFlow's own operation; None if it has none.
     """
 
     primitive: str
@@ -43,7 +43,7 @@ class Speed:
 
 
 def measure_speeds(group: Group, sizes_bytes: Sequence[int] = SIZES_BYTES) -> list[Speed]:
-    """Times every primitive; all workers call it together. Nothing is measured for a single replica."""
+    """Times every primitive. All workers call it together. Returns nothing for a single replica."""
     if group.world_size == 1:
         return []
     stock = _Stock(group)
@@ -66,12 +66,12 @@ def _measured(group: Group, stock: "_Stock", primitive: str, size_bytes: int) ->
             for result in group.launch(way, [value] * len(group.devices)):
                 tf.reshape(result, [-1])[0].numpy()
             seconds.append(time.perf_counter() - start)
-    medians = [statistics.median(seconds[1:]) for seconds in taken]  # the first one is traced
+    medians = [statistics.median(seconds[1:]) for seconds in taken]  # the first run traces
     return Speed(primitive, size_bytes, medians[0], medians[1] if len(ways) > 1 else None)
 
 
 class _Stock:
-    """TensorFlow's own operations among the replicas of a group, with keys of their own."""
+    """TensorFlow's own operations among a group's replicas, under keys of their own."""
 
     def __init__(self, group: Group) -> None:
         self._group = group
@@ -79,7 +79,7 @@ class _Stock:
         self._instance_keys = itertools.count(1)
 
     def ways(self, primitive: str) -> list[Callable]:
-        """A function that is called as the group's method of this name; none if TensorFlow has no such operation."""
+        """A list of one function, called like the group's method of this name; empty if TensorFlow has none."""
         group = self._group
         stock = group.transport.of_tensorflow(primitive, group.place)
         if stock is None:

@@ -1,4 +1,4 @@
-"""What a training does, for TensorBoard, while it runs."""
+"""Writes figures of a training for TensorBoard, while it runs."""
 
 import importlib
 import os
@@ -20,36 +20,36 @@ from tfzero.views.picture import draw, holdings
 
 
 class TensorBoardCallback(keras.callbacks.Callback):
-    """Writes for TensorBoard what memory, network and gradient do while `fit` runs.
+    """Writes memory, network and gradient figures for TensorBoard while `fit` runs.
 
-    All workers have it in `callbacks`; the first one writes, into `log_dir/tfzero`, so that it stands beside Keras's
-    own `keras.callbacks.TensorBoard(log_dir)`. The training's result is the same bit for bit. The steps count batches.
+    All workers have it in `callbacks`. The first worker writes, into `log_dir/tfzero`, beside Keras's own
+    `keras.callbacks.TensorBoard(log_dir)`. The training's result stays the same bit for bit. Steps count batches.
 
     Its tags:
 
     * `memory/current_bytes` and `memory/peak_bytes`: of TensorFlow's allocator for this worker's first device. The peak
-      is that since the last writing, and is reset then. Missing on CPUs where TensorFlow does not use oneDNN by itself:
-      set the environment variable `TF_ENABLE_ONEDNN_OPTS=1` there.
-    * `wire/bytes_per_step`: what a replica sends in a step, by formula (`strategy.report().sent_bytes`).
-    * `time/step_seconds`: median since the last writing. The first batch does not count, as its step is traced.
-    * `time/exposed_seconds`: what of that is beyond the gradient with its loss and metrics, so communication that
-      nothing hides, and the update. The gradient alone is measured once, after the first batch; where it cannot be,
-      a warning tells why, and the tag is missing.
-    * `gradient/norm`: of the whole batch's gradient in the latest update, before clipping and without loss scale; of
-      further optimizers of the model, `gradient/norm_of_` and the attribute's name.
-    * `loss_scale/scale` and `loss_scale/skipped_steps`: with a `LossScaleOptimizer`, its scale, and how many batches
-      were skipped because they overflowed.
+      covers the time since the last write, which resets it. Missing on CPUs where TensorFlow does not use oneDNN by
+      itself: set the environment variable `TF_ENABLE_ONEDNN_OPTS=1` there.
+    * `wire/bytes_per_step`: bytes that a replica sends in a step, by formula (`strategy.report().sent_bytes`).
+    * `time/step_seconds`: median since the last write. The first batch does not count, as its step is traced.
+    * `time/exposed_seconds`: the part of it that is not the gradient with its loss and metrics: communication that
+      nothing hides, and the update. The gradient alone is measured once, after the first batch. If that is impossible,
+      a warning says why, and the tag is missing.
+    * `gradient/norm`: norm of the whole batch's gradient in the latest update, before clipping and without loss scale.
+      Further optimizers of the model write `gradient/norm_of_` and the attribute's name.
+    * `loss_scale/scale` and `loss_scale/skipped_steps`: with a `LossScaleOptimizer`, its scale, and the number of
+      batches skipped because of an overflow.
     * `plan`: a picture of what each rank holds.
 
     Args:
         log_dir: TensorBoard's directory.
-        every_steps: write whenever so many batches have been trained.
+        every_steps: number of batches from one write to the next.
         picture: whether to draw the plan.
 
     Raises:
-        ValueError: for arguments that make no sense, and from `fit` for a model of another strategy or if the workers'
+        ValueError: for invalid arguments; from `fit`, for a model of another strategy, or if the workers'
             `every_steps` differ.
-        ImportError: without the package tensorboard, or with a picture without matplotlib.
+        ImportError: without the package tensorboard; with `picture`, without matplotlib.
 
     Example:
 
@@ -71,7 +71,7 @@ class TensorBoardCallback(keras.callbacks.Callback):
         self.log_dir = os.path.join(os.fspath(log_dir), "tfzero")
         self.every_steps = every_steps
         self.picture = picture
-        self.step = 0  # batches trained, in all
+        self.step = 0  # batches trained in total
         self._gradient_seconds: dict[tuple, float | None] = {}
         self._writer: tf.summary.SummaryWriter | None = None
 
@@ -95,7 +95,7 @@ class TensorBoardCallback(keras.callbacks.Callback):
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         self._first_batch = batch
         if self._is_first:
-            self.step = max(self.step, self._steps_of_optimizer)  # a run may go on from a checkpoint
+            self.step = max(self.step, self._steps_of_optimizer)  # a run may resume from a checkpoint
             self._rows = runtime.rows_counted(self.model)
         self._start = time.perf_counter()
 
@@ -120,7 +120,7 @@ class TensorBoardCallback(keras.callbacks.Callback):
             self._writer = None
 
     def _begin(self, batches: int) -> None:
-        """After the first batch, when everything is built: the picture, and the gradient alone."""
+        """Draws the picture and measures the gradient alone, after the first batch, when everything is built."""
         if self._writer is not None and self.picture:
             pixels = draw(holdings(optimizer.trained for optimizer in self._optimizers.values() if optimizer.built))
             with self._writer.as_default(self.step), tf.summary.record_if(True):
@@ -131,7 +131,7 @@ class TensorBoardCallback(keras.callbacks.Callback):
         self._shapes = (tuple(rows), str(self.model.train_function.element_spec))
         if self._shapes not in self._gradient_seconds:
             self._gradient_seconds[self._shapes] = self._measure(rows)
-            _memory(self._device)  # resets the peak, which is not the training's
+            _memory(self._device)  # resets the peak, which the measurement has raised
 
     def _measure(self, rows: Sequence[int]) -> float | None:
         try:
@@ -144,7 +144,7 @@ class TensorBoardCallback(keras.callbacks.Callback):
         with self._writer.as_default(self.step), tf.summary.record_if(True):
             for tag, value in scalars.items():
                 tf.summary.scalar(tag, value)
-        self._writer.flush()  # it is to be looked at now
+        self._writer.flush()  # so that it shows during `fit`
 
     def _scalars(self) -> dict[str, float]:
         scalars = {**_memory(self._device), "wire/bytes_per_step": self._strategy.report().sent_bytes}
@@ -171,7 +171,7 @@ class TensorBoardCallback(keras.callbacks.Callback):
 
     @property
     def _steps_of_optimizer(self) -> int:
-        """Batches that the optimizer has taken in; of a loss scale those that did not overflow."""
+        """Batches that the optimizer has taken; with a loss scale, only those that did not overflow."""
         optimizer = self.model.optimizer
         return 0 if optimizer is None else int(runtime.iteration_counter(optimizer.inner_optimizer).numpy())
 
@@ -184,7 +184,7 @@ def _need(package: str, remedy: str) -> None:
 
 
 def _memory(device: str) -> dict[str, float]:
-    """Bytes in use, and their peak since the last call; nothing of an allocator that keeps no account."""
+    """Bytes in use, and their peak since the last call; empty if the allocator keeps no account."""
     try:
         memory = tf.config.experimental.get_memory_info(device)
     except ValueError:

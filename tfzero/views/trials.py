@@ -1,7 +1,7 @@
-"""Small models, trained at every stage and on one device: how far apart they end.
+"""Trains small models at every stage and on one device, and compares where they end.
 
-The optimizer is SGD with momentum, as Adam magnifies the rounding of tiny gradients. Sizes are primes, and the last
-batch is ragged, so that nothing divides by the number of replicas.
+The optimizer is SGD with momentum, as Adam magnifies the rounding of tiny gradients. Most sizes are primes, and the
+trailing batch is ragged, so that variables and rows seldom divide by the number of replicas.
 """
 
 import math
@@ -18,7 +18,7 @@ from tfzero.strategy import ZeroStrategy
 # The largest difference of a weight that the order of float32 additions explains.
 LIMIT = 1e-4
 _STEPS, _CLASSES = 4, 10
-_MIN_SHARD_ELEMENTS = 64  # so that nearly all of such small models lies in shards
+_MIN_SHARD_ELEMENTS = 64  # so that nearly all variables of such small models are sharded
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Trial:
 
     Args:
         model: its name.
-        stage: of ZeRO.
-        largest: difference of a weight from one device.
-        variable: which differs so.
+        stage: the ZeRO stage.
+        largest: the largest difference of a weight from one device.
+        variable: the weight with this difference.
     """
 
     model: str
@@ -78,12 +78,12 @@ def run_trials(
     """Trains models on all replicas, and on the first device of each worker. All workers call it together.
 
     Args:
-        names: of `MODELS`.
-        devices: of this worker, for `ZeroStrategy`.
+        names: keys of `MODELS`.
+        devices: this worker's, for `ZeroStrategy`.
         replicas: number of replicas.
-        on_stage: is told the name and the stage of what comes next.
+        on_stage: called with name and stage before each training.
     """
-    tf.config.experimental.enable_tensor_float_32_execution(False)  # its 10 bits would hide what is compared
+    tf.config.experimental.enable_tensor_float_32_execution(False)  # its 10 bits would hide differences
     trials = []
     for name in names:
         x, y, batch_size = _data(MODELS[name], replicas)
@@ -102,7 +102,7 @@ def run_trials(
 
 
 def _data(make_model: Callable[[], keras.Model], replicas: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """Samples, the same on all workers, and the batch size: no multiple of the number of replicas, and some left."""
+    """Samples, the same on all workers, and the batch size, which leaves a smaller trailing batch."""
     with tf.Graph().as_default():
         shape = make_model().input_shape[1:]
     batch_size = 30 if replicas < 16 else 2 * replicas - 1
@@ -112,7 +112,7 @@ def _data(make_model: Callable[[], keras.Model], replicas: int) -> tuple[np.ndar
 
 
 def initial_weights(model: keras.Model) -> list[np.ndarray]:
-    """The same on all workers, whatever each one's model begins with."""
+    """Initial weights, the same on all workers whatever each one's model begins with."""
     random = np.random.default_rng(1)
     return [
         random.normal(0, 1 / math.sqrt(np.prod(weight.shape[:-1])), weight.shape).astype(weight.dtype)
@@ -127,7 +127,7 @@ def _trained(
 ) -> list[np.ndarray]:
     model.set_weights(initial)
     optimizer = keras.optimizers.SGD(0.1, momentum=0.9)
-    # On one device the same kernels as under a strategy, for which Keras leaves XLA out.
+    # Keras leaves XLA out under a strategy, so one device must use the same kernels.
     model.compile(optimizer, "categorical_crossentropy", jit_compile=False)
     model.fit(x, y, batch_size=batch_size, epochs=1, shuffle=False, verbose=0)
     return model.get_weights()

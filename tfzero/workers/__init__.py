@@ -1,1 +1,1 @@
-"""The processes of a run, and the lines between them: who they are, how they meet, what they agree on."""
+"""The worker processes of a run and their connections: who they are, how they meet, and what they agree on."""

@@ -1,8 +1,9 @@
-"""What workers must have in common before they train, described so that equal workers describe it alike.
+"""Checks before training that all workers have equal models and arguments.
 
-[Note: descriptions] A description is JSON: numbers and words as they are, objects by class and configuration, functions
-by name, code and what they enclose. No address, order of a set, file path or counted-up name is in it. Of what cannot
-be described so, only the type is told: a difference may then go unseen, but equal workers are never refused.
+[Note: descriptions] Workers compare descriptions. A description is JSON: numbers and words as they are, objects by
+class and configuration, functions by name, code and enclosed values. It holds no addresses, order of sets, file paths
+or counted-up names. Anything else is described by its type only. A difference in it may go unnoticed, but equal workers
+are never refused.
 """
 
 import contextlib
@@ -27,34 +28,34 @@ import tfzero
 from tfzero.host import datasets, keras_objects
 from tfzero.workers.channel import Channel
 
-_MOST_LEVELS = 8  # of things in things; deeper ones are told by their type
-_MOST_ITEMS = 100  # of a list that is told item by item
+_MOST_LEVELS = 8  # of nesting; deeper values are described by their type
+_MOST_ITEMS = 100  # of a list that is described item by item
 _OF_LIBRARIES = ("keras.", "tensorflow.", "tfzero.")
-# What a worker may have for itself, or is counted up in each process.
+# What may differ between workers, or is counted up in each process.
 _OWN = ("seed", "module", "registered_name", "shared_object_id", "build_config")
 _OWN_OF_CALLS = ("self", "kwargs", "callbacks", "verbose", "return_dict")
-_TOLD_OF_LAYERS = ("name", "dtype", "trainable")  # by themselves, or not at all
-_DATA = ("x", "y", "sample_weight", "validation_data")  # of which the batches are compared: [Note: digests]
+_TOLD_OF_LAYERS = ("name", "dtype", "trainable")  # described separately, or not at all
+_DATA = ("x", "y", "sample_weight", "validation_data")  # their batches are compared instead: [Note: digests]
 _PATH = "(a path)"
 
 
 def versions() -> dict[str, str]:
-    """What may compute or exchange something else in another version."""
+    """Versions of what may compute or exchange something else in another version."""
     libraries = {"Keras": keras, "NumPy": np, "TensorFlow": tf}
     named = {name: library.__version__ for name, library in libraries.items()}
     return {"Python": platform.python_version(), "tfzero": tfzero.__version__} | named
 
 
 def agree_on_compile(strategy: tf.distribute.Strategy, call: inspect.BoundArguments) -> None:
-    """Raises ValueError on all workers unless `compile` was given the same on all."""
+    """Raises ValueError on all workers unless `compile` got the same arguments on all."""
     if strategy.extended.mesh.workers > 1:
         _agree_that_models_are_made(strategy.channel, "compile")
         agree_on(strategy.channel, "compiling", of_call(call), "arguments of `compile`")
 
 
 def agree_on_call(strategy: tf.distribute.Strategy, name: str, call: inspect.BoundArguments) -> None:
-    """Raises ValueError on all workers unless a method of a model was given the same, and the models are alike."""
-    is_of_fit = keras_objects.is_within_fit(call.kwargs)  # which has been agreed on
+    """Raises ValueError on all workers unless a model's method got the same arguments, and the models are alike."""
+    is_of_fit = keras_objects.is_within_fit(call.kwargs)  # `fit` itself has been agreed on
     if strategy.extended.mesh.workers > 1 and not is_of_fit:
         _agree_that_models_are_made(strategy.channel, name)
         what = of_call(call) | of_model(call.args[0])
@@ -62,14 +63,17 @@ def agree_on_call(strategy: tf.distribute.Strategy, name: str, call: inspect.Bou
 
 
 def _agree_that_models_are_made(channel: Channel, name: str) -> None:
-    """A worker whose model has a layer more creates its variable meanwhile, and this tells both (`ZeroExtended`)."""
+    """Detects a worker that is still creating a variable, because its model has one layer more.
+
+    Both sides use one topic (`variables/creation.py`), so both get the error.
+    """
     channel.agree("creating a variable", {"next is": f"`{name}`"}, f"models (before `{name}`)")
 
 
 def agree_on(channel: Channel, topic: str, description: Mapping, what: str) -> None:
-    """Raises ValueError on all workers unless all describe the same; it names by path who has what.
+    """Raises ValueError on all workers unless all descriptions are equal. The error says who has what at which path.
 
-    Digests are exchanged first, and then only what differs: a large model's description stays here.
+    Workers exchange digests first, and then only what differs. So a large model's description stays local.
     """
     parts = {str(name): by_path(value, str(name)) for name, value in description.items()}
     digests = channel.all_gather(topic, {name: _digest(json.dumps(part)) for name, part in parts.items()})
@@ -80,7 +84,7 @@ def agree_on(channel: Channel, topic: str, description: Mapping, what: str) -> N
 
 
 def of_call(call: inspect.BoundArguments) -> dict:
-    """What a method of a model was given, by name; of data only whether there are any."""
+    """The arguments of a model's method, by name. Data are only "given" or "missing"."""
     call = inspect.BoundArguments(call.signature, call.arguments.copy())
     call.apply_defaults()
     given = {name: value for name, value in call.arguments.items() if name not in _OWN_OF_CALLS}
@@ -91,7 +95,7 @@ def of_call(call: inspect.BoundArguments) -> dict:
 
 
 def of_model(model: keras.Model) -> dict:
-    """What its layers, its optimizer and Keras itself compute with now."""
+    """Describes what a model's layers, its optimizer and Keras itself compute with now."""
     described = {f"layers[{k}]": _of_layer(layer) for k, layer in enumerate(datasets.layers_of(model))}
     if getattr(model, "optimizer", None) is not None:
         described["optimizer"] = describe(getattr(model.optimizer, "inner_optimizer", model.optimizer))
@@ -106,7 +110,7 @@ def of_model(model: keras.Model) -> dict:
 
 
 def _of_layer(layer: keras.layers.Layer) -> dict:
-    """Its class, policy and settings. Layers within it are listed by themselves."""
+    """Describes a layer's class, policy and settings. Layers within it are listed separately."""
     described = {"class": _name_of(type(layer)), "dtype_policy": layer.dtype_policy.name, "trainable": layer.trainable}
     if isinstance(layer, keras.Model):
         return described
@@ -118,7 +122,7 @@ def _of_layer(layer: keras.layers.Layer) -> dict:
 
 
 def by_path(description: object, path: str = "") -> dict:
-    """A description as a flat dict: `{"loss[0].margin": 0.5}`."""
+    """Flattens a description into one dict: `{"loss[0].margin": 0.5}`."""
     if isinstance(description, dict) and description:
         begin = f"{path}." if path else ""
         return _joined(by_path(value, f"{begin}{key}") for key, value in description.items())
@@ -135,7 +139,7 @@ def _joined(parts: Iterable[Mapping]) -> dict:
 
 
 def describe(value: Any, level: int = 0) -> Any:
-    """A JSON value that is the same wherever an equal thing is described."""
+    """A JSON value that is the same for equal values, whichever worker describes them."""
     if level > _MOST_LEVELS:
         return _name_of(type(value))
     for kinds, how in _KINDS:
@@ -168,7 +172,7 @@ def _of_array(value: np.ndarray | tf.Tensor, level: int) -> str:
 
 
 def _of_variable(value: tf.Variable | keras.Variable | keras.KerasTensor, level: int) -> str:
-    """Reading it might take all workers."""
+    """Describes dtype and shape only: reading the value might be a collective."""
     del level
     return f"variable {tf.as_dtype(value.dtype).name} {list(value.shape)}"
 
@@ -192,7 +196,7 @@ def _of_mapping(value: Mapping, level: int) -> dict | str:
 
 
 def _is_own(key: object) -> bool:
-    """Whether a worker may have this setting for itself: the first worker's initial values and seeds count for all."""
+    """Whether workers may differ in a setting: the leader's initial values and seeds apply to all."""
     return isinstance(key, str) and (key in _OWN or key.endswith("initializer"))
 
 
@@ -207,10 +211,10 @@ def _of_function(value: FunctionType, level: int) -> dict | str:
 
 
 def _what_it_reads(function: FunctionType) -> dict:
-    """The global and the enclosed values that a function names, by name."""
+    """The globals and enclosed values that a function refers to, by name."""
     read = {name: function.__globals__[name] for name in _names_in(function.__code__) if name in function.__globals__}
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-        with contextlib.suppress(ValueError):  # nothing is there yet
+        with contextlib.suppress(ValueError):  # an empty cell
             read[name] = cell.cell_contents
     return {name: value for name, value in read.items() if value is not function}
 
@@ -221,23 +225,23 @@ def _names_in(code: CodeType) -> set[str]:
 
 
 def _of_code(code: CodeType) -> list:
-    """What runs; not the name of the file or the line that it came from."""
+    """The code that runs, without its file name and line numbers."""
     constants = [_of_code(each) if isinstance(each, CodeType) else describe(each) for each in code.co_consts]
     return [code.co_code.hex(), constants, list(code.co_names), list(code.co_varnames)]
 
 
 def _configuration(value: Any, level: int) -> Any:
-    """What `get_config` tells, and numbers that a class of the user's own keeps beside it."""
+    """The result of `get_config`, and the numbers that a user's own class keeps beside it."""
     try:
         config = dict(value.get_config())
-    except Exception:  # whatever the user's own raises: many classes have none, and it is not needed for training
+    except Exception:  # a user's class may raise anything: many have no config, and training needs none
         config = _numbers_of({"learning_rate": datasets.rate_of(value)}, level)
     own = {} if _is_of_library(type(value)) else _numbers_of(getattr(value, "__dict__", {}), level)
     return _of_mapping(own | datasets.keywords_of(value) | config, level)
 
 
 def _numbers_of(attributes: Mapping, level: int) -> dict:
-    """Numbers, words, functions and configured things among attributes. Others may be anything: open files, models."""
+    """Describes numbers, words, functions and objects with a config. Other attributes may be open files or models."""
     plain = (numbers.Number, np.generic, str, FunctionType)
 
     def is_told(value: object) -> bool:
@@ -249,7 +253,7 @@ def _numbers_of(attributes: Mapping, level: int) -> dict:
 
 
 def _name_of(kind: type) -> str:
-    """`keras.src.losses.losses.Huber` and `__main__.Huber` are Huber; where it was imported from may differ."""
+    """The class's name without its module, which may differ: `__main__.Huber` is Huber, like Keras's own."""
     return kind.__qualname__
 
 

@@ -1,9 +1,9 @@
 """A control channel among the Python processes of all workers.
 
-`Channel.join` makes the workers of TF_CONFIG meet over plain TCP before TensorFlow starts its own servers. The first
-worker, the leader, dials every other at its port of TF_CONFIG (`workers/meeting.py`). Listening ends before `join`
-returns, so TensorFlow can bind the port; the connections stay open. Each worker sends one message to the leader and
-gets one answer. Who receives a message with the key "error" raises that error.
+`Channel.join` makes the workers of TF_CONFIG meet over plain TCP before TensorFlow starts its own servers. The leader,
+worker 0, dials every other worker at its port of TF_CONFIG (`workers/meeting.py`). Listening ends before `join`
+returns, so TensorFlow can bind the port. The connections stay open. In each exchange a worker sends one message to the
+leader and gets one answer. A worker that receives a message with the key "error" raises that error.
 """
 
 import contextlib
@@ -23,27 +23,27 @@ from tfzero.workers.meeting import error_of, hang_up, is_seconds, told
 from tfzero.workers.messages import encode, receive, seconds_left, send
 from tfzero.workers.stopping import blaming
 
-NOTICE_SECONDS = 0.5  # after so long the leader tells the others that it has arrived and waits too
+NOTICE_SECONDS = 0.5  # after this time the leader tells the others that it has arrived and waits too
 
 
 class Channel:
-    """Connects the processes of all workers, which make the same calls. What goes wrong with it closes it for all.
+    """Connects the processes of all workers, which must make the same calls. Any failure closes it for all.
 
-    Threads of a process may share it: an exchange has it to itself.
+    Threads of a process may share it: it carries one exchange at a time.
     """
 
     def __init__(self, cluster: Cluster, connections: dict[int, socket.socket], timeout_seconds: float) -> None:
         self._cluster = cluster
-        self._connections = connections  # by worker index: the leader has all, the others the leader's
+        self._connections = connections  # by worker index: the leader has all, the others only the leader's
         self.timeout_seconds = timeout_seconds
-        self._failure: Exception | None = None  # like the first error
+        self._failure: Exception | None = None  # a copy of the first error
         self._in_use = threading.Lock()
         self._is_closing = False
         self._process = os.getpid()
 
     @classmethod
     def join(cls, cluster: Cluster, timeout_seconds: float) -> "Channel":
-        """Meet the other workers, which all call this, in any order.
+        """Meets the other workers. All of them call this, in any order.
 
         Raises TimeoutError if one does not come, ValueError if they disagree, OSError if the port is taken.
         """
@@ -61,10 +61,10 @@ class Channel:
         return channel
 
     def all_gather(self, topic: str, value: Any, timeout_seconds: float | None = None) -> list[Any]:
-        """The values of all workers in rank order, as JSON has them: tuples come back as lists.
+        """Returns the values of all workers in rank order. They travel as JSON: tuples come back as lists.
 
-        Raises on all: RuntimeError if topics differ, TimeoutError if one is late, ConnectionError if lost, TypeError or
-        ValueError if a value is no JSON or too long.
+        Raises on all: RuntimeError if topics differ, TimeoutError if a worker is late, ConnectionError if one is lost,
+        TypeError or ValueError if a value is not JSON or too long.
         """
         seconds = self.timeout_seconds if timeout_seconds is None else timeout_seconds
         gather = self._gather_as_leader if self._cluster.index == 0 else self._gather_as_worker
@@ -80,33 +80,36 @@ class Channel:
                 raise
 
     def compare(self, topic: str, value: Any) -> tuple[list[Any], str]:
-        """The values of all workers, as `all_gather` gives them; and who has what, or "" if all have the same."""
+        """Returns the result of `all_gather`, and a text that says who has what, "" if all values are equal."""
         values = self.all_gather(topic, value)
         return values, differences_of(values, self._cluster.names_of)
 
     def agree(self, topic: str, value: Any, what: str) -> None:
-        """Raise ValueError on all, who may go on, unless all give the same value. `what` names it: "settings"."""
+        """Raises ValueError on all workers unless all give the same value. The channel stays usable.
+
+        `what` names the value in the message, such as "settings".
+        """
         _, differences = self.compare(topic, value)
         if differences:
             raise ValueError(f"The workers' {what} differ: {differences}. Give every worker the same {what}.")
 
     def broadcast(self, topic: str, value: Any) -> Any:
-        """The first worker's value, on all workers. What the others give is not used."""
+        """Returns the leader's value on all workers. The values of the others are ignored."""
         return self.all_gather(topic, value if self._cluster.index == 0 else None)[0]
 
     def close(self) -> None:
-        """Close the connections. If the others call again, they see this worker as lost."""
-        if os.getpid() != self._process:  # a forked child, which shares them
+        """Closes the connections. If the others call again, they see this worker as lost."""
+        if os.getpid() != self._process:  # a forked child, which shares the connections
             return
         self._is_closing = True
         for connection in list(self._connections.values()):
-            with contextlib.suppress(OSError):  # has ended already
+            with contextlib.suppress(OSError):  # already ended
                 connection.shutdown(socket.SHUT_RDWR)  # wakes a thread that waits for it
         with self._in_use:
             self._fail(None)
 
     def _fail(self, error: BaseException | None) -> Exception:
-        """Closes all for this error; None is for being closed. Gives what every later call raises."""
+        """Closes all connections because of an error, or without one. Returns what every later call raises."""
         if self._failure is None:
             closed = RuntimeError("The channel among the workers was closed.")
             self._failure = closed if error is None else _again(error)
@@ -119,7 +122,7 @@ class Channel:
         with contextlib.suppress(OSError):  # the reason why sending failed is read next
             send(self._connections[0], own, deadline)
         message = self._read(0, topic, deadline, seconds)
-        if "seconds_left" in message:  # the leader waits too, but for no longer than it may
+        if "seconds_left" in message:  # the leader has arrived and says how long it waits for the rest
             if not is_seconds(message["seconds_left"]):
                 raise self._broken(0, topic, "a time to wait that is none")
             deadline = monotonic() + min(message["seconds_left"], seconds) + meeting.GRACE_SECONDS
@@ -140,7 +143,7 @@ class Channel:
                 ready = selector.select(0 if complete else min(NOTICE_SECONDS, seconds_left(deadline)))
                 for key, _ in ready:
                     message = self._read(key.data, topic, deadline, seconds)
-                    if key.data in arrived:  # it speaks again only to tell an error
+                    if key.data in arrived:  # it may speak again only to report an error
                         raise self._broken(key.data, topic, "a second message")
                     if not isinstance(message.get("topic"), str) or "value" not in message:
                         raise self._broken(key.data, topic, "no topic or no value")
@@ -167,11 +170,11 @@ class Channel:
             try:
                 send(connection, text, monotonic() + seconds)
             except OSError:
-                self._read(index, topic, monotonic(), seconds)  # raises what it told at last, or its loss
+                self._read(index, topic, monotonic(), seconds)  # raises the error that it sent last, or its loss
                 raise
 
     def _read(self, index: int, topic: str, deadline: float, seconds: float) -> dict[str, Any]:
-        """The next message of a worker. Raises the error that it tells, or that it is late or lost."""
+        """Reads a worker's next message. Raises the error in it, or an error that says the worker is late or lost."""
         try:
             message = receive(self._connections[index], deadline, seconds)
         except TimeoutError:
@@ -195,5 +198,5 @@ class Channel:
 
 
 def _again(error: BaseException) -> Exception:
-    """An error of the same kind and text, to be raised once more."""
+    """A copy of an error, to raise again."""
     return error_of(told(error))

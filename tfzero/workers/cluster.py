@@ -1,4 +1,4 @@
-"""Who the workers are, as TF_CONFIG or a cluster resolver tells it."""
+"""The workers of a run, from TF_CONFIG or a cluster resolver."""
 
 import json
 import os
@@ -33,7 +33,7 @@ class Cluster:
         return ", ".join(f"{self.names[i]} at {self.addresses[i]}" for i in indexes or range(self.size))
 
     def names_of(self, indexes: list[int]) -> str:
-        """Names in short: "chief 0 and workers 1, 3"."""
+        """Short names, such as "chief 0 and workers 1, 3"."""
         numbers: dict[str, list[str]] = {}
         for index in indexes:
             kind, number = self.names[index].rsplit(" ", 1)
@@ -52,7 +52,7 @@ def read_tf_config(environ: Mapping[str, str] = os.environ) -> Cluster | None:
         task = config.get("task")
         known = isinstance(task, dict) and {"type", "index"} <= set(task)
         _require(known, 'It needs a "task" with "type" and "index", to tell which worker this process is.')
-    except ValueError as error:  # also what is not JSON
+    except ValueError as error:  # invalid JSON, too
         raise ValueError(f"TF_CONFIG is not JSON as needed: {error} {_EXAMPLE} Received: {text!r}.") from None
     return cluster_from_spec(config["cluster"], task["type"], task["index"])
 
@@ -79,10 +79,10 @@ def cluster_from_spec(spec: dict[str, Any], task_type: str, task_id: int | str) 
 
 
 def find_cluster(resolver: object) -> Cluster | None:
-    """The `Cluster` that a user's resolver names; without one that of TF_CONFIG."""
+    """The `Cluster` of a user's resolver, or of TF_CONFIG if there is no resolver."""
     if resolver is None:
         return read_tf_config()
-    import tensorflow as tf  # here alone, as launchers read TF_CONFIG without TensorFlow
+    import tensorflow as tf  # imported only here: launchers read TF_CONFIG without TensorFlow
 
     if not isinstance(resolver, tf.distribute.cluster_resolver.ClusterResolver):
         raise ValueError(f"`cluster_resolver` must be a ClusterResolver. Received: {resolver!r}")

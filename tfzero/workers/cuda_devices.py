@@ -1,6 +1,6 @@
-"""The GPUs that CUDA shows this process, by name, UUID and memory, from the driver's own library. No TensorFlow.
+"""The GPUs that CUDA shows this process: name, UUID and memory, from the driver's own library. No TensorFlow.
 
-It asks for them alone: no context is made on a GPU, and no memory is taken.
+The calls create no context on a GPU and take no memory.
 """
 
 import ctypes
@@ -16,9 +16,9 @@ class CudaDevice:
     """One GPU, or one MIG device.
 
     Args:
-        uuid: as nvidia-smi writes it, such as "GPU-5ad8..."; the same whoever asks.
+        uuid: as nvidia-smi writes it, such as "GPU-5ad8..."; the same for every process.
         name: of its model.
-        memory_bytes: all that it has.
+        memory_bytes: its total memory.
     """
 
     uuid: str
@@ -27,13 +27,13 @@ class CudaDevice:
 
 
 def cuda_devices(library: ctypes.CDLL | None = None) -> list[CudaDevice]:
-    """The GPUs in CUDA's order, which is that of TensorFlow's physical devices; none where there is no driver.
+    """The GPUs in CUDA's order, which is the order of TensorFlow's physical devices. Empty without a driver.
 
     Args:
-        library: the driver's, for tests.
+        library: the driver's library; tests pass their own.
 
     Raises:
-        RuntimeError: if the driver is there and fails.
+        RuntimeError: if there is a driver, but it fails.
     """
     if library is None:
         try:
@@ -52,7 +52,7 @@ def _device(library: ctypes.CDLL, index: int) -> CudaDevice:
     _call(library, "cuDeviceGet", ctypes.byref(handle), index)
     _call(library, "cuDeviceGetName", name, len(name), handle)
     _call(library, "cuDeviceTotalMem_v2", ctypes.byref(size), handle)
-    _call(library, "cuDeviceGetUuid_v2", ctypes.byref(identity), handle)  # of MIG devices their own
+    _call(library, "cuDeviceGetUuid_v2", ctypes.byref(identity), handle)  # a MIG device has its own
     return CudaDevice(f"GPU-{uuid.UUID(bytes=bytes(identity))}", name.value.decode(errors="replace"), size.value)
 
 

@@ -1,8 +1,8 @@
-"""Whether the devices of all workers go together: of one kind, and no GPU twice.
+"""Checks that the devices of all workers fit together: all of one kind, and no GPU twice.
 
-[Note: GPUs twice] NCCL refuses two members on one GPU of one host, and what it takes for a host is told by
-`NCCL_HOSTID`, or else by name and boot. Workers tell each other the same, and each GPU's UUID, before TensorFlow starts
-NCCL: so the error names the workers.
+[Note: GPUs twice] NCCL refuses two members on one GPU of one host. It identifies a host by `NCCL_HOSTID`, or else by
+host name and boot. Workers exchange the same identity and each GPU's UUID before TensorFlow starts NCCL, so the error
+can name the workers.
 """
 
 import os
@@ -21,12 +21,12 @@ _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 def agree_on_devices(channel: Channel, cluster: Cluster, devices: Sequence[str]) -> None:
-    """Raises ValueError on all workers, which all call it, unless their devices go together.
+    """Raises ValueError on all workers unless their devices fit together. All workers call it.
 
     Args:
         channel: between the workers.
         cluster: the workers.
-        devices: of this process, such as "GPU:0".
+        devices: devices of this process, such as "GPU:0".
     """
     told = channel.all_gather("comparing devices", describe_devices(devices))
     problem = find_mixture(told, cluster) or find_shared_gpu(told, cluster)
@@ -35,7 +35,7 @@ def agree_on_devices(channel: Channel, cluster: Cluster, devices: Sequence[str])
 
 
 def describe_devices(devices: Sequence[str]) -> dict[str, Any]:
-    """What others must know of this process's devices."""
+    """What the other workers must know about this process's devices."""
     kind = devices[0].split(":")[0]
     gpus = _uuids(devices) if kind == "GPU" else {}
     return {"kind": kind, "count": len(devices), "sees": _count_gpus(), "host": _host(), "gpus": gpus}
@@ -46,7 +46,10 @@ def _count_gpus() -> int:
 
 
 def _uuids(devices: Sequence[str]) -> dict[str, str]:
-    """UUIDs by name of device; none of parts of GPUs, which NCCL never gets, or if TensorFlow sees other GPUs."""
+    """UUIDs by device name.
+
+    Empty if TensorFlow sees other GPUs than CUDA, or if GPUs are split into logical devices, which NCCL never gets.
+    """
     found = cuda_devices()
     physical = tf.config.list_physical_devices("GPU")
     are_whole = all(len(tf.config.get_logical_device_configuration(gpu) or [None]) == 1 for gpu in physical)
@@ -56,14 +59,14 @@ def _uuids(devices: Sequence[str]) -> dict[str, str]:
 
 
 def _host(environ: Mapping[str, str] = os.environ) -> str:
-    """What NCCL takes for one host. [Note: GPUs twice]"""
+    """This host's identity, as NCCL sees it. [Note: GPUs twice]"""
     named = environ.get("NCCL_HOSTID")
     boot = _BOOT.read_text().strip() if _BOOT.exists() else ""
     return f"NCCL_HOSTID {named}" if named else f"{socket.gethostname()} {boot}"
 
 
 def find_mixture(told: Sequence[Mapping[str, Any]], cluster: Cluster) -> str:
-    """What to say where some workers have GPUs and others do not; "" if all have one kind."""
+    """The error message if some workers have GPUs and others do not; "" if all have one kind."""
     if len({each["kind"] for each in told}) == 1:
         return ""
 
@@ -82,7 +85,7 @@ def find_mixture(told: Sequence[Mapping[str, Any]], cluster: Cluster) -> str:
 
 
 def find_shared_gpu(told: Sequence[Mapping[str, Any]], cluster: Cluster) -> str:
-    """What to say where two workers have one GPU, on one host as NCCL sees it; "" if each has its own."""
+    """The error message if two workers use one GPU on one host, as NCCL sees hosts; "" if each has its own."""
     holders: dict[tuple[str, str], list[tuple[int, str]]] = {}
     for index, each in enumerate(told):
         for device, uuid in each["gpus"].items():

@@ -1,4 +1,4 @@
-"""Who has what, where workers differ: the sentence in their errors."""
+"""The sentence in errors that says which worker has what."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -9,11 +9,11 @@ _MOST_CHARACTERS = 200  # of one value in it
 
 
 def differences_of(values: Sequence[Any], name: Callable[[list[int]], str]) -> str:
-    """Who has what, or "" if all have the same; of dicts only the keys that differ.
+    """Says who has what, or "" if all values are equal. For dicts it shows only the keys that differ.
 
     Args:
-        values: of the workers in rank order, JSON.
-        name: names workers by their indexes: "workers 0, 2".
+        values: JSON values of the workers, in rank order.
+        name: names workers by their indexes, as "workers 0, 2".
     """
     values = [json.loads(json.dumps(value, sort_keys=True)) for value in values]  # equal dicts look equal
     table = {"": [repr(value) for value in values]}
@@ -33,7 +33,7 @@ def differences_of(values: Sequence[Any], name: Callable[[list[int]], str]) -> s
 
 
 def _shortened(texts: list[str]) -> list[str]:
-    """Long texts from a little before the first character in which they differ."""
+    """Cuts long texts, so that they begin shortly before the first character that differs."""
     shortest = min(map(len, texts))
     same = next((k for k in range(shortest) if len({text[k] for text in texts}) > 1), shortest)
     begin = max(0, same - _MOST_CHARACTERS // 2) if max(map(len, texts)) > _MOST_CHARACTERS else 0

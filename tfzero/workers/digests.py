@@ -1,14 +1,14 @@
-"""Whether the workers read the same batches in the same order.
+"""Checks that all workers read the same batches in the same order.
 
-[Note: digests] Every worker reads the global batches and keeps its rows. If they differ, some samples are trained with
-twice and others never, without a word. So of the first batches of every pass over a data set each worker makes a digest
-of shapes and content, and before a step takes such a batch, the digests are compared. No batch is drawn for that: the
-digest travels with its batch through the pipeline, past what is prepared ahead, and is taken off where the batch is
-given out.
+[Note: digests] Every worker reads the global batches and keeps its rows. If batches differ between workers, some
+samples are silently trained twice and others never. So each worker makes a digest of shapes and content for the first
+batches of every pass over a data set. The workers compare the digests before a step takes such a batch. This draws no
+extra batches: the digest travels with its batch through the pipeline, past the prefetched ones, and is removed where
+the batch is handed out.
 
-What differs is refused, with one exception: random operations (`tf.image.random_flip_left_right` in `Dataset.map`, an
-augmentation in a generator) rightly give each worker other values. If a part of the batch that varies by sample, such
-as the labels, is the same everywhere, then so is the order.
+A difference is an error, with two exceptions. During `predict`, other values only cause a warning. And random
+operations (`tf.image.random_flip_left_right` in `Dataset.map`, an augmentation in a generator) rightly give each worker
+other values. If a part of the batch that varies by sample, such as the labels, is the same everywhere, so is the order.
 """
 
 import contextlib
@@ -26,14 +26,14 @@ import tensorflow as tf
 
 from tfzero.workers.channel import Channel
 
-MOST_BYTES = 2**24  # of a tensor that are hashed; of a larger one evenly spaced parts
+MOST_BYTES = 2**24  # hashed per tensor; of a larger one only parts, spread evenly
 _PART_BYTES = 64
-_SCATTER = 0x9E3779B9  # the golden ratio in 32 bits, whose multiples are spread evenly
+_SCATTER = 0x9E3779B9  # the golden ratio in 32 bits: its multiples are spread evenly
 _SHOWN = 3  # first values of a tensor, for messages
 _NAMES = ("x", "y", "sample_weight")
 _SHAPE, _VALUES, _SAME_ROWS = " (shape)", " (values)", "in every row "
-_OF_SPARSE = (".indices", ".shape")  # of a sparse tensor, which look alike in any order of its rows
-# Operations of `Dataset.map` that draw random numbers; shuffling in there is a matter of order.
+_OF_SPARSE = (".indices", ".shape")  # parts of a sparse tensor that may look alike in any order of its rows
+# Operations in `Dataset.map` that draw random numbers. Shuffling there is not one of them: it changes the order.
 _RANDOM = ("Random", "Multinomial", "TruncatedNormal", "StatefulUniform", "StatefulStandardNormal", "RngRead")
 TAKEN, DOUBTED, REFUSED = "taken", "doubted", "refused"
 _PYTHON = ("PyFunc", "EagerPyFunc")
@@ -48,13 +48,13 @@ _OF_DRAWS = "Random operations may rightly draw other numbers on each worker, so
 
 @dataclass(frozen=True)
 class Source:
-    """What is known of where batches come from.
+    """What is known about the source of batches.
 
     Args:
         name: for messages.
         draws: whether random operations of TensorFlow take part.
         is_python: whether Python code takes part, which may draw random numbers.
-        may_warn: whether nothing is trained with the batches, so that other content is only warned of.
+        may_warn: whether nothing is trained with the batches, so other content only causes a warning.
     """
 
     name: str
@@ -64,38 +64,38 @@ class Source:
 
     @classmethod
     def of_operations(cls, name: str, kinds: set[str], may_warn: bool) -> "Source":
-        """Of a pipeline with these kinds of operations in its functions."""
+        """The source for a pipeline with these kinds of operations in its functions."""
         draws = any(word in kind for kind in kinds - {"RandomShuffle"} for word in _RANDOM)
         return cls(name, draws, any(kind in _PYTHON for kind in kinds), may_warn)
 
 
 class BatchComparison:
-    """Compares the first batches of passes over data among workers. [Note: digests]
+    """Compares the first batches of each pass over data between workers. [Note: digests]
 
     Args:
-        channel: one for nothing else, as batches may be prepared in threads of TensorFlow.
-        workers: how many.
-        count: how many batches at the start of a pass.
-        on_loss: told the error, when a worker does not come to compare.
+        channel: a channel for nothing else, as TensorFlow's threads may prepare batches.
+        workers: number of workers.
+        count: number of batches to compare at the start of a pass.
+        on_loss: called with the error if a worker does not come to compare.
     """
 
     def __init__(self, channel: Channel, workers: int, count: int, on_loss: Callable[[Exception], object]) -> None:
         self._channel = channel
         self._on_loss = on_loss
         self.count = count if workers > 1 else 0
-        self._during: str | None = None  # the method of a model that reads data now
+        self._during: str | None = None  # the model's method that reads data now
         self._failure: Exception | None = None
         self._data_sets = 0
         self._warned: set[Source] = set()
 
     def source(self, kinds: set[str]) -> Source:
-        """Of a new data set, by the kinds of operations in its functions."""
+        """The source for a new data set, from the kinds of operations in its functions."""
         self._data_sets += 1
         reader = f" of `{self._during}`" if self._during else ""
         return Source.of_operations(f"data set {self._data_sets}{reader}", kinds, self._only_predicts())
 
     def of_given(self, name: str) -> Callable:
-        """A function that compares the first ones of batches that are given to it, whole. The name is for messages."""
+        """A function that takes whole batches and compares the first `count` of them. `name` is for messages."""
         indexes = itertools.count()
 
         def check(batch: Any) -> None:
@@ -110,7 +110,7 @@ class BatchComparison:
 
     @contextlib.contextmanager
     def during(self, method: str) -> Iterator[None]:
-        """Within it data are read for a method of a model; errors of a comparison are raised as they were."""
+        """Context in which a model's method reads data. It raises errors of a comparison as they were."""
         before, self._during, self._failure = self._during, method, None
         try:
             yield
@@ -125,14 +125,14 @@ class BatchComparison:
         return self._during in ("predict", "predict_on_batch")
 
     def noted(self, batch: Any, index: tf.Tensor) -> tf.Tensor:
-        """In a pipeline: the digest of batch number `index`, scalar string; of a later one than is compared, ""."""
+        """In a pipeline: the digest of batch number `index`, a scalar string; "" after the batches to compare."""
         named = _named_arrays(batch)
         make = functools.partial(digest, [name for name, _ in named])
         noted = [index, *(tensor for _, tensor in named)]
         return tf.cond(index < self.count, lambda: tf.numpy_function(make, noted, tf.string), lambda: "")
 
     def compared(self, noted: tf.Tensor, source: Source) -> tf.Tensor:
-        """In a pipeline: waits until the digest has been compared with those of the other workers."""
+        """In a pipeline: waits until the digest has been compared with the other workers' digests."""
         compare = functools.partial(self._compare, source=source)
         is_noted = tf.strings.length(noted) > 0
         return tf.cond(is_noted, lambda: tf.numpy_function(compare, [noted], tf.bool), lambda: True)
@@ -158,7 +158,7 @@ class BatchComparison:
 
 
 def judge(values: Sequence[Mapping], source: Source) -> str:
-    """What becomes of a batch, of which the workers noted these digests, in rank order. [Note: digests]"""
+    """The verdict on a batch, from the workers' digests in rank order. [Note: digests]"""
     parts = dict.fromkeys(name for each in values for name in each)
     differing = [name for name in parts if len({each.get(name) for each in values}) > 1]
     if not differing:
@@ -174,7 +174,7 @@ def judge(values: Sequence[Mapping], source: Source) -> str:
 
 
 def digest(names: Sequence[str], index: int | np.integer, *arrays: np.ndarray) -> bytes:
-    """JSON: for each of the named parts of batch number `index` its shape, a digest and its first values."""
+    """JSON with shape, digest and first values of each named part of batch number `index`."""
     described: dict[str, Any] = {"index": int(index)}
     for name, array in zip(names, arrays, strict=True):
         array = np.asarray(array)
@@ -194,7 +194,7 @@ def _values(array: np.ndarray) -> str:
 
 
 def _has_same_rows(array: np.ndarray) -> bool:
-    """Whether nothing can be told from it about an order: all rows are equal."""
+    """Whether all rows are equal, so the array says nothing about their order."""
     if array.ndim == 0 or len(array) < 2 or array.size == 0:
         return True
     rows = array.reshape(len(array), -1)
@@ -203,10 +203,10 @@ def _has_same_rows(array: np.ndarray) -> bool:
 
 
 def _parts(array: np.ndarray) -> Iterator[bytes | memoryview]:
-    """The bytes of an array, or of a large one parts of it.
+    """The bytes of an array, or parts of a large one.
 
-    One part lies somewhere in each of many equal stretches: at the same place in each, all might be of the margins of
-    images.
+    A large array is cut into many equal stretches, with one part from each. The part's place differs between stretches:
+    at one fixed place, all parts might show margins of images.
     """
     if array.dtype == object:
         for each in array.reshape(-1):
@@ -229,7 +229,7 @@ def _as_array(value: Any) -> np.ndarray:
 
 
 def _named_arrays(batch: Any) -> list[tuple[str, object]]:
-    """The dense parts of a batch and what to call them."""
+    """The dense parts of a batch, with their names."""
     named: Iterable[tuple[str, Any]]
     if isinstance(batch, tuple) and len(batch) <= len(_NAMES):
         named = zip(_NAMES, batch, strict=False)

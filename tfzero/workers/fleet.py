@@ -1,8 +1,8 @@
-"""Local worker processes as one fleet: started, read line by line, and ended together.
+"""A fleet of local worker processes: started, read line by line, and ended together.
 
-[Note: who is left behind] Nobody: each worker leads its own session and is ended with its children. If the
-launcher itself is killed outright, Linux kills the workers (`PR_SET_PDEATHSIG`), but not their children;
-macOS kills nothing. A child that starts a session of its own is never chased.
+[Note: who is left behind] No process is: each worker leads its own session and is ended with its children. If the
+launcher itself is killed outright, Linux kills the workers (`PR_SET_PDEATHSIG`), but not their children; macOS kills
+nothing. A child that starts a session of its own is never chased.
 """
 
 import codecs
@@ -38,9 +38,9 @@ _TIE_TO_LAUNCHER = (
 class LineSplitter:
     r"""Cuts a stream of bytes into lines, ended by \n, \r\n or \r.
 
-    So each update of a progress bar becomes a line: its \r would overwrite our prefix, and no text is
-    lost. Only what holds no text is dropped: the empty start of a bar, and backspaces around it. Reports of
-    progress are no text either: they are put aside. [Note: one bar] in `workers/progress.py`.
+    So each update of a progress bar becomes a line of its own, because its \r would overwrite our prefix. No text is
+    lost. Only pieces without text are dropped: the empty start of a bar, and backspaces around it. Progress reports are
+    put aside: they are not text either. [Note: one bar] in `workers/progress.py`.
     """
 
     def __init__(self, *, has_reports: bool = True) -> None:
@@ -63,7 +63,7 @@ class LineSplitter:
         return [line for line in ended if line is not None]
 
     def _end_line(self, part: str, end: str) -> str | None:
-        """The line that ends with this part, as it is to be shown; None if it is not, or goes on."""
+        """The line that ends with this part, as shown; None if it is not shown or not complete."""
         line = "".join([*self._pending, part])
         self._pending = []
         cut = cut_report(line) if self._has_reports and end == "\n" else None
@@ -92,8 +92,8 @@ class Worker:
         self.process = subprocess.Popen(command, env=environment, start_new_session=True, **streams)
         os.set_blocking(self.process.stdout.fileno(), False)
         try:
-            self.exit_notice: int | None = os.pidfd_open(self.process.pid)  # readable from its exit on
-        except (AttributeError, OSError):  # only Linux 5.3 and later have it: else exits are polled for
+            self.exit_notice: int | None = os.pidfd_open(self.process.pid)  # becomes readable at its exit
+        except (AttributeError, OSError):  # only Linux 5.3 and later have it; elsewhere exits are polled for
             self.exit_notice = None
 
     def signal_group(self, number: int) -> None:
@@ -118,7 +118,7 @@ class Worker:
 
 
 class Fleet:
-    """The workers of one run. Use it in `contextlib.closing`: whatever happens, all have ended after it."""
+    """The workers of one run. Use it in `contextlib.closing`: then all have ended afterwards, whatever happens."""
 
     def __init__(self, *, echo: bool) -> None:
         self.workers: list[Worker] = []
@@ -140,7 +140,11 @@ class Fleet:
     def wait(
         self, is_done: Callable[[Worker], bool], timeout_seconds: float | None
     ) -> tuple[Worker | None, list[Worker]]:
-        """Waits until `is_done(worker)` for all; else ends all, and returns the first failed, or the late."""
+        """Waits until `is_done(worker)` for all workers.
+
+        After a failure or the timeout it ends all workers. It returns the worker that failed first, if any, and the
+        workers that are late.
+        """
         with progress("running", len(self.workers), unit="workers have finished") as bar:
             return self._wait(is_done, timeout_seconds, bar)
 
@@ -153,7 +157,7 @@ class Fleet:
             if time.monotonic() > deadline_seconds:
                 self.close()
                 return None, waiting
-            failed = next((worker for worker in self._poll() if not is_done(worker)), None)  # any exit code
+            failed = next((worker for worker in self._poll() if not is_done(worker)), None)  # with any exit code
             if failed:
                 if failed.exit_code == EXIT_WORKER_LOST:
                     self._poll_for(_NOTICE_SECONDS)
@@ -162,7 +166,7 @@ class Fleet:
         return None, []
 
     def culprit(self, failed: Worker, blamed: int | None) -> Worker:
-        """The worker that went wrong first; one that only noticed is not it, but whom it blamed."""
+        """The worker that went wrong first: not one that only noticed a loss, but the worker that it blamed."""
         if blamed is not None:
             return self.workers[blamed]
         if failed.exit_code != EXIT_WORKER_LOST:
@@ -177,7 +181,7 @@ class Fleet:
         self._poll_for(_LEAVE_SECONDS)
 
     def close(self, grace_seconds: float = _GRACE_SECONDS) -> None:
-        """Ends all workers and their children, politely for a moment only. May be called again."""
+        """Ends all workers and their children, by SIGTERM and after a grace period by SIGKILL. May be called again."""
         try:
             for worker in self.running:
                 worker.signal_group(signal.SIGTERM)
@@ -195,7 +199,7 @@ class Fleet:
             self._poll()
 
     def _poll(self) -> list[Worker]:
-        """Passes on output for a moment; returns the workers that ended, in the order of their exits."""
+        """Passes on output for a moment. Returns the workers that ended, in the order of their exits."""
         refresh()
         for key, _ in self._selector.select(_POLL_SECONDS):  # in the order in which they became ready
             if key.fd == key.data.exit_notice:
@@ -208,7 +212,7 @@ class Fleet:
         return sorted(ended, key=lambda worker: worker.exit_seconds)
 
     def _pass_on(self, worker: Worker) -> bool:
-        """Takes one piece of a worker's output. False if there is none, for now or for good."""
+        """Takes one piece of a worker's output. Returns False if there is none, for now or for good."""
         chunk = worker.process.stdout.read(65536)
         if chunk:
             self._keep(worker, worker.splitter.feed(chunk))
@@ -217,7 +221,7 @@ class Fleet:
         return bool(chunk)
 
     def _finish(self, worker: Worker) -> None:
-        """Takes the exit code and the last output of a worker that ends, and ends the children it left."""
+        """Takes the exit code and last output of an ended worker, and ends the children that it left."""
         if worker.exit_notice is not None:
             self._forget(worker.exit_notice)
             os.close(worker.exit_notice)
@@ -241,6 +245,6 @@ class Fleet:
             make_room()
             try:
                 print(worker.show(lines), flush=True)
-            except OSError:  # nobody reads us any more: end, without trying again
+            except OSError:  # nobody reads our output any more: end, without trying again
                 self._echo = False
                 raise

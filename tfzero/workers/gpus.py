@@ -1,9 +1,9 @@
-"""Which GPUs a process may use, and how workers of one machine divide them. No TensorFlow, and CUDA is not started.
+"""Which GPUs a process may use, and how workers of one machine divide them. It uses no TensorFlow and starts no CUDA.
 
 [Note: names of GPUs] `CUDA_VISIBLE_DEVICES` names GPUs by index, by UUID (`GPU-...`) or by MIG device (`MIG-...`), in
-the order in which a process is to see them. Names go on to the workers as they are: CUDA alone knows what it calls 0,
-as its order is not that of nvidia-smi. CUDA ends the list at the first negative index. Of MIG devices a process sees
-one only, whatever the list says.
+the order in which a process sees them. Workers get the names unchanged: only CUDA knows which GPU it calls 0, as its
+order is not that of nvidia-smi. CUDA ends the list at the first negative index. A process sees only one MIG device,
+whatever the list says.
 """
 
 import os
@@ -24,11 +24,11 @@ _MIG_LINE = re.compile(r"MIG .*\(UUID: (MIG-[^)\s]+)\)")
 
 @dataclass(frozen=True)
 class Machine:
-    """The GPUs of this machine, as the driver tells them.
+    """The GPUs of this machine, as the driver reports them.
 
     Args:
-        count: how many there are.
-        mig_devices: UUIDs of their MIG devices, where GPUs are divided so.
+        count: number of GPUs.
+        mig_devices: UUIDs of the MIG devices that GPUs are divided into, if any.
     """
 
     count: int
@@ -36,7 +36,7 @@ class Machine:
 
 
 def machine_gpus() -> Machine:
-    """The GPUs of this machine, by `nvidia-smi -L`; by the driver's folders in /proc where that tells of none."""
+    """The GPUs of this machine, from `nvidia-smi -L`, or from the driver's folders in /proc if that lists none."""
     program = shutil.which("nvidia-smi")
     lines = [] if program is None else _lines_of(program, "-L")
     count = sum(_GPU_LINE.match(line.strip()) is not None for line in lines)
@@ -47,7 +47,7 @@ def machine_gpus() -> Machine:
 
 
 def _lines_of(*command: str) -> list[str]:
-    """What a program prints; nothing if it fails, as nvidia-smi does where there is a driver and no GPU."""
+    """The lines that a program prints; none if it fails, as nvidia-smi does with a driver but no GPU."""
     try:
         done = subprocess.run(
             command,
@@ -91,7 +91,7 @@ def visible_gpus(environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
 
 
 def _listed(text: str) -> tuple[str, ...]:
-    """What CUDA makes of the list: the names before the first that is none."""
+    """The names that CUDA reads from the list: those before the first invalid one."""
     names: list[str] = []
     for name in (part.strip() for part in text.split(",")):
         if not (name.isdecimal() or name.startswith(("GPU-", "MIG-"))):
@@ -113,14 +113,14 @@ def check_gpus_per_worker(gpus_per_worker: int | None) -> None:
 def divide_gpus(
     workers: int, gpus_per_worker: int | None, environ: Mapping[str, str] = os.environ
 ) -> list[dict[str, str]]:
-    """What each worker's environment needs, so that it sees GPUs that no other worker of this machine sees.
+    """Variables for each worker's environment, so that it sees GPUs that no other worker of this machine sees.
 
-    Nothing, where there is nothing to divide: one worker that gets all, or no GPU.
+    There are none if there is nothing to divide: one worker that gets all GPUs, or no GPU.
 
     Args:
-        workers: how many there are on this machine.
-        gpus_per_worker: GPUs of each; 0 for workers that compute on CPUs; None for all visible ones, divided evenly.
-        environ: the environment that all workers get; its `CUDA_VISIBLE_DEVICES`, if any, names what is divided.
+        workers: number of workers on this machine.
+        gpus_per_worker: GPUs of each; 0 for workers that compute on CPUs; None to divide all visible GPUs evenly.
+        environ: the environment that all workers get; its `CUDA_VISIBLE_DEVICES`, if any, names the GPUs to divide.
 
     Raises:
         ValueError: if there are too few GPUs, or they cannot be divided evenly.
@@ -138,7 +138,7 @@ def divide_gpus(
 
 
 def _how_many(names: Sequence[str], workers: int, gpus_per_worker: int | None) -> int:
-    """GPUs of each worker."""
+    """Number of GPUs of each worker."""
     seen = f"{len(names)} GPUs are visible ({', '.join(names) or 'none'})"
     advice = "Start fewer workers, or give --gpus-per-worker 0 (gpus_per_worker=0) to compute on CPUs"
     if gpus_per_worker is not None and workers * gpus_per_worker > len(names):

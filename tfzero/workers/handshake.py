@@ -1,9 +1,9 @@
-"""How two processes make sure that both know one secret, before either reads anything else of the other.
+"""A handshake: two processes prove that they know one secret, before either reads anything else from the other.
 
-[Note: handshake] Who listens sends a challenge, 32 random bytes. Who has called answers with a challenge of its own,
-two numbers that say what it calls for, and its proof: an HMAC of all that by the secret. If that is right, the
-listener sends its own proof. All have a fixed size, and the secret never travels. Without a secret the key is empty:
-then the handshake only tells workers of tfzero from other programs, and the network must be trusted.
+[Note: handshake] The listener sends a challenge, 32 random bytes. The caller answers with a challenge of its own, two
+numbers that say what it calls for, and its proof: an HMAC of all these, keyed by the secret. If the proof is right, the
+listener sends its own. All messages have a fixed size, and the secret never travels. Without a secret the key is empty.
+Then the handshake only tells workers of tfzero from other programs, and the network must be trusted.
 """
 
 import hmac
@@ -25,7 +25,7 @@ _REFUSAL = bytes(_PROOF_BYTES)
 
 
 def read_secret(environ: Mapping[str, str] = os.environ) -> bytes:
-    """The secret that all workers share, by `TFZERO_SECRET`; empty if it is not set.
+    """The secret that all workers share, from `TFZERO_SECRET`; empty if it is not set.
 
     Raises:
         ValueError: if it is too short.
@@ -41,22 +41,22 @@ def read_secret(environ: Mapping[str, str] = os.environ) -> bytes:
 
 
 def make_secret() -> str:
-    """One for `TFZERO_SECRET`."""
+    """Makes a new secret for `TFZERO_SECRET`."""
     return secrets.token_hex(32)
 
 
 def call(connection: socket.socket, secret: bytes, claim: tuple[int, int], deadline: float) -> None:
-    """The caller's part.
+    """The caller's side of the handshake.
 
     Args:
-        connection: to who listens.
+        connection: to the listener.
         secret: the key of all proofs.
-        claim: two numbers of 32 bits, which the listener gets.
-        deadline: for all of it.
+        claim: two 32-bit numbers for the listener.
+        deadline: for the whole handshake.
 
     Raises:
         TimeoutError: if the listener is late.
-        ConnectionError: if it is no worker, or does not know the secret.
+        ConnectionError: if it is not a worker, or does not know the secret.
     """
     magic, theirs = _CHALLENGE.unpack(read_bytes(connection, _CHALLENGE.size, deadline))
     if magic != _MAGIC:
@@ -70,7 +70,7 @@ def call(connection: socket.socket, secret: bytes, claim: tuple[int, int], deadl
 
 
 def hear(connection: socket.socket, secret: bytes, deadline: float) -> tuple[int, int]:
-    """The listener's part; gives the caller's claim.
+    """The listener's side of the handshake. Returns the caller's claim.
 
     Raises:
         TimeoutError: if the caller is late.

@@ -1,13 +1,13 @@
-"""A connection between every two workers, over which collectives on CPU exchange their arrays.
+"""A TCP connection between every two workers. Collectives on CPUs exchange their arrays over these.
 
 TensorFlow's own collectives copy each tensor several times on its way through gRPC, which takes three times the
 processor time (`benchmarks/transport.py`). Here the kernel copies from the sender's tensor and into the receiver's.
 
 [Note: links] The connections are made while the workers meet, at their ports of TF_CONFIG; no other port is needed.
-A `Links` carries one collective at a time, and refuses a second one. All workers must begin the same ones in the same
-order: number and key of each exchange travel with it, and who receives others ends with an error. While it waits it
-keeps one of TensorFlow's inter-op threads: with as many threads as `Links`, a worker always has one left to go on
-to what another waits for.
+A `Links` carries one collective at a time, and refuses a second one. All workers must begin the same collectives in the
+same order. The number and key of each exchange travel with it, and a worker that receives others raises an error. A
+collective that waits keeps one of TensorFlow's inter-op threads. With as many threads as `Links`, a worker always has
+one left for the collective that another worker waits for.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from tfzero.workers.meeting import HELLO_SECONDS, RETRY_SECONDS, callers, dial, 
 from tfzero.workers.messages import seconds_left
 
 _HEADER = struct.Struct("!QQI")  # number of the exchange, bytes, key
-_CHUNK_BYTES = 2**21  # as many are received before they are added
+_CHUNK_BYTES = 2**21  # received before they are added
 _PART_BYTES = 2**19  # handed to the kernel at once
 
 
@@ -38,8 +38,8 @@ class Links:
 
     Args:
         cluster: the workers.
-        connections: to each other worker, by rank.
-        timeout_seconds: how long to wait for `close` to tell why a connection has ended, or what the others are at.
+        connections: one to each other worker, by rank.
+        timeout_seconds: how long to wait for `close` to give the reason of an ended connection or of a mismatch.
     """
 
     def __init__(self, cluster: Cluster, connections: Mapping[int, socket.socket], timeout_seconds: float) -> None:
@@ -51,49 +51,49 @@ class Links:
         self._reason = ""
         self._closed = threading.Event()
         self._in_use = threading.Lock()
-        self._is_carrying = threading.Lock()  # one collective, of several exchanges
+        self._is_carrying = threading.Lock()  # held by one collective, through several exchanges
         self.is_lost = False
-        self.at_odds = ""  # how another worker's collective differs; who closes may say more
+        self.at_odds = ""  # how another worker's collective differs; the reason given to `close` may say more
         for connection in self._connections.values():
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connection.setblocking(False)
 
     @property
     def workers(self) -> int:
-        """How many are connected, with this one."""
+        """Number of connected workers, this one included."""
         return self._cluster.size
 
     def close(self, reason: str) -> None:
-        """Ends the connections. A collective that waits, and each later one, raises ConnectionError for this reason."""
+        """Ends the connections. A waiting collective, and every later one, raises ConnectionError with this reason."""
         self._reason = self._reason or reason
         self._closed.set()
         for connection in self._connections.values():
-            with contextlib.suppress(OSError):  # has ended already
-                connection.shutdown(socket.SHUT_RDWR)  # wakes who waits for it
+            with contextlib.suppress(OSError):  # already ended
+                connection.shutdown(socket.SHUT_RDWR)  # wakes a thread that waits for it
         with self._in_use:
             for connection in self._connections.values():
                 connection.close()
 
-    # Arrays are contiguous, of the same shape and dtype on all workers, and may be flattened; `key` tells which
-    # collective it is. Each method raises ConnectionError if a worker is lost, and RuntimeError if another is at a
-    # different collective.
+    # Arrays are contiguous, have the same shape and dtype on all workers, and may be flattened. `key` identifies the
+    # collective. Each method raises ConnectionError if a worker is lost, and RuntimeError if another is at a different
+    # collective.
 
     def all_reduce(self, value: np.ndarray, out: np.ndarray, key: int = 0) -> None:
-        """Sum over workers, always added in rank order, into `out` of the same shape."""
+        """Sums values over workers, always in rank order, into `out` of the same shape."""
         blocks, sums = (np.array_split(array.reshape(-1), self._cluster.size) for array in (value, out))
         with self._carrying(key):
             self._sum(blocks, sums[self._cluster.index], key)
             self._gather(sums, key)
 
     def all_gather(self, value: np.ndarray, out: np.ndarray, key: int = 0) -> None:
-        """Every worker's value, into `out` of shape `[workers, *value.shape]`."""
+        """Gathers every worker's value into `out` of shape `[workers, *value.shape]`."""
         blocks = out.reshape(self._cluster.size, value.size)
         with self._carrying(key):
             blocks[self._cluster.index] = value.reshape(-1)
             self._gather(list(blocks), key)
 
     def all_to_all(self, value: np.ndarray, out: np.ndarray, key: int = 0) -> None:
-        """Row `r` goes to worker `r`, into its `out`, of the same shape, at this worker's place."""
+        """Sends row `r` to worker `r`, and receives its row for this worker as row `r` of `out`, of the same shape."""
         rank, size = self._cluster.index, self._cluster.size
         sent, received = (array.reshape(size, value.size // size) for array in (value, out))
         with self._carrying(key):
@@ -102,7 +102,7 @@ class Links:
 
     @contextlib.contextmanager
     def _carrying(self, key: int) -> Iterator[None]:
-        """Within it one collective is carried; a second one would take the other workers' arrays for its own."""
+        """Lets one collective run at a time: a second one would take the other workers' arrays for its own."""
         if not self._is_carrying.acquire(blocking=False):
             raise RuntimeError(
                 f"{self._cluster.name} began the collective {key} before the last one over the same connections had "
@@ -114,11 +114,11 @@ class Links:
             self._is_carrying.release()
 
     def _gather(self, blocks: Sequence[np.ndarray], key: int) -> None:
-        """Each worker's block goes to all others, to the same place."""
+        """Sends each worker's block to all others, into the same place."""
         self._exchange([blocks[self._cluster.index]] * len(blocks), blocks, key)
 
     def _sum(self, blocks: Sequence[np.ndarray], out: np.ndarray, key: int) -> None:
-        """Each worker's sum of the blocks that are its own; block `r` is that of worker `r`."""
+        """A reduce-scatter: worker `r` gets the sum of block `r` over all workers."""
         rank, size = self._cluster.index, self._cluster.size
         width = max(1, _CHUNK_BYTES // out.itemsize // (size - 1))
         if self._scratch.nbytes < size * width * out.itemsize:
@@ -134,7 +134,7 @@ class Links:
                 np.add(total, term, out=total)
 
     def _exchange(self, sent: Sequence[np.ndarray], received: Sequence[np.ndarray], key: int) -> None:
-        """Sends each other worker its array of `sent`, and fills that worker's of `received`; places are ranks."""
+        """Sends `sent[r]` to each other worker `r`, and fills `received[r]` from it."""
         try:
             with self._in_use:
                 self._move(sent, received, key)
@@ -160,7 +160,7 @@ class Links:
                 self._wait(flows)
 
     def _wait(self, flows: Sequence["_Flow"]) -> None:
-        """Until one of the connections can go on."""
+        """Waits until one of the connections can go on."""
         poll = select.poll()
         for flow in flows:
             poll.register(flow.connection, flow.events)
@@ -168,7 +168,7 @@ class Links:
 
 
 class _AtOddsError(Exception):
-    """Another worker is at another collective."""
+    """Another worker is at a different collective."""
 
     def __init__(self, rank: int, found: bytes, expected: bytes) -> None:
         super().__init__(rank)
@@ -177,7 +177,7 @@ class _AtOddsError(Exception):
 
 
 class _Flow:
-    """What one exchange sends to another worker and receives from it."""
+    """The data that one exchange sends to another worker and receives from it."""
 
     def __init__(
         self, connection: socket.socket, rank: int, place: tuple[int, int], sent: np.ndarray, received: np.ndarray
@@ -192,12 +192,12 @@ class _Flow:
 
     @property
     def events(self) -> int:
-        """For `poll`: what is left to do."""
+        """The events to `poll` for: what is left to do."""
         return (select.POLLIN if self._in else 0) | (select.POLLOUT if self._out else 0)
 
     def move(self) -> bool:
-        """Sends and receives what is possible at once; whether that was anything."""
-        return any([self._send(), self._receive()])  # sends first, so that who is elsewhere is told
+        """Sends and receives what is possible without waiting. Returns whether anything moved."""
+        return any([self._send(), self._receive()])  # sends first, so that a worker at another collective notices
 
     def _receive(self) -> bool:
         if not self._in:
@@ -226,7 +226,7 @@ class _Flow:
 
 
 def _pass(views: list[Any], count: int) -> None:
-    """Drops so many bytes of the first view, and the view when it is used up."""
+    """Drops `count` bytes from the first view, and the view itself once it is empty."""
     views[0] = views[0][count:]
     if not views[0]:
         del views[0]
@@ -237,7 +237,7 @@ def _bytes(array: np.ndarray) -> memoryview:
 
 
 def link(cluster: Cluster, channel: Channel, count: int, timeout_seconds: float) -> tuple[Links, ...]:
-    """Connects every two workers, so many times; all call it together, before TensorFlow listens at their ports.
+    """Connects every two workers `count` times. All call it together, before TensorFlow listens at their ports.
 
     Raises:
         TimeoutError: if a worker does not call in time.
@@ -246,19 +246,19 @@ def link(cluster: Cluster, channel: Channel, count: int, timeout_seconds: float)
     made: list[dict[int, socket.socket]] = [{} for _ in range(count)]
     with contextlib.ExitStack() as stack:
         with listen(cluster) as listener:
-            # What only this meeting knows; afterwards all listen.
+            # A secret that only this meeting knows. The broadcast is a barrier, too: after it all listen.
             secret = read_secret() + str(channel.broadcast("listening", make_secret())).encode()
             for rank, number in itertools.product(range(cluster.index + 1, cluster.size), range(count)):
                 made[number][rank] = stack.enter_context(_dial(cluster, rank, secret, number, timeout_seconds))
             for rank, number, connection in _callers(cluster, listener, secret, count, timeout_seconds):
                 made[number][rank] = stack.enter_context(connection)
-        channel.all_gather("linking", None)  # afterwards nobody listens any more
+        channel.all_gather("linking", None)  # a barrier: after it nobody listens any more
         stack.pop_all()
     return tuple(Links(cluster, connections, timeout_seconds) for connections in made)
 
 
 def _dial(cluster: Cluster, rank: int, secret: bytes, number: int, timeout_seconds: float) -> socket.socket:
-    """A connection to a worker that has made sure of this one. One that found it too slow is dialled again."""
+    """Connects to a worker and completes the handshake. A worker that found this one too slow is dialled again."""
     deadline = monotonic() + timeout_seconds
     reason, is_last = "", False
     while not is_last:
@@ -284,7 +284,7 @@ def _dial(cluster: Cluster, rank: int, secret: bytes, number: int, timeout_secon
 def _callers(
     cluster: Cluster, listener: socket.socket, secret: bytes, count: int, timeout_seconds: float
 ) -> Iterator[tuple[int, int, socket.socket]]:
-    """Rank, number and connection of each call of the workers before this one; strangers are turned away."""
+    """Rank, number and connection of each call from the workers before this one. Strangers are turned away."""
     missing = set(itertools.product(range(cluster.index), range(count)))
     if not missing:
         return

@@ -1,8 +1,8 @@
 """How workers find each other: one listens at its port of TF_CONFIG, and others call.
 
-[Note: meeting] Anybody may call a port. Callers are heard side by side, each for a time of its own, so that none of
-them keeps a worker from being heard. First comes the handshake, then the cluster as each side sees it, which must be
-the same; a caller of another cluster is no leader. A worker that gives a call up is called again.
+[Note: meeting] Anybody may call a port. Callers are heard concurrently, each with its own time limit, so no caller can
+keep a worker from being heard. After the handshake each side sends the cluster as it sees it. The two must be equal: a
+caller from another cluster is not the leader. A worker that gives up a call is called again.
 """
 
 import contextlib
@@ -29,20 +29,20 @@ CALL_SECONDS = 3.0  # for each step of a call: the called worker may be busy
 HELLO_SECONDS = 1.0  # for a caller to say who it is; strangers often say nothing
 RETRY_SECONDS = 0.1  # between two rounds of calls
 GRACE_SECONDS = 1.0  # how much longer than the leader a worker waits, to hear the leader's reason
-MOST_CALLERS = 256  # heard side by side
+MOST_CALLERS = 256  # heard concurrently
 _MOST_REASONS = 3  # why one worker could not be called
 _ADVICE = "Start each process with the same cluster and its own task index in TF_CONFIG."
 _ERRORS = {kind.__name__: kind for kind in (ConnectionError, TimeoutError, TypeError, ValueError)}
 
 
 def told(error: BaseException) -> dict[str, Any]:
-    """A message that tells others of an error; `error_of` gives it back."""
+    """A message that reports an error; `error_of` gives the error back."""
     blamed = blamed_by(error)
     return {"error": type(error).__name__, "text": str(error) or repr(error), "blamed": blamed}
 
 
 def error_of(message: dict[str, Any]) -> Exception:
-    """The error that a message with the key "error" tells of; a RuntimeError if its kind is not one of ours."""
+    """The error that a message with the key "error" reports; a RuntimeError if its kind is not one of ours."""
     error = _ERRORS.get(str(message["error"]), RuntimeError)(str(message.get("text")))
     blamed: Any = message.get("blamed")
     known = isinstance(blamed, list | tuple) and all(type(index) is int for index in blamed)
@@ -50,7 +50,7 @@ def error_of(message: dict[str, Any]) -> Exception:
 
 
 def hang_up(connections: Iterable[socket.socket], error: BaseException | None) -> None:
-    """Closes the connections. If there is an error, tells it first to the peers that still hear."""
+    """Closes the connections. If there is an error, it is sent first to the peers that still listen."""
     for connection in connections:
         with connection, contextlib.suppress(OSError):
             if error is not None:
@@ -60,11 +60,11 @@ def hang_up(connections: Iterable[socket.socket], error: BaseException | None) -
 def listen(cluster: Cluster) -> socket.socket:
     """A socket that listens on the port of this worker's address, with SO_REUSEADDR.
 
-    It listens on all interfaces, as an address may be another's name for this machine; on loopback alone if the
-    address is one of loopback.
+    It listens on all interfaces, because the address may be a name that only others use for this machine. For a
+    loopback address it listens on loopback only.
 
     Raises:
-        OSError: if it cannot.
+        OSError: if it cannot listen.
     """
     host, _, port = cluster.addresses[cluster.index].rpartition(":")
     host = host.strip("[]")
@@ -83,7 +83,7 @@ def listen(cluster: Cluster) -> socket.socket:
 
 
 def dial(address: str, seconds: float) -> socket.socket:
-    """A connection to "host:port".
+    """Connects to "host:port".
 
     Raises:
         OSError, ValueError: if nobody listens there in time, or there is no such host.
@@ -91,8 +91,8 @@ def dial(address: str, seconds: float) -> socket.socket:
     host, port = address.rsplit(":", 1)
     connection = socket.create_connection((host.strip("[]"), int(port)), seconds)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    if connection.getsockname() == connection.getpeername():  # the system gave it the port it dials
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # free it
+    if connection.getsockname() == connection.getpeername():  # a self-connection: the port it got is the port it dials
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # frees the port at once
         connection.close()
         raise ConnectionError("nobody listens there")
     return connection
@@ -101,13 +101,13 @@ def dial(address: str, seconds: float) -> socket.socket:
 def callers(
     listener: socket.socket, greet: Callable[[socket.socket], Any], deadline: float, refusals: list[str]
 ) -> Generator[tuple[socket.socket, Any], None, None]:
-    """Each caller's connection, and what `greet` makes of it, in the order in which that is known; until the deadline.
+    """Yields each caller's connection and the result of `greet`, in the order of completion, until the deadline.
 
     Args:
-        listener: where they call.
-        greet: gets a connection, in a thread of its own. Of whom it raises OSError, is turned away.
+        listener: the socket that they call.
+        greet: gets a connection, in a thread of its own. If it raises OSError, the caller is turned away.
         deadline: by the monotonic clock.
-        refusals: gets why each was turned away.
+        refusals: collects why callers were turned away.
     """
     greeted: dict[Future[Any], socket.socket] = {}  # connections by future
     done: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
@@ -137,7 +137,7 @@ def callers(
                     else:
                         yield connection, result
         finally:
-            for connection in greeted.values():  # wakes those that still listen to them
+            for connection in greeted.values():  # wakes threads that still wait for them
                 with contextlib.suppress(OSError):
                     connection.shutdown(socket.SHUT_RDWR)
             pool.shutdown()
@@ -146,7 +146,7 @@ def callers(
 
 
 def _wait_for_either(ear: socket.socket, listener: socket.socket | None, deadline: float) -> bool:
-    """Until the bell rings, which is taken note of, or somebody calls; whether somebody does."""
+    """Waits until the bell rings, and clears it, or somebody calls. Returns whether somebody calls."""
     poll = select.poll()
     poll.register(ear, select.POLLIN)
     if listener is not None:
@@ -169,12 +169,12 @@ def _accept(listener: socket.socket) -> socket.socket | None:
     return connection
 
 
-# The meeting of all with their leader.
+# The meeting of all workers with their leader.
 
 
 @dataclass(frozen=True)
 class _Call:
-    """What came of dialling a worker once."""
+    """The result of dialling a worker once."""
 
     connection: socket.socket | None = None
     conflict: str = ""  # how its cluster differs
@@ -203,17 +203,17 @@ def _call(cluster: Cluster, secret: bytes, index: int, deadline: float) -> _Call
 
 
 def call_all(cluster: Cluster, secret: bytes, timeout_seconds: float) -> dict[int, socket.socket]:
-    """The leader's part: dials until all answer. Gives connections by worker index.
+    """The leader's side: dials until all workers answer. Returns connections by worker index.
 
     Raises:
         TimeoutError: if a worker is missing.
-        ValueError: if one has another cluster.
+        ValueError: if a worker has another cluster.
     """
     deadline = monotonic() + timeout_seconds
     calls: dict[int, _Call] = {}
     connections: dict[int, socket.socket] = {}
     conflict, missing = "", list(range(1, cluster.size))
-    reasons: dict[int, dict[str, None]] = {index: {} for index in missing}  # in their order; the last may tell least
+    reasons: dict[int, dict[str, None]] = {index: {} for index in missing}  # in order: the last may say least
     try:
         with ThreadPoolExecutor(cluster.size) as pool, progress("meeting", cluster.size, unit="workers") as bar:
             while missing and (not calls or monotonic() < deadline):
@@ -245,7 +245,7 @@ def _in_short(reasons: Iterable[str]) -> str:
 
 
 def _read_cluster(message: dict[str, Any]) -> Cluster:
-    """The cluster that a message tells; ConnectionError if it tells none."""
+    """The cluster in a message. Raises ConnectionError if it holds none."""
     addresses: Any
     names: Any
     addresses, names, index = (message.get(key) for key in ("addresses", "names", "index"))
@@ -266,12 +266,12 @@ def _find_conflict(cluster: Cluster, index: int, theirs: Cluster) -> str:
 
 
 def _greet(cluster: Cluster, secret: bytes, connection: socket.socket) -> dict[str, Any]:
-    """What a leader says at last: {"seconds_left": s}, which is its welcome, or an error."""
+    """Answers a call. Returns the leader's last message: its welcome, {"seconds_left": s}, or an error."""
     handshake.hear(connection, secret, monotonic() + HELLO_SECONDS)
     theirs = _read_cluster(receive(connection, monotonic() + HELLO_SECONDS, HELLO_SECONDS, STRANGER_BYTES))
     send(connection, asdict(cluster), monotonic() + HELLO_SECONDS)
     is_ours = theirs == replace(cluster, index=0)
-    patience = CALL_SECONDS if is_ours else 5 * CALL_SECONDS  # one of another cluster takes its time to tell
+    patience = CALL_SECONDS if is_ours else 5 * CALL_SECONDS  # a leader of another cluster reports that late
     message = receive(connection, monotonic() + patience, CALL_SECONDS, STRANGER_BYTES)
     if "error" in message:
         return message
@@ -285,11 +285,11 @@ def _greet(cluster: Cluster, secret: bytes, connection: socket.socket) -> dict[s
 def await_call(
     cluster: Cluster, secret: bytes, listener: socket.socket, timeout_seconds: float
 ) -> tuple[socket.socket, float]:
-    """The others' part: the leader's connection, and how long it still waits for the rest.
+    """The other workers' side: the leader's connection, and how long the leader still waits for the rest.
 
     Raises:
         TimeoutError: if the leader does not call in time.
-        Exception: what it tells of.
+        Exception: the error that the leader reports.
     """
     refusals: list[str] = []
     greet = functools.partial(_greet, cluster, secret)
@@ -305,5 +305,5 @@ def await_call(
 
 
 def is_seconds(value: Any) -> bool:
-    """Whether a value that was received is a time to wait: not negative, and less than a year."""
+    """Whether a received value is a valid time to wait: not negative, and less than a year."""
     return type(value) in (int, float) and 0 <= value < 3e7

@@ -1,4 +1,4 @@
-"""Messages between the processes of workers: bounded, and checked before anything is made of them.
+"""Messages between worker processes: bounded in size, and checked before use.
 
 A message is a magic line, the length and the CRC-32 of its text, and the text: a JSON object.
 """
@@ -11,9 +11,9 @@ from time import monotonic
 from typing import Any
 
 MAGIC = b"tfzero message 2\n"
-STRANGER_BYTES = 2**16  # the longest text that is read of who may be anybody
+STRANGER_BYTES = 2**16  # the longest text that is accepted from strangers
 MESSAGE_BYTES = 2**28  # the longest text between workers
-_PART_BYTES = 2**20  # memory is taken for so much at once, as it comes
+_PART_BYTES = 2**20  # memory is allocated in such steps, as data arrive
 _HEADER = struct.Struct(f"!{len(MAGIC)}sQI")
 
 
@@ -26,7 +26,7 @@ def encode(message: dict[str, Any]) -> bytes:
     """A message's text.
 
     Raises:
-        TypeError, ValueError: if it is no JSON, or too long.
+        TypeError, ValueError: if it is not JSON, or too long.
     """
     text = json.dumps(message).encode()
     if len(text) > MESSAGE_BYTES:
@@ -48,11 +48,11 @@ def send(connection: socket.socket, message: dict[str, Any] | bytes, deadline: f
 def receive(
     connection: socket.socket, deadline: float, transfer_seconds: float, limit_bytes: int = MESSAGE_BYTES
 ) -> dict[str, Any]:
-    """The next message: it must begin before the deadline, and may then take `transfer_seconds`.
+    """Reads the next message. It must begin before the deadline, and may then take `transfer_seconds`.
 
     Raises:
         TimeoutError: if it is late.
-        ConnectionError: if the connection ends, or gives what is no message, or one of more than `limit_bytes`.
+        ConnectionError: if the connection ends, or what arrives is no message, or one of more than `limit_bytes`.
     """
     magic, length, checksum = _HEADER.unpack(read_bytes(connection, _HEADER.size, deadline))
     if magic != MAGIC:
@@ -64,7 +64,7 @@ def receive(
         raise ConnectionError("a message arrived damaged")
     try:
         message = json.loads(text)
-    except (ValueError, RecursionError) as error:  # lists in lists, a thousand deep
+    except (ValueError, RecursionError) as error:  # RecursionError: lists nested a thousand deep
         raise ConnectionError(f"the process there sends no JSON that can be read ({error})") from None
     if not isinstance(message, dict):
         raise ConnectionError(f"the process there sends a {type(message).__name__} for a message")
@@ -72,7 +72,7 @@ def receive(
 
 
 def read_bytes(connection: socket.socket, count: int, deadline: float) -> bytes:
-    """So many bytes.
+    """Reads exactly `count` bytes.
 
     Raises:
         TimeoutError: if they are late.
@@ -85,6 +85,6 @@ def read_bytes(connection: socket.socket, count: int, deadline: float) -> bytes:
         if not part:
             raise ConnectionError("the connection was closed")
         data += part
-        if len(data) < count and monotonic() > deadline:  # one that comes in drops
+        if len(data) < count and monotonic() > deadline:  # data that trickle in
             raise TimeoutError("timed out")
     return bytes(data)

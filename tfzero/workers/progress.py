@@ -3,11 +3,11 @@
     with progress("saving", total_bytes, unit="bytes") as bar:
         bar.advance(written_bytes)
 
-[Note: one bar] Rich draws a bar on stderr, only if that is a terminal, as one line below what has been printed, and it
-is erased when its work is done. A bar within another is not shown, nor is one of quick work. The output of a worker is
-a pipe to its launcher: a launcher with a terminal asks the first worker, by `TFZERO_PROGRESS`, to report instead of
-drawing. Reports go through that pipe as JSON text sequences (RFC 7464: a record separator, JSON, a line feed); the
-launcher cuts them out, and shows the worker's bar in place of its own for as long as there is one.
+[Note: one bar] Rich draws a bar on stderr, only if that is a terminal. The bar is one line below the printed output,
+and is erased when its work is done. A bar within another is not shown, nor is one of quick work. A worker's output is a
+pipe to its launcher. A launcher with a terminal asks worker 0, by `TFZERO_PROGRESS`, to report instead of drawing.
+Reports go through that pipe as JSON text sequences (RFC 7464: a record separator, JSON, a line feed). The launcher cuts
+them out, and shows the worker's bar in place of its own for as long as there is one.
 """
 
 import contextlib
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 REPORTS_VARIABLE = "TFZERO_PROGRESS"  # the launcher's process id: a worker's children report nothing
 QUICK_SECONDS = 0.5  # work that takes less shows no bar
 REDRAW_SECONDS = 0.1  # between two drawings or reports
-_GONE = (OSError, ValueError)  # what a terminal that has been closed gives
+_GONE = (OSError, ValueError)  # errors of a closed terminal
 _ERASE = "\r\x1b[2K"  # the cursor's line
 _LONGEST_REPORT = 4000  # characters
 
 
 @dataclass(frozen=True)
 class Task:
-    """How far some work has come: `done` of `total`, of a unit such as "workers", or "bytes", which are shown as MB."""
+    """How far some work has come: `done` of `total` units. A unit is "workers" or the like; "bytes" are shown as MB."""
 
     title: str
     total: int
@@ -41,7 +41,7 @@ class Task:
 
     @classmethod
     def read(cls, fields: object) -> "Task":
-        """A task that was reported; TypeError or ValueError if it is none."""
+        """The task in a report. Raises TypeError or ValueError if it is not a valid one."""
         if not isinstance(fields, dict):
             raise TypeError("A report is an object.")
         task = cls(**fields)
@@ -59,7 +59,7 @@ class Task:
 
 
 class _Terminal:
-    """Draws a bar below what has been printed."""
+    """Draws a bar below the printed output."""
 
     def __init__(self, console: "Console") -> None:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -74,7 +74,7 @@ class _Terminal:
     def show(self, task: Task) -> None:
         if task.title != self._title:
             self._title = task.title
-            self._bars.reset(self._id)  # its clock
+            self._bars.reset(self._id)  # restarts its clock
         self._bars.update(self._id, description=task.title, completed=task.done, total=task.total, amount=task.amount)
         with self._console.capture() as drawing:
             self._console.print(self._bars.get_renderable(), end="")
@@ -107,7 +107,7 @@ class _Reports:
             self._told = False
 
     def _tell(self, report: list[object]) -> None:
-        os.write(2, f"\x1e{json.dumps(report)}\n".encode())  # in one piece, as it is short
+        os.write(2, f"\x1e{json.dumps(report)}\n".encode())  # short, so it is written in one piece
 
 
 class Bar:
@@ -129,22 +129,22 @@ class Bar:
         return self._surface is not None
 
     def advance(self, amount: int = 1) -> None:
-        """So much more is done."""
+        """Adds to the amount that is done."""
         self.reach(self._task.done + amount)
 
     def reach(self, done: int, title: str | None = None) -> None:
-        """So much is done in all; what comes next may have another title."""
+        """Sets the total amount that is done, and maybe a title for what comes next."""
         if self._surface is not None:
             self._task = replace(self._task, done=done, title=self._task.title if title is None else title)
             self.refresh()
 
     def relay(self, task: Task | None) -> None:
-        """Shows what a worker has reported in place of this bar, until it reports None."""
+        """Shows a worker's report in place of this bar, until the worker reports None."""
         self._of_worker = task
         self.refresh()
 
     def refresh(self) -> None:
-        """Draws the bar if it was not drawn just now."""
+        """Draws the bar, unless it was drawn just now."""
         if self._surface is not None and monotonic() >= self._due_seconds:
             with contextlib.suppress(*_GONE):
                 self._surface.show(self._of_worker or self._task)
@@ -166,8 +166,8 @@ def progress(title: str, total: int, *, unit: str = "", shown: bool = True) -> I
     Args:
         title: what is done, such as "saving".
         total: how much there is to do.
-        unit: of what: "workers", or "bytes".
-        shown: whether this process may show it: only the first of several workers should.
+        unit: the unit of `total`: "workers", or "bytes".
+        shown: whether this process may show it: of several workers only the leader should.
     """
     global _current
     surface = _find_surface() if shown and not _current.is_shown else None
@@ -198,38 +198,38 @@ def _find_surface() -> _Terminal | _Reports | None:
 
 
 def asking() -> dict[str, str]:
-    """The environment that asks a worker for reports: empty where this process has no bar to show them in."""
+    """Environment variables that ask a worker for reports; none if this process has no bar to show them in."""
     shows = not _current.is_shown and _find_surface() is not None
     return {REPORTS_VARIABLE: str(os.getpid())} if shows else {}
 
 
 def is_asked(environment: Mapping[str, str]) -> bool:
-    """Whether this process asks a worker of this environment for reports."""
+    """Whether this process asks a worker with this environment for reports."""
     return environment.get(REPORTS_VARIABLE) == str(os.getpid())
 
 
 def cut_report(line: str) -> tuple[str, Task | None] | None:
-    """A line of a worker's output without the report at its end, and that report; None if it ends with none."""
+    """Splits a line of a worker's output into its text and the report at its end; None if there is no report."""
     start = line.rfind("\x1e[", max(0, len(line) - _LONGEST_REPORT))
     if start < 0:
         return None
     try:
         (fields,) = json.loads(line[start + 1 :])
         return line[:start], None if fields is None else Task.read(fields)
-    except (ValueError, TypeError, RecursionError):  # another's record separator
+    except (ValueError, TypeError, RecursionError):  # a record separator of something else
         return None
 
 
 def relay(task: Task | None) -> None:
-    """Shows what a worker has reported, in the bar that is shown."""
+    """Shows a worker's report in the bar that is shown."""
     _current.relay(task)
 
 
 def refresh() -> None:
-    """Draws the bar that is shown, if it was not drawn just now."""
+    """Draws the bar that is shown, unless it was drawn just now."""
     _current.refresh()
 
 
 def make_room() -> None:
-    """Erases the bar that is shown, so that a line can be printed; it is drawn again below."""
+    """Erases the bar that is shown, so that a line can be printed. The bar is drawn again below that line."""
     _current.erase()

@@ -1,9 +1,9 @@
-"""Ending all workers after the same step.
+"""Stops all workers after the same step.
 
-[Note: stop together] A worker that is told to end cannot just do so, and cannot ask the others at the end of its step
-either: they may already wait for it in the next. So it is said with the pulse (`collectives/pulse.py`), which goes on
-meanwhile. Who hears of it begins no further step until it has heard from all, at the next beat, how many steps they
-have begun. The largest of these numbers is the last step for all.
+[Note: stop together] A worker that is told to stop cannot just do so. It cannot ask the others at the end of its step
+either: they may already wait for it in the next one. So it tells them by the heartbeat (`collectives/pulse.py`), which
+goes on meanwhile. A worker that hears of it begins no further step until the next beat, when all say how many steps
+they have begun. The largest of these numbers is the last step for all.
 """
 
 import contextlib
@@ -15,23 +15,23 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeVar
 
-# Exit codes of a worker that ended because SIGTERM told it to, after it had saved (EX_TEMPFAIL: try again), and
-# because another worker was lost or did not arrive (EX_PROTOCOL).
+# Exit codes of a worker that saved and ended because of SIGTERM (EX_TEMPFAIL: try again), and of one that ended because
+# another worker was lost or did not arrive (EX_PROTOCOL).
 EXIT_STOPPED = 75
 EXIT_WORKER_LOST = 76
 
 _Error = TypeVar("_Error", bound=BaseException)
 
-# [Note: blame] An error of which other workers are the reason is marked with their indexes. A worker that ends because
-# of it writes them into the file that its launcher has named, so that the launcher knows who did not come.
+# [Note: blame] If other workers are the reason of an error, it is marked with their indexes. A worker that ends because
+# of it writes them into a file that its launcher has named. So the launcher knows which worker did not come.
 BLAME_VARIABLE = "TFZERO_BLAME"
 
 
 def let_children_end() -> None:
-    """Lets SIGTERM end the forked children of this process, such as those of a `PyDataset`, as it ends others.
+    """Lets SIGTERM end the forked children of this process, such as those of a `PyDataset`, like other processes.
 
-    They inherit what a training process does at SIGTERM: to save at its next step, which they never come to. A handler
-    of the user's own stays theirs.
+    They inherit the handler of a training process, which saves at the next step, and a child never comes to one. A
+    user's own handler stays.
     """
     global _children_end
     if not _children_end and hasattr(os, "register_at_fork"):
@@ -42,7 +42,7 @@ def let_children_end() -> None:
 def _take_sigterm_back() -> None:
     handler = signal.getsignal(signal.SIGTERM)
     is_ours = str(getattr(handler, "__module__", "")).partition(".")[0] == "tfzero"
-    if handler is None or handler is signal.SIG_DFL or is_ours:  # None: one that was not set by Python
+    if handler is None or handler is signal.SIG_DFL or is_ours:  # None: not set by Python
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
@@ -50,13 +50,13 @@ _children_end = False
 
 
 def blaming(error: _Error, indexes: Iterable[int]) -> _Error:
-    """The error, of which other workers are the reason: those of these indexes; of none, if nobody knows which."""
+    """Marks an error with the workers that are its reason; no indexes if nobody knows which. Returns the error."""
     error.blamed_workers = tuple(indexes)  # type: ignore[attr-defined]
     return error
 
 
 def blamed_by(error: BaseException | None) -> tuple[int, ...] | None:
-    """The workers that are the reason of an error, or of one that it was raised from; None if others are not."""
+    """The workers that are the reason of an error, or of one that it was raised from; None if no worker is."""
     seen: list[BaseException] = []
     while error is not None and error not in seen:
         blamed = getattr(error, "blamed_workers", None)
@@ -68,14 +68,14 @@ def blamed_by(error: BaseException | None) -> tuple[int, ...] | None:
 
 
 def note_blame(indexes: Iterable[int]) -> None:
-    """Tells the launcher, if there is one, because of whom this worker ends. [Note: blame]"""
+    """Tells the launcher, if there is one, which workers made this one end. [Note: blame]"""
     if path := os.environ.get(BLAME_VARIABLE):
         with contextlib.suppress(OSError):  # the launcher has gone
             Path(path).write_text(json.dumps(list(indexes)))
 
 
 def read_blame(path: Path, workers: int) -> int | None:
-    """The first worker that another blamed in this file; None if it blamed none of so many."""
+    """The first worker that is blamed in this file; None if it is not a valid index of one of `workers`."""
     try:
         blamed = json.loads(path.read_bytes()[:65536])
     except (OSError, ValueError, RecursionError):
@@ -85,7 +85,7 @@ def read_blame(path: Path, workers: int) -> int | None:
 
 
 class AgreedStop:
-    """Tells whether the training of this process is to end, and after which step.
+    """Decides whether the training of this process stops, and after which step. [Note: stop together]
 
     Args:
         timeout_seconds: how long to wait for the others' answer; None if there are no others.
@@ -100,16 +100,16 @@ class AgreedStop:
         self._last: int | None = None
 
     def request(self) -> None:
-        """Asks all workers to end soon. May be called from a signal handler."""
+        """Asks all workers to stop soon. May be called from a signal handler."""
         self._requested = True
 
     @property
     def is_requested(self) -> bool:
-        """Whether this process was asked to end."""
+        """Whether this process was asked to stop."""
         return self._requested
 
     def begin_step(self) -> bool:
-        """Whether the next step may begin; the same number of times true on all workers.
+        """Whether the next step may begin. It is True equally often on all workers.
 
         Raises:
             TimeoutError: if the others do not answer.
@@ -125,12 +125,12 @@ class AgreedStop:
             return may_begin
 
     def tell(self) -> list[bool | int]:
-        """What the others are to hear of this worker, as JSON has it."""
+        """The message of this worker to the others, as JSON."""
         with self._condition:
             return [self._requested, self._heard, self._begun]
 
     def hear(self, told: list[list[bool | int]]) -> None:
-        """Takes what all workers told, this one among them."""
+        """Takes the messages of all workers, this one included."""
         with self._condition:
             if all(heard for _, heard, _ in told):
                 self._last = max(begun for _, _, begun in told)
