@@ -4,6 +4,7 @@ from pathlib import Path
 
 import keras
 import numpy as np
+import pool
 import pytest
 import tensorflow as tf
 from keras.src.utils import file_utils
@@ -240,7 +241,7 @@ def _drift(stage: int) -> str:
 
 
 def test_replicas_that_drift_apart_are_stopped_by_name():
-    texts = tfzero.run_local(_drift, workers=2, args=(2,), timeout_seconds=FLEET_SECONDS)
+    texts = pool.run(_drift, workers=2, args=(2,))
     assert len(set(texts)) == 1
     assert "after 4 batches: The replicas have drifted apart in 1 of " in texts[0]
     assert "'model/sequential/first/bias' (" in texts[0] and " on replica 0, " in texts[0]

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import keras
 import numpy as np
+import pool
 import pytest
 import tensorflow as tf
 from keras import layers, ops
-from marks import FLEET_SECONDS, sweep
+from marks import sweep
 
 import tfzero
 
@@ -480,7 +481,7 @@ def run_cases(cases: dict[str, Callable], stage: int) -> dict:
 @functools.cache
 def on_workers(stage: int, devices: int) -> list[dict] | str:
     try:
-        return tfzero.run_local(run_cases, 2, args=(CASES, stage), cpu_devices=devices, timeout_seconds=FLEET_SECONDS)
+        return pool.run(run_cases, 2, args=(CASES, stage), cpu_devices=devices)
     except (tfzero.WorkerError, TimeoutError) as error:
         return str(error)
 

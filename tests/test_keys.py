@@ -6,6 +6,7 @@ from pathlib import Path
 
 import keras
 import numpy as np
+import pool
 import pytest
 import tensorflow as tf
 from marks import FLEET_SECONDS
@@ -174,7 +175,7 @@ def run_cases():
 
 @pytest.fixture(scope="module")
 def two_by_two():
-    return tfzero.run_local(run_cases, workers=2, cpu_devices=2, timeout_seconds=FLEET_SECONDS)
+    return pool.run(run_cases, workers=2, cpu_devices=2)
 
 
 @pytest.mark.parametrize(("case", "stage"), [(case, stage) for case, stages in CASES.items() for stage in stages])

@@ -6,10 +6,10 @@ import warnings
 
 import keras
 import numpy as np
+import pool
 import pytest
 import tensorflow as tf
 from keras import ops
-from marks import FLEET_SECONDS
 
 import tfzero
 from tfzero.rows.dependence import MIXED, OTHER, ROWS, SUM, Dependence
@@ -289,7 +289,7 @@ def in_a_worker():
 
 
 def test_on_two_workers(expected):
-    results = tfzero.run_local(in_a_worker, workers=2, timeout_seconds=FLEET_SECONDS)
+    results = pool.run(in_a_worker, workers=2)
     for name in expected:
         first, second = (result[name] for result in results)
         check(name, first[0], [*first[1], *second[1]], expected[name])
@@ -393,7 +393,7 @@ def refused_in_a_worker():
 
 
 def test_an_update_that_only_some_workers_make_is_refused():
-    for told in tfzero.run_local(refused_in_a_worker, workers=2, timeout_seconds=FLEET_SECONDS):
+    for told in pool.run(refused_in_a_worker, workers=2):
         assert "times:0' is updated in a branch or a loop" in told
 
 

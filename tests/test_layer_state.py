@@ -2,10 +2,10 @@
 
 import keras
 import numpy as np
+import pool
 import pytest
 import tensorflow as tf
 from keras import ops
-from marks import FLEET_SECONDS
 
 import tfzero
 from tfzero.views.drift import check_drift
@@ -143,7 +143,7 @@ def worker(stages):
 @pytest.mark.parametrize("devices", [1, 2])
 def test_states_on_two_workers(devices):
     expected = one_device()
-    results = tfzero.run_local(worker, workers=2, args=([1, 3],), cpu_devices=devices, timeout_seconds=FLEET_SECONDS)
+    results = pool.run(worker, workers=2, args=([1, 3],), cpu_devices=devices)
     for first, second in zip(*results, strict=True):
         assert_states(first, expected)
         assert_states(second, first)

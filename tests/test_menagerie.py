@@ -11,11 +11,11 @@ from collections.abc import Callable
 
 import keras
 import numpy as np
+import pool
 import pytest
 import tensorflow as tf
 from keras import layers, ops
 from keras import optimizers as ko
-from marks import FLEET_SECONDS
 
 import tfzero
 
@@ -403,9 +403,7 @@ def on_one_device(name):
 @functools.cache
 def on_workers(devices):
     names = None if devices == 1 else HARDEST
-    return tfzero.run_local(
-        run_cases, workers=2, cpu_devices=devices, args=(names, devices), timeout_seconds=FLEET_SECONDS
-    )
+    return pool.run(run_cases, workers=2, cpu_devices=devices, args=(names, devices))
 
 
 def assert_as_on_one_device(results, name):

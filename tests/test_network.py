@@ -5,9 +5,9 @@ import dataclasses
 import keras
 import numpy as np
 import oracle
+import pool
 import pytest
 import tensorflow as tf
-from marks import FLEET_SECONDS
 from test_compression import int8
 
 import tfzero
@@ -122,7 +122,7 @@ def _two_by_two() -> dict:
 
 @pytest.fixture(scope="module")
 def two_by_two():
-    return tfzero.run_local(_two_by_two, workers=2, cpu_devices=2, timeout_seconds=FLEET_SECONDS)
+    return pool.run(_two_by_two, workers=2, cpu_devices=2)
 
 
 @pytest.mark.parametrize("hierarchical", ["auto", False])

@@ -3,8 +3,8 @@
 import contextlib
 import warnings
 
+import pool
 import pytest
-from marks import FLEET_SECONDS
 from test_checkpoints import TARGETS, TOKENS, Interruption, compiled, make_strategy
 
 import tfzero
@@ -64,7 +64,7 @@ def _check_on_workers(folder):
 
 
 def test_the_first_worker_tells(tmp_path):
-    first, second = tfzero.run_local(_check_on_workers, workers=2, args=(str(tmp_path),), timeout_seconds=FLEET_SECONDS)
+    first, second = pool.run(_check_on_workers, workers=2, args=(str(tmp_path),))
     assert [step for _, step in first] == [step for _, step in second] == [8, 5]
     assert all(len(texts) == 1 and "batches are skipped" in texts[0] for texts, _ in first)
     assert all(texts == [] for texts, _ in second)

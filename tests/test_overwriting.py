@@ -2,10 +2,11 @@
 
 import keras
 import numpy as np
+import pool
 import pytest
 import tensorflow as tf
 from keras import optimizers as ko
-from marks import FLEET_SECONDS, sweep
+from marks import sweep
 
 import tfzero
 from tfzero.variables.classes import ShardedParameter
@@ -80,7 +81,7 @@ def _in_worker(cases):
 
 def test_float8_on_two_workers():
     cases = [("sgd", 3), ("adam", 2), ("accumulating", 1)]
-    for of_worker in tfzero.run_local(_in_worker, workers=2, args=(cases,), timeout_seconds=FLEET_SECONDS):
+    for of_worker in pool.run(_in_worker, workers=2, args=(cases,)):
         for (name, _), found in zip(cases, of_worker, strict=True):
             assert_same(found, trained(name, jit_compile=False))
 

@@ -3,10 +3,11 @@
 import keras
 import numpy as np
 import oracle
+import pool
 import pytest
 import tensorflow as tf
 from keras import layers, ops
-from marks import FLEET_SECONDS, sweep
+from marks import sweep
 
 import tfzero
 
@@ -520,9 +521,7 @@ def train_on_workers(devices):
 
 @pytest.mark.parametrize("devices", [2, sweep(1)])
 def test_workers(devices):
-    fleet = tfzero.run_local(
-        train_on_workers, workers=2, args=(devices,), cpu_devices=devices, timeout_seconds=FLEET_SECONDS
-    )
+    fleet = pool.run(train_on_workers, workers=2, args=(devices,), cpu_devices=devices)
     for case, make_layers in enumerate((kernels, normalized)):
         keras.utils.set_random_seed(5)
         one_device = oracle.train(sequential(make_layers)(), *DATA.arrays(), arguments(), batch_size=BATCH)

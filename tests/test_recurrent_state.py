@@ -2,10 +2,10 @@
 
 import keras
 import numpy as np
+import pool
 import pytest
 import tensorflow as tf
 from keras import layers
-from marks import FLEET_SECONDS
 
 import tfzero
 from tfzero.checkpoint.state import state_of
@@ -93,9 +93,7 @@ def _in_worker(stages, folder):
 
 @pytest.mark.parametrize("devices", [1, 2])
 def test_on_two_workers(devices, tmp_path):
-    results = tfzero.run_local(
-        _in_worker, workers=2, args=([2, 3], str(tmp_path)), cpu_devices=devices, timeout_seconds=FLEET_SECONDS
-    )
+    results = pool.run(_in_worker, workers=2, args=([2, 3], str(tmp_path)), cpu_devices=devices)
     expected = carried_through(jit_compile=False)
     for of_worker in results:
         for found in of_worker:

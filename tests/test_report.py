@@ -4,10 +4,10 @@ import inspect
 
 import keras
 import numpy as np
+import pool
 import pytest
 import tensorflow as tf
 from keras import layers
-from marks import FLEET_SECONDS
 
 import tfzero
 
@@ -217,7 +217,7 @@ def _summaries() -> tuple:
 
 
 def test_one_of_several_workers_prints_it_and_shows_progress():
-    first, second = tfzero.run_local(_summaries, workers=2, cpu_devices=2, timeout_seconds=FLEET_SECONDS)
+    first, second = pool.run(_summaries, workers=2, cpu_devices=2)
     assert "4 replicas, 2 CPU devices in each of 2" in first[0]
     assert first[0].count("loss:") >= 2 and second[0] == "", "one progress bar for all workers"
     assert second[1]["cluster_resolver"] == "this is worker 1 of 2"

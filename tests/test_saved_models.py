@@ -12,10 +12,10 @@ from pathlib import Path
 
 import keras
 import numpy as np
+import pool
 import pytest
 import tensorflow as tf
 from keras import layers
-from marks import FLEET_SECONDS
 
 import tfzero
 
@@ -144,7 +144,7 @@ def fleet(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fleet")
     for stage in (2, 3):
         (folder / str(stage)).mkdir()
-    results = tfzero.run_local(export_in_worker, workers=2, args=(str(folder),), timeout_seconds=FLEET_SECONDS)
+    results = pool.run(export_in_worker, workers=2, args=(str(folder),))
     return folder, results
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import keras
 import numpy as np
 import oracle
+import pool
 import pytest
 import tensorflow as tf
-from marks import FLEET_SECONDS
 
 import tfzero
 from tfzero.checkpoint import directories
@@ -417,10 +417,7 @@ def _run(stage, folder, only):
 def results(tmp_path_factory):
     only = os.environ.get("ONLY", "").split()
     return {
-        stage: tfzero.run_local(
-            _run, workers=2, args=(stage, str(tmp_path_factory.mktemp("saving")), only), timeout_seconds=FLEET_SECONDS
-        )
-        for stage in CASES
+        stage: pool.run(_run, workers=2, args=(stage, str(tmp_path_factory.mktemp("saving")), only)) for stage in CASES
     }
 
 

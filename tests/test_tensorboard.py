@@ -12,11 +12,12 @@ from pathlib import Path
 
 import keras
 import numpy as np
+import pool
 import pytest
 import tensorflow as tf
 from keras import layers
 from keras import optimizers as ko
-from marks import FLEET_SECONDS, sweep
+from marks import sweep
 from oracle import Data, dense_model
 
 import tfzero
@@ -221,7 +222,7 @@ def train_beside(log_dir) -> dict:
 
 
 def test_two_workers(tmp_path):
-    first, second = tfzero.run_local(train_beside, workers=2, args=(str(tmp_path),), timeout_seconds=FLEET_SECONDS)
+    first, second = pool.run(train_beside, workers=2, args=(str(tmp_path),))
     assert first["same"] and second["same"]
     found = written(tmp_path)
     assert len(list((tmp_path / "tfzero").glob("events*"))) == 1, "one worker writes"

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import keras
 import numpy as np
+import pool
 import pytest
 from keras import layers
-from marks import FLEET_SECONDS
 
 import tfzero
 
@@ -132,9 +132,7 @@ def fleet(tmp_path_factory):
         (folder / str(stage)).mkdir()
     with Monitor() as second, Monitor() as third:
         addresses = {2: second.address, 3: third.address}
-        results = tfzero.run_local(
-            train_in_worker, workers=2, args=(str(folder), addresses), timeout_seconds=FLEET_SECONDS
-        )
+        results = pool.run(train_in_worker, workers=2, args=(str(folder), addresses))
     return folder, {2: second.received, 3: third.received}, results
 
 
