@@ -462,7 +462,7 @@ def test_batch_normalization_leaves_replicas_equal():
     assert np.abs(means[0]).max() > 1e-2
 
 
-@pytest.mark.parametrize(("stage", "devices"), [(2, 3), sweep(0, 2)])
+@pytest.mark.parametrize(("stage", "devices"), [sweep(2, 3), sweep(0, 2)])
 def test_synchronized_batch_normalization(stage, devices):
     def make_model():
         return keras.Sequential(
@@ -586,7 +586,7 @@ def test_masked_losses(reduction, weighted):
     np.testing.assert_allclose(*evaluated, **EXACT)
 
 
-@pytest.mark.parametrize("reduction", ["sum_over_batch_size", sweep("sum"), "mean_with_sample_weight"])
+@pytest.mark.parametrize("reduction", [sweep("sum_over_batch_size"), sweep("sum"), "mean_with_sample_weight"])
 def test_weighted_samples(reduction):
     weights = np.where(np.arange(46) % 15 < 5, 0.0, np.linspace(0.1, 5, 46)).astype("float32")  # a part that weighs 0
     compare(
@@ -745,7 +745,7 @@ class BuiltLate(keras.Model):
         return self.last(self.hidden(x))
 
 
-@pytest.mark.parametrize("devices", [sweep(2), 3])
+@pytest.mark.parametrize("devices", [2, sweep(3)])
 def test_a_model_that_is_built_by_its_first_batch(devices):
     ours, _ = compare(make_strategy(2, devices), BuiltLate, adam())
     assert_replicas_equal(ours)
@@ -826,6 +826,7 @@ def generate():
             yield x[begin:end], y[begin:end]
 
 
+@pytest.mark.sweep
 def test_a_generator():
     compare(make_strategy(), oracle.dense_model, adam(), generate, steps_per_epoch=4)
 
