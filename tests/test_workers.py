@@ -677,7 +677,7 @@ def test_case(fleet, name):
 # What cases are about beyond equality with one device.
 
 
-@pytest.mark.parametrize("fleet", [fleet for fleet in FLEETS if fleet.workers > 1], ids=str)
+@pytest.mark.parametrize("fleet", [*FLEETS, sweep(SWEPT[0])], ids=str)
 def test_comparison_notices_a_broken_reduction(fleet):
     weights = fleet.result("broken_reduction")["own"]["weights"]
     with pytest.raises(AssertionError):
