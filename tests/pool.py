@@ -110,8 +110,6 @@ def serve(folder: str, index: str) -> None:
 
 
 def _serve_calls(line: int, folder: str, index: str) -> None:
-    import oracle  # noqa: F401 - sets how graphs are made, as for all tests
-
     state = _State()
     tfzero.ZeroStrategy()  # joins the others, whatever the first call does with TensorFlow
     with os.fdopen(line, "rb", buffering=0) as numbers:

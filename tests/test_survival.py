@@ -32,7 +32,6 @@ import keras, numpy as np, tensorflow as tf, tfzero
 
 directory, out, stage, pause, timeout_seconds = *sys.argv[1:4], float(sys.argv[4]), float(sys.argv[5])
 tf.config.experimental.enable_op_determinism()
-tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})  # quicker to start
 keras.utils.set_random_seed(1)
 strategy = tfzero.ZeroStrategy(int(stage), min_shard_elements=8, timeout_seconds=timeout_seconds)
 with strategy.scope():
