@@ -52,7 +52,7 @@ def launch(folder, script, *arguments, options=()):
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT_SECONDS)
 
 
-@pytest.mark.parametrize(("where", "slow"), [("tracing", 0), ("before", 0), sweep("before", 1)])
+@pytest.mark.parametrize(("where", "slow"), [("tracing", 0), sweep("before", 0), sweep("before", 1)])
 def test_a_worker_that_is_slow_is_named_in_time_and_dropped(tmp_path, where, slow):
     options = ["--max-restarts", "2", "--min-workers", "1"]
     done = launch(tmp_path, SLOW, where, slow, TIMEOUT_SECONDS, options=options)

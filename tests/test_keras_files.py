@@ -4,7 +4,6 @@ from pathlib import Path
 
 import keras
 import numpy as np
-import pool
 import pytest
 import tensorflow as tf
 from keras.src.utils import file_utils
@@ -124,7 +123,12 @@ def fleet(tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
     for stage in (2, 3):
         (folder / str(stage)).mkdir()
-    return folder, tfzero.run_local(_train_and_save, workers=2, args=(str(folder),), timeout_seconds=FLEET_SECONDS)
+    found = tfzero.run_local(_drift_and_save, workers=2, args=(str(folder),), timeout_seconds=FLEET_SECONDS)
+    return folder, found
+
+
+def _drift_and_save(folder: str) -> dict:
+    return {"drift": _drift(2), **_train_and_save(folder)}
 
 
 def test_one_worker_writes(fleet):
@@ -240,8 +244,8 @@ def _drift(stage: int) -> str:
     return "nothing noticed"
 
 
-def test_replicas_that_drift_apart_are_stopped_by_name():
-    texts = pool.run(_drift, workers=2, args=(2,))
+def test_replicas_that_drift_apart_are_stopped_by_name(fleet):
+    texts = [result["drift"] for result in fleet[1]]
     assert len(set(texts)) == 1
     assert "after 4 batches: The replicas have drifted apart in 1 of " in texts[0]
     assert "'model/sequential/first/bias' (" in texts[0] and " on replica 0, " in texts[0]
