@@ -408,10 +408,11 @@ def all_differences(index):
             difference(strategy, index)
         except ValueError as error:
             print("REPORT", difference.__name__, str(error).replace("\n", " "))
+    sys.stdout.flush()  # as a worker may end at once when the other has ended
     try:
         gather_alone(index, 15)
-    except TimeoutError as error:
-        print("REPORT", "gather_alone", error)
+    except Exception as error:
+        print("REPORT", "gather_alone", f"{type(error).__name__}: {error}")
 
 
 def death_before_training(index):

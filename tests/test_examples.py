@@ -18,6 +18,8 @@ import pytest
 import yaml
 from marks import FLEET_SECONDS, sweep
 
+import tfzero
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 CPU_SECONDS = 2 * 60
 MOST_LINES = 100
@@ -145,7 +147,10 @@ def test_tumours_go_on_with_another_number_of_workers(tmp_path):
     assert number_in(r"replicas: ([\d.]+)% are told apart", resumed) > 90
 
 
-def test_notebook(monkeypatch, capsys):
+@pytest.mark.parametrize("way", ["in turn", sweep("alone")])
+def test_notebook(monkeypatch, capsys, way):
+    if way == "in turn":
+        monkeypatch.setattr(tfzero, "run_local", pool.run)
     cells = json.loads((EXAMPLES / "notebook.ipynb").read_text())["cells"]
     namespace = {"__name__": "__main__"}
     for cell in cells:
