@@ -6,6 +6,7 @@ import oracle
 import pool
 import pytest
 from keras import layers
+from marks import sweep
 
 import tfzero
 from tfzero.collectives.group import Group
@@ -21,7 +22,7 @@ def make(stage=2, make_model=oracle.dense_model, optimizer="adam", **settings):
     return model
 
 
-@pytest.mark.parametrize(("stage", "optimizer"), [(2, "muon"), (3, "adam")])
+@pytest.mark.parametrize(("stage", "optimizer"), [sweep(2, "muon"), (3, "adam")])
 def test_a_right_step_agrees_and_leaves_the_model_as_it_was(stage, optimizer):
     model = make(stage, optimizer=optimizer)
     model.train_on_batch(X, Y)

@@ -67,7 +67,8 @@ def make_model():
     return keras.Sequential([keras.Input((8,)), keras.layers.Dense(512, activation="relu"), keras.layers.Dense(3)])
 
 
-def make_namespace():
+@functools.cache
+def namespace():
     """What a listing may use: it need not make data, a strategy and a model that was trained a little."""
     random = np.random.default_rng(0)
     x, y = random.normal(size=(48, 8)).astype("float32"), random.normal(size=(48, 3)).astype("float32")
@@ -100,7 +101,7 @@ def test_a_public_name_tells_of_its_arguments(name):
 @pytest.mark.parametrize("name", OBJECTS)
 def test_the_examples_of_a_public_name_run(name):
     for source in blocks(inspect.getdoc(OBJECTS[name])):
-        run(source, name, {"__name__": "__main__", **make_namespace()})
+        run(source, name, {"__name__": "__main__", **namespace()})
 
 
 @functools.cache

@@ -16,6 +16,7 @@ import pool
 import pytest
 import tensorflow as tf
 from keras import layers
+from marks import sweep
 
 import tfzero
 
@@ -148,7 +149,7 @@ def fleet(tmp_path_factory):
     return folder, results
 
 
-RUNS = ["devices-2", "devices-3", "workers-2", "workers-3"]
+RUNS = [sweep("devices-2"), sweep("devices-3"), "workers-2", "workers-3"]
 
 
 @pytest.fixture(scope="module", params=RUNS)
