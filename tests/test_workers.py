@@ -640,7 +640,7 @@ class Fleet:
         return self.results(name)[0]
 
 
-FLEETS = [Fleet(2, 2, 2, level=3), Fleet(2, 2, 3), Fleet(3, 1, 0)]
+FLEETS = [Fleet(2, 2, 3, level=3), Fleet(3, 1, 0)]
 SWEPT = [
     Fleet(2, 1, 2, level=4),
     *(Fleet(workers, 1, stage) for workers, stage in ((1, 2), (2, 0), (2, 1), (2, 3), (3, 3))),
