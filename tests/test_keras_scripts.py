@@ -457,7 +457,7 @@ def pretrained_layers_from_outside_the_scope(strategy):
 
 ON_DEVICES = ("vae", "dcgan", "called_with_something_else", "schedule_without_get_config")  # by default, at stage 2
 ON_WORKERS = (
-    "vae_that_goes_on", "wgan_gp", "built_by_the_step", "two_schedules_without_get_config", "schedules_that_differ",
+    "vae_that_goes_on", "wgan_gp", "two_schedules_without_get_config", "schedules_that_differ",
     "lora_outside_the_scope", "pretrained_layers_from_outside_the_scope",
 )  # by default, at stage 3 on 2 workers with 2 devices each  # fmt: skip
 
@@ -527,12 +527,13 @@ def test_on_logical_devices(name, stage):
     ("name", "stage", "devices"),
     [*((name, 3, 2) for name in ON_WORKERS)]
     + [sweep(name, 3, 2) for name in CASES if name not in ON_WORKERS]
-    + [sweep(name, stage, 1) for name in CASES for stage in (2, 3)],
+    + [("built_by_the_step", 3, 1), sweep("built_by_the_step", 2, 1)]
+    + [sweep(name, stage, 1) for name in CASES if name != "built_by_the_step" for stage in (2, 3)],
 )
 def test_on_two_workers(name, stage, devices):
-    others = tuple(CASES) if devices == 1 else tuple(each for each in CASES if each not in ON_WORKERS)
-    is_default = (stage, devices) == (3, 2) and name in ON_WORKERS
-    results = on_workers(stage, devices, ON_WORKERS if is_default else others)
+    default = ON_WORKERS if devices == 2 else ("built_by_the_step",)
+    others = tuple(each for each in CASES if (stage, each) == (2, "built_by_the_step") or each not in default)
+    results = on_workers(stage, devices, default if stage == 3 and name in default else others)
     if isinstance(results, str):
         pytest.fail(f"the fleet failed: {results}")
     for result in results:
