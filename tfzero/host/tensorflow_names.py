@@ -382,4 +382,16 @@ ROWS = (
             ),
         },
     ),
+    *rows(
+        "",
+        TENSORFLOW,
+        "test_a_tensor_is_computed_outside_its_graph",
+        {
+            "tensorflow.__internal__.lift_to_graph(tensors graph sources disallowed_placeholders "
+            "add_sources handle_captures base_graph op_map)": "initial values of variables made in a trace",
+            "tensorflow.python.ops.op_selector.UnliftableError(Exception)": (
+                "initial values of variables made in a trace, from its arguments"
+            ),
+        },
+    ),
 )
