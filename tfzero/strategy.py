@@ -33,7 +33,7 @@ from tfzero.report import Report, make_report
 from tfzero.rows.dependence import is_global
 from tfzero.rows.inputs import DataPosition
 from tfzero.variables.classes import ShardedVariable, agree_on_sharded
-from tfzero.workers.cluster import Cluster, find_cluster
+from tfzero.workers.cluster import Cluster, find_cluster, others_of
 from tfzero.workers.device_agreement import agree_on_devices
 from tfzero.workers.digests import BatchComparison
 from tfzero.workers.stopping import AgreedStop
@@ -127,7 +127,7 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         check_compression(compression, error_feedback)
         check_overlap(overlap_param_gather, stage)
         check_number("compare_batches", compare_batches, int, 0)
-        cluster = find_cluster(cluster_resolver)
+        cluster = others_of(find_cluster(cluster_resolver))
         configure_cpu_devices()
         local = choose_devices(devices)
         self.settings = Settings(
