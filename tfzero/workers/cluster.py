@@ -1,4 +1,4 @@
-"""The workers of a run, from TF_CONFIG or a cluster resolver."""
+"""The workers of a run, from TF_CONFIG or CLUSTER_SPEC."""
 
 import json
 import os
@@ -9,10 +9,16 @@ from typing import Any
 
 _EXAMPLE = """Set it to, for example, {"cluster": {"worker": ["host1:2222", "host2:2222"]}, \
 "task": {"type": "worker", "index": 0}}, or unset it to train in one process."""
-_SPARSE = """The "sparseCluster" of TF_CONFIG names this worker alone, and workers must know each other. A TFJob writes it for \
-`enableDynamicWorker: true`: leave that away."""
-_NO_SERVERS = """tfzero is synchronous: all processes are workers. List them under "worker" and leave "ps" out; in \
-SageMaker, take `multi_worker_mirrored_strategy` in place of `parameter_server`."""
+_SPARSE = (
+    'The "sparseCluster" of TF_CONFIG names this worker alone, and workers must know each other. A TFJob writes it for '
+    "`enableDynamicWorker: true`: leave that away."
+)
+_NO_SERVERS = (
+    'tfzero is synchronous: all processes are workers. List them under "worker" and leave "ps" out; in SageMaker, take '
+    "`multi_worker_mirrored_strategy` in place of `parameter_server`."
+)
+# Vertex AI numbers its pools; the third may hold servers that sum gradients for NCCL, and run no program of the user's.
+_POOLS = {"workerpool0": "chief", "workerpool1": "worker", "workerpool2": "ps", "workerpool3": "evaluator"}
 _CHIEFS = ("chief", "master")  # two words for the first worker; TensorFlow 2 knows the former only
 _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.%]+\]|[^\s:/\[\]]+):([0-9]{1,5})")
 
@@ -101,16 +107,34 @@ def cluster_from_spec(spec: dict[str, Any], task_type: str, task_id: int | str) 
     return Cluster(addresses, names, list(tasks).index(task))
 
 
-def find_cluster(resolver: object) -> Cluster | None:
-    """The `Cluster` of a user's resolver, or of TF_CONFIG if there is no resolver."""
-    if resolver is None:
-        return read_tf_config()
-    import tensorflow as tf  # imported only here: launchers read TF_CONFIG without TensorFlow
+def read_cluster_spec(environ: Mapping[str, str] = os.environ) -> Cluster | None:
+    """The `Cluster` of CLUSTER_SPEC, which some platforms set where they set no TF_CONFIG; None if it is none.
 
-    if not isinstance(resolver, tf.distribute.cluster_resolver.ClusterResolver):
-        raise ValueError(f"`cluster_resolver` must be a ClusterResolver. Received: {resolver!r}")
-    spec = resolver.cluster_spec()
-    return cluster_from_spec(spec.as_dict() if spec else {}, resolver.task_type, resolver.task_id)
+    Vertex AI writes `{"cluster": {"workerpool0": [...], ...}, "task": {...}}`. TonY writes the cluster alone, and the
+    task into `JOB_NAME` and `TASK_INDEX`.
+
+    Raises:
+        ValueError: if this task takes no part in training, or if it is not known among several.
+    """
+    text = environ.get("CLUSTER_SPEC", "").strip()
+    try:
+        config = json.loads(text or "{}")
+    except ValueError:
+        return None  # somebody else's variable
+    spec = config.get("cluster", config) if isinstance(config, dict) else None
+    if not isinstance(spec, dict) or not spec or not set(spec) <= {*_POOLS, *_CHIEFS, "worker", "ps", "evaluator"}:
+        return None
+    task = config.get("task") or {"type": environ.get("JOB_NAME"), "index": environ.get("TASK_INDEX")}
+    try:
+        _require(isinstance(task, dict), 'Its "task" must be an object with "type" and "index".')
+        is_pool = set(spec) <= set(_POOLS)
+        jobs = {_POOLS[job]: tasks for job, tasks in spec.items()} if is_pool else spec
+        kept = {job: tasks for job, tasks in jobs.items() if not (is_pool and job == "ps")}
+        kind = str(task.get("type")).lower()
+        return cluster_from_spec(kept, _POOLS.get(kind, kind), task.get("index"))  # type: ignore[arg-type]
+    except ValueError as error:
+        advice = "Set TF_CONFIG to say who the workers are, or to '{}' to train in one process."
+        raise ValueError(f"CLUSTER_SPEC does not name the workers: {error} {advice}") from None
 
 
 def others_of(cluster: Cluster | None) -> Cluster | None:
