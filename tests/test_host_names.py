@@ -131,6 +131,30 @@ def test_a_name_that_only_one_worker_does_not_find_is_an_error_on_all(monkeypatc
         assert type(error) is OSError and "worker 1 cannot find worker 0 at localhost" in str(error), errors
 
 
+def test_a_worker_need_not_find_its_own_name(monkeypatch):
+    """Others may know this machine by a name that it does not have itself."""
+    original, asked = socket.getaddrinfo, []
+
+    def look_up(host, *args, **kwargs):
+        return original("127.0.0.1" if host == "only-others-know" else host, *args, **kwargs)
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    monkeypatch.setattr(joining, "Lookup", lambda hosts, seconds: asked.append(hosts) or Lookup(hosts, seconds))
+    ports = [_free_port(), _free_port()]
+    addresses = (f"127.0.0.1:{ports[0]}", f"only-others-know:{ports[1]}")
+    clusters = [Cluster(addresses, ("worker 0", "worker 1"), k) for k in (0, 1)]
+    channels = [None, None]
+
+    def meet(index):
+        channels[index] = joining._meet(clusters[index], 10)
+
+    threads = [threading.Thread(target=meet, args=(index,)) for index in (0, 1)]
+    [thread.start() for thread in threads]
+    [thread.join(30) for thread in threads]
+    assert sorted(asked) == [["127.0.0.1"], ["only-others-know"]]
+    [channel.close() for several in channels for channel in several]
+
+
 def _free_port():
     with socket.create_server(("", 0)) as server:
         return server.getsockname()[1]

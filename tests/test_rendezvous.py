@@ -79,7 +79,8 @@ def test_the_innermost_launcher_counts(environ, task):
 @pytest.mark.parametrize(
     "environ, problem",
     [
-        ({**TORCH, "RANK": "4"}, "must be below their number. Received: WORLD_SIZE=4, RANK=4"),
+        ({**TORCH, "RANK": "4"}, "must be below their number, and they may be 100,000. Received: WORLD_SIZE=4, RANK=4"),
+        ({**TORCH, "WORLD_SIZE": "99999999999"}, "they may be 100,000"),
         ({**TORCH, "WORLD_SIZE": "four"}, "WORLD_SIZE must be a number. Received: 'four'"),
         ({**OPEN_MPI, "OMPI_COMM_WORLD_LOCAL_RANK": "2"}, "on its machine must be below the number there"),
     ],

@@ -101,6 +101,7 @@ def test_steps_beside_each_other_have_ports_of_their_own():
     [
         (step(rank=5), "the task's number is too large"),
         (step(SLURM_STEP_NUM_TASKS="4"), "they do not fit together"),
+        ({**step(), "SLURM_STEP_TASKS_PER_NODE": "999999999999(x3)"}, "they do not fit together"),
         (step(counts="2(x2)"), "they do not fit together"),
         (step(SLURM_NODEID="1"), "SLURM_NODEID of task 0 is '1', where '0' was expected"),
         (step(SLURM_LOCALID="1"), "SLURM_LOCALID of task 0 is '1'"),

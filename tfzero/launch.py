@@ -272,7 +272,7 @@ def _become_worker(options: argparse.Namespace) -> int:
     """
     try:
         own, held = worker_environment(options.task, options.gpus_per_worker)
-    except (OSError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: task 0's error of another kind
         print(f"tfzero.launch: {error}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, ValueError) else 1
     shared = {"TF_CPP_MIN_LOG_LEVEL": "2", **os.environ, "PYTHONUNBUFFERED": "1"}

@@ -11,7 +11,7 @@ from tfzero.host import distributed, runtime
 from tfzero.workers.agreement import versions
 from tfzero.workers.channel import Channel
 from tfzero.workers.cluster import Cluster
-from tfzero.workers.host_names import Lookup, hint, host_of, problem_of
+from tfzero.workers.host_names import Lookup, hint, host_of, is_number, problem_of
 from tfzero.workers.stopping import let_children_end
 
 
@@ -66,12 +66,13 @@ def join(cluster: Cluster | None, timeout_seconds: float) -> Joined:
 
 
 def _meet(cluster: Cluster, timeout_seconds: float) -> list[Channel]:
-    """Four channels among the workers, all of which find the hosts of all others. [Note: host names]
+    """Four channels among the workers, each of which finds the hosts of all others. [Note: host names]
 
     Raises:
         OSError: if a worker does not find one; else as `Channel.join`.
     """
-    lookup = Lookup(map(host_of, cluster.addresses), timeout_seconds)
+    hosts = list(map(host_of, cluster.addresses))
+    lookup = Lookup([host for index, host in enumerate(hosts) if index != cluster.index], timeout_seconds)
     with contextlib.ExitStack() as opened:
         try:
             channels = [_opened(cluster, timeout_seconds, opened) for _ in range(4)]
@@ -79,7 +80,7 @@ def _meet(cluster: Cluster, timeout_seconds: float) -> list[Channel]:
             if missing := hint(lookup, cluster):
                 raise TimeoutError(f"{error}{missing}") from error
             raise
-        if lookup.names:  # on all workers, as they have the same cluster
+        if not all(map(is_number, hosts)):  # the same on all workers
             told = channels[0].all_gather("looking up host names", lookup.missing(wait=True))
             if problem := problem_of(told, cluster):
                 raise OSError(problem)

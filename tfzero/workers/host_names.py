@@ -1,9 +1,10 @@
 """Looks up host names with a time limit, those of all workers before TensorFlow starts its servers.
 
 [Note: host names] `socket.getaddrinfo` blocks for as long as the resolver likes, and Python's signal handlers wait for
-it. TensorFlow's server does the same with names, without any limit. So tfzero looks every name up first, in daemon
-threads that nobody has to wait for. A name may appear late, as the pods of a Kubernetes job do, so it is looked up
-again until the time is over. Workers tell each other what they could not find, and all raise the same error.
+it. TensorFlow's server does the same with names, without any limit. So tfzero looks up the names of all other workers
+first, in daemon threads that nobody has to wait for. A worker's own name is never looked up: it may be one that only
+others use for this machine. A name may appear late, as the pods of a Kubernetes job do, so it is looked up again until
+the time is over. Workers tell each other what they could not find, and all raise the same error.
 """
 
 import contextlib
@@ -20,8 +21,8 @@ from tfzero.workers.cluster import Cluster
 _RETRY_SECONDS = 0.2
 _MOST_THREADS = 32
 _ADVICE = (
-    "Let the names in TF_CONFIG be found on every worker's machine, its own included (DNS or /etc/hosts), or write IP "
-    "addresses there."
+    "Let every worker's machine find the names of the others in TF_CONFIG (DNS or /etc/hosts), or write IP addresses "
+    "there."
 )
 
 

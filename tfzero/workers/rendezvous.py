@@ -79,39 +79,42 @@ class _Caller:
 
 
 def _collect(place: Place, secret: bytes, timeout_seconds: float) -> list[str]:
+    found: dict[int, tuple[socket.socket, str]] = {}  # connection and address by rank
+    try:
+        _hear_all(place, secret, timeout_seconds, found)
+        addresses = [place.meeting, *(found[rank][1] for rank in range(1, place.size))]
+        for connection, _ in found.values():
+            send(connection, {"addresses": addresses}, monotonic() + CALL_SECONDS)
+    except BaseException as error:
+        hang_up([connection for connection, _ in found.values()], error)
+        raise
+    hang_up([connection for connection, _ in found.values()], None)
+    return addresses
+
+
+def _hear_all(place: Place, secret: bytes, timeout_seconds: float, found: dict[int, tuple[socket.socket, str]]) -> None:
+    """Fills `found` with all tasks but the first."""
     here = Cluster((place.meeting,), ("task 0",), 0)
-    found: dict[int, tuple[socket.socket, str]] = {}  # by rank
     refusals: list[str] = []
     greet = functools.partial(_greet, place, secret)
-    with listen(here) as listener:
-        try:
-            heard = callers(listener, greet, monotonic() + timeout_seconds, refusals)
-            with contextlib.closing(heard):
-                for connection, caller in heard:
-                    problem = _problem_of(place, caller, found)
-                    if problem:
-                        hang_up([connection], error := ValueError(problem))
-                        raise error
-                    found[caller.rank] = (connection, caller.address)
-                    if len(found) == place.size - 1:
-                        break
-            missing = [rank for rank in range(1, place.size) if rank not in found]
-            if missing:
-                strangers = [
-                    f" {len(refusals)} callers were turned away, the last one: {why}." for why in refusals[-1:]
-                ]
-                raise TimeoutError(
-                    f"{len(missing)} of {place.size} tasks did not call task 0 at {place.meeting} within "
-                    f"{timeout_seconds:g} s: {', '.join(map(str, missing[:20]))}.{''.join(strangers)} {_ADVICE}"
-                )
-        except BaseException as error:
-            hang_up([connection for connection, _ in found.values()], error)
-            raise
-    addresses = [place.meeting, *(found[rank][1] for rank in range(1, place.size))]
-    for connection, _ in found.values():
-        with connection:
-            send(connection, {"addresses": addresses}, monotonic() + CALL_SECONDS)
-    return addresses
+    with (
+        listen(here) as listener,
+        contextlib.closing(callers(listener, greet, monotonic() + timeout_seconds, refusals)) as heard,
+    ):
+        for connection, caller in heard:
+            problem = _problem_of(place, caller, found)
+            if problem:
+                hang_up([connection], error := ValueError(problem))
+                raise error
+            found[caller.rank] = (connection, caller.address)
+            if len(found) == place.size - 1:
+                return
+    missing = ", ".join(str(rank) for rank in range(1, place.size) if rank not in found)
+    strangers = [f" {len(refusals)} callers were turned away, the last one: {why}." for why in refusals[-1:]]
+    raise TimeoutError(
+        f"{place.size - 1 - len(found)} of {place.size} tasks did not call task 0 at {place.meeting} within "
+        f"{timeout_seconds:g} s: {missing[:200]}.{''.join(strangers)} {_ADVICE}"
+    )
 
 
 def _greet(place: Place, secret: bytes, connection: socket.socket) -> _Caller:

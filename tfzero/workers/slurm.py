@@ -125,8 +125,8 @@ def task_addresses(environ: Mapping[str, str], port: int | None = None) -> list[
     size = number(environ, "SLURM_STEP_NUM_TASKS")
     nodes = expand_nodes(environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", ""))
     counts = expand_counts(environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE", ""))
+    _check(len(counts) == len(nodes) and sum(counts) == size, environ, "they do not fit together")
     places = place_tasks(counts, *_distribution(environ, len(nodes)))
-    _check(len(counts) == len(nodes) and len(places) == size, environ, "they do not fit together")
     locals_ = [places[:task].count(node) for task, node in enumerate(places)]
     _check_own(environ, nodes, places, locals_)
     first = _first_port(environ) if port is None else port

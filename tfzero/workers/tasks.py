@@ -15,6 +15,7 @@ from tfzero.workers import slurm
 PORT_VARIABLE = "TFZERO_PORT"
 _DEFAULT_PORT = 29500  # as with PyTorch
 _LOOPBACK = "127.0.0.1"
+_MOST_TASKS = 100_000
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,11 @@ def find_task(environ: Mapping[str, str] = os.environ) -> Task | None:
 def _task_of(names: _Names, environ: Mapping[str, str]) -> Task:
     size, rank = (slurm.number(environ, name) for name in (names.size, names.rank))
     told = f"{names.size}={size}, {names.rank}={rank}"
-    if rank >= size:
-        raise ValueError(f"The rank of a task of {names.launcher} must be below their number. Received: {told}.")
+    if not rank < size <= _MOST_TASKS:
+        most = f"and they may be {_MOST_TASKS:,}"
+        raise ValueError(
+            f"The rank of a task of {names.launcher} must be below their number, {most}. Received: {told}."
+        )
     local_size = slurm.number(environ, names.local_size) if environ.get(names.local_size) else None
     local_rank = slurm.number(environ, names.local_rank) if environ.get(names.local_rank) else None
     if local_size is not None and local_rank is not None and local_rank >= local_size:
