@@ -48,9 +48,8 @@ def open_mpi(rank, port, size=2):
 
 
 @contextlib.contextmanager
-def started(*arguments, environments, **more):
-    """One process of the launcher for each environment."""
-    command = [sys.executable, "-m", "tfzero.launch", *map(str, arguments)]
+def started(command, environments, **more):
+    """One process for each environment."""
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     processes = [subprocess.Popen(command, env={**CLEAN, **each}, **streams, **more) for each in environments]
     try:
@@ -61,11 +60,20 @@ def started(*arguments, environments, **more):
             process.communicate()
 
 
-def run(*arguments, environments, seconds=60, **more):
+def run_commands(command, environments, seconds=60, **more):
     """(exit code, stdout, stderr) of each process."""
-    with started(*arguments, environments=environments, **more) as processes:
+    with started(command, environments, **more) as processes:
         told = [process.communicate(timeout=seconds) for process in processes]
         return [(process.returncode, *each) for process, each in zip(processes, told, strict=True)]
+
+
+def launch(*arguments):
+    return [sys.executable, "-m", "tfzero.launch", *map(str, arguments)]
+
+
+def run(*arguments, environments, **more):
+    """The same of the launcher with these arguments."""
+    return run_commands(launch(*arguments), environments, **more)
 
 
 def environments_of(launcher, size=2):
@@ -113,7 +121,7 @@ def test_the_script_takes_the_launchers_place(tmp_path):
         "print(os.getpid(), flush=True)\n"
         "time.sleep(60)\n"
     )
-    with started(path, environments=environments_of(slurm, 1)) as (process,):
+    with started(launch(path), environments_of(slurm, 1)) as (process,):
         assert int(process.stdout.readline()) == process.pid
         process.send_signal(signal.SIGTERM)
         assert process.communicate(timeout=10) == ("", "") and process.returncode == 75
@@ -134,7 +142,7 @@ def test_a_task_keeps_its_port_until_the_worker_listens(tmp_path):
 
 
 def test_sigterm_ends_a_task_that_waits_for_the_others(script):
-    with started(script, "TF_CONFIG", environments=environments_of(torchrun)[1:]) as (process,):
+    with started(launch(script, "TF_CONFIG"), environments_of(torchrun)[1:]) as (process,):
         time.sleep(1.5)
         process.send_signal(signal.SIGTERM)
         _, stderr = process.communicate(timeout=20)
@@ -193,13 +201,8 @@ print(json.dumps([strategy.num_replicas_in_sync, [each.tolist() for each in weig
 """
 
 
-@pytest.mark.parametrize("launcher", [slurm, torchrun])
-def test_two_tasks_train_to_the_result_of_one_device(launcher, tmp_path):
-    path = tmp_path / "train.py"
-    path.write_text(_WORKER)
-    paths = json.dumps([os.path.dirname(__file__), *map(str, sys.path)])
-    environments = [{**each, "TF_CPP_MIN_LOG_LEVEL": "3"} for each in environments_of(launcher)]
-    done = run("--cpu-devices", 1, path, paths, environments=environments, seconds=FLEET_SECONDS)
+def check_result(done):
+    """Both workers end with the weights of one device."""
     expected = train()
     for code, stdout, stderr in done:
         assert code == 0, stderr
@@ -207,3 +210,23 @@ def test_two_tasks_train_to_the_result_of_one_device(launcher, tmp_path):
         assert replicas == 2
         for value, reference in zip(weights, expected, strict=True):
             np.testing.assert_allclose(value, reference, rtol=1e-5, atol=1e-6)
+
+
+PATHS = json.dumps([os.path.dirname(__file__), *map(str, sys.path)])
+
+
+@pytest.mark.parametrize("launcher", [slurm, torchrun])
+def test_two_tasks_train_to_the_result_of_one_device(launcher, tmp_path):
+    path = tmp_path / "train.py"
+    path.write_text(_WORKER)
+    environments = [{**each, "TF_CPP_MIN_LOG_LEVEL": "3"} for each in environments_of(launcher)]
+    check_result(run("--cpu-devices", 1, path, PATHS, environments=environments, seconds=FLEET_SECONDS))
+
+
+def test_a_master_and_a_worker_of_any_number_train_to_the_result_of_one_device():
+    """With the words of SageMaker and AI Platform, and indices as objects have them."""
+    cluster = {"master": [f"localhost:{free_port()}"], "worker": {"5": f"localhost:{free_port()}"}}
+    tasks = [{"type": "master", "index": "0"}, {"type": "worker", "index": "5"}]
+    configs = [{"cluster": cluster, "task": task, "environment": "cloud", "job": {}} for task in tasks]
+    environments = [{"TF_CONFIG": json.dumps(config), "TF_CPP_MIN_LOG_LEVEL": "3"} for config in configs]
+    check_result(run_commands([sys.executable, "-c", _WORKER, PATHS], environments, seconds=FLEET_SECONDS))
