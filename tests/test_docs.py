@@ -148,7 +148,8 @@ def test_the_commands_of_a_page_have_their_options(page):
     for module, options in commands((ROOT / page).read_text()):
         found = importlib.util.find_spec(module)
         assert found, module
-        sources = (ROOT / "benchmarks").glob("*.py") if module == "tfzero.benchmark" else []  # where its options are
+        folders = {"tfzero.benchmark": "benchmarks/*.py", "tfzero.launch": "tfzero/workers/options.py"}
+        sources = ROOT.glob(folders[module]) if module in folders else []  # where its options are
         known = "".join(path.read_text() for path in [Path(found.origin), *sources])
         assert not [each for each in options if f'"{each}"' not in known], module
 

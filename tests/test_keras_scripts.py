@@ -398,7 +398,7 @@ def variables_made_by_the_step(strategy):
     model.compile(keras.optimizers.SGD(0.1), "mse", metrics=["mae"])
     history = model.fit(x, y, batch_size=8, epochs=2, shuffle=False, verbose=0).history
     if strategy is not None and strategy.extended.mesh.workers > 1:
-        with pytest.raises(ValueError, match="'from_rows' depends on the arguments of the traced function that creates"):
+        with pytest.raises(ValueError, match="'from_rows' depends on the arguments of the traced function"):
             strategy.run(tf.function(lambda rows: tf.Variable(rows, name="from_rows")), args=(tf.ones([2]),))
     return {"history": history, "weights": whole(model.trainable_weights)}
 

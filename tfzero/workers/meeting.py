@@ -21,6 +21,7 @@ from typing import Any
 
 from tfzero.workers import handshake
 from tfzero.workers.cluster import Cluster
+from tfzero.workers.host_names import endpoints, host_of
 from tfzero.workers.messages import STRANGER_BYTES, receive, seconds_left, send
 from tfzero.workers.progress import progress
 from tfzero.workers.stopping import blamed_by, blaming
@@ -88,14 +89,25 @@ def dial(address: str, seconds: float) -> socket.socket:
     Raises:
         OSError, ValueError: if nobody listens there in time, or there is no such host.
     """
-    host, port = address.rsplit(":", 1)
-    connection = socket.create_connection((host.strip("[]"), int(port)), seconds)
+    deadline = monotonic() + seconds
+    connection = _connect(endpoints(host_of(address), int(address.rpartition(":")[2]), seconds), deadline)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     if connection.getsockname() == connection.getpeername():  # a self-connection: the port it got is the port it dials
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # frees the port at once
         connection.close()
         raise ConnectionError("nobody listens there")
     return connection
+
+
+def _connect(found: list[tuple[Any, ...]], deadline: float) -> socket.socket:
+    """Connects to the first of these endpoints that answers."""
+    failure: OSError = ConnectionError("its name has no address")
+    for *_, endpoint in found:
+        try:
+            return socket.create_connection(endpoint[:2], seconds_left(deadline))
+        except OSError as error:
+            failure = error
+    raise failure
 
 
 def callers(
