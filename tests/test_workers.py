@@ -644,7 +644,10 @@ FLEETS = [Fleet(2, 2, 3, level=3), Fleet(3, 1, 0)]
 SWEPT = [
     Fleet(2, 1, 2, level=4),
     *(Fleet(workers, 1, stage) for workers, stage in ((1, 2), (2, 0), (2, 1), (2, 3), (3, 3))),
-    *(Fleet(workers, devices, stage, level=3) for workers, devices, stage in ((4, 1, 2), (2, 2, 1), (4, 1, 3))),
+    *(
+        Fleet(workers, devices, stage, level=3)
+        for workers, devices, stage in ((4, 1, 2), (2, 2, 1), (2, 2, 2), (4, 1, 3))
+    ),
 ]
 
 
