@@ -60,8 +60,8 @@ def _alive_of_a_dropped_model(strategy) -> list[str]:
 
 
 def _alive_in_worker() -> tuple[list[list[str]], list[int]]:
-    names = [_alive_of_a_dropped_model(tfzero.ZeroStrategy(stage, min_shard_elements=8)) for stage in (0, 3)]
-    return names, _alive_after_each(3)
+    alive = _alive_after_each(3)
+    return [_alive_of_a_dropped_model(tfzero.ZeroStrategy(stage, min_shard_elements=8)) for stage in (0, 3)], alive
 
 
 @pytest.mark.parametrize("stage", [sweep(0), 2, sweep(3)])

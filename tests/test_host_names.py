@@ -15,7 +15,7 @@ import pytest
 from tfzero.collectives import joining
 from tfzero.workers import host_names, meeting
 from tfzero.workers.cluster import Cluster, others_of
-from tfzero.workers.host_names import Lookup, endpoints, hint, host_of, problem_of
+from tfzero.workers.host_names import Lookup, advice_on, endpoints, host_of, problem_of
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -68,7 +68,7 @@ def test_a_name_that_is_not_found_is_told_in_time(resolver, dark):
     assert missing == {"n4": "no answer" if dark else "Name or service not known"}
     text = problem_of([{}, missing, {}, {}], CLUSTER)
     for part in ("worker 0 cannot find worker 2 at n4:4", missing["n4"], "/etc/hosts", "IP addresses"):
-        assert part in text and part in hint(lookup, CLUSTER)
+        assert part in text and part in advice_on(lookup, CLUSTER)
     assert problem_of([{}] * 4, CLUSTER) == ""
 
 

@@ -11,7 +11,7 @@ from tfzero.host import distributed, runtime
 from tfzero.workers.agreement import versions
 from tfzero.workers.channel import Channel
 from tfzero.workers.cluster import Cluster
-from tfzero.workers.host_names import Lookup, hint, host_of, is_number, problem_of
+from tfzero.workers.host_names import Lookup, advice_on, host_of, is_number, problem_of
 from tfzero.workers.stopping import let_children_end
 
 
@@ -77,7 +77,7 @@ def _meet(cluster: Cluster, timeout_seconds: float) -> list[Channel]:
         try:
             channels = [_opened(cluster, timeout_seconds, opened) for _ in range(4)]
         except TimeoutError as error:
-            if missing := hint(lookup, cluster):
+            if missing := advice_on(lookup, cluster):
                 raise TimeoutError(f"{error}{missing}") from error
             raise
         if not all(map(is_number, hosts)):  # the same on all workers

@@ -140,7 +140,7 @@ def problem_of(told: Sequence[Mapping[str, str]], cluster: Cluster) -> str:
     return f"Host names could not be looked up: {'; '.join(lost)}. {_ADVICE}" if lost else ""
 
 
-def hint(lookup: Lookup, cluster: Cluster) -> str:
+def advice_on(lookup: Lookup, cluster: Cluster) -> str:
     """What another error should add about names that were not found here; "" if all were."""
     missing = lookup.missing(wait=False)
     return f" {cluster.name} cannot find {describe_missing(missing, cluster)}. {_ADVICE}" if missing else ""
