@@ -11,11 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
+from test_cluster import find_ports
 
 from tfzero.collectives import joining
 from tfzero.workers import host_names, meeting
+from tfzero.workers.addresses import host_of
 from tfzero.workers.cluster import Cluster, others_of
-from tfzero.workers.host_names import Lookup, advice_on, endpoints, host_of, problem_of
+from tfzero.workers.host_names import Lookup, advice_on, endpoints, problem_of
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -95,7 +97,7 @@ def test_dialling_does_not_wait_for_the_resolver(resolver):
 
 
 def test_a_meeting_that_fails_says_which_names_were_not_found(resolver):
-    cluster = Cluster((f"127.0.0.1:{_free_port()}", f"n4:{_free_port()}"), ("worker 0", "worker 1"), 0)
+    cluster = Cluster((f"127.0.0.1:{find_ports(1)[0]}", f"n4:{find_ports(1)[0]}"), ("worker 0", "worker 1"), 0)
     start = time.monotonic()
     with pytest.raises(TimeoutError, match=r"1 of 2 workers missing.*worker 0 cannot find worker 1 at n4") as raised:
         joining._meet(cluster, 1.0)
@@ -104,7 +106,7 @@ def test_a_meeting_that_fails_says_which_names_were_not_found(resolver):
 
 def test_a_name_that_only_one_worker_does_not_find_is_an_error_on_all(monkeypatch):
     """Found by those who dial, and missing where nobody dials: TensorFlow would wait for it without end."""
-    ports = [_free_port(), _free_port()]
+    ports = [find_ports(1)[0], find_ports(1)[0]]
     clusters = [
         Cluster((f"localhost:{ports[0]}", f"127.0.0.1:{ports[1]}"), ("worker 0", "worker 1"), k) for k in (0, 1)
     ]
@@ -140,7 +142,7 @@ def test_a_worker_need_not_find_its_own_name(monkeypatch):
 
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
     monkeypatch.setattr(joining, "Lookup", lambda hosts, seconds: asked.append(hosts) or Lookup(hosts, seconds))
-    ports = [_free_port(), _free_port()]
+    ports = [find_ports(1)[0], find_ports(1)[0]]
     addresses = (f"127.0.0.1:{ports[0]}", f"only-others-know:{ports[1]}")
     clusters = [Cluster(addresses, ("worker 0", "worker 1"), k) for k in (0, 1)]
     channels = [None, None]
@@ -153,11 +155,6 @@ def test_a_worker_need_not_find_its_own_name(monkeypatch):
     [thread.join(30) for thread in threads]
     assert sorted(asked) == [["127.0.0.1"], ["only-others-know"]]
     [channel.close() for several in channels for channel in several]
-
-
-def _free_port():
-    with socket.create_server(("", 0)) as server:
-        return server.getsockname()[1]
 
 
 def test_a_cluster_of_one_has_no_others():
@@ -189,7 +186,7 @@ print("RESULT", strategy.num_replicas_in_sync, asked, listening, took < 60, stra
 
 
 def test_a_cluster_of_one_starts_no_server_and_looks_no_name_up(tmp_path):
-    port = _free_port()
+    port = find_ports(1)[0]
     config = {"cluster": {"master": [f"nowhere.invalid:{port}"]}, "task": {"type": "master", "index": "0"}}
     environment = {**os.environ, "TF_CONFIG": json.dumps(config), "TF_CPP_MIN_LOG_LEVEL": "3"}
     command = [sys.executable, "-c", _ALONE, str(port)]
@@ -209,6 +206,7 @@ def dark(host, *args, **kwargs):
 socket.getaddrinfo = dark
 from tfzero.workers.channel import Channel
 from tfzero.workers.cluster import read_tf_config
+from tfzero.workers.addresses import host_of
 from tfzero.workers.host_names import Lookup
 def stop(*_):
     print("STOPPED", flush=True)
@@ -223,7 +221,7 @@ Channel.join(cluster, 500) if cluster.index == 0 else lookup.missing(wait=True)
 
 def test_sigterm_ends_a_worker_that_waits_for_a_name():
     """Whether it dials the name, as worker 0, or only looks it up; nor does the exit wait for the resolver."""
-    workers = [f"127.0.0.1:{_free_port()}", f"dark:{_free_port()}"]
+    workers = [f"127.0.0.1:{find_ports(1)[0]}", f"dark:{find_ports(1)[0]}"]
     processes = []
     try:
         for index in (0, 1):

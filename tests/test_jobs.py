@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,15 +11,11 @@ import time
 import numpy as np
 import pytest
 from marks import FLEET_SECONDS
+from test_cluster import find_ports
 
 pytestmark = pytest.mark.timeout(FLEET_SECONDS)
 LAUNCHERS = ("SLURM", "OMPI", "MV2", "PMI", "MPI", "TORCH", "MASTER", "RANK", "WORLD", "LOCAL", "TFZERO", "TF_CONFIG")
 CLEAN = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
 
 
 def slurm(rank, port, size=2):
@@ -77,7 +72,7 @@ def run(*arguments, environments, **more):
 
 
 def environments_of(launcher, size=2):
-    port = free_port()
+    port = find_ports(1)[0]
     return [launcher(rank, port, size) for rank in range(size)]
 
 
@@ -225,7 +220,7 @@ def test_two_tasks_train_to_the_result_of_one_device(launcher, tmp_path):
 
 def test_a_master_and_a_worker_of_any_number_train_to_the_result_of_one_device():
     """With the words of SageMaker and AI Platform, and indices as objects have them."""
-    cluster = {"master": [f"localhost:{free_port()}"], "worker": {"5": f"localhost:{free_port()}"}}
+    cluster = {"master": [f"localhost:{find_ports(1)[0]}"], "worker": {"5": f"localhost:{find_ports(1)[0]}"}}
     tasks = [{"type": "master", "index": "0"}, {"type": "worker", "index": "5"}]
     configs = [{"cluster": cluster, "task": task, "environment": "cloud", "job": {}} for task in tasks]
     environments = [{"TF_CONFIG": json.dumps(config), "TF_CPP_MIN_LOG_LEVEL": "3"} for config in configs]

@@ -2,10 +2,10 @@
 
 import contextlib
 import socket
-import threading
 import time
 
 import pytest
+from test_cluster import find_ports, run_all
 
 from tfzero.workers import handshake, job_worker, messages, rendezvous
 from tfzero.workers.rendezvous import Place, exchange
@@ -24,32 +24,10 @@ SLURM = {
 }  # fmt: skip
 
 
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
-
-
-def run_all(functions):
-    """What each function returned or raised, each in a thread of its own."""
-    outcomes = [None] * len(functions)
-
-    def run(index):
-        try:
-            outcomes[index] = functions[index]()
-        except Exception as error:
-            outcomes[index] = error
-
-    threads = [threading.Thread(target=run, args=(index,), daemon=True) for index in range(len(functions))]
-    [thread.start() for thread in threads]
-    [thread.join(30) for thread in threads]
-    assert not any(thread.is_alive() for thread in threads), outcomes
-    return outcomes
-
-
 def exchange_all(meeting, ranks, size, secrets=None, seconds=3.0):
     secrets = secrets or [SECRET] * len(ranks)
     tasks = zip(ranks, secrets, strict=True)
-    return run_all([lambda r=r, s=s: exchange(Place(r, size, meeting), 5000 + r, s, seconds) for r, s in tasks])
+    return run_all([lambda r=r, s=s: exchange(Place(r, size, meeting), 5000 + r, s, seconds) for r, s in tasks], 30)
 
 
 # Which task a process is.
@@ -127,19 +105,19 @@ def test_a_meeting_place_that_is_not_known_is_an_error(environ, problem):
 @pytest.mark.parametrize("size", [1, 2, 5])
 @pytest.mark.parametrize("secret", [b"", SECRET])
 def test_all_tasks_get_all_addresses(size, secret):
-    meeting = f"localhost:{free_port()}"
+    meeting = f"localhost:{find_ports(1)[0]}"
     outcomes = exchange_all(meeting, range(size), size, [secret] * size)
     assert outcomes == [[meeting, *(f"localhost:{5000 + rank}" for rank in range(1, size))]] * size
 
 
 def test_a_host_is_where_the_call_comes_from(monkeypatch):
     monkeypatch.setattr(rendezvous, "is_loopback", lambda host: False)
-    meeting = f"127.0.0.1:{free_port()}"
+    meeting = f"127.0.0.1:{find_ports(1)[0]}"
     assert exchange_all(meeting, (0, 1), 2) == [[meeting, "127.0.0.1:5001"]] * 2
 
 
 def test_a_missing_task_is_named_on_all():
-    meeting = f"127.0.0.1:{free_port()}"
+    meeting = f"127.0.0.1:{find_ports(1)[0]}"
     start = time.monotonic()
     outcomes = exchange_all(meeting, (0, 2), 4, seconds=1.0)
     assert time.monotonic() - start < 6
@@ -150,7 +128,7 @@ def test_a_missing_task_is_named_on_all():
 
 
 def test_a_missing_task_0_is_told():
-    (outcome,) = exchange_all(f"127.0.0.1:{free_port()}", (1,), 2, seconds=0.6)
+    (outcome,) = exchange_all(f"127.0.0.1:{find_ports(1)[0]}", (1,), 2, seconds=0.6)
     assert type(outcome) is TimeoutError and "Task 1 of 2 did not hear from task 0" in str(outcome)
     assert "refused" in str(outcome) and "MASTER_ADDR" in str(outcome)
 
@@ -163,15 +141,15 @@ def test_a_missing_task_0_is_told():
     ],
 )
 def test_tasks_that_do_not_fit_are_told(places, problem):
-    meeting = f"127.0.0.1:{free_port()}"
+    meeting = f"127.0.0.1:{find_ports(1)[0]}"
     calls = [lambda k=k, p=p: exchange(Place(*p, meeting), 5000 + k, SECRET, 3.0) for k, p in enumerate(places)]
-    outcomes = run_all(calls)
+    outcomes = run_all(calls, 30)
     assert all(type(outcome) is ValueError and problem in str(outcome) for outcome in outcomes), outcomes
 
 
 def test_a_stranger_learns_and_changes_nothing():
     """Not without the secret, nor by silence, noise, or a message that is none."""
-    port = free_port()
+    port = find_ports(1)[0]
     meeting = f"127.0.0.1:{port}"
     opened = []
 
@@ -195,7 +173,7 @@ def test_a_stranger_learns_and_changes_nothing():
             messages.send(opened[-1], {"port": 5001}, time.monotonic() + 3)
         return exchange(Place(1, 2, meeting), 5001, SECRET, 8.0)
 
-    assert run_all([lead, disturb]) == [[meeting, "127.0.0.1:5001"]] * 2
+    assert run_all([lead, disturb], 30) == [[meeting, "127.0.0.1:5001"]] * 2
     for connection in opened:
         with connection, contextlib.suppress(OSError):
             connection.settimeout(1)
@@ -227,12 +205,12 @@ def test_an_answer_that_is_no_list_of_addresses_is_refused(answer):
                 messages.receive(connection, time.monotonic() + 3, 3)
                 messages.send(connection, answer, time.monotonic() + 3)
 
-        _, outcome = run_all([lead, lambda: exchange(Place(1, 2, meeting), 5001, SECRET, 3.0)])
+        _, outcome = run_all([lead, lambda: exchange(Place(1, 2, meeting), 5001, SECRET, 3.0)], 30)
     assert type(outcome) is ValueError and "did not send an address of each task" in str(outcome), outcome
 
 
 def test_a_secret_that_only_one_has_is_told():
-    port = free_port()
+    port = find_ports(1)[0]
     outcomes = exchange_all(f"127.0.0.1:{port}", (0, 1), 2, [SECRET, b""], seconds=1.0)
     assert [type(outcome) for outcome in outcomes] == [TimeoutError] * 2
     assert all("another TFZERO_SECRET, or only one of the two has one" in str(outcome) for outcome in outcomes)

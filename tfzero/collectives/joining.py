@@ -8,10 +8,11 @@ from tfzero.collectives import transport_choice
 from tfzero.collectives.pulse import Pulse
 from tfzero.collectives.transport import Connection
 from tfzero.host import distributed, runtime
+from tfzero.workers.addresses import host_of
 from tfzero.workers.agreement import versions
 from tfzero.workers.channel import Channel
 from tfzero.workers.cluster import Cluster
-from tfzero.workers.host_names import Lookup, advice_on, host_of, is_number, problem_of
+from tfzero.workers.host_names import Lookup, advice_on, is_number, problem_of
 from tfzero.workers.stopping import let_children_end
 
 

@@ -1,11 +1,14 @@
 """The workers of a run, from TF_CONFIG or CLUSTER_SPEC."""
 
+import itertools
 import json
 import os
-import re
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from tfzero.workers.addresses import is_address
 
 _EXAMPLE = """Set it to, for example, {"cluster": {"worker": ["host1:2222", "host2:2222"]}, \
 "task": {"type": "worker", "index": 0}}, or unset it to train in one process."""
@@ -20,7 +23,6 @@ _NO_SERVERS = (
 # Vertex AI numbers its pools; the third may hold servers that sum gradients for NCCL, and run no program of the user's.
 _POOLS = {"workerpool0": "chief", "workerpool1": "worker", "workerpool2": "ps", "workerpool3": "evaluator"}
 _CHIEFS = ("chief", "master")  # two words for the first worker; TensorFlow 2 knows the former only
-_ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.%]+\]|[^\s:/\[\]]+):([0-9]{1,5})")
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,8 @@ class Cluster:
     def tasks(self) -> list[tuple[str, int]]:
         """Each worker's job and index for TensorFlow, which numbers every job's tasks 0, 1, 2, ..."""
         jobs = [name.rsplit(" ", 1)[0] for name in self.names]
-        return [(job, jobs[:k].count(job)) for k, job in enumerate(jobs)]
+        indexes: dict[str, Iterator[int]] = defaultdict(itertools.count)
+        return [(job, next(indexes[job])) for job in jobs]
 
     def describe(self, *indexes: int) -> str:
         """Names and addresses of these workers, or of all, for messages."""
@@ -181,12 +184,6 @@ def _list_tasks(job: str, tasks: Any) -> list[tuple[int, str]]:
         advice = '"host:port" with a port of 1 to 65535. Write host1:2222 or [::1]:2222, without grpc://.'
         _require(is_address(address), f'{address!r} under "{job}" is not {advice}')
     return pairs
-
-
-def is_address(value: Any) -> bool:
-    """Whether it is "host:port", with a port of 1 to 65535."""
-    match = isinstance(value, str) and _ADDRESS.fullmatch(value)
-    return bool(match and 1 <= int(match[2]) <= 65535)
 
 
 def _read_index(value: Any) -> int:

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from time import monotonic, sleep
 from typing import Any
 
+from tfzero.workers.addresses import host_of
 from tfzero.workers.cluster import Cluster
 
 _RETRY_SECONDS = 0.2
@@ -24,11 +25,6 @@ _ADVICE = (
     "Let every worker's machine find the names of the others in TF_CONFIG (DNS or /etc/hosts), or write IP addresses "
     "there."
 )
-
-
-def host_of(address: str) -> str:
-    """The host of "host:port", without the brackets of IPv6."""
-    return address.rpartition(":")[0].strip("[]")
 
 
 def is_number(host: str) -> bool:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from tfzero.workers import slurm
+from tfzero.workers.addresses import host_of, port_of
 from tfzero.workers.gpus import divide_gpus, visible_gpus
 from tfzero.workers.handshake import read_secret
 from tfzero.workers.rendezvous import Place, exchange
@@ -44,7 +45,7 @@ def worker_environment(
         addresses = slurm.task_addresses(environ, chosen_port(environ))
     else:
         place = Place(task.rank, task.size, meeting_address(task, environ))
-        port = int(place.meeting.rpartition(":")[2]) if task.rank == 0 else 0
+        port = port_of(place.meeting) if task.rank == 0 else 0
         held = hold(port) if task.rank else None
         own = port if held is None else held.getsockname()[1]
         addresses = exchange(place, own, read_secret(environ), MEETING_SECONDS)
@@ -76,7 +77,7 @@ def _own_gpus(task: Task, gpus_per_worker: int | None, environ: Mapping[str, str
 def _among_neighbours(task: Task, environ: Mapping[str, str]) -> tuple[int, int]:
     """Number of tasks on this machine, and this one's rank among them; 1 and 0 if nothing says it."""
     if task.is_of_slurm:
-        hosts = [address.rpartition(":")[0] for address in slurm.task_addresses(environ, chosen_port(environ))]
+        hosts = list(map(host_of, slurm.task_addresses(environ, chosen_port(environ))))
         return hosts.count(hosts[task.rank]), hosts[: task.rank].count(hosts[task.rank])
     if task.local_size is None or task.local_rank is None:
         return 1, 0

@@ -14,8 +14,9 @@ from time import monotonic, sleep
 from typing import Any
 
 from tfzero.workers import handshake
-from tfzero.workers.cluster import Cluster, is_address
-from tfzero.workers.host_names import host_of, is_loopback
+from tfzero.workers.addresses import address_of, host_of, is_address
+from tfzero.workers.cluster import Cluster
+from tfzero.workers.host_names import is_loopback
 from tfzero.workers.meeting import (
     CALL_SECONDS,
     HELLO_SECONDS,
@@ -126,7 +127,7 @@ def _greet(place: Place, secret: bytes, connection: socket.socket) -> _Caller:
     host = connection.getpeername()[0].removeprefix("::ffff:")
     if is_loopback(host):  # it is on task 0's machine: the others know that by this name
         host = host_of(place.meeting)
-    return _Caller(rank, size, f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+    return _Caller(rank, size, address_of(host, port))
 
 
 def _problem_of(place: Place, caller: _Caller, found: dict[int, tuple[socket.socket, str]]) -> str:

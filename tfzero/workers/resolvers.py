@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 from tfzero.workers import slurm
+from tfzero.workers.addresses import host_of
 from tfzero.workers.cluster import Cluster, cluster_from_spec, read_cluster_spec, read_tf_config
 from tfzero.workers.tasks import chosen_port, find_task
 
@@ -72,8 +73,8 @@ def _check_order(cluster: Cluster) -> None:
     task = find_task()
     if task is None or not task.is_of_slurm:
         return
-    nodes = [address.rpartition(":")[0] for address in slurm.task_addresses(os.environ, chosen_port(os.environ))]
-    named = [address.rpartition(":")[0] for address in cluster.addresses]
+    nodes = list(map(host_of, slurm.task_addresses(os.environ, chosen_port(os.environ))))
+    named = list(map(host_of, cluster.addresses))
     if nodes != named:
         raise ValueError(
             f"SlurmClusterResolver sorts nodes as text, n10 before n9, and Slurm does not. {_FOR_SLURM} Received: "

@@ -8,7 +8,8 @@ process is one of several. Lists of nodes are in the order of the tasks, `n9` be
 import itertools
 import math
 import re
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 
 _PIECE = re.compile(r"([^\[\],]+)|\[([^\[\]]*)\]")  # text, or what is in brackets
 _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
@@ -127,7 +128,8 @@ def task_addresses(environ: Mapping[str, str], port: int | None = None) -> list[
     counts = expand_counts(environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE", ""))
     _check(len(counts) == len(nodes) and sum(counts) == size, environ, "they do not fit together")
     places = place_tasks(counts, *_distribution(environ, len(nodes)))
-    locals_ = [places[:task].count(node) for task, node in enumerate(places)]
+    numbers: dict[int, Iterator[int]] = defaultdict(itertools.count)
+    locals_ = [next(numbers[node]) for node in places]
     _check_own(environ, nodes, places, locals_)
     first = _first_port(environ) if port is None else port
     if first + max(counts) - 1 > 65535:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tfzero.workers import slurm
+from tfzero.workers.addresses import address_of
 
 PORT_VARIABLE = "TFZERO_PORT"
 _DEFAULT_PORT = 29500  # as with PyTorch
@@ -140,7 +141,7 @@ def meeting_address(task: Task, environ: Mapping[str, str]) -> str:
         port = _port(environ, "MASTER_PORT") if environ.get("MASTER_PORT") else _DEFAULT_PORT
         if environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             port += 1 if port < 65535 else -1
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return address_of(host, port)
 
 
 def _port(environ: Mapping[str, str], name: str) -> int:
