@@ -525,7 +525,7 @@ def waiting_alone():
 def test_worker_that_never_starts(waiting_alone):
     (output,), seconds = waiting_alone[0]
     assert re.search(r"TimeoutError: .*missing after 5 s: worker 1 at 127.0.0.1", last_error(output))
-    assert seconds < 40
+    assert seconds < 120
 
 
 def test_leader_that_never_starts(waiting_alone):

@@ -65,10 +65,11 @@ def _WireMeter(strategy):  # noqa: N802 - a callback made late, as Keras is impo
         """Bytes that this worker receives in a step, from the second step to the last."""
 
         def on_train_batch_end(self, batch, logs=None):
-            strategy.channel.all_gather("measuring the wire", batch)
+            strategy.channel.all_gather("all have ended the step", batch)
             if batch == 0:
                 self.start = received_bytes()
             self.bytes_per_step = (received_bytes() - self.start) / max(1, batch)
+            strategy.channel.all_gather("all have measured, and may send again", batch)
 
     return WireMeter()
 

@@ -23,7 +23,7 @@ from tfzero.checkpoint.state import LAG, METRICS, RESIDUAL, state_of
 from tfzero.views import audit as auditing
 
 SECONDS = 30.0  # of the strategy
-SHORT_SECONDS = 12.0  # where a wait must be longer than that
+SHORT_SECONDS = 40.0  # where a wait must be longer than that
 X, Y = oracle.Data().arrays()
 
 

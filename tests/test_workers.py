@@ -272,6 +272,23 @@ def dataset_of_each_worker(strategy):
     return {"same": {"history": history, "weights": model.get_weights()}}
 
 
+@case(**ADAM)
+def after_data_that_fail(strategy):
+    """Data fail on all workers, each time after one batch, and no step meets what another one has begun."""
+    model = build(strategy)
+    compile_it(model, **crossentropy(keras.optimizers.Adam(0.01)))
+    x, y = DATA.arrays()
+    bad = x.copy()
+    bad[20] = np.nan
+    failing = tf.data.Dataset.from_tensor_slices((bad, y)).batch(16)
+    failing = failing.map(lambda x, y: (tf.debugging.check_numerics(x, "not a number"), y))
+    for _ in range(12):
+        with contextlib.suppress(tf.errors.InvalidArgumentError):
+            model.fit(failing, epochs=2, verbose=0)
+    losses = model.fit(x, y, batch_size=16, epochs=2, verbose=0, shuffle=False).history["loss"]
+    return {"same": {"losses": losses, "weights": model.get_weights()}}
+
+
 # Callbacks and metrics.
 
 

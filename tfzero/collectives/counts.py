@@ -8,6 +8,10 @@ more "lane" is for stage 3's second gathers, which are traced after the operatio
 [Note: counts] Between processes a replica adds one to its lane's count when a collective begins and again when it ends.
 This is how `collectives/pulse.py` notices a collective that waits in vain. The purpose of the collective is written
 beside the count before it begins.
+
+[Note: batch first] A replica's step begins no collective before the replica has its batch. Data may fail on all workers
+at once, for instance when they find out that their batches differ. A gather of parameters needs no batch, so some
+replicas would have begun it and others not, and the next step would meet what is left of it.
 """
 
 import contextlib
@@ -72,6 +76,15 @@ class Lanes:
         """Notes a collective's result: the lane's next collective will wait for it."""
         self._latest[replica][lane] = weakref.ref(result.op)
         return result
+
+    def wait_for(self, tensors: Sequence[tf.Tensor], replica: int) -> None:
+        """Makes a local replica's next collectives in this graph wait for tensors of it. [Note: batch first]
+
+        A write to what orders a lane comes before the lane's next collective, in inner functions and branches too.
+        """
+        for variable in (self._counters if self.is_counted else self.tokens)[replica]:
+            with tf.control_dependencies(tensors), tf.device(variable.device):
+                variable.assign_add(0, read_value=False)
 
     @contextlib.contextmanager
     def counted(self, replica: int, lane: int, value: tf.Tensor) -> Iterator[Callable[..., list[tf.Operation]]]:

@@ -91,11 +91,23 @@ def with_own_results(function: Callable) -> Callable:
 
 def _of_own_rows(function: Callable) -> Callable:
     def of_own_rows(*args: Any, **kwargs: Any) -> Any:
+        _wait_for_batch((args, kwargs))
         args, kwargs = _padded((args, kwargs))
         _exchange_own_rows()
         return _own_results(function(*args, **kwargs))
 
     return of_own_rows
+
+
+@tf.autograph.experimental.do_not_convert
+def _wait_for_batch(arguments: Any) -> None:
+    """Makes the replica's collectives wait for its arguments. [Note: batch first] in `collectives/counts.py`"""
+    leaves = tf.nest.flatten(arguments, expand_composites=True)
+    graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+    tensors = [each for each in leaves if isinstance(each, tf.Tensor) and getattr(each, "graph", None) is graph]
+    if graph is not None and tensors:
+        strategy = tf.distribute.get_strategy()
+        strategy.extended.group.lanes.wait_for(tensors, runtime.replica_index())
 
 
 @tf.autograph.experimental.do_not_convert
