@@ -31,7 +31,7 @@ LONGEST = (
 # `pytest -m fast`: what a push should wait for. No workers are started there, and next to nothing is trained.
 FAST = (
     "test_agreement", "test_backend", "test_batches_compared", "test_cluster", "test_commits",
-    "test_directories", "test_edges", "test_house", "test_package", "test_plan",
+    "test_directories", "test_edges", "test_house", "test_package", "test_plan", "test_versions",
 )  # fmt: skip
 
 # A shell that starts the tests in the background has them, and all that they start, ignore it.

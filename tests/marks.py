@@ -2,9 +2,16 @@
 
 import pytest
 
+from tfzero.host import versions
+
 FLEET_SECONDS = 600  # against hanging: several times what slow cores need with other tests beside it
 
 
 def sweep(*values):
     """A case of `parametrize` that only `-m sweep` runs."""
     return pytest.param(*values, marks=pytest.mark.sweep)
+
+
+def since_keras(version):
+    """Marks a test, or a case, of what Keras has since a version, such as "3.15"."""
+    return pytest.mark.skipif(not versions.is_between("keras", version, ""), reason=f"Keras has it since {version}")

@@ -16,8 +16,8 @@ LINE = {
     "plan": ("scheme", "mesh", "placement", "formats", "settings"),
     "costs": (),
     "host": (
-        "backend", "registry", "tensorflow_names", "keras_names", "runtime", "datasets", "graphs", "batch_rows",
-        "distributed", "keras_objects", "keras_optimizers", "saved_model", "edges", "patches", "devices", "__main__",
+        "versions", "notes", "backend", "registry", "tensorflow_names", "keras_names", "runtime", "datasets", "graphs",
+        "batch_rows", "distributed", "keras_objects", "keras_optimizers", "saved_model", "edges", "patches", "devices", "__main__",
     ),
     "workers": (
         "progress", "differences", "addresses", "slurm", "tasks", "cluster", "resolvers", "host_names", "stopping",

@@ -139,13 +139,13 @@ def test_the_registry_is_listed():
 def test_what_a_release_has_changed_is_listed_and_ends_with_1(monkeypatch, capsys):
     base = "keras.src.trainers.trainer.Trainer"
     rows = [
-        Name(f"{base}.fit_anew", None, "why", "since", "test"),
-        Name("keras.src.no_such_module.f", None, "why", "since", "test"),
-        Name(f"{base}._loss_tracker", None, "why", "since", "test"),
-        Name(f"{base}._compute_loss", "self x", "why", "since", "test"),
-        Name("keras.src.models.sequential.Sequential", "Layer", "why", "since", "test"),
-        Name(f"{base}.compile:_no_such_attribute", None, "why", "since", "test"),
-        Name(f"{base}.compile:_loss_tracker", None, "why", "since", "test"),
+        Name(f"{base}.fit_anew", None, "why", "Keras 3.10", "test"),
+        Name("keras.src.no_such_module.f", None, "why", "Keras 3.10", "test"),
+        Name(f"{base}._loss_tracker", None, "why", "Keras 3.10", "test"),
+        Name(f"{base}._compute_loss", "self x", "why", "Keras 3.10", "test"),
+        Name("keras.src.models.sequential.Sequential", "Layer", "why", "Keras 3.10", "test"),
+        Name(f"{base}.compile:_no_such_attribute", None, "why", "Keras 3.10", "test"),
+        Name(f"{base}.compile:_loss_tracker", None, "why", "Keras 3.10", "test"),
     ]
     monkeypatch.setattr(listing, "names", lambda: tuple(rows))
     assert listing.main() == 1
