@@ -17,7 +17,8 @@ LINE = {
     "costs": (),
     "host": (
         "versions", "notes", "backend", "registry", "tensorflow_names", "keras_names", "runtime", "datasets", "graphs",
-        "batch_rows", "distributed", "keras_objects", "keras_optimizers", "saved_model", "edges", "patches", "devices", "__main__",
+        "batch_rows", "distributed", "keras_objects", "keras_optimizers", "saved_model", "edges", "patches", "devices",
+        "__main__",
     ),
     "workers": (
         "progress", "differences", "addresses", "slurm", "tasks", "cluster", "resolvers", "host_names", "stopping",
