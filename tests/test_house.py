@@ -288,6 +288,15 @@ def test_each_row_names_a_test_that_is_there():
     assert missing == []
 
 
+def test_the_tests_of_cells_are_there():
+    missing = []
+    for file, names in importlib.import_module("conftest").CELLS.items():
+        tree = ast.parse((ROOT / "tests" / f"{file}.py").read_text())
+        there = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        missing += [f"{file}::{name}" for name in names or () if name not in there]
+    assert missing == []
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_one_module_knows_what_the_number_of_a_stage_means(module):
     if module not in ("plan.scheme", "benchmark", "measuring", "peers"):  # the benchmark is no part of the library
