@@ -18,7 +18,7 @@ def since_keras(version):
     return pytest.mark.skipif(not versions.is_between("keras", version, ""), reason=f"Keras has it since {version}")
 
 
-def muon(rate):
+def muon_or_lamb(rate):
     """Muon; Lamb, which needs the whole tensor too, where plain Keras cannot train with Muon on TensorFlow."""
     optimizers = keras.optimizers
     return (optimizers.Muon if versions.is_between("keras", "3.13", "") else optimizers.Lamb)(rate)

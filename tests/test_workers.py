@@ -19,7 +19,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from marks import muon, sweep
+from marks import muon_or_lamb, sweep
 from oracle import Data, dense_model, train
 
 import tfzero
@@ -484,7 +484,7 @@ def embedding(strategy):
 
 @case(**ADAM)
 def muon(strategy):
-    return fit_all(strategy, crossentropy(muon(0.01)), epochs=2, only_fit=True)
+    return fit_all(strategy, crossentropy(muon_or_lamb(0.01)), epochs=2, only_fit=True)
 
 
 @case(rtol=2**-7, atol=2**-9)
