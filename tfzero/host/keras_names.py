@@ -96,6 +96,14 @@ ROWS = (
     *rows(
         "",
         KERAS,
+        "test_where_keras_finds_what_recomputes",
+        {
+            "keras.src.backend.core": "where `keras.remat` finds its function, wherever the module comes to stand",
+        },
+    ),
+    *rows(
+        "",
+        KERAS,
         "test_remake",
         {
             "keras.src.backend.common.variables.Variable._initialize(self value)": (

@@ -13,8 +13,8 @@ from typing import Any
 
 import keras
 import tensorflow as tf
+from keras.src.backend import core as keras_core
 from keras.src.backend.common.variables import AutocastScope
-from keras.src.backend.tensorflow import core as keras_core
 from keras.src.backend.tensorflow import trainer as keras_tensorflow_trainer
 from keras.src.legacy.saving import legacy_h5_format
 from keras.src.losses import loss as keras_loss
