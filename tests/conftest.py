@@ -31,8 +31,25 @@ LONGEST = (
 # `pytest -m fast`: what a push should wait for. No workers are started there, and next to nothing is trained.
 FAST = (
     "test_agreement", "test_backend", "test_batches_compared", "test_cluster", "test_commits",
-    "test_directories", "test_edges", "test_house", "test_package", "test_plan",
+    "test_directories", "test_edges", "test_house", "test_package", "test_plan", "test_versions",
 )  # fmt: skip
+
+# `pytest -m cells`: what may differ between versions of TensorFlow and Keras (`.ci/cells`), by names of functions; by
+# None all of a file. Of the fleets of `test_workers` one runs.
+CELLS = {
+    "test_compat": None,
+    "test_keras_files": ("test_one_worker_writes", "test_plain_keras_loads_what_workers_saved"),
+    "test_late_gathers": ("test_result_is_that_of_gathers_at_once", "test_an_error_tells_what_it_leaves"),
+    "test_optimizers": ("test_an_optimizer_does_as_on_one_device",),
+    "test_patches": ("test_what_is_patched_is_as_it_was", "test_importing_tfzero_patches_nothing"),
+    "test_step": (
+        "test_added_losses_and_regularizers", "test_batches_on_their_own", "test_files_are_plain_keras_files",
+        "test_losses_of_the_users_own", "test_masked_losses", "test_ragged_batches",
+    ),
+    "test_survival": ("test_a_run_killed_at_a_write_point_ends_as_if_never_killed",),
+    "test_workers": ("test_case",),
+}  # fmt: skip
+FLEET_OF_CELLS = "2x2-stage3"
 
 # A shell that starts the tests in the background has them, and all that they start, ignore it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -52,5 +69,9 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.stem in FAST and not item.get_closest_marker("sweep"):
             item.add_marker("fast")
+        names = CELLS.get(item.path.stem, ())
+        is_chosen = names is None or item.originalname in names
+        if is_chosen and (item.path.stem != "test_workers" or FLEET_OF_CELLS in item.name):
+            item.add_marker("cells")
     order = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))

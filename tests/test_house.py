@@ -16,8 +16,9 @@ LINE = {
     "plan": ("scheme", "mesh", "placement", "formats", "settings"),
     "costs": (),
     "host": (
-        "backend", "registry", "tensorflow_names", "keras_names", "runtime", "datasets", "graphs", "batch_rows",
-        "distributed", "keras_objects", "keras_optimizers", "saved_model", "edges", "patches", "devices", "__main__",
+        "versions", "notes", "backend", "registry", "tensorflow_names", "keras_names", "runtime", "datasets", "graphs",
+        "batch_rows", "distributed", "keras_objects", "keras_optimizers", "saved_model", "edges", "patches", "devices",
+        "__main__",
     ),
     "workers": (
         "progress", "differences", "addresses", "slurm", "tasks", "cluster", "resolvers", "host_names", "stopping",
@@ -284,6 +285,15 @@ def test_each_row_names_a_test_that_is_there():
         tree = ast.parse((ROOT / "tests" / file).read_text())
         if name not in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}:
             missing.append(row.test)
+    assert missing == []
+
+
+def test_the_tests_of_cells_are_there():
+    missing = []
+    for file, names in importlib.import_module("conftest").CELLS.items():
+        tree = ast.parse((ROOT / "tests" / f"{file}.py").read_text())
+        there = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        missing += [f"{file}::{name}" for name in names or () if name not in there]
     assert missing == []
 
 

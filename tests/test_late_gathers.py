@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 from keras import losses, ops
 from keras import optimizers as ko
-from marks import sweep
+from marks import muon_or_lamb, sweep
 
 import tfzero
 from tfzero.training.late_gathers import LateGathers
@@ -56,7 +56,7 @@ CASES = {
             0.02, global_clipnorm=0.1, gradient_accumulation_steps=2, use_ema=True, ema_overwrite_frequency=3
         ),
     ),
-    "owned": ({}, lambda: ko.Muon(0.02)),
+    "owned": ({}, lambda: muon_or_lamb(0.02)),
     "int8": ({"compression": "int8"}, lambda: ko.Adam(0.02)),
     "int8 with feedback": ({"compression": "int8", "error_feedback": True}, lambda: ko.Adam(0.02)),
     "scaled": ({}, lambda: ko.LossScaleOptimizer(ko.SGD(0.1), initial_scale=2.0**10)),

@@ -18,6 +18,7 @@ from marks import sweep
 
 import tfzero
 from tfzero.collectives.group import Group
+from tfzero.host import versions
 from tfzero.plan.placement import Placement
 from tfzero.variables.classes import ShardedParameter
 
@@ -79,6 +80,17 @@ CONTAINERS = {
     "loss_scale_multi": lambda: ko.LossScaleOptimizer(mapped(), initial_scale=4.0),
 }
 OPTIMIZERS = ELEMENTWISE | WHOLE_TENSOR | CONTAINERS
+# The version of Keras since which plain Keras trains with it on TensorFlow.
+SINCE = {
+    "schedule_free": "3.14", "muon": "3.13", "multi_map": "3.15", "multi_function": "3.15", "loss_scale_multi": "3.15",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def only_optimizers_that_keras_has(request):
+    name = request.node.callspec.params.get("name") if hasattr(request.node, "callspec") else None
+    if name in SINCE and not versions.is_between("keras", SINCE[name], ""):
+        pytest.skip(f"Keras has it since {SINCE[name]}")
 
 
 def make_model():

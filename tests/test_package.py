@@ -1,6 +1,5 @@
 """What stands in files and in the wheel under the package's names."""
 
-import tomllib
 from pathlib import Path
 
 import keras
@@ -29,7 +28,7 @@ def test_an_optimizer_of_a_file_without_that_name_is_found():
 
 
 def test_the_wheel_has_subpackages_and_says_that_it_is_typed(tmp_path):
-    setuptools = pytest.importorskip("setuptools")
+    setuptools, tomllib = pytest.importorskip("setuptools"), pytest.importorskip("tomllib")
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     assert (ROOT / "tfzero" / "py.typed").read_bytes() == b""
     assert "py.typed" in settings["package-data"]["tfzero"]

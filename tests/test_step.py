@@ -16,7 +16,7 @@ import pytest
 import tensorflow as tf
 from keras import layers, losses, ops
 from keras import optimizers as ko
-from marks import sweep
+from marks import muon_or_lamb, sweep
 
 import tfzero
 from tfzero.optimizer import ZeroOptimizer
@@ -1117,7 +1117,7 @@ def test_variables_that_cannot_be_trained():
     [
         sweep(0, lambda: ko.Adam(0.02)),
         sweep(2, lambda: ko.Adam(0.02)),
-        (2, lambda: ko.LossScaleOptimizer(ko.Muon(0.02), initial_scale=4.0)),
+        (2, lambda: ko.LossScaleOptimizer(muon_or_lamb(0.02), initial_scale=4.0)),
         sweep(3, lambda: ko.Adam(0.02)),
     ],
     ids=["adam-0", "adam-2", "scaled-muon-2", "adam-3"],

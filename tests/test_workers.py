@@ -19,7 +19,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from marks import sweep
+from marks import muon_or_lamb, sweep
 from oracle import Data, dense_model, train
 
 import tfzero
@@ -312,6 +312,21 @@ def callbacks(strategy):
     return fit_all(strategy, arguments, epochs=10, callbacks=chosen, validation_data=(x, y), only_fit=True)
 
 
+def penalized_model() -> keras.Model:
+    """Activity regularizers add up what a batch has; Keras divides that by the batch's size since 3.14."""
+    layers, l2 = keras.layers, keras.regularizers.L2(0.02)
+    hidden = layers.Dense(17, activation="relu", activity_regularizer=l2)
+    output = layers.Dense(
+        3, activation="softmax", activity_regularizer=lambda y: 0.01 * keras.ops.sum(keras.ops.abs(y))
+    )
+    return keras.Sequential([keras.Input((8,)), hidden, layers.ActivityRegularization(l1=0.01), output])
+
+
+@case(**ADAM, level=1)
+def activity_regularizers(strategy):
+    return fit_all(strategy, crossentropy(keras.optimizers.Adam(0.01)), penalized_model)
+
+
 # How steps are run.
 
 
@@ -486,7 +501,7 @@ def embedding(strategy):
 
 @case(**ADAM)
 def muon(strategy):
-    return fit_all(strategy, crossentropy(keras.optimizers.Muon(0.01)), epochs=2, only_fit=True)
+    return fit_all(strategy, crossentropy(muon_or_lamb(0.01)), epochs=2, only_fit=True)
 
 
 @case(rtol=2**-7, atol=2**-9)

@@ -27,7 +27,7 @@ import tensorflow as tf
 
 from tfzero.collectives.counts import LANES
 from tfzero.collectives.network import DEFAULT_BUCKET_BYTES
-from tfzero.host import runtime
+from tfzero.host import runtime, versions
 from tfzero.plan.placement import Placement, Plan, VariableSpec, make_plan, shard_elements
 from tfzero.plan.scheme import STAGES, Scheme, check_stage, scheme_of
 from tfzero.plan.settings import DEFAULT_MIN_SHARD_ELEMENTS, check_number
@@ -156,6 +156,7 @@ def estimate_memory(
     # Fresh optimizers, with no variables but steps and learning rate, whatever the given one has been built for.
     makers = {id(each): functools.partial(type(each).from_config, config_of(each)) for each in chain(optimizer)}
     with tf.Graph().as_default():  # variables made in a graph take no memory
+        versions.refuse_keras_2(model)
         made = model if isinstance(model, keras.Model) else model()
         _check_model(made, batch_size)
         estimate = _Estimate(made, optimizer, makers, world_size, batch_size)

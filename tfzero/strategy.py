@@ -212,7 +212,8 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         first = self.experimental_local_results(value)[0]
         if is_global(first) and str(getattr(reduce_op, "value", reduce_op)).upper() == "MEAN":
             return first
-        if axis == 0 and getattr(getattr(first, "shape", None), "rank", None) == 0:
+        is_number = isinstance(first, int | float)  # logs of an eager step, in older versions of Keras
+        if axis == 0 and (is_number or getattr(getattr(first, "shape", None), "rank", None) == 0):
             axis = None
         return super().reduce(reduce_op, value, axis)
 

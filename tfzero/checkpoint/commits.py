@@ -106,7 +106,10 @@ def describe_file(path: Path) -> list[Any]:
 
 
 def _describe(file: BufferedReader) -> list[Any]:
-    return [os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "blake2b").hexdigest()[:32]]
+    checksum, buffer = hashlib.blake2b(), memoryview(bytearray(2**18))
+    while count := file.readinto(buffer):
+        checksum.update(buffer[:count])
+    return [os.fstat(file.fileno()).st_size, checksum.hexdigest()[:32]]
 
 
 def is_checkpoint(folder: Path) -> bool:

@@ -20,6 +20,7 @@ from tfzero.checkpoint.pieces import Writer, check_fits, patience, pieces_to_wri
 from tfzero.checkpoint.state import METRICS, Item, bucket_bytes_of, build_optimizer, mesh_of, optimizers_of, state_of
 from tfzero.checkpoint.teamwork import together
 from tfzero.collectives.joining import channel_of_one
+from tfzero.host import notes, versions
 from tfzero.plan.mesh import Mesh
 from tfzero.strategy import ZeroStrategy
 from tfzero.workers.channel import Channel
@@ -133,6 +134,7 @@ class Team:
     @classmethod
     def of(cls, model: keras.Model) -> "Team":
         """The team of a model, with its control channel for saving. [Note: one thread]"""
+        versions.refuse_keras_2(model)
         strategy = model.distribute_strategy
         if isinstance(strategy, ZeroStrategy):
             settings = strategy.settings
@@ -340,9 +342,9 @@ class Save:
             self._is_closed = True
             if not self._is_writing:
                 self._release()
-        problem, raised = self._problem, sys.exception()
+        problem, raised = self._problem, sys.exc_info()[1]
         if problem is not None and raised is not None:
-            raised.add_note(f"Before that: {type(problem).__name__}: {problem}")
+            notes.add_note(raised, f"Before that: {type(problem).__name__}: {problem}")
 
     def _release(self) -> None:
         if self._lock is not None:

@@ -72,7 +72,7 @@ class Keys:
         counts[replica] += 1
         lane = place % max(1, self._lanes - 1) if lane is None else lane % self._lanes
         content = (graphs.name_of_function(function), place, lane, *content)
-        number = int.from_bytes(hashlib.blake2b(repr(content).encode(), digest_size=8).digest())
+        number = int.from_bytes(hashlib.blake2b(repr(content).encode(), digest_size=8).digest(), "big")
         first, stride = (_SIZED, len(SIZES)) if is_sized else (1, 1)
         count = (_SIZED - first % _SIZED) // stride
         while self._contents.setdefault(key := first + number % count * stride, content) != content:

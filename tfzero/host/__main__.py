@@ -5,8 +5,13 @@
 The exit status is 1 if any of them is missing or changed in the installed versions.
 """
 
-import importlib.metadata
+import os
 import sys
+
+from tfzero.host import versions
+
+if __name__ == "__main__":
+    os.environ[versions.ANY_LATER] = "1"  # what a later one has changed is listed here
 
 from tfzero.host import backend  # noqa: F401, isort: skip. It refuses other backends before Keras is imported.
 
@@ -33,8 +38,8 @@ def main() -> int:
     for row in rows:
         print(row)
     problems += [problem for row in rows if (problem := row.problem)]
-    versions = " and ".join(f"{name} {importlib.metadata.version(name)}" for name in ("tensorflow", "keras"))
-    print(f"\n{len(names())} private names and {len(patched)} replaced functions, compared with {versions}:")
+    compared = " and ".join(f"{name} {versions.full(name)}" for name in versions.RANGES)
+    print(f"\n{len(names())} private names and {len(patched)} replaced functions, compared with {compared}:")
     print("\n".join(problems) or "none is missing or changed.")
     return 1 if problems else 0
 

@@ -1,4 +1,4 @@
-"""Refuses a Keras that does not run on TensorFlow, before anything of it is imported.
+"""Refuses a Keras that does not run on TensorFlow, and versions that tfzero is not made for, before Keras is imported.
 
 On another backend Keras ignores `tf.distribute.Strategy`: every worker would silently train a model of its own.
 """
@@ -7,6 +7,8 @@ import json
 import os
 import sys
 from pathlib import Path
+
+from tfzero.host import versions
 
 
 def chosen_backend() -> tuple[str, str]:
@@ -40,3 +42,4 @@ def require_tensorflow() -> None:
 
 
 require_tensorflow()
+versions.require()

@@ -1,5 +1,6 @@
 """Which methods of Keras's optimizers tfzero replaces. See `host/registry.py`."""
 
+from keras import optimizers
 from keras.src.optimizers.base_optimizer import BaseOptimizer
 from keras.src.optimizers.loss_scale_optimizer import LossScaleOptimizer
 
@@ -11,7 +12,12 @@ REPLACED = (
     "_update_model_variables_moving_average",
 )  # fmt: skip
 REPLACED_OF_LOSS_SCALE = ("check_finite", "_tf_apply", "_stateful_handle_finite_grads")
-__all__ = ["REPLACED", "REPLACED_OF_LOSS_SCALE", "BaseOptimizer", "LossScaleOptimizer", "overrides"]
+__all__ = ["REPLACED", "REPLACED_OF_LOSS_SCALE", "BaseOptimizer", "LossScaleOptimizer", "overrides", "present"]
+
+
+def present(*names: str) -> tuple[type[BaseOptimizer], ...]:
+    """The optimizers of these names that the installed Keras has (ScheduleFreeAdamW since 3.14)."""
+    return tuple(getattr(optimizers, name) for name in names if hasattr(optimizers, name))
 
 
 def overrides(optimizer: BaseOptimizer) -> list[str]:

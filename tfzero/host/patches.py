@@ -29,23 +29,26 @@ _HOMES = (
 
 @dataclass(frozen=True)
 class Patch:
-    """A function of Keras or TensorFlow and its replacement.
+    """A function of Keras or TensorFlow and its replacement, or an attribute of objects and what is read instead.
 
     Args:
         owner: the class or module that has it.
         name: its name there.
-        arguments: the names of its parameters, in order, in the releases that tfzero is made for.
+        arguments: the names of its parameters, in order, in the releases that tfzero is made for. None for an
+            attribute.
         reason: why the original does not serve.
         test: a test that fails without the patch, as "file::function".
-        wrapper: takes the original function, and then its arguments.
+        wrapper: takes the original function, and then its arguments; for an attribute its value, and then the object.
+        until: the last version of Keras that needs it, such as "3.13"; "" if that is the newest.
     """
 
     owner: Any
     name: str
-    arguments: str
+    arguments: str | None
     reason: str
     test: str
     wrapper: Callable
+    until: str = ""
 
     @property
     def target(self) -> str:
@@ -57,6 +60,8 @@ class Patch:
     @property
     def problem(self) -> str:
         """What the installed release has changed, or ""."""
+        if self.arguments is None:
+            return self.row.problem
         function = getattr(self.owner, self.name, None)
         return f"{self.target} is no more" if function is None else difference(function, self.target, self.arguments)
 
@@ -64,10 +69,13 @@ class Patch:
     def row(self) -> Name:
         """Its row of the registry."""
         since = TENSORFLOW if self.target.startswith("tensorflow.") else KERAS
-        return Name(self.target, self.arguments, f"Replaced: {self.reason}", since, self.test)
+        return Name(self.target, self.arguments, f"Replaced: {self.reason}", since, self.test, self.until)
 
     def install(self) -> None:
         """Puts the wrapper in its place. A second call does nothing."""
+        if self.arguments is None:
+            setattr(self.owner, self.name, _Attribute(self.name, self.wrapper))
+            return
         original = getattr(self.owner, self.name)
         if getattr(original, "_tfzero_patch", False):
             return
@@ -80,14 +88,33 @@ class Patch:
         setattr(self.owner, self.name, patched)
 
 
+class _Attribute:
+    """An attribute that objects keep as before, and of which a wrapper says what is read."""
+
+    _tfzero_patch = True
+
+    def __init__(self, name: str, wrapper: Callable) -> None:
+        self._name, self._wrapper = name, wrapper
+
+    def __get__(self, holder: Any, owner: type | None = None) -> Any:
+        if holder is None:
+            return self
+        if self._name not in vars(holder):
+            raise AttributeError(f"{type(holder).__name__!r} object has no attribute {self._name!r}")
+        return self._wrapper(vars(holder)[self._name], holder)
+
+    def __set__(self, holder: Any, value: Any) -> None:
+        vars(holder)[self._name] = value
+
+
 _registry: dict[str, Patch] = {}
 
 
-def patch(owner: Any, name: str, arguments: str, reason: str, test: str) -> Callable:
+def patch(owner: Any, name: str, arguments: str | None, reason: str, test: str, until: str = "") -> Callable:
     """Decorates `wrapper(original, *args, **kwargs)`, the replacement of `owner.name`. See `Patch`."""
 
     def register(wrapper: Callable) -> Callable:
-        row = Patch(owner, name, arguments, reason, test, wrapper)
+        row = Patch(owner, name, arguments, reason, test, wrapper, until)
         _registry[row.target] = row
         return wrapper
 
@@ -95,10 +122,10 @@ def patch(owner: Any, name: str, arguments: str, reason: str, test: str) -> Call
 
 
 def registry() -> tuple[Patch, ...]:
-    """All patches."""
+    """All patches that the installed versions need."""
     for home in _HOMES:
         importlib.import_module(home)
-    return tuple(_registry.values())
+    return tuple(each for each in _registry.values() if each.row.is_used)
 
 
 @functools.cache

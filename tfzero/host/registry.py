@@ -1,5 +1,6 @@
 """One row for every private name of TensorFlow and Keras that tfzero uses, and how a row is compared with a release.
 
+A row says in which versions its name is used. Where a version lacks it, `tfzero.host` does without.
 `python -m tfzero.host` lists the rows, those of `host/patches.py` too, and says which of them the installed release has
 lost or changed. The tests fail for a name without a row and for a row without a use (`tests/test_house.py`).
 """
@@ -13,6 +14,8 @@ import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from tfzero.host import versions
 
 _MISSING = object()
 # Stands for a name that is there, but is only seen in source text, such as `self.name = ...` in a class.
@@ -29,8 +32,10 @@ class Name:
         takes: names of a function's parameters, or of a class's bases, in order; None where neither is known: for a
             module, for an attribute of objects, and for C++ code.
         why: what it is for, and why no public name serves.
-        since: the first release in which it was as it is, as far as that was looked up.
+        since: the first version with it, such as "Keras 3.15"; it is not used in earlier ones. After "at least" stands
+            one that is not known to be the first.
         test: a test that notices when it does something else, as "file::function".
+        until: the last minor version in which it is used, such as "3.13"; "" if that is the newest.
     """
 
     path: str
@@ -38,19 +43,29 @@ class Name:
     why: str
     since: str
     test: str
+    until: str = ""
+
+    @property
+    def is_used(self) -> bool:
+        """Whether it is used in the installed version."""
+        library, first = self.since.removeprefix("at least ").split()
+        return versions.is_between(library.lower(), first, self.until)
 
     @property
     def problem(self) -> str:
-        """What the installed release has changed, or ""."""
+        """What the installed release has changed, or ""; "" if it is not used there."""
+        if not self.is_used:
+            return ""
         found = find(self.path)
         return f"{self.path} is no more" if found is _MISSING else difference(found, self.path, self.takes)
 
     def __str__(self) -> str:
         takes = "" if self.takes is None else f"({self.takes})"
-        return f"{self.path}{takes}\n    {self.why}\n    since {self.since}; {self.test}"
+        until = f" until {self.until}" if self.until else ""
+        return f"{self.path}{takes}\n    {self.why}\n    since {self.since}{until}; {self.test}"
 
 
-def rows(owner: str, since: str, test: str, names: Mapping[str, str]) -> tuple[Name, ...]:
+def rows(owner: str, since: str, test: str, names: Mapping[str, str], until: str = "") -> tuple[Name, ...]:
     """Rows for several names of one class or module; the name "" is the class or module itself.
 
     Args:
@@ -58,13 +73,14 @@ def rows(owner: str, since: str, test: str, names: Mapping[str, str]) -> tuple[N
         since: as in `Name`, for all of them.
         test: as in `Name`, for all of them; "file::" may be omitted for `test_compat.py`.
         names: why each is needed, by "name(what it takes)", or by "name" where that is not known.
+        until: as in `Name`, for all of them.
     """
     found = []
     for key, why in names.items():
         name, bracket, takes = key.removesuffix(")").partition("(")
         path = ".".join(part for part in (owner, name) if part)
         place = test if "::" in test else f"test_compat.py::{test}"
-        found.append(Name(path, takes if bracket else None, why, since, place))
+        found.append(Name(path, takes if bracket else None, why, since, place, until))
     return tuple(found)
 
 

@@ -13,13 +13,12 @@ from typing import Any
 
 import keras
 import tensorflow as tf
+from keras.src.backend import core as keras_core
 from keras.src.backend.common.variables import AutocastScope
-from keras.src.backend.tensorflow import core as keras_core
 from keras.src.backend.tensorflow import trainer as keras_tensorflow_trainer
 from keras.src.legacy.saving import legacy_h5_format
 from keras.src.losses import loss as keras_loss
 from keras.src.optimizers.base_optimizer import BaseOptimizer
-from keras.src.optimizers.multi_optimizer import MultiOptimizer
 from keras.src.saving import saving_lib
 from keras.src.trainers.trainer import Trainer
 from tensorflow.python.distribute.distribute_utils import create_mirrored_variable, regroup
@@ -32,6 +31,16 @@ from tensorflow.python.distribute.values import (
 from tensorflow.python.eager import context, record, tape
 from tensorflow.python.ops.control_flow_v2_func_graphs import ControlFlowFuncGraph
 from tensorflow.python.ops.resource_variable_ops import ResourceVariable
+
+from tfzero.host import versions
+
+if versions.is_between("keras", "3.15", ""):
+    from keras.src.optimizers.multi_optimizer import MultiOptimizer
+else:
+
+    class MultiOptimizer:  # type: ignore[no-redef]
+        """Stands for the class that Keras has since 3.15: no optimizer is one."""
+
 
 __all__ = [
     "AutocastScope",
@@ -155,7 +164,7 @@ def draw_batches(epoch_iterator: keras_tensorflow_trainer.TFEpochIterator, steps
     drawn = 0
     with contextlib.suppress(StopIteration, tf.errors.OutOfRangeError):
         while count is None or drawn < count:
-            _, _, iterator = next(steps)
+            *_, iterator = next(steps)  # of two values until Keras 3.10, then of three
             for _ in range(epoch_iterator.steps_per_execution):
                 next(iterator)
                 drawn += 1

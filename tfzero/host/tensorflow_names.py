@@ -4,7 +4,7 @@ from tfzero.host.registry import rows
 
 # "At least" where no earlier release was looked at. For the others the modules' syntax trees were compared, from 2.16.2
 # to 2.21.0.
-TENSORFLOW = "at least TensorFlow 2.21"
+TENSORFLOW = "at least TensorFlow 2.18"
 DISTRIBUTED = "TensorFlow 2.16"
 _DISTRIBUTE = "tensorflow.python.distribute"
 _EXTENDED = f"{_DISTRIBUTE}.collective_all_reduce_strategy.CollectiveAllReduceExtended"

@@ -1,4 +1,4 @@
-"""Patches that make Keras's layers aware of replicas: randomness and dtypes. See `host/patches.py`."""
+"""Patches that make Keras's layers aware of replicas: randomness, dtypes and regularizers. See `host/patches.py`."""
 
 import functools
 from collections.abc import Callable
@@ -50,6 +50,25 @@ def _next_seed(original: Callable[..., Any], self: keras.random.SeedGenerator, *
         return seed
     rank = extended.mesh.rank(runtime.replica_index())
     return mark(seed + tf.constant([rank * _FOLD % 2**31, 0], seed.dtype), OTHER)
+
+
+# Activity regularizers are sums over the batch until Keras 3.13; since 3.14 layers divide them by its size.
+
+
+@patch(
+    keras.layers.Layer,
+    "activity_regularizer",
+    None,
+    "a sum over one replica's rows would be taken for a mean over the batch",
+    "test_step.py::test_added_losses_and_regularizers",
+    until="3.13",
+)
+def _activity_regularizer(value: Callable[..., Any] | None, layer: keras.layers.Layer) -> Callable[..., Any] | None:
+    del layer
+    extended = losses.current_extended()
+    if value is None or extended is None:
+        return value
+    return lambda output: losses.sum_as_mean(value(output), extended) if len(output.shape) else value(output)
 
 
 # Recomputing activations: TensorFlow's `recompute_grad` takes no keyword arguments in a graph, and layers pass some.

@@ -32,7 +32,8 @@ def one_worker_writes(callbacks: Sequence[keras.callbacks.Callback], strategy: Z
         ValueError: for a callback that does not work with several workers.
     """
     mesh = strategy.extended.mesh
-    if mesh.workers > 1 and any(isinstance(callback, keras.callbacks.OrbaxCheckpoint) for callback in callbacks):
+    orbax = getattr(keras.callbacks, "OrbaxCheckpoint", ())  # since Keras 3.14
+    if mesh.workers > 1 and any(isinstance(callback, orbax) for callback in callbacks):
         raise ValueError(
             "OrbaxCheckpoint knows the processes of JAX only: several workers would write one directory, each all of "
             "it. Use `tfzero.CheckpointCallback(directory)`, or `keras.callbacks.ModelCheckpoint`."

@@ -12,7 +12,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tfzero.host import runtime
+from tfzero.host import notes, runtime
 from tfzero.plan.placement import Bucket
 from tfzero.rows.replica_run import current_run
 from tfzero.training.exchange import Exchange
@@ -66,7 +66,7 @@ class LateGathers:
         try:
             logs = execution(iterator)
         except tf.errors.OpError as error:
-            error.add_note(_APART)
+            notes.add_note(error, _APART)
             raise
         except KeyboardInterrupt:  # Python noticed it after the execution, perhaps on this worker only
             self._finish()

@@ -71,6 +71,14 @@ def unscale(value: tf.types.experimental.TensorLike, extended: ZeroExtended) -> 
     return ops.divide_no_nan(value, fraction)
 
 
+def sum_as_mean(value: tf.Tensor, extended: ZeroExtended) -> tf.Tensor:
+    """What stands for a sum over the batch among means over a replica's samples: `value` is the replica's own sum.
+
+    Multiplied by the batch fraction, those of all replicas add up to the sum. A replica without rows adds nothing.
+    """
+    return ops.divide_no_nan(value, ops.cast(extended.batch_fraction(), value.dtype))
+
+
 def reduce_loss(
     values: tf.types.experimental.TensorLike,
     sample_weight: tf.types.experimental.TensorLike | None,

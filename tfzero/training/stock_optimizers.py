@@ -8,7 +8,7 @@ import tensorflow as tf
 from keras import optimizers as ko
 
 from tfzero.collectives.codec import Codec
-from tfzero.host import keras_objects, keras_optimizers, runtime
+from tfzero.host import keras_objects, keras_optimizers, runtime, versions
 from tfzero.plan.placement import VariableSpec
 from tfzero.variables.classes import ShardedParameter, VariableView
 from tfzero.variables.creation import VariableCreation
@@ -18,7 +18,7 @@ from tfzero.workers.agreement import by_path, describe
 # the method keeps the property.
 _ELEMENTWISE = (
     ko.SGD, ko.RMSprop, ko.Adam, ko.AdamW, ko.Adadelta, ko.Adagrad, ko.Adamax,
-    ko.Nadam, ko.Ftrl, ko.Lion, ko.ScheduleFreeAdamW,
+    ko.Nadam, ko.Ftrl, ko.Lion, *keras_optimizers.present("ScheduleFreeAdamW"),
 )  # fmt: skip
 # Optimizers that need the whole tensor, and that XLA compiles.
 _WHOLE_TENSOR = (ko.Adafactor, ko.Lamb, ko.Muon)
@@ -44,6 +44,7 @@ def check_wrappable(optimizer: object) -> None:
         TypeError: if it is no Keras optimizer, or if it overrides methods that tfzero replaces.
         ValueError: if it has been built.
     """
+    versions.refuse_keras_2(optimizer)
     if not isinstance(optimizer, ko.Optimizer):
         raise TypeError(f"ZeroOptimizer wraps a Keras optimizer, but received {optimizer!r}.")
     name = type(optimizer).__name__

@@ -16,7 +16,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfzero.collectives.group import Group
-from tfzero.host import batch_rows, graphs, runtime
+from tfzero.host import batch_rows, graphs, runtime, versions
 from tfzero.plan.mesh import Mesh
 from tfzero.variables.allocation import component, initial_value, on_host
 from tfzero.variables.classes import (
@@ -80,6 +80,7 @@ class VariableCreation:
             view: if the variable is a slot, the view of its model variable.
             kwargs: arguments for creating the variable.
         """
+        versions.refuse_variables_of_keras_2(kwargs.get("name"))
         if self._mesh.workers > 1:
             kwargs["initial_value"] = _outside_of_graphs(kwargs["initial_value"], kwargs.get("name"))
         with tf.init_scope() if self._mesh.workers > 1 else contextlib.nullcontext():

@@ -9,6 +9,7 @@ import numpy as np
 
 from tfzero.checkpoint.state import LocalValues, state_of
 from tfzero.checkpoint.teamwork import together
+from tfzero.host import versions
 from tfzero.plan.settings import check_number
 from tfzero.strategy import ZeroStrategy
 
@@ -88,6 +89,7 @@ def audit(model: keras.Model, batch: Sequence, steps: int = 3) -> Audit:
     assert found, found.differences[0].name
     ```
     """
+    versions.refuse_keras_2(model)
     strategy = model.distribute_strategy
     check_number("steps", steps, int, 1)
     if not isinstance(strategy, ZeroStrategy):
