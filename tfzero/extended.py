@@ -16,6 +16,7 @@ from tfzero.collectives.network import DEFAULT_BUCKET_BYTES, Network, measure_ne
 from tfzero.host import distributed, graphs, runtime
 from tfzero.plan.mesh import Mesh
 from tfzero.plan.settings import Choice, Settings
+from tfzero.rows import sharded, unions
 from tfzero.rows.dependence import Dependence, mark_global
 from tfzero.rows.inputs import (
     check_shardable,
@@ -24,6 +25,7 @@ from tfzero.rows.inputs import (
     describe_dataset,
     in_order,
 )
+from tfzero.rows.own_data import OwnData
 from tfzero.rows.padding import counted, with_own_results
 from tfzero.rows.replica_run import current_graph, current_run
 from tfzero.variables.classes import ShardedParameter, VariableView
@@ -73,6 +75,8 @@ class ZeroExtended(distributed.ExtendedBase):
         self.gives_first_values = False
         self._network: Network | None = None
         self._told_of_eager_memory = False
+        self._name_of = _names(cluster)
+        self._own_data = OwnData(self.mesh, self._channel, self.comparison, self._name_of)
         self._traced: list[Dependence] = []  # of the replicas being traced
         self._is_for_all: list[bool] = []  # whether all replicas get the same, by argument of the current run
 
@@ -281,6 +285,11 @@ class ZeroExtended(distributed.ExtendedBase):
 
     # Input.
 
+    @property
+    def name_of_worker(self) -> str:
+        """The name of this worker, for messages."""
+        return self._name_of(self.mesh.worker)
+
     def cut_batch(self, batch: Any) -> Any:
         """One global batch as per-replica values."""
         return cut_batch(batch, self.mesh)
@@ -293,17 +302,39 @@ class ZeroExtended(distributed.ExtendedBase):
             raise ValueError(f"ZeroStrategy distributes a tf.data.Dataset, but received {dataset!r}.")
         if dataset in self._cut_datasets:
             return dataset
+        cut = self._own_part(dataset)
+        if cut is None:
+            cut = self._part_of_all(dataset)
+        self._cut_datasets.add(cut)
+        return cut
+
+    def _own_part(self, dataset: tf.data.Dataset) -> tf.data.Dataset | None:
+        """What this worker reads by itself of a dataset; None if every worker reads all."""
+        source = sharded.source_of(dataset)
+        # Predictions come in the order of whole batches.
+        if source is not None and not self.comparison.only_predicts:
+            return self._own_data.of_files(source, dataset)
+        if unions.is_own(dataset):
+            return self._own_data.of_own_rows(dataset)
+        if self.mesh.workers > 1 and sharded.is_within(dataset):
+            warnings.warn(sharded.READ_WHOLE, stacklevel=2)
+        return None
+
+    def _part_of_all(self, dataset: tf.data.Dataset) -> tf.data.Dataset:
+        """This worker's replicas' parts of batches that every worker reads."""
         check_shardable(dataset, self.mesh.workers)
         self._channel.agree("distributing a dataset", describe_dataset(dataset), "data sets")
         if self.mesh.workers > 1:
             dataset = in_order(dataset)
-        cut = cut_dataset(dataset, self.mesh, self.comparison)
-        self._cut_datasets.add(cut)
-        return cut
+        return cut_dataset(dataset, self.mesh, self.comparison)
 
 
 def _divide(total: tf.Tensor, count: int) -> tf.Tensor:
     return total / tf.cast(count, total.dtype) if total.dtype.is_floating else tf.cast(total / count, total.dtype)
+
+
+def _names(cluster: Cluster | None) -> Callable[[int], str]:
+    return lambda worker: "this process" if cluster is None else cluster.names[worker]
 
 
 def _resolver(cluster: Cluster) -> tf.distribute.cluster_resolver.SimpleClusterResolver:

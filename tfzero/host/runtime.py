@@ -161,6 +161,12 @@ def draw_batches(epoch_iterator: keras_tensorflow_trainer.TFEpochIterator, steps
                 drawn += 1
 
 
+def pass_over(epoch_iterator: keras_tensorflow_trainer.TFEpochIterator, steps: Iterator, count: int) -> None:
+    """Skips `count` batches of an epoch in the loop `steps`, without drawing them: the data begin behind them."""
+    for _ in range(-(-count // epoch_iterator.steps_per_execution)):
+        next(steps)
+
+
 def end_epoch(epoch_iterator: keras_tensorflow_trainer.TFEpochIterator, batches: int) -> None:
     """Does what Keras's loop does after an epoch of this many batches, for a loop that was stopped before its end.
 
