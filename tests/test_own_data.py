@@ -1,14 +1,15 @@
-"""Each worker reads only its own data: files in virtual shards, and rows that workers bring. Compared with one device."""
+"""Each worker reads only its own data: files in virtual shards, and rows that workers bring."""
 
+import shutil
 import warnings
 from pathlib import Path
 
 import keras
 import numpy as np
 import oracle
-import pool
 import pytest
 import tensorflow as tf
+from marks import FLEET_SECONDS
 
 import tfzero
 from tfzero.plan.file_shards import FileShards
@@ -223,10 +224,6 @@ def test_one_process(tmp_path, devices):
 # Workers.
 
 
-class Halt(Exception):
-    """Stands for the death of all workers."""
-
-
 def error_of(call):
     """The text of a refusal."""
     try:
@@ -278,29 +275,40 @@ def run_cases(files, folder, devices):
     off = tf.data.Options()
     off.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
     empty = own.take(0) if mesh.worker else own
-    signature = own.element_spec
-    one_pass = iter(rows_of_worker(0, 2, False))
-    once = tf.data.Dataset.from_generator(lambda: one_pass, output_signature=signature)
     found["errors"] = {
         "off": error_of(lambda: fit(own_of_whole().with_options(off))),
         "without saying so": error_of(lambda: fit(rows_of_worker(mesh.worker, 2, False))),
         "no row": error_of(lambda: fit(empty)),
-        "used up": error_of(lambda: fit(tfzero.own_rows(once), epochs=2)),
-        "used up by all": error_of(lambda: fit(tf.data.Dataset.from_generator(
-            lambda whole=iter(own_of_whole()): whole, output_signature=signature), epochs=2)),
+        "used up": error_of(lambda: fit(tfzero.own_rows(once_of(own)), epochs=2)),
+        "used up by all": error_of(lambda: fit(once_of(own_of_whole()), epochs=2)),
         "other structure": error_of(lambda: fit(own.map(lambda x, y: (x, y[:, : 2 + mesh.worker])))),
         "other files": error_of(lambda: fit(data_of([*files[:6], f"other {mesh.worker}"]))),
         "other seed": error_of(lambda: fit(data_of(files, seed=mesh.worker))),
         "missing": error_of(lambda: fit(data_of([*files[:5], "nowhere", files[6]], shuffle=0))),
         "shards": error_of(lambda: fit(data_of(files, shards=3))),
     }  # fmt: skip
-    callback = tfzero.CheckpointCallback(folder, save_every_steps=3)
-    found["halted"] = error_of(lambda: halted(strategy, data_of(files, counts=SIZES), callback))
+    callback = tfzero.CheckpointCallback(folder, save_every_steps=1, asynchronous=False)
+    found["halted"] = error_of(lambda: halted(strategy, data_of(files), callback))
+    found["errors"]["damaged"] = error_of(lambda: fit(data_of(damaged(files, folder), shuffle=0)))  # ends the channel
     return found
+
+
+def damaged(files, folder):
+    """The same files, of which the sixth ends too early."""
+    name = Path(folder).parent / "damaged.tfrecord"
+    whole = Path(files[5]).read_bytes()
+    name.write_bytes(whole[: len(whole) // 2])
+    return [*files[:5], str(name), files[6]]
 
 
 def own_of_whole():
     return rows_of_worker(0, 2, True)
+
+
+def once_of(dataset):
+    """Data that are used up after one pass."""
+    iterator = iter(dataset)
+    return tf.data.Dataset.from_generator(lambda: iterator, output_signature=dataset.element_spec)
 
 
 def halted(strategy, data, *callbacks, after=12):
@@ -319,7 +327,8 @@ def halted(strategy, data, *callbacks, after=12):
 @pytest.mark.parametrize("devices", [2])
 def test_workers(tmp_path, devices):
     files, folder = write(tmp_path), tmp_path / "run"
-    fleet = pool.run(run_cases, workers=2, args=(files, str(folder), devices), cpu_devices=devices)
+    arguments = (files, str(folder), devices)
+    fleet = tfzero.run_local(run_cases, 2, args=arguments, cpu_devices=devices, timeout_seconds=FLEET_SECONDS)
     one_device = {
         "files": outcome(None, data_of(files), data_of(files), data_of(files, shuffle=0)),
         "counted": outcome(None, data_of(files, counts=SIZES), data_of(files, counts=SIZES)),
@@ -339,4 +348,28 @@ def test_workers(tmp_path, devices):
         assert "seed is 0 on worker 0 and 1 on worker 1" in errors["other seed"]
         assert "worker 1: 'nowhere' cannot be read" in errors["missing"]
         assert "3 shards can be read by [1, 3] workers" in errors["shards"]
+        assert "worker 1 cannot read" in errors["damaged"] and "damaged.tfrecord" in errors["damaged"]
         assert found["halted"] == "RuntimeError: halted"
+    resumed_elsewhere(files, folder)
+
+
+def resumed_elsewhere(files, folder):
+    """On another number of workers a run goes on in the middle of an epoch, without decoding what lies behind."""
+    uninterrupted = compiled(model_of())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Your input ran out of data")
+        uninterrupted.fit(data_of(files), epochs=3, verbose=0)
+        for number, counts in enumerate((None, SIZES)):
+            decoded = []
+
+            def counting(record, decoded=decoded):
+                tf.py_function(lambda: decoded.append(1), [], [])
+                return decode(record)
+
+            again = shutil.copytree(folder, folder.parent / f"run {number}")
+            model = compiled(model_of(strategy_of(1 + number)))
+            callback = tfzero.CheckpointCallback(again, save_every_epochs=9)
+            model.fit(data_of(files, decode=counting, counts=counts), epochs=3, verbose=0, callbacks=[callback])
+            assert len(decoded) < 2 * sum(SIZES)
+            for mine, theirs in zip(model.get_weights(), uninterrupted.get_weights(), strict=True):
+                np.testing.assert_allclose(mine, theirs, **EXACT)

@@ -98,7 +98,7 @@ def union(dataset: tf.data.Dataset, devices: int, goes_on: Callable[[Any, Any], 
 
     endless = tf.data.Dataset.from_tensors((False, padding)).repeat()
     batches = _mapped(dataset, with_flag).concatenate(endless)
-    batches = batches.scan(padding, tf.autograph.experimental.do_not_convert(lambda last, *each: padded(last, each)))
+    batches = batches.scan(padding, tf.autograph.experimental.do_not_convert(padded))
     batches = _mapped(batches, cut_own).prefetch(tf.data.AUTOTUNE).enumerate()
     batches = batches.take_while(tf.autograph.experimental.do_not_convert(is_handed_out))
     options = tf.data.Options()
