@@ -1,6 +1,7 @@
 """Each worker reads only its own data: files in virtual shards, and rows that workers bring."""
 
 import shutil
+import time
 import warnings
 from pathlib import Path
 
@@ -12,8 +13,10 @@ import tensorflow as tf
 from marks import FLEET_SECONDS
 
 import tfzero
+from tfzero.host.batch_rows import own_rows
 from tfzero.plan.file_shards import FileShards
 from tfzero.rows.sharded import sharded_dataset, source_of
+from tfzero.rows.unions import union
 
 SIZES = (11, 7, 9, 12, 8, 10, 9)  # samples of each file: shards end at different times
 SHARDS, BATCH = 4, 12
@@ -140,6 +143,28 @@ def test_batches_are_the_union_of_all_shards_whoever_reads_them(tmp_path, counts
                 assert np.array_equal(np.unique(rows, axis=0), np.unique(batch[0], axis=0))
     first, second = (np.concatenate([batch[0] for batch in whole]) for whole in passes)
     assert not np.array_equal(first, second)
+
+
+def test_nothing_is_agreed_ahead_of_its_step(tmp_path):
+    """Else workers that stop in the middle of their data would agree on batches that others never ask for."""
+    asked = []
+
+    def goes_on(index, has_batch):
+        asked.append((int(index), bool(has_batch)))
+        return index < 6
+
+    parts = iter(union(rows_of_worker(0, 2, False), 2, goes_on))
+    next(parts)
+    next(parts)
+    time.sleep(0.3)
+    assert asked == [(0, True), (1, True)]
+    rows = [[int(own_rows(part)) for part in x.values] for x, _ in parts]
+    assert rows == [[2, 2], [0, 0], [0, 0], [0, 0]]  # after its own three batches only padding
+    assert asked[-1] == (6, False)
+    data = data_of(write(tmp_path))
+    for _ in zip(range(8), data, strict=False):
+        time.sleep(0.05)
+    assert source_of(data).passes == 0
 
 
 @pytest.mark.parametrize("counts", [None, SIZES])
@@ -270,7 +295,7 @@ def run_cases(files, folder, devices):
     model = compiled(model_of(strategy))
 
     def fit(data, epochs=1):
-        model.fit(data, epochs=epochs, verbose=0)
+        model.fit(data, epochs=epochs, verbose=0, shuffle=False)
 
     off = tf.data.Options()
     off.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
@@ -321,7 +346,7 @@ def halted(strategy, data, *callbacks, after=12):
             raise RuntimeError("halted")
 
     ending = keras.callbacks.LambdaCallback(on_train_batch_end=note)
-    compiled(model_of(strategy)).fit(data, epochs=3, verbose=0, callbacks=[*callbacks, ending])
+    compiled(model_of(strategy)).fit(data, epochs=3, verbose=0, shuffle=False, callbacks=[*callbacks, ending])
 
 
 @pytest.mark.parametrize("devices", [2])
@@ -348,8 +373,8 @@ def test_workers(tmp_path, devices):
         assert "seed is 0 on worker 0 and 1 on worker 1" in errors["other seed"]
         assert "worker 1: 'nowhere' cannot be read" in errors["missing"]
         assert "3 shards can be read by [1, 3] workers" in errors["shards"]
-        assert "worker 1 cannot read" in errors["damaged"] and "damaged.tfrecord" in errors["damaged"]
         assert found["halted"] == "RuntimeError: halted"
+        assert "worker 1 cannot read" in errors["damaged"] and "damaged.tfrecord" in errors["damaged"]
     resumed_elsewhere(files, folder)
 
 
@@ -358,7 +383,7 @@ def resumed_elsewhere(files, folder):
     uninterrupted = compiled(model_of())
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Your input ran out of data")
-        uninterrupted.fit(data_of(files), epochs=3, verbose=0)
+        uninterrupted.fit(data_of(files), epochs=3, verbose=0, shuffle=False)
         for number, counts in enumerate((None, SIZES)):
             decoded = []
 
@@ -369,7 +394,8 @@ def resumed_elsewhere(files, folder):
             again = shutil.copytree(folder, folder.parent / f"run {number}")
             model = compiled(model_of(strategy_of(1 + number)))
             callback = tfzero.CheckpointCallback(again, save_every_epochs=9)
-            model.fit(data_of(files, decode=counting, counts=counts), epochs=3, verbose=0, callbacks=[callback])
+            data = data_of(files, decode=counting, counts=counts)
+            model.fit(data, epochs=3, verbose=0, shuffle=False, callbacks=[callback])
             assert len(decoded) < 2 * sum(SIZES)
             for mine, theirs in zip(model.get_weights(), uninterrupted.get_weights(), strict=True):
                 np.testing.assert_allclose(mine, theirs, **EXACT)

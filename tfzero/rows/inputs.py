@@ -216,10 +216,20 @@ def cut_dataset(dataset: tf.data.Dataset, mesh: Mesh, comparison: BatchCompariso
         comparison.compared(noted, source)
         return parts
 
-    # A batch is compared when it is yielded, so nothing after that stage may run ahead of a step.
+    # A batch is compared when it is yielded.
+    return not_ahead(_prepared_ahead(dataset.enumerate(), note_and_cut).map(give_out))
+
+
+def not_ahead(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    """A dataset whose last stages run only when a step takes a batch.
+
+    TensorFlow would add a `prefetch` at the end, and make each `map` without side effects a parallel one, which runs
+    ahead as well.
+    """
     options = tf.data.Options()
     options.experimental_optimization.inject_prefetch = False
-    return _prepared_ahead(dataset.enumerate(), note_and_cut).map(give_out).with_options(options)
+    options.experimental_optimization.map_parallelization = False
+    return dataset.with_options(options)
 
 
 def _prepared_ahead(dataset: tf.data.Dataset, function: Callable) -> tf.data.Dataset:

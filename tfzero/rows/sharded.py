@@ -17,6 +17,7 @@ import tensorflow as tf
 from tfzero.host import datasets
 from tfzero.plan.file_shards import FileShards
 from tfzero.plan.settings import check_number
+from tfzero.rows.inputs import not_ahead
 from tfzero.rows.raw_elements import packed, packed_specs, unpacked
 
 _SHUFFLE_SEED = 20221  # beside the seed of each file; the global seed must make no difference
@@ -271,9 +272,7 @@ class ShardedFiles:
         ).prefetch(tf.data.AUTOTUNE)
         if counts_passes:
             result = self._counted(result)
-        options = tf.data.Options()
-        options.experimental_optimization.inject_prefetch = False  # a pass ends when its end is asked for
-        return result.with_options(options)
+        return not_ahead(result)  # a pass ends when its end is asked for
 
     def _begin(self, shards: list[int]) -> tuple:
         """Files `[shards, most files]`, padded with -1, their seeds, what to skip, and the shards' numbers."""
