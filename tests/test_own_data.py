@@ -281,6 +281,34 @@ def rows_of_worker(worker, workers, is_union):
     return tf.data.Dataset.from_generator(batches, output_signature=signature)
 
 
+def for_replicas(worker, rows=3):
+    """Batches of three rows for each of two replicas of a worker, of which worker 0 has more."""
+    x, y = oracle.Data(samples=40).arrays()
+    mine = (slice(0, 26), slice(26, 40))[worker]
+    return tf.data.Dataset.from_tensor_slices((x[mine], y[mine])).batch(rows)
+
+
+def by_files(files, policy=tf.data.experimental.AutoShardPolicy.FILE):
+    """A pipeline of files that TensorFlow deals to workers."""
+    options = tf.data.Options()
+    options.experimental_distribute.auto_shard_policy = policy
+    rows = tf.data.Dataset.from_tensor_slices(files).interleave(make, cycle_length=2).map(decode)
+    return rows.batch(BATCH).with_options(options)
+
+
+def by_workers(files):
+    """What each of two workers reads then."""
+    return [by_files(files[worker::2]).rebatch(BATCH // 2) for worker in range(2)]
+
+
+def unions_of(parts):
+    """The global batches that workers' batches make."""
+    read = [list(part.as_numpy_iterator()) for part in parts]
+    together = [[part[k] for part in read if k < len(part)] for k in range(max(map(len, read)))]
+    batches = [tuple(np.concatenate(rows) for rows in zip(*batch, strict=True)) for batch in together]
+    return tf.data.Dataset.from_generator(lambda: iter(batches), output_signature=parts[0].element_spec)
+
+
 def strategy_of(devices, **arguments):
     return tfzero.ZeroStrategy(2, devices=[f"CPU:{k}" for k in range(devices)], min_shard_elements=8, **arguments)
 
@@ -290,8 +318,11 @@ def run_cases(files, folder, devices):
     mesh = strategy.extended.mesh
     own = tfzero.own_rows(rows_of_worker(mesh.worker, 2, False))
     found = {"files": outcome(strategy, data_of(files), data_of(files), data_of(files, shuffle=0))}
-    found["counted"] = outcome(strategy, data_of(files, counts=SIZES), data_of(files, counts=SIZES))
+    found["counted"] = outcome(strategy, data_of(files, counts=SIZES))
     found["own rows"] = outcome(strategy, own, own.prefetch(1))
+    found["by files"] = outcome(strategy, by_files(files))
+    replicas = strategy.distribute_datasets_from_function(lambda context: for_replicas(context.input_pipeline_id))
+    found["from a function"] = outcome(strategy, replicas)
     model = compiled(model_of(strategy))
 
     def fit(data, epochs=1):
@@ -305,6 +336,9 @@ def run_cases(files, folder, devices):
         "without saying so": error_of(lambda: fit(rows_of_worker(mesh.worker, 2, False))),
         "no row": error_of(lambda: fit(empty)),
         "used up": error_of(lambda: fit(tfzero.own_rows(once_of(own)), epochs=2)),
+        "used up, from a function": error_of(
+            lambda: fit(strategy.distribute_datasets_from_function(lambda _: once_of(own)), epochs=2)
+        ),
         "used up by all": error_of(lambda: fit(once_of(own_of_whole()), epochs=2)),
         "other structure": error_of(lambda: fit(own.map(lambda x, y: (x, y[:, : 2 + mesh.worker])))),
         "other files": error_of(lambda: fit(data_of([*files[:6], f"other {mesh.worker}"]))),
@@ -356,8 +390,10 @@ def test_workers(tmp_path, devices):
     fleet = tfzero.run_local(run_cases, 2, args=arguments, cpu_devices=devices, timeout_seconds=FLEET_SECONDS)
     one_device = {
         "files": outcome(None, data_of(files), data_of(files), data_of(files, shuffle=0)),
-        "counted": outcome(None, data_of(files, counts=SIZES), data_of(files, counts=SIZES)),
+        "counted": outcome(None, data_of(files, counts=SIZES)),
         "own rows": outcome(None, own_of_whole(), own_of_whole()),
+        "by files": outcome(None, unions_of(by_workers(files))),
+        "from a function": outcome(None, unions_of([for_replicas(worker, 6) for worker in range(2)])),
     }
     for found in fleet:
         for case, expected in one_device.items():
@@ -367,6 +403,7 @@ def test_workers(tmp_path, devices):
         assert "batches differ" in errors["without saying so"] and "tfzero.own_rows" in errors["without saying so"]
         assert "worker 1 brought no row to data set" in errors["no row"]
         assert "worker 0, worker 1 brought no row" in errors["used up"]
+        assert "The data gave no batch in this epoch on worker" in errors["used up, from a function"]
         assert "The data gave no batch in this epoch on worker" in errors["used up by all"]
         assert "part 1 of a batch is" in errors["other structure"] and "(None, 3)" in errors["other structure"]
         assert "file 6 is 'other 0' on worker 0 and 'other 1' on worker 1" in errors["other files"]

@@ -705,9 +705,9 @@ def test_unseeded_shuffle_warns_and_is_refused(fleet):
 
 
 @fleets(3)
-def test_file_sharding_is_refused(fleet):
-    error = fleet.result("file_sharding")["alike"]["error"]
-    assert "FILE" in error and "distribute_datasets_from_function" in error
+def test_file_sharding_is_done(fleet):
+    """By the files of a pipeline, or where there are none by its elements."""
+    assert fleet.result("file_sharding")["alike"]["error"] == ""
 
 
 @fleets(1)

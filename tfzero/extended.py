@@ -24,6 +24,7 @@ from tfzero.rows.inputs import (
     cut_dataset,
     describe_dataset,
     in_order,
+    is_dealt_by_files,
 )
 from tfzero.rows.own_data import OwnData
 from tfzero.rows.padding import counted, with_own_results
@@ -76,7 +77,7 @@ class ZeroExtended(distributed.ExtendedBase):
         self._network: Network | None = None
         self._told_of_eager_memory = False
         self._name_of = _names(cluster)
-        self._own_data = OwnData(self.mesh, self._channel, self.comparison, self._name_of)
+        self.own_data = OwnData(self.mesh, self._channel, self.comparison, self._name_of)
         self._traced: list[Dependence] = []  # of the replicas being traced
         self._is_for_all: list[bool] = []  # whether all replicas get the same, by argument of the current run
 
@@ -302,25 +303,27 @@ class ZeroExtended(distributed.ExtendedBase):
             raise ValueError(f"ZeroStrategy distributes a tf.data.Dataset, but received {dataset!r}.")
         if dataset in self._cut_datasets:
             return dataset
-        cut = self._own_part(dataset)
+        cut = self.own_part(dataset)
         if cut is None:
-            cut = self._part_of_all(dataset)
+            cut = self.part_of_all(dataset)
         self._cut_datasets.add(cut)
         return cut
 
-    def _own_part(self, dataset: tf.data.Dataset) -> tf.data.Dataset | None:
+    def own_part(self, dataset: tf.data.Dataset) -> tf.data.Dataset | None:
         """What this worker reads by itself of a dataset; None if every worker reads all."""
         source = sharded.source_of(dataset)
         # Predictions come in the order of whole batches.
         if source is not None and not self.comparison.only_predicts:
-            return self._own_data.of_files(source, dataset)
+            return self.own_data.of_files(source, dataset)
         if unions.is_own(dataset):
-            return self._own_data.of_own_rows(dataset)
+            return self.own_data.of_own_rows(dataset)
+        if self.mesh.workers > 1 and is_dealt_by_files(dataset):
+            return self.own_data.of_dealt_files(dataset)
         if self.mesh.workers > 1 and sharded.is_within(dataset):
             warnings.warn(sharded.READ_WHOLE, stacklevel=2)
         return None
 
-    def _part_of_all(self, dataset: tf.data.Dataset) -> tf.data.Dataset:
+    def part_of_all(self, dataset: tf.data.Dataset) -> tf.data.Dataset:
         """This worker's replicas' parts of batches that every worker reads."""
         check_shardable(dataset, self.mesh.workers)
         self._channel.agree("distributing a dataset", describe_dataset(dataset), "data sets")

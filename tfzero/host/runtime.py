@@ -173,7 +173,8 @@ def end_epoch(epoch_iterator: keras_tensorflow_trainer.TFEpochIterator, batches:
     Keras makes an iterator that it never uses, which moves a `shuffle` on to its next order. After data of unknown
     length it makes none, as it has then already tried to take more than there are.
     """
-    if epoch_iterator.data_adapter.num_batches is None:
+    known = getattr(epoch_iterator, "known", None) or (epoch_iterator.data_adapter.num_batches,)
+    if known == (None,):
         epoch_iterator._num_batches = batches + epoch_iterator.steps_per_execution
     else:
         epoch_iterator._current_iterator = iter(epoch_iterator._get_iterator())

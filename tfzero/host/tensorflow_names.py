@@ -382,4 +382,13 @@ ROWS = (
             ),
         },
     ),
+    *rows(
+        "tensorflow.python.data.experimental.ops.distribute",
+        TENSORFLOW,
+        "test_files_are_dealt_by_the_policy",
+        {
+            "_AutoShardDataset(UnaryDataset)": "each worker reads its files only; strategies do it inside",
+            "compute_batch_size(dataset)": "rows of a whole batch, of which each worker brings its part",
+        },
+    ),
 )

@@ -38,11 +38,11 @@ class _Epochs(EpochsBase):
         """First skips the epochs and batches that a checkpoint has behind it."""
         place, self.place = self.place or DataPosition(), None
         self.executions, self.goes_on = 0, place.batches > 0
-        for step in self._steps_from(place):
+        for step in self.steps_from(place):
             self.executions += 1
             yield step
 
-    def _steps_from(self, place: DataPosition) -> Generator[Any, None, None]:
+    def steps_from(self, place: DataPosition) -> Generator[Any, None, None]:
         source = source_of(self.data_adapter.get_tf_dataset()) if place.epochs or place.batches else None
         if source is not None and not self.steps_per_epoch:
             source.seek(place.epochs, place.batches)
@@ -103,6 +103,10 @@ def _epoch_iterator(
     if position is not None:
         source = source_of(self.data_adapter.get_tf_dataset())
         position.note_batch_size(self.data_adapter if source is None else source.dealing)
+    if distribute_strategy.extended.mesh.workers > 1:
+        given, own_data = self.data_adapter.num_batches, distribute_strategy.extended.own_data
+        if (known := own_data.batches_of(runtime.dataset_of(self), given)) != given:
+            self.know_batches(known)
     if self.num_batches == 0:
         raise ValueError(_EMPTY)
     distribute_strategy.channel.agree("reading data", runtime.length_of(self), "data sets")

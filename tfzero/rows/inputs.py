@@ -136,11 +136,17 @@ def own_rows_of(arguments: Any) -> tf.Tensor | None:
     return rows_of(leaves[0])
 
 
+def is_dealt_by_files(dataset: tf.data.Dataset) -> bool:
+    """Whether a dataset asks that each worker reads other files."""
+    policy = dataset.options().experimental_distribute.auto_shard_policy
+    return policy == tf.data.experimental.AutoShardPolicy.FILE
+
+
 def check_shardable(dataset: tf.data.Dataset, workers: int) -> None:
     """Refuses datasets that cannot be cut by rows, and warns if workers would see data in different orders."""
     policy = dataset.options().experimental_distribute.auto_shard_policy
     allowed = (tf.data.experimental.AutoShardPolicy.AUTO, tf.data.experimental.AutoShardPolicy.DATA)
-    if policy not in allowed:
+    if policy not in allowed and not is_dealt_by_files(dataset):
         raise ValueError(
             f"ZeroStrategy cuts every global batch by rows (AutoShardPolicy.DATA), but the dataset asks for "
             f"{tf.data.experimental.AutoShardPolicy(policy).name}. "

@@ -1,11 +1,14 @@
 """Gives each worker the data that are its own: its files of a `sharded_dataset`, and the rows that it brings."""
 
 import hashlib
+import weakref
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
+from tfzero.host import datasets
 from tfzero.plan.mesh import Mesh
 from tfzero.rows.inputs import cut_dataset
 from tfzero.rows.sharded import ShardedFiles
@@ -32,6 +35,20 @@ class OwnData:
         self, mesh: Mesh, channel: Channel, comparison: BatchComparison, name_of: Callable[[int], str]
     ) -> None:
         self._mesh, self._channel, self._comparison, self._name_of = mesh, channel, comparison, name_of
+        self._batches: weakref.WeakKeyDictionary[tf.data.Dataset, int | None] = weakref.WeakKeyDictionary()
+
+    def batches_of(self, distributed: Any, given: int | None) -> int | None:
+        """Number of batches of an epoch, the same on all workers; None if it is unknown.
+
+        Args:
+            distributed: what `distribute` or TensorFlow made of a worker's data.
+            given: the number that this worker knows of the data that it was given.
+        """
+        if isinstance(distributed, tf.data.Dataset):
+            return self._batches.get(distributed, given)
+        # Of `distribute_datasets_from_function`.
+        told = self._channel.all_gather("counting batches of each worker", given)
+        return given if all(each == given for each in told) else None
 
     def of_files(self, source: ShardedFiles, dataset: tf.data.Dataset) -> tf.data.Dataset:
         """This worker's part of a `sharded_dataset`, as per-replica values.
@@ -64,6 +81,24 @@ class OwnData:
             return cut_dataset(dataset, self._mesh, self._comparison)
         return self._union(dataset, None)
 
+    def of_dealt_files(self, dataset: tf.data.Dataset) -> tf.data.Dataset:
+        """This worker's part of a pipeline of files with AutoShardPolicy.FILE: its files, and its part of a batch.
+
+        Raises:
+            ValueError: if the size of a batch cannot be told, or is smaller than the number of workers.
+        """
+        workers, worker = self._mesh.workers, self._mesh.worker
+        size = datasets.whole_batch_size(dataset)
+        if size is None or size < workers:
+            known = "cannot be told from its pipeline" if size is None else f"is {size}"
+            raise ValueError(
+                f"With AutoShardPolicy.FILE each of {workers} workers brings its part of a batch, but the batch size "
+                f"of the dataset {known}. End the pipeline with `batch(batch_size)`, or use `tfzero.sharded_dataset`."
+            )
+        rows = size // workers + (worker < size % workers)
+        self._channel.agree("dealing files", {"batch size": size}, "data sets")
+        return self.of_own_rows(datasets.files_of_worker(dataset, workers, worker, rows))
+
     def _union(self, dataset: tf.data.Dataset, source: ShardedFiles | None) -> tf.data.Dataset:
         name, number = self._comparison.new_data_set(), 0
 
@@ -81,7 +116,12 @@ class OwnData:
                 source.end()
             return _HAS in states
 
-        return union(dataset, self._mesh.devices_per_worker, goes_on)
+        result = union(dataset, self._mesh.devices_per_worker, goes_on)
+        own = dataset.cardinality() if source is None else tf.data.UNKNOWN_CARDINALITY
+        if source is None or source.dealing.counts is None:
+            told = self._channel.all_gather("counting batches", int(own))
+            self._batches[result] = max(told) if min(told) >= 0 else None
+        return result
 
     def _check_begin(self, states: Sequence[str], name: str) -> None:
         """Refuses a pass in which a worker has nothing, not even a first batch."""

@@ -91,7 +91,7 @@ def sharded_dataset(
 
     files = sorted(tf.io.gfile.glob("part-*.tfrecord"))
     data = tfzero.sharded_dataset(files, tf.data.TFRecordDataset, shards=4, batch_size=16, decode=decode, shuffle=12)
-    model.fit(data, epochs=2)
+    model.fit(data, epochs=2, shuffle=False)
     ```
     """
     source = ShardedFiles(files, make, shards, batch_size, decode, shuffle, seed, counts, parallel_calls)

@@ -45,7 +45,7 @@ def own_rows(dataset: tf.data.Dataset) -> tf.data.Dataset:
     ```python
     workers, worker = 1, 0  # from TF_CONFIG
     mine = tf.data.Dataset.from_tensor_slices((x, y)).shard(workers, worker).batch(16 // workers)
-    model.fit(tfzero.own_rows(mine), epochs=2)
+    model.fit(tfzero.own_rows(mine), epochs=2, shuffle=False)
     ```
     """
     if not isinstance(dataset, tf.data.Dataset):
