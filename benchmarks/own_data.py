@@ -1,10 +1,14 @@
-"""Measures what it is worth that each worker reads only its own files: `python benchmarks/own_data.py`.
+"""What it is worth that each worker reads only its own files, on 1, 2 and 4 local workers.
 
-Prints, for 1, 2 and 4 local workers: bytes that each worker reads in an epoch (`rchar` of /proc/self/io), the largest
-difference of weights from plain Keras on one device after two epochs, and seconds of an epoch that waits for its input
-(5 ms a sample). Then workers are killed in the middle of an epoch, and other numbers of workers go on.
+    python benchmarks/own_data.py                  # all parts
+    python benchmarks/own_data.py --parts slow
+
+`bytes`: what each worker reads in an epoch (`rchar` of /proc/self/io), and the largest difference of weights from plain
+Keras on one device after two epochs. `slow`: seconds of an epoch that waits for its input (5 ms a sample, one at a
+time in each worker). `killed`: workers are killed in the middle of an epoch, and other numbers of workers go on.
 """
 
+import argparse
 import os
 import signal
 import tempfile
@@ -21,7 +25,7 @@ import tfzero
 FILES, SAMPLES, NUMBERS = 16, 64, 8192  # files; samples in each; float32 numbers in each sample
 SHARDS, BATCH = 8, 32
 KILLED_AFTER = 45  # steps, of 32 in an epoch
-SLOW_SECONDS, SLOW_SAMPLES = 0.005, 16
+SLOW_SECONDS, SLOW_SAMPLES = 0.005, 128
 
 
 def write(folder: str, samples: int, numbers: int) -> list[str]:
@@ -91,13 +95,16 @@ def fit(model, data, epochs, *callbacks):
     return account
 
 
-def measure(files, slow_files):
-    """In a worker: bytes of the second epoch, weights after it, and seconds of the second slow epoch."""
-    strategy = tfzero.ZeroStrategy(2)
-    model = model_of(strategy)
-    account = fit(model, data_of(files), 2)
-    slow = data_of(slow_files, decode=decode_slowly, parallel_calls=1)
-    return account.bytes[1], model.get_weights(), fit(model_of(strategy), slow, 2).seconds[1]
+def measure(files):
+    """In a worker: bytes of the second epoch, and weights after it."""
+    model = model_of(tfzero.ZeroStrategy(2))
+    return fit(model, data_of(files), 2).bytes[1], model.get_weights()
+
+
+def measure_slow(files):
+    """In a worker: seconds of the second epoch."""
+    slow = data_of(files, decode=decode_slowly, parallel_calls=1)
+    return fit(model_of(tfzero.ZeroStrategy(2)), slow, 2).seconds[1]
 
 
 def die(files, folder):
@@ -126,36 +133,50 @@ def difference(weights, others) -> float:
     return max(float(np.abs(a - b).max()) for a, b in zip(weights, others, strict=True))
 
 
+def measure_bytes(files, expected):
+    size = sum(os.path.getsize(each) for each in files)
+    for workers in (1, 2, 4):
+        results = tfzero.run_local(measure, workers, args=(files,), timeout_seconds=300)
+        shares = ", ".join(f"{each[0] / size:.4f}" for each in results)
+        differ = max(difference(each[1], expected) for each in results)
+        print(f"{workers} workers: read {shares} of {size / 1e6:.1f} MB; weights differ by {differ:.1e}", flush=True)
+
+
+def measure_speed(folder):
+    files, seconds = write(folder, SLOW_SAMPLES, 32), {}
+    for workers in (1, 2, 4):
+        seconds[workers] = max(tfzero.run_local(measure_slow, workers, args=(files,), timeout_seconds=300))
+        times = seconds[1] / seconds[workers]
+        print(f"{workers} workers: slow epoch {seconds[workers]:.2f} s, {times:.2f} times as fast as one", flush=True)
+
+
+def measure_resuming(files, folder, expected):
+    for before, after in ((2, 4), (2, 1)):
+        run = f"{folder}/run-{after}"
+        try:
+            tfzero.run_local(die, before, args=(files, run), timeout_seconds=300)
+        except tfzero.WorkerError as error:
+            print(f"killed: {str(error).splitlines()[0]}")
+        results = tfzero.run_local(resume, after, args=(files, run), timeout_seconds=300)
+        first, differ = max(each[0] for each in results), max(difference(each[1], expected) for each in results)
+        print(f"killed on {before}, resumed on {after}: first step {first:.2f} s; weights differ by {differ:.1e}")
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--parts", nargs="+", default=["bytes", "slow", "killed"], choices=["bytes", "slow", "killed"])
+    parts = parser.parse_args().parts
     with tempfile.TemporaryDirectory() as folder:
         os.mkdir(f"{folder}/slow")
-        files, slow = write(folder, SAMPLES, NUMBERS), write(f"{folder}/slow", SLOW_SAMPLES, 32)
-        size = sum(os.path.getsize(each) for each in files)
+        files = write(folder, SAMPLES, NUMBERS)
         one_device = model_of()
         fit(one_device, data_of(files), 2)
-        seconds = {}
-        for workers in (1, 2, 4):
-            results = tfzero.run_local(measure, workers, args=(files, slow), timeout_seconds=300)
-            shares = [each[0] / size for each in results]
-            seconds[workers] = max(each[2] for each in results)
-            print(
-                f"{workers} workers: read {', '.join(f'{share:.4f}' for share in shares)} of {size / 1e6:.1f} MB; "
-                f"weights differ by {max(difference(each[1], one_device.get_weights()) for each in results):.1e}; "
-                f"slow epoch {seconds[workers]:.2f} s, {seconds[1] / seconds[workers]:.2f} times as fast as one",
-                flush=True,
-            )
-        for before, after in ((2, 4), (2, 1)):
-            run = f"{folder}/run-{after}"
-            try:
-                tfzero.run_local(die, before, args=(files, run), timeout_seconds=300)
-            except tfzero.WorkerError as error:
-                print(f"killed: {str(error).splitlines()[0]}")
-            results = tfzero.run_local(resume, after, args=(files, run), timeout_seconds=300)
-            print(
-                f"killed on {before}, resumed on {after}: first step after {max(each[0] for each in results):.2f} s; "
-                f"weights differ by {max(difference(each[1], one_device.get_weights()) for each in results):.1e}",
-                flush=True,
-            )
+        if "bytes" in parts:
+            measure_bytes(files, one_device.get_weights())
+        if "slow" in parts:
+            measure_speed(f"{folder}/slow")
+        if "killed" in parts:
+            measure_resuming(files, folder, one_device.get_weights())
 
 
 if __name__ == "__main__":
