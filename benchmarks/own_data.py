@@ -103,8 +103,8 @@ def measure(files):
 
 def measure_slow(files):
     """In a worker: seconds of the second epoch."""
-    slow = data_of(files, decode=decode_slowly, parallel_calls=1)
-    return fit(model_of(tfzero.ZeroStrategy(2)), slow, 2).seconds[1]
+    model = model_of(tfzero.ZeroStrategy(2))
+    return fit(model, data_of(files, decode=decode_slowly, parallel_calls=1), 2).seconds[1]
 
 
 def die(files, folder):

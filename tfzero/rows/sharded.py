@@ -52,21 +52,17 @@ def sharded_dataset(
     The last batches are smaller when shards end at different times. Elsewhere, as with plain Keras, it is an ordinary
     `tf.data.Dataset` that reads all shards.
 
-    `CheckpointCallback` resumes by skipping elements without decoding them. Whole files are skipped if `counts` says
-    how many elements they have.
-
     Args:
         files: paths, the same list on all workers. There are at least as many as shards.
-        make: gives a file's elements before they are decoded, as a `tf.data.Dataset` without batches; it is called in a
-            graph, with the path as a scalar string tensor. `tf.data.TFRecordDataset` will do.
-        shards: number of virtual shards. The number of workers must divide it; a multiple of many numbers, such as 12,
-            leaves the choice open.
+        make: gives a file's elements before they are decoded, as a `tf.data.Dataset`; it is called in a graph, with the
+            path as a scalar string tensor. `tf.data.TFRecordDataset` will do.
+        shards: number of virtual shards, which the number of workers must divide.
         batch_size: elements of a whole batch, over all workers; a multiple of `shards`.
         decode: turns one element of `make` into one sample, such as `(features, target)`; None leaves it as it is.
         shuffle: elements in the buffer that shuffles within each file; files are then dealt anew in every pass. 0 keeps
             the order.
         seed: of the order, which depends on it and on the number of passes that have ended.
-        counts: number of elements of each file. Other numbers found while reading are an error.
+        counts: number of elements of each file; a resumed run then skips whole files. Others are an error.
         parallel_calls: elements that are decoded at the same time; None lets `tf.data` choose.
 
     Returns:
@@ -80,17 +76,18 @@ def sharded_dataset(
     Example:
 
     ```python
-    for part in range(4):
-        with tf.io.TFRecordWriter(f"part-{part}.tfrecord") as writer:
+    files = [f"part-{part}.tfrecord" for part in range(4)]
+    for part, name in enumerate(files):
+        with tf.io.TFRecordWriter(name) as writer:
             for row in x[part::4]:
-                writer.write(tf.io.serialize_tensor(row).numpy())
+                writer.write(row.tobytes())
 
     def decode(record):
-        row = tf.ensure_shape(tf.io.parse_tensor(record, tf.float32), [8])
+        row = tf.reshape(tf.io.decode_raw(record, tf.float32), [8])
         return row, row[:3]
 
-    files = sorted(tf.io.gfile.glob("part-*.tfrecord"))
-    data = tfzero.sharded_dataset(files, tf.data.TFRecordDataset, shards=4, batch_size=16, decode=decode, shuffle=12)
+    records = tf.data.TFRecordDataset
+    data = tfzero.sharded_dataset(files, records, shards=4, batch_size=16, decode=decode, counts=[12] * 4)
     model.fit(data, epochs=2, shuffle=False)
     ```
     """
