@@ -48,9 +48,8 @@ def sharded_dataset(
     """A dataset of whole batches from files, of which each worker of a ZeroStrategy reads only its own.
 
     Files are dealt to `shards` virtual shards in turn. Batch `k` holds the `k`-th `batch_size / shards` elements of
-    every shard. So the batches do not depend on the number of workers: worker `w` of W reads shards `w`, `w + W`, ...
-    The last batches are smaller when shards end at different times. Elsewhere, as with plain Keras, it is an ordinary
-    `tf.data.Dataset` that reads all shards.
+    every shard, whatever the number of workers: worker `w` of W reads shards `w`, `w + W`, ... The last batches may be
+    smaller. Elsewhere, as with plain Keras, it is an ordinary `tf.data.Dataset` that reads all shards.
 
     Args:
         files: paths, the same list on all workers. There are at least as many as shards.
@@ -70,8 +69,8 @@ def sharded_dataset(
         is read whole by every worker.
 
     Raises:
-        ValueError: for invalid arguments; from `fit`, if the number of workers does not divide `shards`, if workers
-            differ, or if a file is missing, empty or damaged. The error names file and worker.
+        ValueError: for invalid arguments; from `fit`, if the number of workers does not divide `shards`, workers
+            differ, or a file is missing, empty or damaged.
 
     Example:
 
@@ -81,23 +80,22 @@ def sharded_dataset(
         with tf.io.TFRecordWriter(name) as writer:
             for row in x[part::4]:
                 writer.write(row.tobytes())
-
     def decode(record):
         row = tf.reshape(tf.io.decode_raw(record, tf.float32), [8])
         return row, row[:3]
-
     records = tf.data.TFRecordDataset
     data = tfzero.sharded_dataset(files, records, shards=4, batch_size=16, decode=decode, counts=[12] * 4)
     model.fit(data, epochs=2, shuffle=False)
     ```
     """
     source = ShardedFiles(files, make, shards, batch_size, decode, shuffle, seed, counts, parallel_calls)
-    result = source.read(range(shards))
-    batches = source.dealing.batches(0)
-    if counts is not None and not shuffle:
-        result = result.apply(tf.data.experimental.assert_cardinality(batches))
+    result = _sized(source.read(range(shards)), None if shuffle else source.dealing.batches(0))
     _sources[result] = source
     return result
+
+
+def _sized(dataset: tf.data.Dataset, batches: int | None) -> tf.data.Dataset:
+    return dataset if batches is None else dataset.apply(tf.data.experimental.assert_cardinality(batches))
 
 
 def source_of(dataset: Any) -> "ShardedFiles | None":
