@@ -366,7 +366,8 @@ def own_of_whole():
 
 def once_of(dataset):
     """Data that are used up after one pass."""
-    iterator = iter(dataset)
+    # Of arrays: a pipeline that runs within another one's Python function waits for threads that wait for it.
+    iterator = iter(list(dataset.as_numpy_iterator()))
     return tf.data.Dataset.from_generator(lambda: iterator, output_signature=dataset.element_spec)
 
 
