@@ -29,8 +29,8 @@ LINE = {
         "nccl_failures", "nccl", "transport_choice", "joining", "packing",
     ),
     "rows": (
-        "kinds", "moves", "sums", "dependence", "inputs", "unions", "raw_elements", "sharded", "own_data",
-        "replica_run", "padding", "combining",
+        "kinds", "moves", "sums", "dependence", "inputs", "input_account", "unions", "raw_elements", "sharded",
+        "own_data", "replica_run", "padding", "combining",
     ),
     "variables": ("gathering", "allocation", "classes", "row_state", "creation"),
     "extended": (),

@@ -1,5 +1,6 @@
 """Each worker reads only its own data: files in virtual shards, and rows that workers bring."""
 
+import os
 import shutil
 import time
 import warnings
@@ -15,6 +16,7 @@ from marks import FLEET_SECONDS
 import tfzero
 from tfzero.host.batch_rows import own_rows
 from tfzero.plan.file_shards import FileShards
+from tfzero.rows.input_account import InputAccount
 from tfzero.rows.sharded import sharded_dataset, source_of
 from tfzero.rows.unions import union
 
@@ -234,6 +236,24 @@ def test_invalid_arguments_are_refused(tmp_path, arguments, message):
         data_of("a file")
 
 
+def test_bytes_read_and_the_time_of_waiting_are_counted(tmp_path):
+    (tmp_path / "large").write_bytes(b"x" * 2_000_000)
+    account = InputAccount()
+
+    def read(number):
+        time.sleep(0.05)
+        return len((tmp_path / "large").read_bytes()) * number
+
+    source = tf.data.Dataset.range(3).map(lambda number: tf.numpy_function(read, [number], tf.int64))
+    nested = account.watch(source.map(lambda number: ({"a": number}, tf.sparse.from_dense([number]))))
+    assert (account.batches, account.seconds) == (0, 0.0)
+    for number, (parts, _) in enumerate(nested):
+        time.sleep(0.1)  # a step, which is not waiting
+        assert int(parts["a"]) == 2_000_000 * number and account.batches == number + 1
+    assert 0.15 <= account.seconds < 0.3
+    assert 6_000_000 <= account.bytes < 7_000_000
+
+
 # Training.
 
 
@@ -244,6 +264,9 @@ def test_one_process(tmp_path, devices):
     sets = [[data_of(files), data_of(files), data_of(files, shuffle=0)] for _ in range(2)]
     assert_equal(outcome(strategy, *sets[0]), outcome(None, *sets[1]))
     assert source_of(sets[0][0]).passes == source_of(sets[1][0]).passes == 2
+    report = strategy.report()
+    assert report.batches > 0 and report.input_seconds > 0 and report.read_bytes > sum(map(os.path.getsize, files))
+    assert f"Input: {report.batches} batches, waited for" in str(report) and "has read" in str(report)
 
 
 # Workers.

@@ -18,6 +18,7 @@ from tfzero.plan.mesh import Mesh
 from tfzero.plan.settings import Choice, Settings
 from tfzero.rows import sharded, unions
 from tfzero.rows.dependence import Dependence, mark_global
+from tfzero.rows.input_account import InputAccount
 from tfzero.rows.inputs import (
     check_shardable,
     cut_batch,
@@ -77,7 +78,8 @@ class ZeroExtended(distributed.ExtendedBase):
         self._network: Network | None = None
         self._told_of_eager_memory = False
         self._name_of = _names(cluster)
-        self.own_data = OwnData(self.mesh, self._channel, self.comparison, self._name_of)
+        self.input_account = InputAccount()
+        self.own_data = OwnData(self.mesh, self._channel, self.comparison, self._name_of, self.input_account)
         self._traced: list[Dependence] = []  # of the replicas being traced
         self._is_for_all: list[bool] = []  # whether all replicas get the same, by argument of the current run
 
@@ -329,7 +331,7 @@ class ZeroExtended(distributed.ExtendedBase):
         self._channel.agree("distributing a dataset", describe_dataset(dataset), "data sets")
         if self.mesh.workers > 1:
             dataset = in_order(dataset)
-        return cut_dataset(dataset, self.mesh, self.comparison)
+        return self.input_account.watch(cut_dataset(dataset, self.mesh, self.comparison))
 
 
 def _divide(total: tf.Tensor, count: int) -> tf.Tensor:

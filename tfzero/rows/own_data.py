@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from tfzero.host import datasets
 from tfzero.plan.mesh import Mesh
+from tfzero.rows.input_account import InputAccount
 from tfzero.rows.inputs import cut_dataset
 from tfzero.rows.sharded import ShardedFiles
 from tfzero.rows.unions import describe_parts, union
@@ -29,12 +30,19 @@ class OwnData:
         channel: among the workers.
         comparison: of batches, whose connection is used while batches are handed out.
         name_of: names a worker by its index.
+        account: of what input costs.
     """
 
     def __init__(
-        self, mesh: Mesh, channel: Channel, comparison: BatchComparison, name_of: Callable[[int], str]
+        self,
+        mesh: Mesh,
+        channel: Channel,
+        comparison: BatchComparison,
+        name_of: Callable[[int], str],
+        account: InputAccount,
     ) -> None:
         self._mesh, self._channel, self._comparison, self._name_of = mesh, channel, comparison, name_of
+        self._account = account
         self._batches: weakref.WeakKeyDictionary[tf.data.Dataset, int | None] = weakref.WeakKeyDictionary()
 
     def batches_of(self, distributed: Any, given: int | None) -> int | None:
@@ -71,14 +79,14 @@ class OwnData:
             )
         self._comparison.note_reader(source)
         if mesh.workers == 1:
-            return cut_dataset(source.read(shards), mesh, self._comparison)
+            return self._account.watch(cut_dataset(source.read(shards), mesh, self._comparison))
         return self._union(source.read(shards, counts_passes=False), source)
 
     def of_own_rows(self, dataset: tf.data.Dataset) -> tf.data.Dataset:
         """The batches that this worker brings, as per-replica values. [Note: union]"""
         self._channel.agree("distributing rows of its own", describe_parts(dataset), "data sets")
         if self._mesh.workers == 1:
-            return cut_dataset(dataset, self._mesh, self._comparison)
+            return self._account.watch(cut_dataset(dataset, self._mesh, self._comparison))
         return self._union(dataset, None)
 
     def of_dealt_files(self, dataset: tf.data.Dataset) -> tf.data.Dataset:
@@ -116,7 +124,7 @@ class OwnData:
                 source.end()
             return _HAS in states
 
-        result = union(dataset, self._mesh.devices_per_worker, goes_on)
+        result = self._account.watch(union(dataset, self._mesh.devices_per_worker, goes_on))
         own = dataset.cardinality() if source is None else tf.data.UNKNOWN_CARDINALITY
         if source is None or source.dealing.counts is None:
             told = self._channel.all_gather("counting batches", int(own))
