@@ -10,7 +10,6 @@ os.environ.setdefault("TFZERO_TEST_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES",
 os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
 os.environ["TF_ENABLE_ONEDNN_OPTS"] = "1"  # its allocator counts bytes, and is there by default on some CPUs only
 
-import oracle  # noqa: F401 - sets how graphs are made
 import pytest
 import tensorflow as tf
 

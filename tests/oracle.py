@@ -1,19 +1,12 @@
-"""The oracle of all tests: plain Keras on one device with the same global batch.
-
-Most of the time goes into making graphs, not into running them, so what imports this leaves Grappler's optimizations
-out. Workers of other tests, and of scripts, have them as every user does.
-"""
+"""The oracle of all tests: plain Keras on one device with the same global batch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 import tfzero
-
-tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
 
 
 @dataclass(frozen=True)

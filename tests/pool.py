@@ -37,7 +37,7 @@ _SERVE = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); import pool; 
 class _Served:
     """One fleet: `workers` processes with `cpu_devices` each, which wait for calls."""
 
-    def __init__(self, workers: int, cpu_devices: int | None):
+    def __init__(self, workers: int, cpu_devices: int):
         self.calls = 0
         self._ends = contextlib.ExitStack()
         self._folder = Path(self._ends.enter_context(tempfile.TemporaryDirectory(prefix="tfzero_pool_")))
@@ -74,7 +74,7 @@ _fleets: dict[tuple, _Served] = {}  # the latest used is the last
 
 def run(fn, workers=2, *, args=(), cpu_devices=None, timeout_seconds=FLEET_SECONDS) -> list:
     """What `fn(*args)` gives in each of so many workers with so many logical devices, in their order."""
-    kind = (workers, cpu_devices)
+    kind = (workers, cpu_devices or 1)
     served = _fleets.pop(kind, None)
     if served and not served.is_alive:
         served.close()
@@ -110,8 +110,6 @@ def serve(folder: str, index: str) -> None:
 
 
 def _serve_calls(line: int, folder: str, index: str) -> None:
-    import oracle  # noqa: F401 - sets how graphs are made, as for all tests
-
     state = _State()
     tfzero.ZeroStrategy()  # joins the others, whatever the first call does with TensorFlow
     with os.fdopen(line, "rb", buffering=0) as numbers:

@@ -302,7 +302,7 @@ class Side(Channel):
 
     def __init__(self, index, said, barrier):
         self.index, self.said, self.barrier = index, said, barrier
-        self._cluster = types.SimpleNamespace(group=lambda indexes: f"worker {indexes[0]}")
+        self._cluster = types.SimpleNamespace(names_of=lambda indexes: f"worker {indexes[0]}")
 
     def all_gather(self, topic, value, timeout_seconds=None):
         self.said[self.index] = (topic, json.loads(json.dumps(value)))

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import keras
@@ -305,8 +306,10 @@ def test_empty_dataset(strategy, method):
     np.testing.assert_array_equal(model.get_weights()[0], before[0])
 
 
-@pytest.mark.parametrize("steps_per_execution", [1, 2])
-@pytest.mark.parametrize("method", ["fit", "evaluate", "predict"])
+@pytest.mark.parametrize(
+    ("method", "steps_per_execution"),
+    [("fit", 1), sweep("fit", 2), sweep("evaluate", 1), ("evaluate", 2), ("predict", 1), sweep("predict", 2)],
+)
 def test_a_dataset_of_unknown_length_without_a_batch(strategy, method, steps_per_execution):
     dataset = tf.data.Dataset.from_tensor_slices(Data().arrays()).filter(lambda x, y: False).batch(15)
     model = make(strategy)
@@ -354,11 +357,11 @@ def different_settings(index):
             try:
                 tfzero.ZeroStrategy(**settings, timeout_seconds=20)
             except ValueError as error:
-                print("REPORT", error)
+                print("REPORT", "settings", error)
                 raise
     model = make(tfzero.ZeroStrategy(2, timeout_seconds=20))
     fit(model)
-    print("REPORT trained")
+    print("REPORT", "settings", "trained")
 
 
 def different_units(strategy, index):
@@ -397,13 +400,19 @@ DIFFERENCES = (
 
 
 def all_differences(index):
-    """One after the other: each is refused, and the next is told apart from it."""
+    """One after the other: each is refused, and the next is told apart from it. Then worker 1 leaves."""
+    different_settings(index)
     strategy = tfzero.ZeroStrategy(2, timeout_seconds=10)
     for difference in DIFFERENCES:
         try:
             difference(strategy, index)
         except ValueError as error:
             print("REPORT", difference.__name__, str(error).replace("\n", " "))
+    sys.stdout.flush()  # as a worker may end at once when the other has ended
+    try:
+        gather_alone(index, 15)
+    except Exception as error:
+        print("REPORT", "gather_alone", f"{type(error).__name__}: {error}")
 
 
 def death_before_training(index):
@@ -446,12 +455,18 @@ def one_step_more(index):
         time.sleep(10)
 
 
-def gather_alone(index):
+def gather_alone(index, seconds=LIMIT_SECONDS):
     strategy = tfzero.ZeroStrategy(3, timeout_seconds=6)
     model = make(strategy)
     if index == 1:
-        time.sleep(LIMIT_SECONDS)
-    with strategy.gathered(model.trainable_variables):
+        time.sleep(seconds)
+        return
+    began = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(strategy.gathered(model.trainable_variables))
+        finally:
+            print("REPORT", "seconds", time.monotonic() - began)
         print("NO ERROR")
 
 
@@ -500,39 +515,51 @@ def last_error(output: str) -> str:
     return output.rpartition("Traceback (most recent call last)")[2]
 
 
-def test_worker_that_never_starts():
-    (output,), seconds = run_scenario(missing, started=(0,))
+@pytest.fixture(scope="module")
+def waiting_alone():
+    """What each worker says that waits for the other, and after how long; both wait at the same time."""
+    with ThreadPoolExecutor(2) as both:
+        return list(both.map(lambda index: run_scenario(missing, started=(index,)), (0, 1)))
+
+
+def test_worker_that_never_starts(waiting_alone):
+    (output,), seconds = waiting_alone[0]
     assert re.search(r"TimeoutError: .*missing after 5 s: worker 1 at 127.0.0.1", last_error(output))
     assert seconds < 40
 
 
-def test_leader_that_never_starts():
-    (output,), _ = run_scenario(missing, started=(1,))
+def test_leader_that_never_starts(waiting_alone):
+    (output,), _ = waiting_alone[1]
     assert re.search(r"TimeoutError: worker 0 at 127.0.0.1:\d+ never called within 5 s", last_error(output))
 
 
-def test_workers_with_different_settings():
+@pytest.fixture(scope="module")
+def reports():
+    """What each worker was told of each difference, and of the worker that left at last: names and texts."""
+    outputs, _ = run_scenario(all_differences)
+    return [
+        [line.split(" ", 2)[1:] for line in output.splitlines() if line.startswith("REPORT")] or pytest.fail(output)
+        for output in outputs
+    ]
+
+
+def test_workers_with_different_settings(reports):
     """Each is told which worker has what, and the same process can then do better."""
-    outputs, _ = run_scenario(different_settings)
-    for output in outputs:
-        reports = [line for line in output.splitlines() if line.startswith("REPORT")]
-        assert len(reports) == 4, output
-        assert "settings differ: stage is 1 on worker 0 and 2 on worker 1" in reports[0]
-        assert "bucket_bytes is 1024 on worker 0 and 1025 on worker 1" in reports[1]
-        assert "min_shard_elements is 0 on worker 0 and 1 on worker 1" in reports[2]
-        assert reports[3] == "REPORT trained"
+    for report in reports:
+        told = [text for name, text in report if name == "settings"]
+        assert len(told) == 4, report
+        assert "settings differ: stage is 1 on worker 0 and 2 on worker 1" in told[0]
+        assert "bucket_bytes is 1024 on worker 0 and 1025 on worker 1" in told[1]
+        assert "min_shard_elements is 0 on worker 0 and 1 on worker 1" in told[2]
+        assert told[3] == "trained"
 
 
 @pytest.fixture(scope="module")
-def differences():
-    """What each worker was told of each difference."""
-    outputs, _ = run_scenario(all_differences)
-    reports = []
-    for output in outputs:
-        lines = [line.split(" ", 2)[1:] for line in output.splitlines() if line.startswith("REPORT")]
-        assert [name for name, _ in lines] == [difference.__name__ for difference in DIFFERENCES], output
-        reports.append(dict(lines))
-    return reports
+def differences(reports):
+    names = [difference.__name__ for difference in DIFFERENCES]
+    for report in reports:
+        assert [name for name, _ in report if name.startswith(("different", "one_layer"))] == names, report
+    return [dict(report) for report in reports]
 
 
 @pytest.mark.parametrize(
@@ -558,6 +585,7 @@ def test_workers_that_differ(differences, difference, told):
             assert text in report[difference.__name__]
 
 
+@pytest.mark.sweep  # in training in test_survival.py
 def test_worker_that_dies_before_training():
     outputs, seconds = run_scenario(death_before_training, survivors=1)
     error = last_error(outputs[0])
@@ -569,7 +597,7 @@ def test_worker_that_dies_before_training():
     ("scenario", "told"),
     [
         sweep(stall_before_training, "worker 1 at .* did not arrive"),
-        (gather_alone, "worker 1 at .* did not arrive at 'gathering variables' within 6 s"),
+        sweep(gather_alone, "worker 1 at .* did not arrive at 'gathering variables' within 6 s"),
         # The next two are also in test_survival.py. TensorFlow's own watch may notice first; it says "task:1".
         sweep(death_in_training, "worker 1 at .* was lost|/job:worker/replica:0/task:1"),
         (stop_in_training, "worker 1 at .* did not arrive at 'the pulse' within 4.8 s|/job:worker/replica:0/task:1"),
@@ -583,6 +611,13 @@ def test_worker_that_leaves(scenario, told):
     assert seconds < NAMED_SECONDS
 
 
+def test_a_gather_to_which_a_worker_does_not_come(reports):
+    first, second = map(dict, reports)
+    assert re.search("worker 1 at .* did not arrive at 'gathering variables' within 6 s", first["gather_alone"])
+    assert 5 < float(first["seconds"]) < 20 and "gather_alone" not in second
+
+
+@pytest.mark.sweep  # as where a worker sleeps in training
 def test_worker_that_takes_a_step_more():
     """Worker 1 waits for worker 0, which has ended its program."""
     outputs, _ = run_scenario(one_step_more)

@@ -65,7 +65,7 @@ def test_private_methods_override_something(ours, base):
     added = {
         "_spread",
         "_gatherer",
-        "_part_of",
+        "_shard_of",
     }
     mine = {
         name
@@ -631,6 +631,21 @@ def test_a_function_of_another_one_has_its_options():
         return tf.autograph.experimental.do_not_convert(lambda x: converted(x))(x)
 
     assert float(run(tf.constant(-2.0))) == 2
+
+
+def test_a_tensor_is_computed_outside_its_graph():
+    found = {}
+
+    @tf.function
+    def traced(given):
+        with tf.name_scope("inner"):
+            found["own"] = graphs.lifted(tf.ones([2]) * 3)
+        found["given"] = graphs.lifted(given + 1)
+        return given
+
+    traced(tf.constant(1.0))
+    assert tf.executing_eagerly() and found["own"].numpy().tolist() == [3, 3]
+    assert found["given"] is None
 
 
 def test_values_are_told_from_symbols():

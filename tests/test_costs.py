@@ -156,16 +156,16 @@ def test_counted_traffic_of_replicas_in_one_process(world_sizes, cases):
 
 
 @pytest.mark.parametrize(
-    ("cases", "hierarchical"),
+    ("workers", "devices", "cases", "hierarchical"),
     [
-        (CASES[2:3], "auto"),
-        sweep(CASES, "auto"),
-        sweep(CASES, False),
+        (2, 3, CASES[2:3], "auto"),
+        sweep(3, 11, CASES, "auto"),
+        sweep(3, 11, CASES, False),
     ],
 )
-def test_counted_traffic_of_33_replicas_in_three_processes(cases, hierarchical):
+def test_counted_traffic_of_replicas_in_several_processes(workers, devices, cases, hierarchical):
     counted = tfzero.run_local(
-        _count, workers=3, args=((11,), cases, hierarchical), cpu_devices=11, timeout_seconds=FLEET_SECONDS
+        _count, workers, args=((devices,), cases, hierarchical), cpu_devices=devices, timeout_seconds=FLEET_SECONDS
     )
-    assert counted[0] == counted[1] == counted[2]
-    check(counted[0], 3, two_levels=hierarchical == "auto")
+    assert counted[1:] == counted[:1] * (workers - 1)
+    check(counted[0], workers, two_levels=hierarchical == "auto")

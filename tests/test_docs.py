@@ -67,7 +67,8 @@ def make_model():
     return keras.Sequential([keras.Input((8,)), keras.layers.Dense(512, activation="relu"), keras.layers.Dense(3)])
 
 
-def make_namespace():
+@functools.cache
+def namespace():
     """What a listing may use: it need not make data, a strategy and a model that was trained a little."""
     random = np.random.default_rng(0)
     x, y = random.normal(size=(48, 8)).astype("float32"), random.normal(size=(48, 3)).astype("float32")
@@ -100,7 +101,7 @@ def test_a_public_name_tells_of_its_arguments(name):
 @pytest.mark.parametrize("name", OBJECTS)
 def test_the_examples_of_a_public_name_run(name):
     for source in blocks(inspect.getdoc(OBJECTS[name])):
-        run(source, name, {"__name__": "__main__", **make_namespace()})
+        run(source, name, {"__name__": "__main__", **namespace()})
 
 
 @functools.cache
@@ -147,7 +148,8 @@ def test_the_commands_of_a_page_have_their_options(page):
     for module, options in commands((ROOT / page).read_text()):
         found = importlib.util.find_spec(module)
         assert found, module
-        sources = (ROOT / "benchmarks").glob("*.py") if module == "tfzero.benchmark" else []  # where its options are
+        folders = {"tfzero.benchmark": "benchmarks/*.py", "tfzero.launch": "tfzero/workers/options.py"}
+        sources = ROOT.glob(folders[module]) if module in folders else []  # where its options are
         known = "".join(path.read_text() for path in [Path(found.origin), *sources])
         assert not [each for each in options if f'"{each}"' not in known], module
 

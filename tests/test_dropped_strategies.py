@@ -6,7 +6,7 @@ import weakref
 import keras
 import numpy as np
 import pytest
-from marks import FLEET_SECONDS
+from marks import FLEET_SECONDS, sweep
 
 import tfzero
 from tfzero.collectives.group import Group
@@ -59,21 +59,26 @@ def _alive_of_a_dropped_model(strategy) -> list[str]:
     return [name for name, each in left if each() is not None]
 
 
-def _alive_in_worker() -> list[list[str]]:
-    return [_alive_of_a_dropped_model(tfzero.ZeroStrategy(stage, min_shard_elements=8)) for stage in (2, 3)]
+def _alive_in_worker() -> tuple[list[list[str]], list[int]]:
+    alive = _alive_after_each(3)
+    return [_alive_of_a_dropped_model(tfzero.ZeroStrategy(stage, min_shard_elements=8)) for stage in (0, 3)], alive
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [sweep(0), 2, sweep(3)])
 def test_a_strategy_lets_go_of_dropped_models(stage):
     strategy = tfzero.ZeroStrategy(stage, min_shard_elements=8, devices=["CPU:0", "CPU:1"])
     assert _alive_of_a_dropped_model(strategy) == []
 
 
-def test_workers_let_go_of_dropped_models():
-    results = tfzero.run_local(_alive_in_worker, workers=2, timeout_seconds=FLEET_SECONDS)
-    assert results == [[[], []]] * 2
+@pytest.fixture(scope="module")
+def fleet():
+    return tfzero.run_local(_alive_in_worker, workers=2, cpu_devices=2, timeout_seconds=FLEET_SECONDS)
 
 
-def test_workers_let_go_of_dropped_strategies():
-    for alive in tfzero.run_local(_alive_after_each, workers=2, args=(4,), timeout_seconds=FLEET_SECONDS):
+def test_workers_let_go_of_dropped_models(fleet):
+    assert [names for names, _ in fleet] == [[[], []]] * 2
+
+
+def test_workers_let_go_of_dropped_strategies(fleet):
+    for _, alive in fleet:
         assert max(alive) <= 1, alive

@@ -4,9 +4,9 @@ import warnings
 
 import keras
 import numpy as np
+import pool
 import pytest
 from keras import layers
-from marks import FLEET_SECONDS
 
 import tfzero
 
@@ -97,7 +97,7 @@ def test_on_logical_devices(stage):
 
 
 def test_on_two_workers():
-    for result in tfzero.run_local(hold_in_worker, workers=2, timeout_seconds=FLEET_SECONDS):
+    for result in pool.run(hold_in_worker, workers=2):
         result[2]["of the inner one only"] = [v - 1 for v in result[2]["of the inner one only"]]
         differing = result.pop("differing")
         assert differing["seen"] == [[3.0], [3.0], [7.0]]

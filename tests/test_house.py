@@ -20,8 +20,9 @@ LINE = {
         "distributed", "keras_objects", "keras_optimizers", "saved_model", "edges", "patches", "devices", "__main__",
     ),
     "workers": (
-        "progress", "differences", "cluster", "stopping", "messages", "handshake", "meeting", "channel", "fleet",
-        "gpus", "cuda_devices", "agreement", "digests", "device_agreement", "links",
+        "progress", "differences", "addresses", "slurm", "tasks", "cluster", "resolvers", "host_names", "stopping",
+        "messages", "handshake", "meeting", "rendezvous", "channel", "fleet", "gpus", "job_worker", "options",
+        "cuda_devices", "agreement", "digests", "device_agreement", "links",
     ),
     "launch": (),
     "collectives": (

@@ -1,5 +1,6 @@
 """Keras's own files and callbacks in real workers: all take part, one writes, and plain Keras reads what it wrote."""
 
+import itertools
 from pathlib import Path
 
 import keras
@@ -7,15 +8,15 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras.src.utils import file_utils
-from marks import FLEET_SECONDS
+from marks import FLEET_SECONDS, sweep
 
 import tfzero
 
 WIDTH, DEPTH = 256, 6  # the largest variable is a sixth of the model
 
 
-def _train_and_save(folder: str) -> dict:
-    """At stages 2 and 3: trains with Keras's callbacks, saves, and gives the values, and which files were written."""
+def _train_and_save(folder: str, stages) -> dict:
+    """At each stage: trains with Keras's callbacks, saves, and gives the values, and which files were written."""
     import time
 
     import h5py
@@ -49,8 +50,8 @@ def _train_and_save(folder: str) -> dict:
     for name in ("File", "copy", "makedirs", "remove", "rmtree"):
         noting_call(name)
     results = {}
-    strategies = {stage: tfzero.ZeroStrategy(stage) for stage in (2, 3)}
-    keras.utils.set_random_seed(strategies[2].cluster_resolver.task_id)
+    strategies = {stage: tfzero.ZeroStrategy(stage) for stage in stages}
+    keras.utils.set_random_seed(strategies[stages[0]].cluster_resolver.task_id)
     random = np.random.default_rng(0)
     x, y = random.normal(size=(22, WIDTH)).astype("float32"), random.normal(size=(22, WIDTH)).astype("float32")
     for stage, strategy in strategies.items():
@@ -118,23 +119,34 @@ def _train_and_save(folder: str) -> dict:
     return {"written": written, **results}
 
 
-@pytest.fixture(scope="module")
-def fleet(tmp_path_factory):
+@pytest.fixture(scope="module", params=[(3,), sweep((2, 3))], ids=str)
+def fleet(request, tmp_path_factory):
+    """The stages, the folder with one of each, and what each worker found."""
     folder = tmp_path_factory.mktemp("files")
-    for stage in (2, 3):
+    for stage in request.param:
         (folder / str(stage)).mkdir()
-    return folder, tfzero.run_local(_train_and_save, workers=2, args=(str(folder),), timeout_seconds=FLEET_SECONDS)
+    arguments = (str(folder), request.param)
+    found = tfzero.run_local(_drift_and_save, workers=2, args=arguments, timeout_seconds=FLEET_SECONDS)
+    return request.param, folder, found
+
+
+def _drift_and_save(folder: str, stages) -> dict:
+    return {"drift": _drift(2), **_train_and_save(folder, stages)}
 
 
 def test_one_worker_writes(fleet):
-    _, (first, second) = fleet
-    assert len(first["written"]) >= 12
+    stages, _, (first, second) = fleet
+    assert len(first["written"]) >= 6 * len(stages)
     assert second["written"] == []
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_plain_keras_loads_what_workers_saved(fleet, stage):
-    folder, results = fleet
+def test_plain_keras_loads_what_workers_saved(fleet):
+    stages, folder, results = fleet
+    for stage in stages:
+        check_what_workers_saved(folder, results, stage)
+
+
+def check_what_workers_saved(folder, results, stage):
     model = keras.models.load_model(folder / str(stage) / "model.keras")
     assert type(model.optimizer) is keras.optimizers.Adam
     for result in results:
@@ -146,23 +158,23 @@ def test_plain_keras_loads_what_workers_saved(fleet, stage):
     np.testing.assert_array_equal(model.get_weights(), results[0][stage]["weights"])
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_model_checkpoints_are_ordinary_files(fleet, stage):
-    folder, results = fleet
-    new = folder / str(stage) / "new"
-    assert {path.name for path in new.iterdir()} >= {"best-1.keras", "1.weights.h5", "2.weights.h5"}
-    # Early stopping gave the first epoch's weights back.
-    np.testing.assert_array_equal(
-        keras.models.load_model(new / "best-1.keras").get_weights(), results[0][stage]["weights"]
-    )
+def test_model_checkpoints_are_ordinary_files(fleet):
+    stages, folder, results = fleet
+    for stage in stages:
+        new = folder / str(stage) / "new"
+        assert {path.name for path in new.iterdir()} >= {"best-1.keras", "1.weights.h5", "2.weights.h5"}
+        # Early stopping gave the first epoch's weights back.
+        np.testing.assert_array_equal(
+            keras.models.load_model(new / "best-1.keras").get_weights(), results[0][stage]["weights"]
+        )
 
 
 def test_the_best_weights_are_kept_in_parts_at_stage_3(fleet):
-    _, results = fleet
+    stages, _, results = fleet
     for result in results:
-        whole = sum(weight.nbytes for weight in result[2]["weights"])
-        assert result[2]["best"] == whole
-        assert result[3]["best"] == whole / 2
+        for stage in stages:
+            whole = sum(weight.nbytes for weight in result[stage]["weights"])
+            assert result[stage]["best"] == (whole / 2 if stage == 3 else whole)
 
 
 @pytest.mark.filterwarnings("ignore:Eagerly")
@@ -201,10 +213,9 @@ def test_a_folder_that_another_worker_has_just_made_is_no_error(tmp_path, monkey
     assert (tmp_path / "new" / "1.keras").exists()
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_saving_takes_one_variable_of_memory_at_a_time(fleet, stage):
-    _, results = fleet
-    for result in results:
+def test_saving_takes_one_variable_of_memory_at_a_time(fleet):
+    stages, _, results = fleet
+    for result, stage in itertools.product(results, stages):
         assert result[stage]["extra"] <= WIDTH * WIDTH * 4 * 1.05
 
 
@@ -239,8 +250,8 @@ def _drift(stage: int) -> str:
     return "nothing noticed"
 
 
-def test_replicas_that_drift_apart_are_stopped_by_name():
-    texts = tfzero.run_local(_drift, workers=2, args=(2,), timeout_seconds=FLEET_SECONDS)
+def test_replicas_that_drift_apart_are_stopped_by_name(fleet):
+    texts = [result["drift"] for result in fleet[2]]
     assert len(set(texts)) == 1
     assert "after 4 batches: The replicas have drifted apart in 1 of " in texts[0]
     assert "'model/sequential/first/bias' (" in texts[0] and " on replica 0, " in texts[0]

@@ -1,7 +1,8 @@
 """Scripts as people write them, of keras.io's kind: what plain Keras trains on one device trains here, to the same.
 
-A case is a program `run(strategy)` that returns arrays; its strategy is None on one device. Every case runs on two
-logical devices and on two workers, at stages 2 and 3.
+A case is a program `run(strategy)` that returns arrays; its strategy is None on one device. By default some run at
+stage 3 on two workers with two devices each, and some at stage 2 on two logical devices. `-m sweep` runs every case
+everywhere.
 """
 
 import contextlib
@@ -13,10 +14,11 @@ from pathlib import Path
 
 import keras
 import numpy as np
+import pool
 import pytest
 import tensorflow as tf
 from keras import layers, ops
-from marks import FLEET_SECONDS, sweep
+from marks import sweep
 
 import tfzero
 
@@ -366,6 +368,41 @@ def called_with_something_else(strategy):
     return fit_wrapped(strategy, CalledWithSomethingElse)
 
 
+class Scaled:
+    """Makes variables when it is first called: of a value of its own, and of a tensor of the graph."""
+
+    def __init__(self, layer):
+        self.layer, self.made = layer, None
+
+    def __call__(self, x):
+        y = self.layer(x)
+        if self.made is None:
+            self.made = [tf.Variable(0.5, trainable=False), tf.Variable(tf.ones(y.shape[-1:]) / 2, trainable=False)]
+        return y * self.made[0] + self.made[1]
+
+
+class Scaling(Wrapped):
+    def __init__(self):
+        super().__init__()
+        hidden, last = self.net.layers
+        self.first, self.second = Scaled(hidden), Scaled(last)
+        self.layers_in_use = [hidden, last]
+        self.net = lambda x, training: self.second(self.first(x))
+
+
+@case
+def variables_made_by_the_step(strategy):
+    x, y = regression()
+    with scope(strategy):
+        model = Scaling()
+    model.compile(keras.optimizers.SGD(0.1), "mse", metrics=["mae"])
+    history = model.fit(x, y, batch_size=8, epochs=2, shuffle=False, verbose=0).history
+    if strategy is not None and strategy.extended.mesh.workers > 1:
+        with pytest.raises(ValueError, match="'from_rows' depends on the arguments of the traced function"):
+            strategy.run(tf.function(lambda rows: tf.Variable(rows, name="from_rows")), args=(tf.ones([2]),))
+    return {"history": history, "weights": whole(model.trainable_weights)}
+
+
 # Optimizers.
 
 
@@ -453,6 +490,13 @@ def pretrained_layers_from_outside_the_scope(strategy):
 
 # All cases, everywhere.
 
+ON_DEVICES = ("vae", "dcgan", "called_with_something_else", "schedule_without_get_config")  # by default, at stage 2
+ON_WORKERS = (
+    "vae_that_goes_on", "wgan_gp", "built_by_the_step", "called_with_something_else", "variables_made_by_the_step",
+    "two_schedules_without_get_config", "schedules_that_differ", "lora_outside_the_scope",
+    "pretrained_layers_from_outside_the_scope",
+)  # by default, at stage 3 on 2 workers with 2 devices each  # fmt: skip
+
 
 @functools.cache
 def on_one_device(name: str) -> dict:
@@ -478,9 +522,9 @@ def run_cases(cases: dict[str, Callable], stage: int) -> dict:
 
 
 @functools.cache
-def on_workers(stage: int, devices: int) -> list[dict] | str:
+def on_workers(stage: int, devices: int, names: tuple[str, ...]) -> list[dict] | str:
     try:
-        return tfzero.run_local(run_cases, 2, args=(CASES, stage), cpu_devices=devices, timeout_seconds=FLEET_SECONDS)
+        return pool.run(run_cases, 2, args=({name: CASES[name] for name in names}, stage), cpu_devices=devices)
     except (tfzero.WorkerError, TimeoutError) as error:
         return str(error)
 
@@ -504,18 +548,27 @@ def assert_close(mine, theirs, where: str) -> None:
         np.testing.assert_allclose(mine, theirs, **CLOSE, err_msg=where)
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "stage"),
+    [*((name, 2) for name in ON_DEVICES)]
+    + [sweep(name, stage) for name in CASES for stage in (2, 3) if (name, stage) not in [(n, 2) for n in ON_DEVICES]],
+)
 def test_on_logical_devices(name, stage):
     keras.utils.set_random_seed(SEED)
     strategy = tfzero.ZeroStrategy(stage, min_shard_elements=8, devices=["CPU:0", "CPU:1"])
     check(CASES[name](strategy), name)
 
 
-@pytest.mark.parametrize(("stage", "devices"), [(2, 1), (3, 1), sweep(3, 2)])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "stage", "devices"),
+    [*((name, 3, 2) for name in ON_WORKERS)]
+    + [sweep(name, 3, 2) for name in CASES if name not in ON_WORKERS]
+    + [sweep(name, stage, 1) for name in CASES for stage in (2, 3)],
+)
 def test_on_two_workers(name, stage, devices):
-    results = on_workers(stage, devices)
+    is_default = (stage, devices) == (3, 2) and name in ON_WORKERS
+    others = tuple(each for each in CASES if (stage, devices) != (3, 2) or each not in ON_WORKERS)
+    results = on_workers(stage, devices, ON_WORKERS if is_default else others)
     if isinstance(results, str):
         pytest.fail(f"the fleet failed: {results}")
     for result in results:

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import keras
 import numpy as np
+import pool
 import pytest
 import tensorflow as tf
-from marks import FLEET_SECONDS
+from marks import FLEET_SECONDS, sweep
 
 import tfzero
 from tfzero.collectives.keys import SIZES, Keys
@@ -18,7 +19,7 @@ OWNED = {  # every matrix of another size has one owner
     "lamb": lambda: keras.optimizers.Lamb(0.01),
     "adafactor": lambda: keras.optimizers.Adafactor(0.01),
 }
-UNITS = (5, 7, 9, 11, 13)
+UNITS = (5, 7, 9)
 
 
 def deep_model() -> keras.Model:
@@ -174,7 +175,7 @@ def run_cases():
 
 @pytest.fixture(scope="module")
 def two_by_two():
-    return tfzero.run_local(run_cases, workers=2, cpu_devices=2, timeout_seconds=FLEET_SECONDS)
+    return pool.run(run_cases, workers=2, cpu_devices=2)
 
 
 @pytest.mark.parametrize(("case", "stage"), [(case, stage) for case, stages in CASES.items() for stage in stages])
@@ -209,7 +210,7 @@ def _exchange_more_for_long_parts():
         strategy.experimental_local_results(strategy.run(replica_step, args=(values,)))[0].numpy()
 
 
-@pytest.mark.parametrize("cpu_devices", [1, 2])
+@pytest.mark.parametrize("cpu_devices", [sweep(1), 2])
 def test_a_worker_that_has_traced_another_program_alone_is_named(cpu_devices):
     with pytest.raises(tfzero.WorkerError) as caught:
         tfzero.run_local(_exchange_more_for_long_parts, cpu_devices=cpu_devices, timeout_seconds=FLEET_SECONDS)

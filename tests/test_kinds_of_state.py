@@ -6,10 +6,11 @@ import warnings
 
 import keras
 import numpy as np
+import pool
 import pytest
 import tensorflow as tf
 from keras import ops
-from marks import FLEET_SECONDS
+from marks import sweep
 
 import tfzero
 from tfzero.rows.dependence import MIXED, OTHER, ROWS, SUM, Dependence
@@ -262,7 +263,7 @@ def expected():
     return {name: parts[0] for name, (_, parts) in run().items()}
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[sweep(2), 3])
 def found(request):
     return run(tfzero.ZeroStrategy(2, devices=[f"CPU:{k}" for k in range(request.param)]))
 
@@ -288,8 +289,9 @@ def in_a_worker():
     return run(tfzero.ZeroStrategy(1))
 
 
-def test_on_two_workers(expected):
-    results = tfzero.run_local(in_a_worker, workers=2, timeout_seconds=FLEET_SECONDS)
+@pytest.mark.parametrize("devices", [2, sweep(1)])
+def test_on_two_workers(expected, devices):
+    results = pool.run(in_a_worker, workers=2, cpu_devices=devices)
     for name in expected:
         first, second = (result[name] for result in results)
         check(name, first[0], [*first[1], *second[1]], expected[name])
@@ -393,7 +395,7 @@ def refused_in_a_worker():
 
 
 def test_an_update_that_only_some_workers_make_is_refused():
-    for told in tfzero.run_local(refused_in_a_worker, workers=2, timeout_seconds=FLEET_SECONDS):
+    for told in pool.run(refused_in_a_worker, workers=2, cpu_devices=2):
         assert "times:0' is updated in a branch or a loop" in told
 
 

@@ -493,6 +493,7 @@ def test_run_local_refuses_what_cannot_travel():
         run_local(print, 0)
 
 
+@pytest.mark.sweep  # as all fleets of other tests
 def test_run_local_runs_tensorflow():
     def work():
         import tensorflow as tf

@@ -1,7 +1,8 @@
 """What people train at stage 3, on devices and on workers: each does as plain Keras on one device.
 
 A case makes a model and trains it: `case(strategy)`, with None for one device. All cases of a fleet run one after the
-other in the same processes.
+other in the same processes. The hardest run on two workers with two devices each, the others on two devices, and every
+case at every place with `-m sweep`.
 """
 
 import contextlib
@@ -11,11 +12,12 @@ from collections.abc import Callable
 
 import keras
 import numpy as np
+import pool
 import pytest
 import tensorflow as tf
 from keras import layers, ops
 from keras import optimizers as ko
-from marks import FLEET_SECONDS
+from marks import sweep
 
 import tfzero
 
@@ -374,15 +376,27 @@ def cases(names=None):
     return found + [(name, "whole") for name, settings in found if name.startswith("saliency") and settings == "kept"]
 
 
+# Those that run by default. "kept" is the simpler setting: nothing is gathered in the backward pass.
+ON_WORKERS = (*((name, "again") for name in HARDEST), ("frozen_and_twice", "kept"))
+ON_DEVICES = {(name, "again") for name in CASES if name not in (*HARDEST, "recurrent", "adapted")}
+ON_DEVICES |= {(name, "kept") for name in ("gradient_penalty", "second_derivatives", "control_flow", "saliency")}
+ON_DEVICES |= {("saliency", "whole")}
+
+
+def swept(found, default):
+    """All cases that are found, of which those that are not the default's only `-m sweep` runs."""
+    return [each if each in default else sweep(*each) for each in found]
+
+
 def make_strategy(devices, settings):
     names = [f"CPU:{k}" for k in range(devices)]
     return tfzero.ZeroStrategy(**{"stage": 3, "devices": names, "min_shard_elements": 8} | SETTINGS[settings])
 
 
-def run_cases(names, devices) -> dict:
+def run_cases(found, devices) -> dict:
     """In a worker: what comes of each case, or the text of its error."""
     results: dict = {}
-    for name, settings in cases(names):
+    for name, settings in found:
         try:
             results[name, settings] = run(name, make_strategy(devices, settings))
         except Exception:
@@ -401,11 +415,8 @@ def on_one_device(name):
 
 
 @functools.cache
-def on_workers(devices):
-    names = None if devices == 1 else HARDEST
-    return tfzero.run_local(
-        run_cases, workers=2, cpu_devices=devices, args=(names, devices), timeout_seconds=FLEET_SECONDS
-    )
+def on_workers(devices, found):
+    return pool.run(run_cases, workers=2, cpu_devices=devices, args=(found, devices))
 
 
 def assert_as_on_one_device(results, name):
@@ -419,16 +430,19 @@ def assert_as_on_one_device(results, name):
                 np.testing.assert_allclose(mine, theirs, rtol=2e-4, atol=2e-5, err_msg=kind)
 
 
-@pytest.mark.parametrize(("name", "settings"), cases())
+@pytest.mark.parametrize(("name", "settings"), swept(cases(), ON_DEVICES))
 def test_on_devices(name, settings):
     assert_as_on_one_device([run(name, make_strategy(2, settings))], name)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(("name", "settings"), cases())
 def test_on_workers(name, settings):
-    assert_as_on_one_device([results[name, settings] for results in on_workers(1)], name)
+    assert_as_on_one_device([results[name, settings] for results in on_workers(1, tuple(cases()))], name)
 
 
-@pytest.mark.parametrize(("name", "settings"), cases(HARDEST))
+@pytest.mark.parametrize(("name", "settings"), swept(cases(HARDEST), ON_WORKERS))
 def test_on_workers_with_two_devices(name, settings):
-    assert_as_on_one_device([results[name, settings] for results in on_workers(2)], name)
+    others = tuple(each for each in cases(HARDEST) if each not in ON_WORKERS)
+    fleet = on_workers(2, ON_WORKERS if (name, settings) in ON_WORKERS else others)
+    assert_as_on_one_device([results[name, settings] for results in fleet], name)

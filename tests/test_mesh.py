@@ -1,8 +1,8 @@
 """Who is where: arithmetic of the mesh, and that a strategy's replicas stand where it says."""
 
+import pool
 import pytest
 import tensorflow as tf
-from marks import FLEET_SECONDS
 
 import tfzero
 from tfzero.plan.mesh import Mesh
@@ -96,5 +96,5 @@ def test_replicas_stand_where_the_mesh_says():
 
 
 def test_replicas_of_several_workers_stand_where_the_mesh_says():
-    meshes = tfzero.run_local(found_by_worker, workers=2, cpu_devices=2, args=(3,), timeout_seconds=FLEET_SECONDS)
+    meshes = pool.run(found_by_worker, workers=2, cpu_devices=2, args=(3,))
     assert meshes == [Mesh(2, 2, 0), Mesh(2, 2, 1)]

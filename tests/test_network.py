@@ -5,9 +5,9 @@ import dataclasses
 import keras
 import numpy as np
 import oracle
+import pool
 import pytest
 import tensorflow as tf
-from marks import FLEET_SECONDS
 from test_compression import int8
 
 import tfzero
@@ -113,7 +113,7 @@ def _two_by_two() -> dict:
             model = oracle.dense_model()
         initial = model.get_weights()
         arguments = {"optimizer": keras.optimizers.Adam(0.01), "loss": "categorical_crossentropy"}
-        outcome = oracle.train(model, *oracle.Data().arrays(), arguments, only_fit=True)
+        outcome = oracle.train(model, *oracle.Data().arrays(), arguments, only_fit=True, epochs=1)
         found[stage, compression] = {"initial": initial, **dataclasses.asdict(outcome)}
         if (stage, compression) == (2, "int8"):
             found["step"] = _step_in_int8(strategy)
@@ -122,7 +122,7 @@ def _two_by_two() -> dict:
 
 @pytest.fixture(scope="module")
 def two_by_two():
-    return tfzero.run_local(_two_by_two, workers=2, cpu_devices=2, timeout_seconds=FLEET_SECONDS)
+    return pool.run(_two_by_two, workers=2, cpu_devices=2)
 
 
 @pytest.mark.parametrize("hierarchical", ["auto", False])
@@ -147,7 +147,7 @@ def test_two_by_two_replicas_train_as_one_device(two_by_two, stage, compression)
     model = oracle.dense_model()
     model.set_weights(first.pop("initial"))
     arguments = {"optimizer": keras.optimizers.Adam(0.01), "loss": "categorical_crossentropy"}
-    expected = oracle.train(model, *oracle.Data().arrays(), arguments, only_fit=True)
+    expected = oracle.train(model, *oracle.Data().arrays(), arguments, only_fit=True, epochs=1)
     ours = oracle.Outcome(**first)
     np.testing.assert_allclose(ours.batch_losses, expected.batch_losses, rtol=0.02)
     assert any((mine != theirs).any() for mine, theirs in zip(ours.weights, expected.weights, strict=True))

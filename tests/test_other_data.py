@@ -3,8 +3,9 @@
 import contextlib
 import warnings
 
+import pool
 import pytest
-from marks import FLEET_SECONDS
+from marks import sweep
 from test_checkpoints import TARGETS, TOKENS, Interruption, compiled, make_strategy
 
 import tfzero
@@ -39,7 +40,10 @@ def check(directory, strategy, case):
     return texts, step, told, last
 
 
-@pytest.mark.parametrize("case", CASES)
+DEFAULT = ("batches of another size", "too few data", "the same")
+
+
+@pytest.mark.parametrize("case", [case if case in DEFAULT else sweep(case) for case in CASES])
 def test_other_batches_in_the_middle_of_an_epoch_are_told(case, tmp_path):
     texts, step, told, last = check(tmp_path, make_strategy(), case)
     if told is None:
@@ -58,13 +62,14 @@ def test_between_epochs_nothing_is_skipped_and_nothing_told(tmp_path):
     assert texts == [] and step == 11
 
 
-def _check_on_workers(folder):
+def _check_on_workers(folder, cases):
     strategy = tfzero.ZeroStrategy(min_shard_elements=8)
-    return [check(f"{folder}/{case}", strategy, case)[:2] for case in ("fewer data", "too few data")]
+    return [check(f"{folder}/{case}", strategy, case)[:2] for case in cases]
 
 
-def test_the_first_worker_tells(tmp_path):
-    first, second = tfzero.run_local(_check_on_workers, workers=2, args=(str(tmp_path),), timeout_seconds=FLEET_SECONDS)
-    assert [step for _, step in first] == [step for _, step in second] == [8, 5]
+@pytest.mark.parametrize("cases", [["too few data"], sweep(["fewer data", "too few data"])], ids=len)
+def test_the_first_worker_tells(tmp_path, cases):
+    first, second = pool.run(_check_on_workers, workers=2, args=(str(tmp_path), cases))
+    assert [step for _, step in first] == [step for _, step in second] == [CASES[case][2] for case in cases]
     assert all(len(texts) == 1 and "batches are skipped" in texts[0] for texts, _ in first)
     assert all(texts == [] for texts, _ in second)

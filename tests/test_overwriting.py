@@ -1,11 +1,14 @@
 """Variables that their gradient overwrites (float8), and optimizers whose overrides would have no effect."""
 
+import functools
+
 import keras
 import numpy as np
+import pool
 import pytest
 import tensorflow as tf
 from keras import optimizers as ko
-from marks import FLEET_SECONDS, sweep
+from marks import sweep
 
 import tfzero
 from tfzero.variables.classes import ShardedParameter
@@ -59,18 +62,33 @@ def assert_same(found, expected) -> None:
             assert value.max() > 0 and not np.array_equal(value, np.zeros_like(value)), name
 
 
+def on_two_devices(stage):
+    return tfzero.ZeroStrategy(stage, devices=["CPU:0", "CPU:1"], min_shard_elements=8)
+
+
+@functools.cache
+def on_one_device(name):
+    return trained(name, jit_compile=False)
+
+
 @pytest.mark.parametrize(
     ("name", "stage"),
-    [("sgd", 2), ("adam", 3), ("scaled", 3), ("accumulating", 0), ("accumulating", 2), sweep("accumulating", 3)],
+    [
+        ("scaled", 3),
+        ("accumulating", 0),
+        sweep("sgd", 2),
+        sweep("adam", 3),
+        sweep("accumulating", 2),
+        sweep("accumulating", 3),
+    ],
 )
 def test_float8_scales_are_those_of_one_device(name, stage):
-    strategy = tfzero.ZeroStrategy(stage, min_shard_elements=8)
-    assert_same(trained(name, strategy), trained(name, jit_compile=False))
+    assert_same(trained(name, on_two_devices(stage)), on_one_device(name))
 
 
 def test_what_is_overwritten_has_no_moving_average():
     """Plain Keras fails at the end of such a training."""
-    found = trained("averaged", tfzero.ZeroStrategy(3, min_shard_elements=8))
+    found = trained("averaged", on_two_devices(3))
     assert all(value.max() > 0 for name, value in found.items() if "amax" in name)
 
 
@@ -78,11 +96,12 @@ def _in_worker(cases):
     return [trained(name, tfzero.ZeroStrategy(stage, min_shard_elements=8)) for name, stage in cases]
 
 
-def test_float8_on_two_workers():
+@pytest.mark.parametrize("devices", [2, sweep(1)])
+def test_float8_on_two_workers(devices):
     cases = [("sgd", 3), ("adam", 2), ("accumulating", 1)]
-    for of_worker in tfzero.run_local(_in_worker, workers=2, args=(cases,), timeout_seconds=FLEET_SECONDS):
+    for of_worker in pool.run(_in_worker, workers=2, args=(cases,), cpu_devices=devices):
         for (name, _), found in zip(cases, of_worker, strict=True):
-            assert_same(found, trained(name, jit_compile=False))
+            assert_same(found, on_one_device(name))
 
 
 def test_at_stage_3_a_loop_must_build_first():

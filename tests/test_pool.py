@@ -121,31 +121,26 @@ def test_what_a_call_leaves_behind_is_undone():
     assert len(set(numbers)) == len(numbers), "a seed is left"
 
 
-def test_a_fleet_that_failed_is_replaced():
+def test_a_fleet_that_failed_or_died_is_replaced():
+    import os
+    import signal
+
     processes = pool.run(_pids)
     with pytest.raises(tfzero.WorkerError, match=r"(?s)worker 1 \(of 2\) failed first.*LookupError: no data there$"):
         pool.run(_fail, args=(1,))
     others = pool.run(_pids)
     assert not set(others) & set(processes)
+    os.kill(others[1], signal.SIGKILL)  # between two calls
+    os.waitid(os.P_PID, others[1], os.WEXITED | os.WNOWAIT)
     with pytest.raises(TimeoutError, match="still running after 2 seconds: worker 0, 1"):
         pool.run(_sleep, timeout_seconds=2)
-    assert not set(pool.run(_pids)) & set(others)
+    assert (2, 1) not in pool._fleets, "the next call gets another"
 
 
-def test_a_fleet_that_died_between_calls_is_replaced():
-    import os
-    import signal
-
-    first, second = pool.run(_pids)
-    os.kill(second, signal.SIGKILL)
-    os.waitid(os.P_PID, second, os.WEXITED | os.WNOWAIT)
-    assert not {first, second} & set(pool.run(_pids))
-
-
-def test_fleets_are_few():
-    kinds = [(1, None), (1, 2), (1, 3)]
+def test_fleets_are_few(monkeypatch):
+    monkeypatch.setattr(pool, "MOST_FLEETS", 1)
     first = pool.run(_pids, 1)
-    for workers, devices in kinds:
-        pool.run(_pids, workers, cpu_devices=devices)
-        assert len(pool._fleets) <= pool.MOST_FLEETS
-    assert pool.run(_pids, 1) != first
+    assert pool.run(_pids, 1) == first
+    for devices in (2, None):
+        others = pool.run(_pids, 1, cpu_devices=devices)
+        assert len(pool._fleets) == 1 and others != first

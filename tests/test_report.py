@@ -4,10 +4,11 @@ import inspect
 
 import keras
 import numpy as np
+import pool
 import pytest
 import tensorflow as tf
 from keras import layers
-from marks import FLEET_SECONDS
+from marks import sweep
 
 import tfzero
 
@@ -61,7 +62,7 @@ def traced_traffic(strategy, model):
         (2, 3, "adam", {"bucket_bytes": 6400}),
         (2, 2, "adam", {"compression": "int8"}),
         (0, 2, "adam", {"compression": "bf16"}),
-        (3, 2, "adam", {"reshard_after_forward": False}),
+        sweep(3, 2, "adam", {"reshard_after_forward": False}),
         (3, 3, "muon", {"reshard_after_forward": False}),
         (3, 2, "adam", {"compression": "int8", "reshard_after_forward": False}),
     ],
@@ -217,7 +218,7 @@ def _summaries() -> tuple:
 
 
 def test_one_of_several_workers_prints_it_and_shows_progress():
-    first, second = tfzero.run_local(_summaries, workers=2, cpu_devices=2, timeout_seconds=FLEET_SECONDS)
+    first, second = pool.run(_summaries, workers=2, cpu_devices=2)
     assert "4 replicas, 2 CPU devices in each of 2" in first[0]
     assert first[0].count("loss:") >= 2 and second[0] == "", "one progress bar for all workers"
     assert second[1]["cluster_resolver"] == "this is worker 1 of 2"

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import keras
 import numpy as np
+import pool
 import pytest
 import tensorflow as tf
 from keras import layers
-from marks import FLEET_SECONDS
+from marks import sweep
 
 import tfzero
 
@@ -144,11 +145,11 @@ def fleet(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fleet")
     for stage in (2, 3):
         (folder / str(stage)).mkdir()
-    results = tfzero.run_local(export_in_worker, workers=2, args=(str(folder),), timeout_seconds=FLEET_SECONDS)
+    results = pool.run(export_in_worker, workers=2, args=(str(folder),))
     return folder, results
 
 
-RUNS = ["devices-2", "devices-3", "workers-2", "workers-3"]
+RUNS = [sweep("devices-2"), sweep("devices-3"), "workers-2", "workers-3"]
 
 
 @pytest.fixture(scope="module", params=RUNS)

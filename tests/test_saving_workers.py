@@ -12,9 +12,10 @@ from pathlib import Path
 import keras
 import numpy as np
 import oracle
+import pool
 import pytest
 import tensorflow as tf
-from marks import FLEET_SECONDS
+from marks import sweep
 
 import tfzero
 from tfzero.checkpoint import directories
@@ -22,6 +23,7 @@ from tfzero.checkpoint.state import LAG, METRICS, RESIDUAL, state_of
 from tfzero.views import audit as auditing
 
 SECONDS = 30.0  # of the strategy
+SHORT_SECONDS = 12.0  # where a wait must be longer than that
 X, Y = oracle.Data().arrays()
 
 
@@ -78,7 +80,7 @@ class Fleet:
         keras.utils.set_random_seed(self.index)
 
     def model(self, optimizer=None, **settings):
-        strategy = self.strategy if not settings else tfzero.ZeroStrategy(timeout_seconds=SECONDS, **settings)
+        strategy = self.strategy if not settings else tfzero.ZeroStrategy(**settings)
         with strategy.scope():
             model = oracle.dense_model()
         model.compile(optimizer or keras.optimizers.Adam(0.01), "categorical_crossentropy", metrics=["accuracy"])
@@ -279,7 +281,7 @@ def slow_copies(fleet):
             train = copy.train_on_batch
 
             def train_slowly(*batch):
-                time.sleep(SECONDS + 5)
+                time.sleep(SHORT_SECONDS + 3)
                 return train(*batch)
 
             copy.train_on_batch = train_slowly
@@ -288,7 +290,7 @@ def slow_copies(fleet):
         return copied
 
     settings = {"stage": 2, "compression": "int8", "error_feedback": True, "min_shard_elements": 8}
-    model = fleet.model(**settings)
+    model = fleet.model(timeout_seconds=SHORT_SECONDS, **settings)
     for steps in (0, 2):
         for _ in range(steps):
             model.train_on_batch(X, Y)
@@ -392,18 +394,18 @@ def weights_without_some_objects(fleet):
 
 CASES = {
     2: [
-        patterns_in_paths, copies_under_other_names, before_any_step, by_hand_beside_the_background,
-        any_error_of_the_saver, unreadable_on_one, damaged_ones_are_no_reason_to_delete, interrupted_while_writing,
-        slow_copies, errors_of_the_one_that_writes,
+        copies_under_other_names, by_hand_beside_the_background, any_error_of_the_saver, unreadable_on_one,
+        damaged_ones_are_no_reason_to_delete, interrupted_while_writing, slow_copies,
     ],
     3: [patterns_in_paths, before_any_step, errors_of_the_one_that_writes, weights_without_some_objects],
 }  # fmt: skip
+SWEPT = {2: [patterns_in_paths, before_any_step, errors_of_the_one_that_writes]}
 
 
-def _run(stage, folder, only):
+def _run(stage, cases, folder, only):
     fleet = Fleet(stage, folder)
     results = {}
-    for case in CASES[stage]:
+    for case in cases:
         if only and case.__name__ not in only:
             continue
         began = time.monotonic()
@@ -417,11 +419,24 @@ def _run(stage, folder, only):
 def results(tmp_path_factory):
     only = os.environ.get("ONLY", "").split()
     return {
-        stage: tfzero.run_local(
-            _run, workers=2, args=(stage, str(tmp_path_factory.mktemp("saving")), only), timeout_seconds=FLEET_SECONDS
-        )
-        for stage in CASES
+        stage: pool.run(_run, workers=2, args=(stage, cases, str(tmp_path_factory.mktemp("saving")), only))
+        for stage, cases in CASES.items()
     }
+
+
+@pytest.fixture(scope="module")
+def swept_results(tmp_path_factory):
+    return {
+        stage: pool.run(_run, workers=2, args=(stage, cases, str(tmp_path_factory.mktemp("saving")), []))
+        for stage, cases in SWEPT.items()
+    }
+
+
+@pytest.fixture(params=[3, sweep(2)])
+def at_stage(request):
+    """A function that gives what a case gave on both workers at a stage."""
+    results = request.getfixturevalue("results" if request.param == 3 else "swept_results")
+    return lambda case: of(results, request.param, case)
 
 
 def of(results, stage, case):
@@ -429,9 +444,8 @@ def of(results, stage, case):
     return [worker[case.__name__] for worker in results[stage]]
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_no_path_is_taken_for_a_pattern(results, stage):
-    assert of(results, stage, patterns_in_paths) == [["step-00000003"]] * 2
+def test_no_path_is_taken_for_a_pattern(at_stage):
+    assert at_stage(patterns_in_paths) == [["step-00000003"]] * 2
 
 
 def test_copies_are_loaded_when_asked_for_and_only_then(results):
@@ -441,9 +455,8 @@ def test_copies_are_loaded_when_asked_for_and_only_then(results):
         assert "step-00000099 is damaged: its manifest is of step 0, so it was renamed or copied" in text
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_a_checkpoint_from_before_any_step_is_loaded(results, stage):
-    assert of(results, stage, before_any_step) == [None, None]
+def test_a_checkpoint_from_before_any_step_is_loaded(at_stage):
+    assert at_stage(before_any_step) == [None, None]
 
 
 def test_saving_by_hand_beside_the_background(results):
@@ -479,9 +492,8 @@ def test_a_slow_copy_is_waited_for_and_nothing_is_changed(results):
     assert first[2] == "RuntimeError: worker 0: LookupError: no copy"
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_what_fails_on_the_one_that_writes_fails_on_all_at_once(results, stage):
-    for texts in of(results, stage, errors_of_the_one_that_writes):
+def test_what_fails_on_the_one_that_writes_fails_on_all_at_once(at_stage):
+    for texts in at_stage(errors_of_the_one_that_writes):
         full, zipped, folder, backup, full_backup = texts
         assert full == zipped == full_backup == "OSError: worker 0: OSError: [Errno 28] No space left on device"
         assert "IsADirectoryError" in folder and "a folder.keras" in folder

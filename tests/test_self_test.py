@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 import tensorflow as tf
-from marks import FLEET_SECONDS
+from marks import FLEET_SECONDS, sweep
 
 import tfzero
 from tfzero.collectives import self_test
@@ -60,9 +60,10 @@ def _rows_of(counts):
     return [self_test.run(make_group(count), every_dtype=True) for count in counts]
 
 
-def test_right_collectives_of_many_replicas_pass():
+@pytest.mark.parametrize("counts", [[12], sweep([8, 12])])
+def test_right_collectives_of_many_replicas_pass(counts):
     """With 12 members in one process the group takes another way than an all-to-all."""
-    [found] = tfzero.run_local(_rows_of, workers=1, cpu_devices=12, args=([8, 12],), timeout_seconds=FLEET_SECONDS)
+    [found] = tfzero.run_local(_rows_of, workers=1, cpu_devices=12, args=(counts,), timeout_seconds=FLEET_SECONDS)
     for rows in found:
         assert_right(rows)
 
@@ -162,6 +163,10 @@ BREAKS = {
 }
 
 
+# Of the rest that every start tests, workers are told below.
+IN_ONE_PROCESS = {"a rounded sum", "a permuted exchange", "permuted parts", "truncated parts", "another dtype"}
+
+
 @contextlib.contextmanager
 def broken(name):
     """A method of groups gives something else for a dtype."""
@@ -182,7 +187,7 @@ def broken(name):
         setattr(Group, method, original)
 
 
-@pytest.mark.parametrize("name", BREAKS)
+@pytest.mark.parametrize("name", [name if name in IN_ONE_PROCESS else sweep(name) for name in BREAKS])
 def test_a_wrong_primitive_is_named(name):
     method, _, dtype = BREAKS[name]
     with broken(name):
@@ -206,7 +211,7 @@ def test_each_dtype_is_named_when_it_alone_is_wrong(monkeypatch):
             result = case.run(value, replica)
             return [tf.roll(each, 1, -1) for each in result] if isinstance(result, list) else tf.roll(result, 1, -1)
 
-        chosen = [*cases[:number], dataclasses.replace(broken_case, run=shifted), *cases[number + 1 :]]
+        chosen = [dataclasses.replace(broken_case, run=shifted), cases[number - 1]]  # a right one beside it
         monkeypatch.setattr(self_test, "_cases", lambda *_, chosen=chosen: chosen)
         wrong = [row for row in self_test.run(make_group(2)) if not row.ok]
         assert [(row.primitive, row.dtype) for row in wrong] == [(broken_case.primitive, broken_case.dtype.name)]
@@ -287,7 +292,7 @@ def _outcome(wreck, worker):
 
 
 @pytest.mark.parametrize(
-    ("wreck", "reason"), [(_fails, "InvalidArgumentError"), (_comes_late, f"did not end within {SHORT_SECONDS} s")]
+    ("wreck", "reason"), [sweep(_fails, "InvalidArgumentError"), (_comes_late, f"did not end within {SHORT_SECONDS} s")]
 )
 def test_an_error_in_one_process_names_the_primitive(wreck, reason):
     [(error, seconds)] = tfzero.run_local(
@@ -298,7 +303,7 @@ def test_an_error_in_one_process_names_the_primitive(wreck, reason):
     assert seconds < 4 * SHORT_SECONDS
 
 
-@pytest.mark.parametrize("cpu_devices", [1, 2])
+@pytest.mark.parametrize("cpu_devices", [sweep(1), 2])
 def test_an_error_on_one_worker_ends_all_in_time(cpu_devices):
     found = tfzero.run_local(
         _outcome, workers=2, cpu_devices=cpu_devices, args=(_fails, 1), timeout_seconds=FLEET_SECONDS
@@ -330,7 +335,7 @@ def _errors(names):
     return told, self_test.run(group), self_test.run(group, every_dtype=True)
 
 
-@pytest.mark.parametrize("cpu_devices", [1, 2])
+@pytest.mark.parametrize("cpu_devices", [sweep(1), 2])
 def test_all_workers_end_when_one_receives_something_wrong(cpu_devices):
     found = tfzero.run_local(_errors, workers=2, cpu_devices=cpu_devices, args=(NAMES,), timeout_seconds=FLEET_SECONDS)
     for told, *both in found:

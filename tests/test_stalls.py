@@ -51,20 +51,28 @@ def _train_with_a_stall():
     seconds = time.monotonic() - began
     with strategy.scope():
         later = dense_model()
-    return seconds, before, weights, later.get_weights(), train(later), distributed.watch()
+    trained = seconds, before, weights, later.get_weights(), train(later), distributed.watch()
+    return trained, _wait_in_a_second_strategy()
 
 
-@pytest.mark.parametrize("cpu_devices", [1, sweep(2)])
-def test_a_worker_that_stands_still_goes_on_training(cpu_devices):
-    found = tfzero.run_local(_train_with_a_stall, cpu_devices=cpu_devices, timeout_seconds=FLEET_SECONDS)
-    for seconds, *models, watch in found:
+@pytest.fixture(scope="module", params=[1, sweep(2)])
+def found(request):
+    """What came of it on each worker: of the stall, and then of the wait in a second strategy."""
+    return tfzero.run_local(_train_with_a_stall, cpu_devices=request.param, timeout_seconds=FLEET_SECONDS)
+
+
+def test_a_worker_that_stands_still_goes_on_training(found):
+    first, second = (trained for trained, _ in found)
+    for mine, theirs in zip(first[1:3] + first[3:5], second[1:3] + second[3:5], strict=True):
+        assert all((a == b).all() for a, b in zip(mine, theirs, strict=True))
+    for seconds, *_, watch in (first, second):
         assert seconds > STALL_SECONDS
         assert watch == ""
-        for before, after in (models[:2], models[2:]):
-            reference = dense_model()
-            reference.set_weights(before)
-            for mine, theirs in zip(after, train(reference), strict=True):
-                np.testing.assert_allclose(mine, theirs, rtol=2e-4, atol=2e-5)
+    for before, after in (first[1:3], first[3:5]):
+        reference = dense_model()
+        reference.set_weights(before)
+        for mine, theirs in zip(after, train(reference), strict=True):
+            np.testing.assert_allclose(mine, theirs, rtol=2e-4, atol=2e-5)
 
 
 def _wait_in_a_second_strategy():
@@ -84,10 +92,10 @@ def _wait_in_a_second_strategy():
         return str(told), limits, time.monotonic() - began, str(error)
 
 
-def test_the_limit_of_a_second_strategy_takes_effect():
-    found = tfzero.run_local(_wait_in_a_second_strategy, timeout_seconds=FLEET_SECONDS)
-    for told, limits, _, error in found:
+def test_the_limit_of_a_second_strategy_takes_effect(found):
+    waits = [waited for _, waited in found]
+    for told, limits, _, error in waits:
         assert f"{SHORT_SECONDS} s" in told
         assert limits == {SHORT_SECONDS}
         assert f"did not arrive at 'waiting' within {SHORT_SECONDS} s" in error
-    assert SHORT_SECONDS - 1 < found[0][2] < SHORT_SECONDS + 2
+    assert SHORT_SECONDS - 1 < waits[0][2] < SHORT_SECONDS + 2

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import keras
 import numpy as np
+import pool
 import pytest
 import tensorflow as tf
 from keras import layers
 from keras import optimizers as ko
-from marks import FLEET_SECONDS, sweep
+from marks import sweep
 from oracle import Data, dense_model
 
 import tfzero
@@ -78,11 +79,11 @@ def written(log_dir) -> dict[str, dict[int, object]]:
 
 
 def norms_on_one_device(optimizer, initial, epochs=1) -> list[float]:
-    """The norm of the gradient that plain Keras applies, after each batch of 15."""
+    """The norm of the gradient that plain Keras applies, after each batch of 15. Without graphs, which cost more."""
     x, y = Data().arrays()
     model = dense_model()
     model.set_weights(initial)
-    model.compile(optimizer, "categorical_crossentropy", jit_compile=False)
+    model.compile(optimizer, "categorical_crossentropy", run_eagerly=True)
     loss, found, gathered = keras.losses.CategoricalCrossentropy(), [], []
     steps = getattr(optimizer, "gradient_accumulation_steps", None) or 1
     for batch in [slice(k, k + 15) for k in range(0, len(x), 15)] * epochs:
@@ -107,7 +108,7 @@ def test_weights_are_bit_for_bit_those_without_it(stage, tmp_path):
     left = []
     for callbacks in ([], [tfzero.TensorBoardCallback(tmp_path, every_steps=1)]):
         model = compiled(make_strategy(stage), random_model, "adam", metrics=["accuracy"])
-        history = fit(model, *callbacks, epochs=2).history
+        history = fit(model, *callbacks).history
         variables = [*model.variables, *model.optimizer.variables]
         left.append(([np.array(keras.ops.convert_to_numpy(v)) for v in variables], history))
     for without, with_it in zip(left[0][0], left[1][0], strict=True):
@@ -115,7 +116,7 @@ def test_weights_are_bit_for_bit_those_without_it(stage, tmp_path):
     assert left[0][1] == left[1][1]
     found = written(tmp_path)
     assert sorted(found) == sorted([*SCALARS, "plan"])
-    assert list(found["gradient/norm"]) == [*range(1, 9)] and list(found["time/exposed_seconds"]) == [*range(2, 9)]
+    assert list(found["gradient/norm"]) == [*range(1, 5)] and list(found["time/exposed_seconds"]) == [*range(2, 5)]
     for step, seconds in found["time/step_seconds"].items():
         assert 0 <= found["time/exposed_seconds"][step] < seconds
         assert 0 < found["time/input_seconds"][step] < seconds
@@ -222,7 +223,7 @@ def train_beside(log_dir) -> dict:
 
 
 def test_two_workers(tmp_path):
-    first, second = tfzero.run_local(train_beside, workers=2, args=(str(tmp_path),), timeout_seconds=FLEET_SECONDS)
+    first, second = pool.run(train_beside, workers=2, args=(str(tmp_path),))
     assert first["same"] and second["same"]
     found = written(tmp_path)
     assert len(list((tmp_path / "tfzero").glob("events*"))) == 1, "one worker writes"
@@ -260,7 +261,7 @@ def test_silent_collectives_give_own_values_in_the_shapes_of_results(dtype, two_
     np.testing.assert_array_equal(tf.cast(loud["broadcast"][2], tf.int32), tf.cast(values[0], tf.int32))
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [sweep(2), 3])
 def test_the_gradient_alone_is_all_of_the_gradient_and_no_more(stage, monkeypatch):
     graphs = []
     model = compiled(make_strategy(stage), metrics=["accuracy"])
@@ -384,7 +385,8 @@ def test_the_picture_of_many_variables_on_many_ranks():
     assert few.dtype == np.uint8 and few.shape[2] == 4 and many.shape > few.shape
     assert many.shape == draw(rows[: MOST_ROWS + 1]).shape, "the rest is one row"
     assert (few[..., :3] == [27, 108, 168]).all(-1).mean() > 0.1, "blue bars"
-    assert (draw(rows[:3])[..., :3] == [217, 95, 2]).all(-1).mean() > 0.1, "orange bars"
+    owned = draw([Holding("kernel", (Counter(owned=8), Counter(owned=8)))])
+    assert (owned[..., :3] == [217, 95, 2]).all(-1).mean() > 0.1, "orange bars"
 
 
 # Arguments.

@@ -14,7 +14,7 @@ import keras
 import oracle
 import pytest
 import tensorflow as tf
-from marks import FLEET_SECONDS
+from marks import FLEET_SECONDS, sweep
 
 import tfzero
 from tfzero.collectives import group as group_module
@@ -116,7 +116,7 @@ def train_and_differ(stages) -> tuple[list[dict], str]:
     return found, ""
 
 
-@pytest.fixture(scope="module", params=[(1, 2), (2, 1), (2, 2)], ids=["1x2", "2x1", "2x2"])
+@pytest.fixture(scope="module", params=[sweep((1, 2)), sweep((2, 1)), (2, 2)], ids=["1x2", "2x1", "2x2"])
 def over_noting(request):
     workers, devices = request.param
     stages = (0, 1, 2, 3)
@@ -128,16 +128,18 @@ def over_noting(request):
 
 def test_a_fourth_transport_is_one_class_and_one_row(over_noting):
     workers, devices, found = over_noting
+    reference = oracle.dense_model()
+    initial = found[0][0][0]["initial"]
+    reference.set_weights(initial)
+    arguments = {"optimizer": keras.optimizers.Adam(0.01), "loss": "categorical_crossentropy"}
+    expected = oracle.train(reference, *oracle.Data().arrays(), arguments, only_fit=True, epochs=2)
     for of_worker, _ in found:
         for told in of_worker:
             assert told["name"] == "noting"
             assert told["reason"] == f"a test wants it on {devices} devices of {workers} workers"
             assert told["algorithm"] == ("noted between processes" if workers > 1 else "noted within one")
             assert told["primitives"] == {*ways.PRIMITIVES} - {ways.REDUCE_SCATTER}, "its rows have none"
-            reference = oracle.dense_model()
-            reference.set_weights(told["initial"])
-            arguments = {"optimizer": keras.optimizers.Adam(0.01), "loss": "categorical_crossentropy"}
-            expected = oracle.train(reference, *oracle.Data().arrays(), arguments, only_fit=True, epochs=2)
+            assert all((mine == first).all() for mine, first in zip(told["initial"], initial, strict=True))
             oracle.assert_same(oracle.Outcome(**told["outcome"]), expected)
 
 

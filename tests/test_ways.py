@@ -12,7 +12,7 @@ import numpy as np
 import oracle
 import pytest
 import tensorflow as tf
-from marks import FLEET_SECONDS
+from marks import FLEET_SECONDS, sweep
 
 import tfzero
 from tfzero.collectives import nccl, transport_choice, ways
@@ -48,7 +48,15 @@ def traced(group, primitive, shape, dtype) -> list[tf.Operation]:
 
 
 @pytest.mark.parametrize("primitive", [*ways.PRIMITIVES, "all_gather_ragged"])
-@pytest.mark.parametrize(("topology", "levels"), [*((name, False) for name in GROUPS), ("two workers of two", True)])
+@pytest.mark.parametrize(
+    ("topology", "levels"),
+    [
+        ("one process", False),
+        sweep("two workers of one", False),
+        ("two workers of two", False),
+        ("two workers of two", True),
+    ],
+)
 def test_nccl_is_asked_for_what_it_can_do(topology, primitive, levels):
     here, size = GROUPS[topology]
     group = Group([f"/CPU:{k}" for k in range(here)], size, 0, Nccl(), levels)
@@ -202,7 +210,7 @@ def _as_gpus_do() -> dict:
     return found | {"emitted": sorted(set(emitted))}
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["2x1", "2x2"])
+@pytest.fixture(scope="module", params=[sweep(1), 2], ids=["2x1", "2x2"])
 def workers(request):
     return tfzero.run_local(_as_gpus_do, cpu_devices=request.param, timeout_seconds=FLEET_SECONDS)
 

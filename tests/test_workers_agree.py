@@ -415,7 +415,8 @@ def in_a_worker(stage):
     return results
 
 
-FLEETS = [(2, 1, 2), (2, 1, 3), sweep((2, 2, 2)), sweep((3, 1, 3))]  # workers, devices of each, stage
+# Workers, devices of each, stage.
+FLEETS = [(2, 2, 2), sweep((2, 1, 2)), sweep((2, 1, 3)), sweep((2, 2, 3)), sweep((3, 1, 3))]
 
 
 @pytest.fixture(scope="module", params=FLEETS, ids=lambda fleet: "{}x{} stage {}".format(*fleet))

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import functools
 import http.server
 import json
 import threading
@@ -9,9 +10,10 @@ from pathlib import Path
 
 import keras
 import numpy as np
+import pool
 import pytest
 from keras import layers
-from marks import FLEET_SECONDS
+from marks import sweep
 
 import tfzero
 
@@ -51,7 +53,8 @@ def train(strategy, folder: Path, address: str) -> dict:
         model = keras.Sequential(
             [keras.Input((4,)), layers.Embedding(9, 4, name="table"), layers.Flatten(), *last], name="net"
         )
-    model.compile(keras.optimizers.SGD(0.05), "mse", metrics=["mae"])
+    no_xla = {"jit_compile": False} if strategy is None else {}
+    model.compile(keras.optimizers.SGD(0.05), "mse", metrics=["mae"], **no_xla)
     board = keras.callbacks.TensorBoard(
         folder / "board", histogram_freq=1, write_images=True, update_freq=2, embeddings_freq=1, profile_batch=(2, 3)
     )
@@ -75,11 +78,9 @@ def train(strategy, folder: Path, address: str) -> dict:
     }
 
 
-def train_in_worker(folder: str, addresses: dict) -> dict:
-    results = {}
-    for stage in (2, 3):
-        strategy = tfzero.ZeroStrategy(stage, min_shard_elements=8)
-        results[stage] = train(strategy, Path(folder, str(stage)), addresses[stage])
+def train_in_worker(stage: int, folder: str, address: str) -> dict:
+    strategy = tfzero.ZeroStrategy(stage, min_shard_elements=8)
+    results = train(strategy, Path(folder), address)
     with contextlib.suppress(TypeError):
         orbax = object.__new__(keras.callbacks.OrbaxCheckpoint)
         keras.callbacks.Callback.__init__(orbax)
@@ -127,24 +128,25 @@ def one_device(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("fleet")
-    for stage in (2, 3):
-        (folder / str(stage)).mkdir()
-    with Monitor() as second, Monitor() as third:
-        addresses = {2: second.address, 3: third.address}
-        results = tfzero.run_local(
-            train_in_worker, workers=2, args=(str(folder), addresses), timeout_seconds=FLEET_SECONDS
-        )
-    return folder, {2: second.received, 3: third.received}, results
+    """By stage."""
+
+    @functools.cache
+    def of_stage(stage: int):
+        folder = tmp_path_factory.mktemp("fleet")
+        with Monitor() as monitor:
+            arguments = stage, str(folder), monitor.address
+            results = pool.run(train_in_worker, workers=2, cpu_devices=2, args=arguments)
+        return folder, monitor.received, results
+
+    return of_stage
 
 
-@pytest.fixture(params=["devices-2", "devices-3", "workers-2", "workers-3"], scope="module")
-def run(request, tmp_path_factory):
+@pytest.fixture(params=[sweep("devices-2"), sweep("devices-3"), sweep("workers-2"), "workers-3"], scope="module")
+def run(request, tmp_path_factory, fleet):
     """The folder, what the monitor received, and what each worker returned."""
     kind, stage = request.param.split("-")
     if kind == "workers":
-        folder, received, results = request.getfixturevalue("fleet")
-        return folder / stage, received[int(stage)], [result[int(stage)] for result in results]
+        return fleet(int(stage))
     strategy = tfzero.ZeroStrategy(int(stage), min_shard_elements=8, devices=["CPU:0", "CPU:1"])
     folder = tmp_path_factory.mktemp("devices")
     with Monitor() as monitor:
@@ -238,4 +240,4 @@ def test_profiles_and_embeddings_are_written_once(run, one_device):
 
 
 def test_what_several_workers_cannot_have_is_refused(fleet):
-    assert all(result["refused"] for result in fleet[2])
+    assert all(result["refused"] for result in fleet(3)[2])

@@ -12,7 +12,7 @@ CHECKOUT = Path(__file__).parents[1]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line of `benchmarks/gpt.py`. Returns 0, or 2 without a checkout, and then says what to do."""
+    """Runs the command line of `benchmarks/gpt.py`. Returns 0; without a checkout, says where it is and returns 2."""
     folder = CHECKOUT / "benchmarks"
     if not (folder / "gpt.py").is_file():
         print(

@@ -344,9 +344,9 @@ def _names(cluster: Cluster | None) -> Callable[[int], str]:
 
 def _resolver(cluster: Cluster) -> tf.distribute.cluster_resolver.SimpleClusterResolver:
     jobs: dict[str, list[str]] = {}
-    for name, address in zip(cluster.names, cluster.addresses, strict=True):
-        jobs.setdefault(name.split(" ")[0], []).append(address)
-    job, index = cluster.name.split(" ")
+    for (job, _), address in zip(cluster.tasks, cluster.addresses, strict=True):
+        jobs.setdefault(job, []).append(address)
+    job, index = cluster.tasks[cluster.index]
     return tf.distribute.cluster_resolver.SimpleClusterResolver(
-        tf.train.ClusterSpec(jobs), task_type=job, task_id=int(index), rpc_layer="grpc"
+        tf.train.ClusterSpec(jobs), task_type=job, task_id=index, rpc_layer="grpc"
     )

@@ -1,6 +1,7 @@
 """Starts a TensorFlow cluster of worker processes on one machine, for scripts and for functions.
 
     python -m tfzero.launch --workers 2 train.py --epochs 3     # a script, like torchrun
+    srun python -m tfzero.launch train.py --epochs 3            # a worker in each task of a job
     losses = tfzero.run_local(train, workers=2, args=(3,))      # a function, like a call
 
 Each worker gets its `TF_CONFIG` and GPUs of its own. Its output is passed on line by line, and the first failure ends
@@ -32,6 +33,8 @@ import cloudpickle
 from tfzero.workers.fleet import Fleet, Worker
 from tfzero.workers.gpus import divide_gpus
 from tfzero.workers.handshake import SECRET_VARIABLE, make_secret
+from tfzero.workers.job_worker import become, worker_environment
+from tfzero.workers.options import check_settings, parse
 from tfzero.workers.progress import asking
 from tfzero.workers.stopping import BLAME_VARIABLE, EXIT_STOPPED, EXIT_WORKER_LOST, read_blame
 
@@ -123,7 +126,7 @@ def run_local(fn: Callable[..., Any], workers: int = 2, *, args: Sequence[Any] =
     assert tfzero.run_local(task_of, workers=2, args=(10,)) == [10, 11]
     ```
     """
-    _check_settings(workers, timeout_seconds, cpu_devices)
+    check_settings(workers, timeout_seconds, cpu_devices)
     gpus = divide_gpus(workers, gpus_per_worker, {**os.environ, **(env or {})})
     with tempfile.TemporaryDirectory(prefix="tfzero_") as folder, held_ports(workers) as ports:
         environments = _environments(ports, env or {}, cpu_devices, gpus)
@@ -214,13 +217,6 @@ def _lateness(late: list[Worker], timeout_seconds: float) -> str:
     return f"still running after {timeout_seconds:g} seconds: worker {numbers}; all have ended now"
 
 
-def _check_settings(workers: int, timeout_seconds: float | None, cpu_devices: int | None) -> None:
-    settings = {"workers": workers, "timeout_seconds": timeout_seconds, "cpu_devices": cpu_devices}
-    for name, value in settings.items():
-        if value is not None and not value > 0:
-            raise ValueError(f"{name} must be above 0. Received: {value}")
-
-
 def _environments(
     ports: list[int], env: dict[str, str], cpu_devices: int | None, gpus: list[dict[str, str]]
 ) -> list[dict[str, str]]:
@@ -256,17 +252,38 @@ def main(arguments: list[str] | None = None) -> int:
     It is 0, the first failure's exit code, or 124 after a timeout. After a signal it is 75 if all workers have saved,
     else 128 plus the signal's number. Bad input exits with 2.
     """
-    options = _parse(arguments)
+    options = parse(arguments)
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     for number in _STOP_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # ignored, as under nohup
             signal.signal(number, _stop)
     try:
-        return _run_fleets(options)
+        return _run_fleets(options) if options.task is None else _become_worker(options)
     except KeyboardInterrupt as stop:
         number = _number_of(stop)
         print(f"tfzero.launch: received {number.name}; no worker was running.", file=sys.stderr, flush=True)
         return 128 + number
+
+
+def _become_worker(options: argparse.Namespace) -> int:
+    """Runs the script in this process's place, as a worker of the job that it is a task of. Returns only if it fails.
+
+    [Note: one task of a job] in `workers/tasks.py`.
+    """
+    try:
+        own, held = worker_environment(options.task, options.gpus_per_worker)
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: task 0's error of another kind
+        print(f"tfzero.launch: {error}", file=sys.stderr, flush=True)
+        return 2 if isinstance(error, ValueError) else 1
+    shared = {"TF_CPP_MIN_LOG_LEVEL": "2", **os.environ, "PYTHONUNBUFFERED": "1"}
+    if options.cpu_devices is not None:
+        shared[CPU_DEVICES_VARIABLE] = str(options.cpu_devices)
+    become([sys.executable, *_target(options), *options.script_args], {**shared, **own}, held)
+    return 1
+
+
+def _target(options: argparse.Namespace) -> list[str]:
+    return ["-m", options.script] if options.module else [options.script]
 
 
 def _run_fleets(options: argparse.Namespace) -> int:
@@ -304,9 +321,8 @@ def _environments_of(
 
 
 def _run_fleet(options: argparse.Namespace, environments: list[dict[str, str]], folder: Path) -> _Outcome:
-    target = ["-m", options.script] if options.module else [options.script]
     count = len(environments)
-    commands = [[sys.executable, *target, *options.script_args]] * count
+    commands = [[sys.executable, *_target(options), *options.script_args]] * count
     for index, environment in enumerate(environments):
         environment[BLAME_VARIABLE] = str(folder / str(index))
     fleet = Fleet(echo=True)
@@ -338,39 +354,6 @@ def _run_fleet(options: argparse.Namespace, environments: list[dict[str, str]], 
     verdict = failed.verdict(count) + ("" if blamed is None else f", because of worker {blamed}")
     message = f"{verdict}; all have ended. Its last output again:\n{again}"
     return _Outcome(exit_code, message, fleet.culprit(failed, blamed).index, time.monotonic() - start)
-
-
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    about = "Runs a script in N local worker processes, each with its TF_CONFIG."
-    parser = argparse.ArgumentParser("python -m tfzero.launch", description=about, allow_abbrev=False)
-    parser.add_argument("--workers", type=int, required=True, metavar="N", help="number of processes")
-    parser.add_argument("--timeout-seconds", type=float, metavar="S", help="end everything after S seconds")
-    about = "start the workers again after a failure, so often; they go on from their last checkpoint"
-    parser.add_argument("--max-restarts", type=int, default=0, metavar="R", help=about)
-    about = "go on with fewer workers, but not fewer than M, when one does not come back (default: N)"
-    parser.add_argument("--min-workers", type=int, metavar="M", help=about)
-    about = "for workers to save after SIGTERM (default: 30)"
-    parser.add_argument("--grace-seconds", type=float, default=30.0, metavar="S", help=about)
-    parser.add_argument("--cpu-devices", type=int, metavar="K", help="logical CPU devices of each worker")
-    about = "GPUs of each worker, which no other sees; 0 for CPUs only (default: all visible GPUs, divided evenly)"
-    parser.add_argument("--gpus-per-worker", type=int, metavar="G", help=about)
-    parser.add_argument("-m", dest="module", action="store_true", help="script is a module, as in python -m")
-    parser.add_argument("script", help="what each worker runs")
-    parser.add_argument("script_args", nargs=argparse.REMAINDER, metavar="...", help="all the rest is its")
-    options = parser.parse_args(arguments)
-    try:
-        _check_settings(options.workers, options.timeout_seconds, options.cpu_devices)
-        options.gpus = divide_gpus(options.workers, options.gpus_per_worker)
-    except ValueError as error:
-        parser.error(str(error))
-    options.min_workers = options.workers if options.min_workers is None else options.min_workers
-    if not 1 <= options.min_workers <= options.workers:
-        parser.error(f"--min-workers must be from 1 to --workers. Received: {options.min_workers}")
-    if options.max_restarts < 0 or options.grace_seconds < 0:
-        parser.error("--max-restarts and --grace-seconds must be at least 0.")
-    if not options.module and not os.path.exists(options.script):
-        parser.error(f"there is no script {options.script!r} in {os.getcwd()}. For a module write -m MODULE.")
-    return options
 
 
 def _stop(number: int, _: FrameType | None) -> None:

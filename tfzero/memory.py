@@ -321,7 +321,7 @@ def _gathered(moments: Sequence[Moment], plan: Plan) -> list[int]:
                 if plan.specs[index].sharded_parameter:
                     reads.setdefault(index, []).append(place)
                     sizes[index] = max(size, sizes.get(index, 0))
-        # The backward pass computes a variable's gradient beside what needs its value.
+        # The backward pass also holds a value until its variable's gradient is complete.
         completed = {moment.gradient: place for place, moment in enumerate(moments)} if is_backward else {}
         spans = sorted((f[0], max(f[-1], completed.get(index, 0)), sizes[index]) for index, f in reads.items())
         for place in places:

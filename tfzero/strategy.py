@@ -33,9 +33,10 @@ from tfzero.report import Report, make_report
 from tfzero.rows.dependence import is_global
 from tfzero.rows.inputs import DataPosition
 from tfzero.variables.classes import ShardedVariable, agree_on_sharded
-from tfzero.workers.cluster import Cluster, find_cluster
+from tfzero.workers.cluster import Cluster, others_of
 from tfzero.workers.device_agreement import agree_on_devices
 from tfzero.workers.digests import BatchComparison
+from tfzero.workers.resolvers import find_cluster
 from tfzero.workers.stopping import AgreedStop
 
 
@@ -61,7 +62,7 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         devices: this process's devices, such as `["GPU:0", "GPU:1"]`. The default is all its GPUs, or all its logical
             CPU devices if it has no GPU. Every worker must have the same number of devices, all of one type.
         cluster_resolver: a `tf.distribute.cluster_resolver.ClusterResolver` that names the workers. The default is
-            `TF_CONFIG`; without it this process is the only worker.
+            `TF_CONFIG`, or `CLUSTER_SPEC`; without them this process is the only worker.
         bucket_bytes: gradients travel in buckets of at most this many bytes (a larger variable travels alone). "auto"
             measures the network when the optimizer is built, and picks a size for the model.
         min_shard_elements: variables with fewer elements stay whole on every replica.
@@ -89,7 +90,8 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
     Raises:
         ValueError: for settings, devices or a `TF_CONFIG` that are invalid or differ between workers.
         TimeoutError: if a worker does not arrive within `timeout_seconds`; the message names it.
-        RuntimeError: if TensorFlow was used before the strategy was made, with several workers.
+        RuntimeError: if TensorFlow was used before the strategy was made, with several workers; or if `srun`, `mpirun`
+            or `torchrun` started this process as one of several tasks, and nothing names the other workers.
 
     Example:
 
@@ -127,7 +129,7 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         check_compression(compression, error_feedback)
         check_overlap(overlap_param_gather, stage)
         check_number("compare_batches", compare_batches, int, 0)
-        cluster = find_cluster(cluster_resolver)
+        cluster = others_of(find_cluster(cluster_resolver))
         configure_cpu_devices()
         local = choose_devices(devices)
         self.settings = Settings(

@@ -248,7 +248,7 @@ def restore(model: keras.Model, folder: Path, manifest: Mapping, team: Team, onl
 
 
 class Save:
-    """Writes checkpoints of a model into a directory, one after the other, if wanted in the background.
+    """Writes checkpoints of a model into a directory, one after the other, on request in the background.
 
     Args:
         team: the workers.

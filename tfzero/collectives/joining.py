@@ -1,5 +1,6 @@
 """The cluster that a process has joined: channels, connections and pulse, once for all its strategies."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -7,9 +8,11 @@ from tfzero.collectives import transport_choice
 from tfzero.collectives.pulse import Pulse
 from tfzero.collectives.transport import Connection
 from tfzero.host import distributed, runtime
+from tfzero.workers.addresses import host_of
 from tfzero.workers.agreement import versions
 from tfzero.workers.channel import Channel
 from tfzero.workers.cluster import Cluster
+from tfzero.workers.host_names import Lookup, advice_on, is_number, problem_of
 from tfzero.workers.stopping import let_children_end
 
 
@@ -55,12 +58,41 @@ def join(cluster: Cluster | None, timeout_seconds: float) -> Joined:
                 "Make the strategy at the start of the program, before any tensor, variable or model."
             )
         distributed.leave_watch_out()
-        channel, of_saving, of_pulse, of_batches = (Channel.join(cluster, timeout_seconds) for _ in range(4))
+        channel, of_saving, of_pulse, of_batches = _meet(cluster, timeout_seconds)
         channel.agree("comparing versions", versions(), "versions")
         connections = transport_choice.connect(cluster, channel, timeout_seconds)
         pulse = Pulse(cluster, of_pulse, timeout_seconds, in_a_row(connections))
         _joined[cluster] = Joined(channel, of_saving, of_batches, connections, pulse)
     return _joined[cluster]
+
+
+def _meet(cluster: Cluster, timeout_seconds: float) -> list[Channel]:
+    """Four channels among the workers, each of which finds the hosts of all others. [Note: host names]
+
+    Raises:
+        OSError: if a worker does not find one; else as `Channel.join`.
+    """
+    hosts = list(map(host_of, cluster.addresses))
+    lookup = Lookup([host for index, host in enumerate(hosts) if index != cluster.index], timeout_seconds)
+    with contextlib.ExitStack() as opened:
+        try:
+            channels = [_opened(cluster, timeout_seconds, opened) for _ in range(4)]
+        except TimeoutError as error:
+            if missing := advice_on(lookup, cluster):
+                raise TimeoutError(f"{error}{missing}") from error
+            raise
+        if not all(map(is_number, hosts)):  # the same on all workers
+            told = channels[0].all_gather("looking up host names", lookup.missing(wait=True))
+            if problem := problem_of(told, cluster):
+                raise OSError(problem)
+        opened.pop_all()
+    return channels
+
+
+def _opened(cluster: Cluster, timeout_seconds: float, opened: contextlib.ExitStack) -> Channel:
+    channel = Channel.join(cluster, timeout_seconds)
+    opened.callback(channel.close)
+    return channel
 
 
 def in_a_row(connections: Mapping[str, Sequence[Connection]]) -> list[Connection]:

@@ -204,8 +204,8 @@ class Pulse:
 
     def _named_in(self, text: str) -> tuple[str, tuple[int, ...]]:
         """A text about the workers in TensorFlow's message, by their names in tfzero, and their ranks."""
-        names = {f"{job} {index}" for job, index in _TASK.findall(text)} - {self._cluster.name}
-        lost = [index for index, name in enumerate(self._cluster.names) if name in names]
+        named = {(job, int(index)) for job, index in _TASK.findall(text)} - {self._cluster.tasks[self._cluster.index]}
+        lost = [index for index, task in enumerate(self._cluster.tasks) if task in named]
         text = ", ".join(self._cluster.names[index] for index in lost)
         return (f"{text} was lost, as TensorFlow noticed." if lost else ""), tuple(lost)
 

@@ -56,7 +56,7 @@ def layers_of(model: keras.Model) -> list[keras.layers.Layer]:
 
 
 def keywords_of(loss_or_metric: object) -> dict:
-    """What a loss or metric of Keras passes to its function, such as Huber's `delta`. Its config does not hold it."""
+    """Keywords that a Keras loss or metric passes to its function, such as Huber's `delta`; not in its config."""
     return getattr(loss_or_metric, "_fn_kwargs", {})
 
 

@@ -1,4 +1,4 @@
-"""Base classes that adapt TensorFlow's strategies and variables to tfzero, and what clusters of processes need.
+"""Base classes that adapt TensorFlow's strategies and variables to tfzero, and settings for clusters of processes.
 
 TensorFlow calls methods with private names. Here each of them calls a public method, which a class elsewhere
 overrides. The public method itself does what TensorFlow's does, or is abstract. See `host/registry.py` for the names.
@@ -134,7 +134,7 @@ class ExtendedBase(CollectiveAllReduceExtended):
 
 
 class VariableBase(MirroredVariable):
-    """A variable with a component for each local replica; public names for what reads and changes it."""
+    """A variable with a component for each local replica; its reads and updates have public names."""
 
     @property
     def own_component(self) -> tf.Variable:

@@ -34,7 +34,7 @@ class Edges:
 
     @classmethod
     def of(cls, graph: tf.Graph) -> "Edges":
-        """The edges of a graph, one object for all who change it."""
+        """The edges of a graph: one object, shared by all code that changes the graph."""
         if not hasattr(graph, "_tfzero_edges"):
             graph._tfzero_edges = cls(graph)
         return graph._tfzero_edges
@@ -103,7 +103,7 @@ class Edges:
                     self._put_before(operation, user)
 
     def _foresee(self, operation: tf.Operation) -> None:
-        """Notes what TensorFlow will make a new operation wait for. [Note: automatic order]"""
+        """Records what TensorFlow will make a new operation wait for. [Note: automatic order]"""
         awaited = set()
         for resource, is_written in graphs.ordered_by(operation):
             if resource in self._last_writes:

@@ -22,6 +22,9 @@ from tensorflow.python.eager import execute
 # Tells which operations will wait for which, once a function has been traced.
 from tensorflow.python.framework import auto_control_deps
 
+# Raised for a tensor that depends on its graph's inputs.
+from tensorflow.python.ops import op_selector
+
 # Branches and loops are traced in graphs of their own, which have no public class.
 from tensorflow.python.ops.control_flow_v2_func_graphs import ControlFlowFuncGraph, WhileBodyFuncGraph
 
@@ -49,6 +52,20 @@ def current_function() -> tf.Graph:
     while isinstance(graph, ControlFlowFuncGraph):
         graph = graph.outer_graph
     return graph
+
+
+def lifted(tensor: tf.Tensor) -> tf.Tensor | None:
+    """Computes a graph's tensor outside the graph; None if it depends on the graph's inputs."""
+
+    @tf.function(autograph=False)
+    def compute() -> tf.Tensor:
+        return tf.__internal__.lift_to_graph([tensor], tf.compat.v1.get_default_graph())[tensor]
+
+    with tf.init_scope():
+        try:
+            return compute()
+        except op_selector.UnliftableError:
+            return None
 
 
 def graphs_around(graph: tf.Graph | None) -> list:

@@ -1,4 +1,4 @@
-"""What tfzero uses of Keras's models, callbacks, optimizers and files by private names. See `host/registry.py`."""
+"""Access to Keras's models, callbacks, optimizers and files by private names. See `host/registry.py`."""
 
 from tfzero.host import backend  # noqa: F401, isort: skip. It refuses other backends before Keras imports them.
 

@@ -88,7 +88,7 @@ def taken_by(found: Any) -> str | None:
 
 
 def find(path: str) -> Any:
-    """What stands at a path; a marker for an attribute that only the objects of a class have."""
+    """The object at a path; a marker if it is missing, or if only the objects of a class have it."""
     path, _, given = path.partition(":")
     parts = path.split(".")
     found: Any = importlib.import_module(parts[0])

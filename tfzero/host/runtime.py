@@ -1,4 +1,4 @@
-"""What tfzero uses of TensorFlow's runtime and of Keras by private names.
+"""Access to TensorFlow's runtime and to Keras by private names.
 
 `host/registry.py` has a row for each name, with its reason and with the test that notices when a release changes it.
 """
@@ -116,7 +116,7 @@ def shuffle_seeds(dataset: tf.data.Dataset) -> list[list[int]]:
 
 
 def replica_element_spec(dataset: tf.data.Dataset | tf.distribute.DistributedDataset) -> Any:
-    """Specs of one replica's part of a distributed dataset's elements; None for what is not a tensor."""
+    """Specs of one replica's part of a distributed dataset's elements; None for anything but tensors."""
 
     def of_replica(spec: tf.TypeSpec) -> tf.TypeSpec | None:
         spec = spec._value_specs[0] if isinstance(spec, PerReplicaSpec) else spec
@@ -310,7 +310,7 @@ def is_accumulator_name(name: str) -> bool:
 
 
 def adopt(optimizer: BaseOptimizer, home: Any, variables: Iterable[keras.Variable] | None = None) -> None:
-    """Makes `home` the strategy of an optimizer, and `variables` what it trains.
+    """Makes `home` an optimizer's strategy, and `variables` the ones that it trains.
 
     Keras's TensorFlow optimizer sends slot creation, updates and the swapping of averages through
     `_distribution_strategy.extended`.
@@ -322,5 +322,5 @@ def adopt(optimizer: BaseOptimizer, home: Any, variables: Iterable[keras.Variabl
 
 
 def home_of(optimizer: BaseOptimizer) -> Any:
-    """What stands for the strategy in an optimizer."""
+    """The object that serves as an optimizer's strategy."""
     return optimizer._distribution_strategy

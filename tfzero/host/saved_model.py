@@ -1,4 +1,4 @@
-"""What SavedModels need by private names of TensorFlow and Keras. See `host/registry.py`."""
+"""Access to the variables of SavedModels by private names of TensorFlow and Keras. See `host/registry.py`."""
 
 from collections.abc import Mapping
 from typing import Any

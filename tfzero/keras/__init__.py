@@ -1,1 +1,1 @@
-"""Where Keras must be told about replicas: the patches, and what they do."""
+"""Patches that make Keras aware of replicas, and what they call."""

@@ -1,7 +1,4 @@
-"""Tells Keras's data handling about replicas and about resumed runs.
-
-The functions are patched, like those of the training (`host/patches.py`).
-"""
+"""Patches that make Keras's data handling aware of replicas and of resumed runs. See `host/patches.py`."""
 
 import contextlib
 from collections.abc import Callable, Generator, Iterator

@@ -1,7 +1,4 @@
-"""Tells Keras's layers about replicas: randomness and dtypes.
-
-The functions are patched, like those of the training (`host/patches.py`).
-"""
+"""Patches that make Keras's layers aware of replicas: randomness and dtypes. See `host/patches.py`."""
 
 import functools
 from collections.abc import Callable

@@ -1,6 +1,6 @@
-"""Tells Keras's losses about replicas: they divide by the count of the whole batch.
+"""Patches that make Keras's losses aware of replicas: they divide by the count of the whole batch.
 
-The functions are patched, like those of the training (`host/patches.py`).
+See `host/patches.py`.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Tells Keras's training about replicas. What concerns layers is in `keras/layers.py`.
+"""Patches that make Keras's training aware of replicas. Patches of layers are in `keras/layers.py`.
 
 Keras offers a strategy no hook at these places, so its functions are patched (`host/patches.py`).
 """

@@ -3,7 +3,7 @@
 [Note: the mesh] Every device of every worker has a rank. The ranks of worker `w` begin at `w * devices_per_worker`.
 They form a mesh with three axes:
 
-* `shards`: ranks that split one copy of the state. They are neighbours, so the heaviest traffic travels least far.
+* `shards`: ranks that split one copy of the state. They are neighbours, so the heaviest traffic takes the shortest way.
 * `copies`: groups of ranks that hold the same state. Each group splits it over its shards.
 * `stages` of a model, one after the other. Each has its own copies and shards. (Not the stage of ZeRO:
   `plan/scheme.py`.)

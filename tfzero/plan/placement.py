@@ -40,7 +40,7 @@ class VariableSpec:
         elements: number of elements of the whole variable.
         dtype: name of its dtype; a bucket holds one dtype.
         item_bytes: bytes of one element.
-        elementwise: whether its optimizer is element-wise: updates every element by itself.
+        elementwise: whether its optimizer updates every element by itself.
         optimizer: index of the optimizer that updates it; a bucket belongs to one optimizer.
         sharded_parameter: whether the variable itself is sharded (stage 3), and its gradient with it.
         compressed: whether it may travel encoded in fewer bits; an owned variable never does.
@@ -196,7 +196,7 @@ def _balance_owners(
 
 
 def _cut(members: Sequence[int], specs: Sequence[VariableSpec], limit: int) -> list[list[int]]:
-    """Packs variables together, at most `limit` elements each time. Large ones stay alone (`_ALONE`)."""
+    """Packs variables into groups of at most `limit` elements. A large one makes a group of its own (`_ALONE`)."""
     contents: list[list[int]] = []
     room = 0
     open_bucket: list[int] = []

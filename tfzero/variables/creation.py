@@ -1,4 +1,10 @@
-"""Chooses the kind of each new variable, and what each local replica holds of it."""
+"""Chooses the kind of each new variable, and what each local replica holds of it.
+
+[Note: creation in a trace] A step may create variables while it is traced, for example the metrics of `compile` under a
+user's own `train_step`. Several workers broadcast the initial value. In the graph that broadcast would come after the
+first local replica's gradients, and before those of the next replica, which is traced later: replicas would wait for
+each other in different orders. So the variable is created at once, outside the graph.
+"""
 
 import contextlib
 import itertools
@@ -10,7 +16,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfzero.collectives.group import Group
-from tfzero.host import batch_rows, runtime
+from tfzero.host import batch_rows, graphs, runtime
 from tfzero.plan.mesh import Mesh
 from tfzero.variables.allocation import component, initial_value, on_host
 from tfzero.variables.classes import (
@@ -74,8 +80,20 @@ class VariableCreation:
             view: if the variable is a slot, the view of its model variable.
             kwargs: arguments for creating the variable.
         """
-        with tf.device(self._group.devices[0]):
-            value = initial_value(kwargs)
+        if self._mesh.workers > 1:
+            kwargs["initial_value"] = _outside_of_graphs(kwargs["initial_value"], kwargs.get("name"))
+        with tf.init_scope() if self._mesh.workers > 1 else contextlib.nullcontext():
+            with tf.device(self._group.devices[0]):
+                value = initial_value(kwargs)
+            return self._create(next_creator, view, value, kwargs)
+
+    def _create(
+        self,
+        next_creator: Callable[..., tf.Variable],
+        view: VariableView | runtime.DistributedVariable | None,
+        value: tf.Tensor,
+        kwargs: dict,
+    ) -> tf.Variable:
         if view is None and self.view_at_hand is not None and self.view_at_hand.owner is not None:
             view = self.view_at_hand
         if isinstance(view, VariableView):
@@ -161,3 +179,18 @@ class VariableCreation:
             slot = ShardedVariable(self._strategy, components, tf.TensorShape(value.shape), view.owner)
         view.slots.append(slot)
         return slot
+
+
+def _outside_of_graphs(value: Any, name: str | None) -> Any:
+    """An initial value that can be computed outside the graph being traced. [Note: creation in a trace]"""
+    given = getattr(value, "wrapped_value", value)
+    if not tf.is_symbolic_tensor(given):
+        return value
+    lifted = graphs.lifted(given)
+    if lifted is None:
+        raise ValueError(
+            f"The initial value of the variable {name!r} depends on the arguments of the traced function that creates "
+            "it. Workers cannot agree on such a value. Create the variable before, or give it a value of its own, for "
+            f"example by an initializer. Received: {given}"
+        )
+    return lifted

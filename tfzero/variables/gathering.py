@@ -99,9 +99,9 @@ class Gatherer:
 
     def _gather(self, shard: tf.Variable, shape: tf.TensorShape, dtype: tf.DType) -> tf.Tensor:
         @tf.custom_gradient
-        def gather(shard: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:  # [shard_elements]
+        def gather(held: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:  # [shard_elements]
             with self._group.lanes.purpose(runtime.replica_index(), f"the parameter {shard.name}"):
-                whole = self._all_gather(shard, shape, dtype, self._previous_users())
+                whole = self._all_gather(held, shape, dtype, self._previous_users())
             self._gathered.append(whole)
 
             def gradient(upstream: tf.Tensor | tf.IndexedSlices) -> tf.Tensor:
@@ -113,7 +113,7 @@ class Gatherer:
                         with self._group.lanes.purpose(
                             runtime.replica_index(), f"the parameter {shard.name} once more"
                         ):
-                            self._gather_again(whole, shard, dtype, waits)
+                            self._gather_again(whole, held, dtype, waits)
                 purpose = self._group.lanes.purpose(runtime.replica_index(), f"the gradient of {shard.name}")
                 with purpose, tf.control_dependencies(waits):
                     scattered = self._scatter_gradient(self._counted(tf.reshape(upstream, shape)), shard)

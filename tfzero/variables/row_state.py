@@ -6,7 +6,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from tfzero.host import runtime
+from tfzero.host import graphs, runtime
 from tfzero.plan.placement import split_rows
 from tfzero.rows.dependence import ROWS, mark
 from tfzero.rows.replica_run import current_run
@@ -74,10 +74,17 @@ class RowsVariable(ReplicatedVariable):
     def _checked(self, rows: tf.Tensor | None, expected: int) -> contextlib.AbstractContextManager[object]:
         """A context whose operations wait for a check of the number of rows that a replica has.
 
-        The operation's name is its only message. `tf.debugging.assert_equal` would be ordered with the assertions of
-        other replicas, which wait for each other elsewhere.
+        `tf.debugging.assert_equal` would be ordered with the assertions of other replicas, which wait for each other
+        elsewhere. A stateless check would not do: Grappler drops an operation that is only waited for.
         """
         if rows is None:
             return tf.control_dependencies([])
-        name = f"every_batch_must_have_{self.shape[0]}_samples_as_a_stateful_layer_has_states_for"
-        return tf.control_dependencies([tf.ensure_shape(tf.zeros(rows[tf.newaxis], tf.bool), [expected], name=name)])
+        text = (
+            f"Every batch must have {self.shape[0]} samples, as a stateful layer has states for so many. "
+            f"This replica takes {expected} of them. Rows received:"
+        )
+        check = tf.raw_ops.Assert(condition=tf.equal(rows, expected), data=[text, rows])
+        if check is None:  # eager, and right
+            return tf.control_dependencies([])
+        graphs.run_freely(check)
+        return tf.control_dependencies([check])

@@ -1,1 +1,1 @@
-"""What users look at: audits, pictures, TensorBoard, and the examination of a cluster."""
+"""Views for users: audits, pictures, TensorBoard, and the examination of a cluster."""

@@ -15,8 +15,8 @@ from tfzero.strategy import ZeroStrategy
 from tfzero.views.facts import describe_devices, library_versions, unseen_gpus
 from tfzero.views.speeds import measure_speeds
 from tfzero.views.trials import LIMIT, MODELS, run_trials
-from tfzero.workers.cluster import read_tf_config
 from tfzero.workers.progress import progress
+from tfzero.workers.resolvers import find_cluster
 
 _STEP_SECONDS = 600.0  # how long the others may take to finish a part
 
@@ -42,7 +42,7 @@ class Examination:
         self._timeout_seconds = timeout_seconds
         self._quick = quick
         self._problems: list[str] = []  # the same on all workers
-        cluster = read_tf_config()
+        cluster = find_cluster(None)
         self._prints = cluster is None or cluster.index == 0
 
     def run(self) -> list[str]:

@@ -186,7 +186,7 @@ class _Walk:
     def _passed_on(
         self, operation: tf.Operation, place: int, tensor: tf.Tensor, inputs: Sequence[_Buffer]
     ) -> _Buffer | None:
-        """The buffer of the input in whose memory the result lies, or None."""
+        """The buffer of the input that the result shares, or None."""
         if operation.type in _VIEWS or (operation.type in self._views and inputs[0].variable is not None):
             return inputs[place if operation.type == "IdentityN" else 0]
         if operation.type not in _IN_PLACE:

@@ -1,4 +1,4 @@
-"""Draws who holds what of a model: where the plan places how many bytes. Uses matplotlib."""
+"""Draws how many bytes of each variable the plan places on which rank. Uses matplotlib."""
 
 import math
 from collections import Counter
@@ -20,7 +20,7 @@ _SHARE = 0.9  # of a rank's column, taken by the widest bar
 
 @dataclass(frozen=True)
 class Holding:
-    """What the ranks hold of one variable, its slots included.
+    """What each rank holds of one variable, its slots included.
 
     Args:
         name: its path, or the number of variables if it stands for several.

@@ -253,7 +253,10 @@ def _numbers_of(attributes: Mapping, level: int) -> dict:
 
 
 def _name_of(kind: type) -> str:
-    """The class's name without its module, which may differ: `__main__.Huber` is Huber, like Keras's own."""
+    """The class's name without its module, which may differ between workers.
+
+    `keras.src.losses.losses.Huber` and `__main__.Huber` are both Huber.
+    """
     return kind.__qualname__
 
 

@@ -1,15 +1,28 @@
-"""The workers of a run, from TF_CONFIG or a cluster resolver."""
+"""The workers of a run, from TF_CONFIG or CLUSTER_SPEC."""
 
+import itertools
 import json
 import os
-import re
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tfzero.workers.addresses import is_address
+
 _EXAMPLE = """Set it to, for example, {"cluster": {"worker": ["host1:2222", "host2:2222"]}, \
 "task": {"type": "worker", "index": 0}}, or unset it to train in one process."""
-_ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.%]+\]|[^\s:/\[\]]+):([0-9]{1,5})")
+_SPARSE = (
+    'The "sparseCluster" of TF_CONFIG names this worker alone, and workers must know each other. A TFJob writes it for '
+    "`enableDynamicWorker: true`: leave that away."
+)
+_NO_SERVERS = (
+    'tfzero is synchronous: all processes are workers. List them under "worker" and leave "ps" out; in SageMaker, take '
+    "`multi_worker_mirrored_strategy` in place of `parameter_server`."
+)
+# Vertex AI numbers its pools; the third may hold servers that sum gradients for NCCL, and run no program of the user's.
+_POOLS = {"workerpool0": "chief", "workerpool1": "worker", "workerpool2": "ps", "workerpool3": "evaluator"}
+_CHIEFS = ("chief", "master")  # two words for the first worker; TensorFlow 2 knows the former only
 
 
 @dataclass(frozen=True)
@@ -17,7 +30,7 @@ class Cluster:
     """The workers in rank order: the chief first if there is one, then the workers of TF_CONFIG."""
 
     addresses: tuple[str, ...]  # "host:port"
-    names: tuple[str, ...]  # as in TF_CONFIG: "chief 0", "worker 0", "worker 1"
+    names: tuple[str, ...]  # as in TF_CONFIG: "chief 0", "worker 0", "worker 1"; a "master" is called chief, too
     index: int  # this process's place in that order
 
     @property
@@ -27,6 +40,13 @@ class Cluster:
     @property
     def name(self) -> str:
         return self.names[self.index]
+
+    @property
+    def tasks(self) -> list[tuple[str, int]]:
+        """Each worker's job and index for TensorFlow, which numbers every job's tasks 0, 1, 2, ..."""
+        jobs = [name.rsplit(" ", 1)[0] for name in self.names]
+        indexes: dict[str, Iterator[int]] = defaultdict(itertools.count)
+        return [(job, next(indexes[job])) for job in jobs]
 
     def describe(self, *indexes: int) -> str:
         """Names and addresses of these workers, or of all, for messages."""
@@ -42,19 +62,29 @@ class Cluster:
 
 
 def read_tf_config(environ: Mapping[str, str] = os.environ) -> Cluster | None:
-    """The `Cluster` of TF_CONFIG, or None if TF_CONFIG is absent, empty, or holds no cluster."""
+    """The `Cluster` of TF_CONFIG, or None if TF_CONFIG is absent, empty, or holds no cluster.
+
+    Raises:
+        ValueError: if it cannot be read, or if this task takes no part in training.
+    """
     text = environ.get("TF_CONFIG", "").strip()
     try:
         config = json.loads(text or "{}")
         _require(isinstance(config, dict), "It must be a JSON object.")
-        if not config.get("cluster"):
-            return None
-        task = config.get("task")
+        task, has_cluster = config.get("task"), bool(config.get("cluster"))
         known = isinstance(task, dict) and {"type", "index"} <= set(task)
-        _require(known, 'It needs a "task" with "type" and "index", to tell which worker this process is.')
+        advice = 'It needs a "task" with "type" and "index", to tell which worker this process is.'
+        _require(known or not has_cluster, advice)
     except ValueError as error:  # invalid JSON, too
         raise ValueError(f"TF_CONFIG is not JSON as needed: {error} {_EXAMPLE} Received: {text!r}.") from None
-    return cluster_from_spec(config["cluster"], task["type"], task["index"])
+    if has_cluster:
+        return cluster_from_spec(config["cluster"], task["type"], task["index"])
+    try:  # a task without a cluster
+        _require(not config.get("sparseCluster"), _SPARSE)
+        _check_role(task.get("type") if isinstance(task, dict) else None)
+    except ValueError as error:
+        raise ValueError(f"{error} Received: TF_CONFIG {text!r}.") from None
+    return None
 
 
 def cluster_from_spec(spec: dict[str, Any], task_type: str, task_id: int | str) -> Cluster | None:
@@ -63,14 +93,16 @@ def cluster_from_spec(spec: dict[str, Any], task_type: str, task_id: int | str) 
         return None
     try:
         _check_jobs(spec, task_type)
-        jobs = [job for job in ("chief", "worker") if job in spec]
+        jobs = [job for job in (*_CHIEFS, "worker") if job in spec]
         tasks: dict[tuple[str, int], str] = {
-            (job, number): address for job in jobs for number, address in _list_tasks(job, spec[job])
+            (_job_in_tensorflow(job), number): address
+            for job in jobs
+            for number, address in _list_tasks(job, spec[job])
         }
         names, addresses = tuple(f"{job} {number}" for job, number in tasks), tuple(tasks.values())
         unique = len(set(addresses)) == len(addresses)
         _require(unique, "Two workers have the same address. Give each its own host or port.")
-        task = (task_type, _read_index(task_id))
+        task = (_job_in_tensorflow(task_type), _read_index(task_id))
         advice = f"The cluster has only {', '.join(names)}. Correct the task, or add its address."
         _require(task in tasks, f"The index is out of range: this process is {task[0]} {task[1]}. {advice}")
     except ValueError as error:
@@ -78,16 +110,39 @@ def cluster_from_spec(spec: dict[str, Any], task_type: str, task_id: int | str) 
     return Cluster(addresses, names, list(tasks).index(task))
 
 
-def find_cluster(resolver: object) -> Cluster | None:
-    """The `Cluster` of a user's resolver, or of TF_CONFIG if there is no resolver."""
-    if resolver is None:
-        return read_tf_config()
-    import tensorflow as tf  # imported only here: launchers read TF_CONFIG without TensorFlow
+def read_cluster_spec(environ: Mapping[str, str] = os.environ) -> Cluster | None:
+    """The `Cluster` of CLUSTER_SPEC, which some platforms set where they set no TF_CONFIG; None if it is none.
 
-    if not isinstance(resolver, tf.distribute.cluster_resolver.ClusterResolver):
-        raise ValueError(f"`cluster_resolver` must be a ClusterResolver. Received: {resolver!r}")
-    spec = resolver.cluster_spec()
-    return cluster_from_spec(spec.as_dict() if spec else {}, resolver.task_type, resolver.task_id)
+    Vertex AI writes `{"cluster": {"workerpool0": [...], ...}, "task": {...}}`. TonY writes the cluster alone, and the
+    task into `JOB_NAME` and `TASK_INDEX`.
+
+    Raises:
+        ValueError: if this task takes no part in training, or if it is not known among several.
+    """
+    text = environ.get("CLUSTER_SPEC", "").strip()
+    try:
+        config = json.loads(text or "{}")
+    except ValueError:
+        return None  # somebody else's variable
+    spec = config.get("cluster", config) if isinstance(config, dict) else None
+    if not isinstance(spec, dict) or not spec or not set(spec) <= {*_POOLS, *_CHIEFS, "worker", "ps", "evaluator"}:
+        return None
+    task = config.get("task") or {"type": environ.get("JOB_NAME"), "index": environ.get("TASK_INDEX")}
+    try:
+        _require(isinstance(task, dict), 'Its "task" must be an object with "type" and "index".')
+        is_pool = set(spec) <= set(_POOLS)
+        jobs = {_POOLS[job]: tasks for job, tasks in spec.items()} if is_pool else spec
+        kept = {job: tasks for job, tasks in jobs.items() if not (is_pool and job == "ps")}
+        kind = str(task.get("type")).lower()
+        return cluster_from_spec(kept, _POOLS.get(kind, kind), task.get("index"))  # type: ignore[arg-type]
+    except ValueError as error:
+        advice = "Set TF_CONFIG to say who the workers are, or to '{}' to train in one process."
+        raise ValueError(f"CLUSTER_SPEC does not name the workers: {error} {advice}") from None
+
+
+def others_of(cluster: Cluster | None) -> Cluster | None:
+    """The cluster if it has other workers, else None: a single process needs no server and no name resolution."""
+    return None if cluster is None or cluster.size == 1 else cluster
 
 
 def _require(condition: object, advice: str) -> None:
@@ -95,15 +150,26 @@ def _require(condition: object, advice: str) -> None:
         raise ValueError(advice)
 
 
-def _check_jobs(spec: Any, task_type: str) -> None:
+def _job_in_tensorflow(job: str) -> str:
+    return "chief" if job in _CHIEFS else job
+
+
+def _check_role(task_type: Any) -> None:
+    """Raises ValueError for a task that takes no part in training."""
     advice = "Run `model.evaluate` on checkpoints, in a process without TF_CONFIG or with a plain strategy."
     _require(task_type != "evaluator", f"An evaluator task takes no part in training. {advice}")
+    _require(task_type != "ps", f"There is a parameter server (ps): this process. {_NO_SERVERS}")
+
+
+def _check_jobs(spec: Any, task_type: str) -> None:
+    _check_role(task_type)
     advice = 'The cluster must be an object with lists of addresses, "worker" and perhaps "chief".'
-    _require(isinstance(spec, dict) and set(spec) <= {"chief", "worker", "evaluator", "ps"}, advice)
-    advice = 'tfzero is synchronous: all processes are workers. List them under "worker" and leave "ps" out.'
-    _require(task_type != "ps" and not spec.get("ps"), f"There is a parameter server (ps). {advice}")
+    _require(isinstance(spec, dict) and set(spec) <= {*_CHIEFS, "worker", "evaluator", "ps"}, advice)
+    _require(not spec.get("ps"), f"There is a parameter server (ps). {_NO_SERVERS}")
+    both = 'There is a "chief" beside a "master", and both mean the first worker. Leave one, and list the other under'
+    _require(not all(job in spec for job in _CHIEFS), f'{both} "worker".')
     advice = 'The task type is unknown. Make it "worker", or "chief" for the first worker.'
-    _require(task_type in ("chief", "worker"), advice)
+    _require(task_type in (*_CHIEFS, "worker"), advice)
 
 
 def _list_tasks(job: str, tasks: Any) -> list[tuple[int, str]]:
@@ -111,13 +177,12 @@ def _list_tasks(job: str, tasks: Any) -> list[tuple[int, str]]:
     advice = f'"{job}" must be a list of at least one "host:port". Fill it, or leave it out.'
     _require(isinstance(tasks, (list, tuple, dict)) and tasks, advice)
     advice = 'There is more than one chief. Leave one, and list the others under "worker".'
-    _require(job != "chief" or len(tasks) == 1, advice)
+    _require(job not in _CHIEFS or len(tasks) == 1, advice)
     numbered: Iterable[tuple[Any, Any]] = tasks.items() if isinstance(tasks, dict) else enumerate(tasks)
     pairs = sorted((_read_index(number), address) for number, address in numbered)
     for _, address in pairs:
-        match = isinstance(address, str) and _ADDRESS.fullmatch(address)
         advice = '"host:port" with a port of 1 to 65535. Write host1:2222 or [::1]:2222, without grpc://.'
-        _require(match and 1 <= int(match[2]) <= 65535, f'{address!r} under "{job}" is not {advice}')
+        _require(is_address(address), f'{address!r} under "{job}" is not {advice}')
     return pairs
 
 

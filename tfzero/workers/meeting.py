@@ -20,7 +20,9 @@ from time import monotonic, sleep
 from typing import Any
 
 from tfzero.workers import handshake
+from tfzero.workers.addresses import host_of, port_of
 from tfzero.workers.cluster import Cluster
+from tfzero.workers.host_names import endpoints
 from tfzero.workers.messages import STRANGER_BYTES, receive, seconds_left, send
 from tfzero.workers.progress import progress
 from tfzero.workers.stopping import blamed_by, blaming
@@ -66,15 +68,15 @@ def listen(cluster: Cluster) -> socket.socket:
     Raises:
         OSError: if it cannot listen.
     """
-    host, _, port = cluster.addresses[cluster.index].rpartition(":")
-    host = host.strip("[]")
+    own = cluster.addresses[cluster.index]
+    host, port = host_of(own), port_of(own)
     both = socket.has_dualstack_ipv6()
     try:
         if host in ("localhost", "::1") or host.startswith("127."):
-            family, *_, address = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
+            family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
             return socket.create_server(address[:2], family=family, backlog=2 * MOST_CALLERS)
         family = socket.AF_INET6 if both else socket.AF_INET
-        return socket.create_server(("", int(port)), family=family, dualstack_ipv6=both, backlog=2 * MOST_CALLERS)
+        return socket.create_server(("", port), family=family, dualstack_ipv6=both, backlog=2 * MOST_CALLERS)
     except OSError as error:
         text = error.strerror if error.errno is None or error.errno < 0 else os.strerror(error.errno)
         reason = f"{cluster.describe(cluster.index)} cannot listen on its port: {text}."
@@ -88,14 +90,25 @@ def dial(address: str, seconds: float) -> socket.socket:
     Raises:
         OSError, ValueError: if nobody listens there in time, or there is no such host.
     """
-    host, port = address.rsplit(":", 1)
-    connection = socket.create_connection((host.strip("[]"), int(port)), seconds)
+    deadline = monotonic() + seconds
+    connection = _connect(endpoints(host_of(address), port_of(address), seconds), deadline)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     if connection.getsockname() == connection.getpeername():  # a self-connection: the port it got is the port it dials
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # frees the port at once
         connection.close()
         raise ConnectionError("nobody listens there")
     return connection
+
+
+def _connect(found: list[tuple[Any, ...]], deadline: float) -> socket.socket:
+    """Connects to the first of these endpoints that answers."""
+    failure: OSError = ConnectionError("its name has no address")
+    for *_, endpoint in found:
+        try:
+            return socket.create_connection(endpoint[:2], seconds_left(deadline))
+        except OSError as error:
+            failure = error
+    raise failure
 
 
 def callers(

@@ -85,6 +85,6 @@ def read_bytes(connection: socket.socket, count: int, deadline: float) -> bytes:
         if not part:
             raise ConnectionError("the connection was closed")
         data += part
-        if len(data) < count and monotonic() > deadline:  # data that trickle in
+        if len(data) < count and monotonic() > deadline:  # even if data trickle in
             raise TimeoutError("timed out")
     return bytes(data)

@@ -5,7 +5,7 @@
 
 [Note: one bar] Rich draws a bar on stderr, only if that is a terminal. The bar is one line below the printed output,
 and is erased when its work is done. A bar within another is not shown, nor is one of quick work. A worker's output is a
-pipe to its launcher. A launcher with a terminal asks worker 0, by `TFZERO_PROGRESS`, to report instead of drawing.
+pipe to its launcher. A launcher with a terminal asks the leader, by `TFZERO_PROGRESS`, to report instead of drawing.
 Reports go through that pipe as JSON text sequences (RFC 7464: a record separator, JSON, a line feed). The launcher cuts
 them out, and shows the worker's bar in place of its own for as long as there is one.
 """
@@ -32,7 +32,7 @@ _LONGEST_REPORT = 4000  # characters
 
 @dataclass(frozen=True)
 class Task:
-    """How far some work has come: `done` of `total` units. A unit is "workers" or the like; "bytes" are shown as MB."""
+    """How far some work has come: `done` of `total`. `unit` is a word such as "workers"; "bytes" are shown as MB."""
 
     title: str
     total: int

@@ -1,9 +1,9 @@
 """Stops all workers after the same step.
 
 [Note: stop together] A worker that is told to stop cannot just do so. It cannot ask the others at the end of its step
-either: they may already wait for it in the next one. So it tells them by the heartbeat (`collectives/pulse.py`), which
-goes on meanwhile. A worker that hears of it begins no further step until the next beat, when all say how many steps
-they have begun. The largest of these numbers is the last step for all.
+either: they may already wait for it in the next one. So it tells them through the heartbeat (`collectives/pulse.py`),
+which goes on meanwhile. A worker that hears of it begins no further step until the next beat, when all say how many
+steps they have begun. The largest of these numbers is the last step for all.
 """
 
 import contextlib
@@ -22,8 +22,8 @@ EXIT_WORKER_LOST = 76
 
 _Error = TypeVar("_Error", bound=BaseException)
 
-# [Note: blame] If other workers are the reason of an error, it is marked with their indexes. A worker that ends because
-# of it writes them into a file that its launcher has named. So the launcher knows which worker did not come.
+# [Note: blame] An error that other workers cause is marked with their indexes. A worker that ends because of it writes
+# them into a file that its launcher has named. So the launcher knows which worker did not come.
 BLAME_VARIABLE = "TFZERO_BLAME"
 
 
@@ -50,13 +50,13 @@ _children_end = False
 
 
 def blaming(error: _Error, indexes: Iterable[int]) -> _Error:
-    """Marks an error with the workers that are its reason; no indexes if nobody knows which. Returns the error."""
+    """Marks an error as caused by other workers; without indexes if nobody knows by which. Returns the error."""
     error.blamed_workers = tuple(indexes)  # type: ignore[attr-defined]
     return error
 
 
 def blamed_by(error: BaseException | None) -> tuple[int, ...] | None:
-    """The workers that are the reason of an error, or of one that it was raised from; None if no worker is."""
+    """The workers that caused an error, or one that it was raised from; None if other workers did not cause it."""
     seen: list[BaseException] = []
     while error is not None and error not in seen:
         blamed = getattr(error, "blamed_workers", None)
@@ -75,7 +75,7 @@ def note_blame(indexes: Iterable[int]) -> None:
 
 
 def read_blame(path: Path, workers: int) -> int | None:
-    """The first worker that is blamed in this file; None if it is not a valid index of one of `workers`."""
+    """The first worker that is blamed in this file; None if there is none, or no valid index of `workers` workers."""
     try:
         blamed = json.loads(path.read_bytes()[:65536])
     except (OSError, ValueError, RecursionError):
