@@ -713,9 +713,10 @@ def test_unseeded_shuffle_warns_and_is_refused(fleet):
 
 
 @fleets(3)
-def test_file_sharding_is_done(fleet):
-    """By the files of a pipeline, or where there are none by its elements."""
-    assert fleet.result("file_sharding")["alike"]["error"] == ""
+def test_file_sharding_is_refused_without_files(fleet):
+    error = fleet.result("file_sharding")["alike"]["error"]
+    assert "AutoShardPolicy.FILE" in error and "does not read files" in error
+    assert "tfzero.sharded_dataset" in error and "BatchDataset" in error
 
 
 @fleets(1)

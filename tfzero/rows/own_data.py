@@ -18,8 +18,25 @@ from tfzero.workers.channel import Channel
 from tfzero.workers.digests import BatchComparison
 
 _HAS, _HAS_NOT, _IS_BEHIND = "a batch", "none", "none left"
+_TOO_FEW_FILES = "Could not apply FILE based sharding"  # in TensorFlow's error
 _MOST_FAULTS = 4  # told by one worker
 _HASH_CHARACTERS = 8
+
+
+class _DealtFiles:
+    """Explains why TensorFlow cannot deal a pipeline's files to the workers, which it finds when it reads."""
+
+    def __init__(self, reader: str, workers: int) -> None:
+        self._reader, self._workers = reader, workers
+
+    def blame(self, error: tf.errors.OpError) -> Exception | None:
+        """The error that tells what to do; None if the error is another one."""
+        if _TOO_FEW_FILES not in str(error):
+            return None
+        return ValueError(
+            f"{self._reader} finds fewer files in a dataset with AutoShardPolicy.FILE than the {self._workers} workers, "
+            f"so some would read nothing. Write more files, or leave the policy at AUTO. TensorFlow says: {error.message}"
+        )
 
 
 class OwnData:
@@ -44,6 +61,7 @@ class OwnData:
         self._mesh, self._channel, self._comparison, self._name_of = mesh, channel, comparison, name_of
         self._account = account
         self._batches: weakref.WeakKeyDictionary[tf.data.Dataset, int | None] = weakref.WeakKeyDictionary()
+        self._readers: weakref.WeakKeyDictionary[tf.data.Dataset, _DealtFiles] = weakref.WeakKeyDictionary()
 
     def batches_of(self, distributed: Any, given: int | None) -> int | None:
         """Number of batches of an epoch, the same on all workers; None if it is unknown.
@@ -93,19 +111,35 @@ class OwnData:
         """This worker's part of a pipeline of files with AutoShardPolicy.FILE: its files, and its part of a batch.
 
         Raises:
-            ValueError: if the size of a batch cannot be told, or is smaller than the number of workers.
+            ValueError: on all workers, if the pipeline does not read files that can be dealt, or if the size of a batch
+                cannot be told, or is smaller than the number of workers.
         """
         workers, worker = self._mesh.workers, self._mesh.worker
-        size = datasets.whole_batch_size(dataset)
+        size, part, fault = datasets.whole_batch_size(dataset), None, ""
         if size is None or size < workers:
             known = "cannot be told from its pipeline" if size is None else f"is {size}"
+            fault = f"its batch size {known}; end the pipeline with `batch(batch_size)`, of a row for each worker at least"
+        else:
+            rows = size // workers + (worker < size % workers)
+            try:
+                part = datasets.files_of_worker(dataset, workers, worker, rows)
+            except tf.errors.NotFoundError:  # TensorFlow finds no source of files
+                fault = (
+                    "it does not read files: it has none at its start, such as those of TFRecordDataset, "
+                    "TextLineDataset, or of `interleave` over names of files"
+                )
+        self._channel.agree("dealing files", {"batch size": size, "why files cannot be dealt": fault}, "data sets")
+        if part is None:
             raise ValueError(
-                f"With AutoShardPolicy.FILE each of {workers} workers brings its part of a batch, but the batch size "
-                f"of the dataset {known}. End the pipeline with `batch(batch_size)`, or use `tfzero.sharded_dataset`."
+                f"AutoShardPolicy.FILE deals a dataset's files to {workers} workers, but {fault}. Leave the policy at "
+                "AUTO, so that every worker reads all and keeps its rows; or divide files by `tfzero.sharded_dataset`, "
+                f"and data that are divided already by `tfzero.own_rows`. Received: {dataset!r}"
             )
-        rows = size // workers + (worker < size % workers)
-        self._channel.agree("dealing files", {"batch size": size}, "data sets")
-        return self.of_own_rows(datasets.files_of_worker(dataset, workers, worker, rows))
+        reader = _DealtFiles(self._name_of(worker), workers)
+        self._comparison.note_reader(reader)
+        result = self.of_own_rows(part)
+        self._readers[result] = reader
+        return result
 
     def _union(self, dataset: tf.data.Dataset, source: ShardedFiles | None) -> tf.data.Dataset:
         name, number = self._comparison.new_data_set(), 0
