@@ -269,6 +269,28 @@ def test_one_process(tmp_path, devices):
     assert f"Input: {report.batches} batches, waited for" in str(report) and "has read" in str(report)
 
 
+@pytest.mark.parametrize("method", ["reduce", "gather"])
+def test_a_replica_does_not_go_on_while_another_one_takes_part_in_a_collective(method):
+    """Else the end of data, which raises an error, ends the step of a worker where another worker waits for it."""
+    strategy, found = strategy_of(2), []
+
+    @tf.function(autograph=False)
+    def together(value):
+        is_gather = method == "gather"
+        found.append(strategy.gather(value, axis=0) if is_gather else strategy.reduce("SUM", value, axis=None))
+        return tf.identity(found[0])
+
+    graph = together.get_concrete_function(tf.TensorSpec([3])).graph
+    collectives = {op for op in graph.get_operations() if op.type.startswith("Collective")}
+    before, ahead = set(), [found[0].op]  # not what is returned, which waits for all
+    while ahead:
+        op = ahead.pop()
+        if op not in before:
+            before.add(op)
+            ahead += [*(tensor.op for tensor in op.inputs), *op.control_inputs]
+    assert len(collectives) >= 2 and collectives <= before
+
+
 # Workers.
 
 

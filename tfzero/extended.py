@@ -252,11 +252,11 @@ class ZeroExtended(distributed.ExtendedBase):
         if not isinstance(value, tf.distribute.DistributedValues):
             # One value for each worker: only its first replica contributes it.
             values, count = [values[0], *map(tf.zeros_like, values[1:])], self.mesh.workers
-        totals = self.group.launch(self.group.all_reduce, values)
+        totals = _together(self.group.launch(self.group.all_reduce, values))
         return runtime.mirrored([_divide(total, count) if mean else total for total in totals])
 
     def gather_values(self, value: Any, axis: int) -> tf.distribute.DistributedValues:
-        parts = self.group.launch(self.group.all_gather_ragged, self._spread(value))
+        parts = _together(self.group.launch(self.group.all_gather_ragged, self._spread(value)))
         if not isinstance(value, tf.distribute.DistributedValues):
             # One value for each worker: only its first replica contributes it.
             parts = [replica_parts[:: len(self.worker_devices)] for replica_parts in parts]
@@ -332,6 +332,19 @@ class ZeroExtended(distributed.ExtendedBase):
         if self.mesh.workers > 1:
             dataset = in_order(dataset)
         return self.input_account.watch(cut_dataset(dataset, self.mesh, self.comparison))
+
+
+def _together(results: list) -> list:
+    """The same results of a collective, each of which is there when all replicas of this worker have theirs.
+
+    Else what follows from the first result could end the step while another replica still takes part in the
+    collective, for which other workers then wait for ever. TensorFlow ends an epoch so: its iterator over data of each
+    worker's own adds up how many replicas have a batch, and raises OutOfRangeError if none has.
+    """
+    if tf.executing_eagerly():
+        return results
+    with tf.control_dependencies(tf.nest.flatten(results)):
+        return tf.nest.map_structure(tf.identity, results)
 
 
 def _divide(total: tf.Tensor, count: int) -> tf.Tensor:

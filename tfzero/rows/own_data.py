@@ -34,8 +34,9 @@ class _DealtFiles:
         if _TOO_FEW_FILES not in str(error):
             return None
         return ValueError(
-            f"{self._reader} finds fewer files in a dataset with AutoShardPolicy.FILE than the {self._workers} workers, "
-            f"so some would read nothing. Write more files, or leave the policy at AUTO. TensorFlow says: {error.message}"
+            f"{self._reader} finds fewer files in a dataset with AutoShardPolicy.FILE than there are workers, "
+            f"{self._workers}, so some would read nothing. Write more files, or leave the policy at AUTO. "
+            f"TensorFlow says: {error.message}"
         )
 
 
@@ -118,7 +119,9 @@ class OwnData:
         size, part, fault = datasets.whole_batch_size(dataset), None, ""
         if size is None or size < workers:
             known = "cannot be told from its pipeline" if size is None else f"is {size}"
-            fault = f"its batch size {known}; end the pipeline with `batch(batch_size)`, of a row for each worker at least"
+            fault = (
+                f"its batch size {known}; end the pipeline with `batch(batch_size)`, of a row for each worker at least"
+            )
         else:
             rows = size // workers + (worker < size % workers)
             try:

@@ -258,7 +258,7 @@ class ShardedFiles:
         """
         begin = functools.partial(self._begin, list(shards))
         plan = tf.data.Dataset.range(1).map(_as_it_is(lambda _: tf.numpy_function(begin, [], [tf.int64] * 4)))
-        samples = plan.flat_map(_as_it_is(functools.partial(self._samples, len(shards))))
+        samples = self._samples(plan.flat_map(_as_it_is(_of_each_shard)), len(shards))
         batch = self.dealing.chunk * len(shards)
         result = samples.group_by_window(
             key_func=lambda key, _: key,
@@ -279,11 +279,14 @@ class ShardedFiles:
             files[row, : len(own)], seeds[row, : len(own)] = own, of_own
         return files, seeds, np.array(starting.skips, np.int64), np.array(shards, np.int64)
 
-    def _samples(self, count: int, *plan: tf.Tensor) -> tf.data.Dataset:
-        """Samples of a pass over so many shards, each with the key of its batch: its number, and how many are in it."""
-        for each, shape in zip(plan, ([count, None], [count, None], [count], [count]), strict=True):
-            each.set_shape(shape)
-        chunk, raw = self.dealing.chunk, self._raw(tf.constant(0, tf.int64), tf.constant(0, tf.int64), 0).element_spec
+    def _samples(self, plan: tf.data.Dataset, count: int) -> tf.data.Dataset:
+        """Samples of a pass over so many shards, each with the key of its batch: its number, and how many are in it.
+
+        Args:
+            plan: the files, their seeds, what to skip and the number of each shard.
+            count: number of shards.
+        """
+        chunk, raw = self.dealing.chunk, self._raw_spec
         empty = tuple(tf.zeros([0, *spec.shape], spec.dtype) for spec in packed_specs(raw))
 
         def chunks(files: tf.Tensor, seeds: tf.Tensor, skip: tf.Tensor, shard: tf.Tensor) -> tf.data.Dataset:
@@ -304,7 +307,7 @@ class ShardedFiles:
             return slices.map(lambda *row: (key, row))
 
         shapes = ([], *([chunk, *spec.shape] for spec in packed_specs(raw)))
-        rounds = tf.data.Dataset.from_tensor_slices(plan).interleave(
+        rounds = plan.interleave(
             _as_it_is(chunks),
             cycle_length=count,
             block_length=1,
@@ -320,6 +323,15 @@ class ShardedFiles:
             num_parallel_calls=self._parallel_calls,
             deterministic=True,
         )
+
+    @functools.cached_property
+    def _raw_spec(self) -> Any:
+        """The structure of elements before they are decoded."""
+        found = []
+        zero = tf.constant(0, tf.int64)
+        look = tf.function(lambda: found.append(self._raw(zero, zero, 0).element_spec), autograph=False)
+        look.get_concrete_function()
+        return found[0]
 
     def _raw(self, file: tf.Tensor, seed: tf.Tensor, shard: tf.Tensor | int) -> tf.data.Dataset:
         """Elements of one file, shuffled."""
@@ -362,6 +374,13 @@ class ShardedFiles:
 def _as_it_is(function: Callable) -> Callable:
     """A function that TensorFlow does not convert: it needs no Python control flow in graphs."""
     return tf.autograph.experimental.do_not_convert(function)
+
+
+def _of_each_shard(*plan: tf.Tensor) -> tf.data.Dataset:
+    """The plan of each shard, of those of all: `ShardedFiles._begin`."""
+    for each, shape in zip(plan, ([None, None], [None, None], [None], [None]), strict=True):
+        each.set_shape(shape)
+    return tf.data.Dataset.from_tensor_slices(plan)
 
 
 def _truth(function: Callable, *arguments: tf.Tensor) -> tf.Tensor:
