@@ -238,6 +238,20 @@ def not_ahead(dataset: tf.data.Dataset) -> tf.data.Dataset:
     return dataset.with_options(options)
 
 
+def without_autotuning(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    """A dataset whose end does not wait for TensorFlow's tuning, unless its options ask for tuning.
+
+    `AUTOTUNE` then means as many calls as the process has threads, at most 16. With tuning on, dropping an iterator
+    waits for a thread that tunes at intervals up to a minute, and TensorFlow wakes it before it tells it to stop. So an
+    epoch could begin seconds late on one worker, and with it on all.
+    """
+    if dataset.options().autotune.enabled is not None:
+        return dataset
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return dataset.with_options(options)
+
+
 def _prepared_ahead(dataset: tf.data.Dataset, function: Callable) -> tf.data.Dataset:
     function = tf.autograph.experimental.do_not_convert(function)
     return dataset.map(function, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).prefetch(tf.data.AUTOTUNE)

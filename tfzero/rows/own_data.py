@@ -23,7 +23,7 @@ _MOST_FAULTS = 4  # told by one worker
 _HASH_CHARACTERS = 8
 
 
-class _DealtFiles:
+class DealtFiles:
     """Explains why TensorFlow cannot deal a pipeline's files to the workers, which it finds when it reads."""
 
     def __init__(self, reader: str, workers: int) -> None:
@@ -62,7 +62,7 @@ class OwnData:
         self._mesh, self._channel, self._comparison, self._name_of = mesh, channel, comparison, name_of
         self._account = account
         self._batches: weakref.WeakKeyDictionary[tf.data.Dataset, int | None] = weakref.WeakKeyDictionary()
-        self._readers: weakref.WeakKeyDictionary[tf.data.Dataset, _DealtFiles] = weakref.WeakKeyDictionary()
+        self._readers: weakref.WeakKeyDictionary[tf.data.Dataset, DealtFiles] = weakref.WeakKeyDictionary()
 
     def batches_of(self, distributed: Any, given: int | None) -> int | None:
         """Number of batches of an epoch, the same on all workers; None if it is unknown.
@@ -138,7 +138,7 @@ class OwnData:
                 "AUTO, so that every worker reads all and keeps its rows; or divide files by `tfzero.sharded_dataset`, "
                 f"and data that are divided already by `tfzero.own_rows`. Received: {dataset!r}"
             )
-        reader = _DealtFiles(self._name_of(worker), workers)
+        reader = DealtFiles(self._name_of(worker), workers)
         self._comparison.note_reader(reader)
         result = self.of_own_rows(part)
         self._readers[result] = reader
