@@ -9,14 +9,17 @@ from pathlib import Path
 import keras
 import numpy as np
 import oracle
+import pool
 import pytest
 import tensorflow as tf
-from marks import FLEET_SECONDS
+from marks import sweep
 
 import tfzero
+from tfzero.host import datasets
 from tfzero.host.batch_rows import own_rows
 from tfzero.plan.file_shards import FileShards
 from tfzero.rows.input_account import InputAccount
+from tfzero.rows.own_data import DealtFiles
 from tfzero.rows.sharded import sharded_dataset, source_of
 from tfzero.rows.unions import union
 
@@ -122,7 +125,7 @@ def batches_of(dataset):
     return [[np.array(part) for part in batch] for batch in dataset]
 
 
-@pytest.mark.parametrize("counts", [None, SIZES])
+@pytest.mark.parametrize("counts", [sweep(None), SIZES])
 def test_batches_are_the_union_of_all_shards_whoever_reads_them(tmp_path, counts):
     files = write(tmp_path)
     x, _ = oracle.Data(samples=sum(SIZES)).arrays()
@@ -180,10 +183,15 @@ def test_skipping_decodes_nothing(tmp_path, counts):
     whole = batches_of(data_of(files, shuffle=5, seed=1))
     source = source_of(data_of(files, seed=1, decode=counting, counts=counts))
     source.seek(0, 4)
+    opened, note = [], source._note_open
+    source._note_open = lambda file, shard: opened.append(int(file)) or note(file, shard)
     rest = batches_of(source.read(range(SHARDS)))
     for mine, theirs in zip(rest, whole[4:], strict=True):
         assert np.array_equal(mine[0], theirs[0])
     assert len(decoded) == sum(len(batch[0]) for batch in rest)
+    left = source.dealing.start(0, 4, range(SHARDS)).files
+    assert sorted(opened) == sorted(file for files in left for file in files)
+    assert (len(opened) < len(SIZES)) == (counts is not None)
     assert source.passes == 1
 
 
@@ -254,10 +262,21 @@ def test_bytes_read_and_the_time_of_waiting_are_counted(tmp_path):
     assert 6_000_000 <= account.bytes < 7_000_000
 
 
+def test_fewer_files_than_workers_are_named(tmp_path):
+    """TensorFlow finds it when it reads, and only on the first worker."""
+    dataset = by_files(write(tmp_path, sizes=(5,)))
+    with pytest.raises(tf.errors.InvalidArgumentError) as found:
+        next(iter(datasets.files_of_worker(dataset, 2, 0, 6)))
+    reader = DealtFiles("worker 0", 2)
+    text = str(reader.blame(found.value))
+    assert "worker 0 finds fewer files" in text and "workers, 2" in text and "only has 1 file(s)" in text
+    assert reader.blame(tf.errors.InvalidArgumentError(None, None, "something else")) is None
+
+
 # Training.
 
 
-@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("devices", [sweep(1), 2])
 def test_one_process(tmp_path, devices):
     files = write(tmp_path)
     strategy = tfzero.ZeroStrategy(2, devices=[f"CPU:{k}" for k in range(devices)], min_shard_elements=8)
@@ -358,12 +377,15 @@ def strategy_of(devices, **arguments):
     return tfzero.ZeroStrategy(2, devices=[f"CPU:{k}" for k in range(devices)], min_shard_elements=8, **arguments)
 
 
-def run_cases(files, folder, devices):
+def run_cases(files, folder, devices, is_short):
     strategy = strategy_of(devices)
     mesh = strategy.extended.mesh
     own = tfzero.own_rows(rows_of_worker(mesh.worker, 2, False))
     found = {"files": outcome(strategy, data_of(files), data_of(files), data_of(files, shuffle=0))}
-    found["counted"] = outcome(strategy, data_of(files, counts=SIZES))
+    report = strategy.report()
+    found["account"] = report.batches, report.input_seconds > 0, report.read_bytes
+    if not is_short:
+        found["counted"] = outcome(strategy, data_of(files, counts=SIZES))
     found["own rows"] = outcome(strategy, own, own.prefetch(1))
     found["by files"] = outcome(strategy, by_files(files))
     replicas = strategy.distribute_datasets_from_function(lambda context: for_replicas(context.input_pipeline_id))
@@ -429,21 +451,24 @@ def halted(strategy, data, *callbacks, after=12):
     compiled(model_of(strategy)).fit(data, epochs=3, verbose=0, shuffle=False, callbacks=[*callbacks, ending])
 
 
-@pytest.mark.parametrize("devices", [2])
-def test_workers(tmp_path, devices):
+@pytest.mark.parametrize(("devices", "is_short"), [(2, True), sweep(2, False), sweep(1, False)])
+def test_workers(tmp_path, devices, is_short):
     files, folder = write(tmp_path), tmp_path / "run"
-    arguments = (files, str(folder), devices)
-    fleet = tfzero.run_local(run_cases, 2, args=arguments, cpu_devices=devices, timeout_seconds=FLEET_SECONDS)
+    arguments = (files, str(folder), devices, is_short)
+    fleet = pool.run(run_cases, 2, args=arguments, cpu_devices=devices, is_last=True)
     one_device = {
         "files": outcome(None, data_of(files), data_of(files), data_of(files, shuffle=0)),
-        "counted": outcome(None, data_of(files, counts=SIZES)),
         "own rows": outcome(None, own_of_whole(), own_of_whole()),
         "by files": outcome(None, unions_of(by_workers(files))),
         "from a function": outcome(None, unions_of([for_replicas(worker, 6) for worker in range(2)])),
     }
+    if not is_short:
+        one_device["counted"] = outcome(None, data_of(files, counts=SIZES))
     for found in fleet:
         for case, expected in one_device.items():
             assert_equal(found[case], expected)
+        batches, has_waited, read_bytes = found["account"]
+        assert batches == fleet[0]["account"][0] > 0 and has_waited and read_bytes > 0
         errors = found["errors"]
         assert "tfzero.own_rows" in errors["off"] and "OFF" in errors["off"]
         assert "batches differ" in errors["without saying so"] and "tfzero.own_rows" in errors["without saying so"]
@@ -458,16 +483,16 @@ def test_workers(tmp_path, devices):
         assert "3 shards can be read by [1, 3] workers" in errors["shards"]
         assert found["halted"] == "RuntimeError: halted"
         assert "worker 1 cannot read" in errors["damaged"] and "damaged.tfrecord" in errors["damaged"]
-    resumed_elsewhere(files, folder)
+    resumed_elsewhere(files, folder, [SIZES] if is_short else [None, SIZES])
 
 
-def resumed_elsewhere(files, folder):
+def resumed_elsewhere(files, folder, known):
     """On another number of workers a run goes on in the middle of an epoch, without decoding what lies behind."""
     uninterrupted = compiled(model_of())
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Your input ran out of data")
         uninterrupted.fit(data_of(files), epochs=3, verbose=0, shuffle=False)
-        for number, counts in enumerate((None, SIZES)):
+        for number, counts in enumerate(known):
             decoded = []
 
             def counting(record, decoded=decoded):
@@ -475,10 +500,10 @@ def resumed_elsewhere(files, folder):
                 return decode(record)
 
             again = shutil.copytree(folder, folder.parent / f"run {number}")
-            model = compiled(model_of(strategy_of(1 + number)))
+            model = compiled(model_of(strategy_of(len(known) - number)))
             callback = tfzero.CheckpointCallback(again, save_every_epochs=9)
             data = data_of(files, decode=counting, counts=counts)
             model.fit(data, epochs=3, verbose=0, shuffle=False, callbacks=[callback])
-            assert len(decoded) < 2 * sum(SIZES)
+            assert 0 < len(decoded) < 2 * sum(SIZES)
             for mine, theirs in zip(model.get_weights(), uninterrupted.get_weights(), strict=True):
                 np.testing.assert_allclose(mine, theirs, **EXACT)
