@@ -72,8 +72,11 @@ class _Served:
 _fleets: dict[tuple, _Served] = {}  # the latest used is the last
 
 
-def run(fn, workers=2, *, args=(), cpu_devices=None, timeout_seconds=FLEET_SECONDS) -> list:
-    """What `fn(*args)` gives in each of so many workers with so many logical devices, in their order."""
+def run(fn, workers=2, *, args=(), cpu_devices=None, timeout_seconds=FLEET_SECONDS, is_last=False) -> list:
+    """What `fn(*args)` gives in each of so many workers with so many logical devices, in their order.
+
+    `is_last`: whether the call leaves its processes without a connection, so that they can serve no other one.
+    """
     kind = (workers, cpu_devices or 1)
     served = _fleets.pop(kind, None)
     if served and not served.is_alive:
@@ -87,7 +90,7 @@ def run(fn, workers=2, *, args=(), cpu_devices=None, timeout_seconds=FLEET_SECON
     except BaseException:
         served.close()
         raise
-    if served.calls >= MOST_CALLS:
+    if is_last or served.calls >= MOST_CALLS:
         served.close()
     else:
         _fleets[kind] = served
