@@ -129,6 +129,20 @@ def test_shuffle_seeds():
     assert seed == 3 and unseeded == [0, 0]
 
 
+def test_files_are_dealt_by_the_policy(tmp_path):
+    for number in range(3):
+        (tmp_path / str(number)).write_text(f"{number}a\n{number}b\n")
+    lines = tf.data.TextLineDataset(tf.data.Dataset.list_files(str(tmp_path / "*"), shuffle=False)).batch(4)
+    options = tf.data.Options()
+    options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.FILE
+    dataset = lines.with_options(options)
+    assert datasets.whole_batch_size(dataset) == 4
+    assert datasets.whole_batch_size(dataset.map(lambda line: line[:2])) is None
+    parts = [datasets.files_of_worker(dataset, 2, worker, 3) for worker in range(2)]
+    read = [[batch.numpy().tolist() for batch in part] for part in parts]
+    assert read == [[[b"0a", b"0b", b"2a"], [b"2b"]], [[b"1a", b"1b"]]]
+
+
 def test_specs_of_elements(strategy):
     dataset = tf.data.Dataset.from_tensor_slices((np.ones((4, 3), "float32"), {"a": np.ones(4)})).batch(2)
     x, y = runtime.replica_element_spec(strategy.experimental_distribute_dataset(dataset))

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Each package imports only packages before it, and each module of a package only modules before it: this is the design.
 LINE = {
-    "plan": ("scheme", "mesh", "placement", "formats", "settings"),
+    "plan": ("scheme", "mesh", "placement", "formats", "settings", "file_shards"),
     "costs": (),
     "host": (
         "backend", "registry", "tensorflow_names", "keras_names", "runtime", "datasets", "graphs", "batch_rows",
@@ -29,7 +29,10 @@ LINE = {
         "counts", "keys", "ways", "transport", "rings", "over_links", "group", "self_test", "network", "codec", "pulse",
         "nccl_failures", "nccl", "transport_choice", "joining", "packing",
     ),
-    "rows": ("kinds", "moves", "sums", "dependence", "inputs", "replica_run", "padding", "combining"),
+    "rows": (
+        "kinds", "moves", "sums", "dependence", "inputs", "input_account", "unions", "raw_elements", "sharded",
+        "own_data", "replica_run", "padding", "combining",
+    ),
     "variables": ("gathering", "allocation", "classes", "row_state", "creation"),
     "extended": (),
     "training": ("pacing", "losses", "exchange", "overwriting", "walk", "traffic", "late_gathers", "stock_optimizers"),

@@ -28,8 +28,8 @@ from tfzero.views.gradient_time import UnmeasurableError, gradient_seconds
 from tfzero.views.picture import MOST_ROWS, Holding, draw, holdings
 
 SCALARS = [
-    "gradient/norm", "memory/current_bytes", "memory/peak_bytes", "time/exposed_seconds", "time/step_seconds",
-    "wire/bytes_per_step",
+    "gradient/norm", "input/read_bytes_per_step", "memory/current_bytes", "memory/peak_bytes", "time/exposed_seconds",
+    "time/input_seconds", "time/step_seconds", "wire/bytes_per_step",
 ]  # fmt: skip
 START_SECONDS, PAGE_SECONDS = 120, 200  # limits
 
@@ -119,6 +119,7 @@ def test_weights_are_bit_for_bit_those_without_it(stage, tmp_path):
     assert list(found["gradient/norm"]) == [*range(1, 5)] and list(found["time/exposed_seconds"]) == [*range(2, 5)]
     for step, seconds in found["time/step_seconds"].items():
         assert 0 <= found["time/exposed_seconds"][step] < seconds
+        assert 0 < found["time/input_seconds"][step] < seconds
     assert set(found["wire/bytes_per_step"].values()) == {model.distribute_strategy.report().sent_bytes}
 
 

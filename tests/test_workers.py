@@ -713,9 +713,10 @@ def test_unseeded_shuffle_warns_and_is_refused(fleet):
 
 
 @fleets(3)
-def test_file_sharding_is_refused(fleet):
+def test_file_sharding_is_refused_without_files(fleet):
     error = fleet.result("file_sharding")["alike"]["error"]
-    assert "FILE" in error and "distribute_datasets_from_function" in error
+    assert "AutoShardPolicy.FILE" in error and "does not read files" in error
+    assert "tfzero.sharded_dataset" in error and "BatchDataset" in error
 
 
 @fleets(1)

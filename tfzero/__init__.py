@@ -17,8 +17,10 @@ _HOMES = {
     "WorkerError": "tfzero.launch",
     "estimate_memory": "tfzero.memory",
     "load_checkpoint": "tfzero.checkpoint.saving",
+    "own_rows": "tfzero.rows.unions",
     "run_local": "tfzero.launch",
     "save_checkpoint": "tfzero.checkpoint.saving",
+    "sharded_dataset": "tfzero.rows.sharded",
 }
 __all__ = sorted(_HOMES)
 

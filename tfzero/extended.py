@@ -16,14 +16,18 @@ from tfzero.collectives.network import DEFAULT_BUCKET_BYTES, Network, measure_ne
 from tfzero.host import distributed, graphs, runtime
 from tfzero.plan.mesh import Mesh
 from tfzero.plan.settings import Choice, Settings
+from tfzero.rows import sharded, unions
 from tfzero.rows.dependence import Dependence, mark_global
+from tfzero.rows.input_account import InputAccount
 from tfzero.rows.inputs import (
     check_shardable,
     cut_batch,
     cut_dataset,
     describe_dataset,
     in_order,
+    is_dealt_by_files,
 )
+from tfzero.rows.own_data import OwnData
 from tfzero.rows.padding import counted, with_own_results
 from tfzero.rows.replica_run import current_graph, current_run
 from tfzero.variables.classes import ShardedParameter, VariableView
@@ -73,6 +77,9 @@ class ZeroExtended(distributed.ExtendedBase):
         self.gives_first_values = False
         self._network: Network | None = None
         self._told_of_eager_memory = False
+        self._name_of = _names(cluster)
+        self.input_account = InputAccount()
+        self.own_data = OwnData(self.mesh, self._channel, self.comparison, self._name_of, self.input_account)
         self._traced: list[Dependence] = []  # of the replicas being traced
         self._is_for_all: list[bool] = []  # whether all replicas get the same, by argument of the current run
 
@@ -245,11 +252,11 @@ class ZeroExtended(distributed.ExtendedBase):
         if not isinstance(value, tf.distribute.DistributedValues):
             # One value for each worker: only its first replica contributes it.
             values, count = [values[0], *map(tf.zeros_like, values[1:])], self.mesh.workers
-        totals = self.group.launch(self.group.all_reduce, values)
+        totals = _together(self.group.launch(self.group.all_reduce, values))
         return runtime.mirrored([_divide(total, count) if mean else total for total in totals])
 
     def gather_values(self, value: Any, axis: int) -> tf.distribute.DistributedValues:
-        parts = self.group.launch(self.group.all_gather_ragged, self._spread(value))
+        parts = _together(self.group.launch(self.group.all_gather_ragged, self._spread(value)))
         if not isinstance(value, tf.distribute.DistributedValues):
             # One value for each worker: only its first replica contributes it.
             parts = [replica_parts[:: len(self.worker_devices)] for replica_parts in parts]
@@ -281,6 +288,11 @@ class ZeroExtended(distributed.ExtendedBase):
 
     # Input.
 
+    @property
+    def name_of_worker(self) -> str:
+        """The name of this worker, for messages."""
+        return self._name_of(self.mesh.worker)
+
     def cut_batch(self, batch: Any) -> Any:
         """One global batch as per-replica values."""
         return cut_batch(batch, self.mesh)
@@ -293,17 +305,54 @@ class ZeroExtended(distributed.ExtendedBase):
             raise ValueError(f"ZeroStrategy distributes a tf.data.Dataset, but received {dataset!r}.")
         if dataset in self._cut_datasets:
             return dataset
+        cut = self.own_part(dataset)
+        if cut is None:
+            cut = self.part_of_all(dataset)
+        self._cut_datasets.add(cut)
+        return cut
+
+    def own_part(self, dataset: tf.data.Dataset) -> tf.data.Dataset | None:
+        """What this worker reads by itself of a dataset; None if every worker reads all."""
+        source = sharded.source_of(dataset)
+        # Predictions come in the order of whole batches.
+        if source is not None and not self.comparison.only_predicts:
+            return self.own_data.of_files(source, dataset)
+        if unions.is_own(dataset):
+            return self.own_data.of_own_rows(dataset)
+        if self.mesh.workers > 1 and is_dealt_by_files(dataset):
+            return self.own_data.of_dealt_files(dataset)
+        if self.mesh.workers > 1 and sharded.is_within(dataset):
+            warnings.warn(sharded.READ_WHOLE, stacklevel=2)
+        return None
+
+    def part_of_all(self, dataset: tf.data.Dataset) -> tf.data.Dataset:
+        """This worker's replicas' parts of batches that every worker reads."""
         check_shardable(dataset, self.mesh.workers)
         self._channel.agree("distributing a dataset", describe_dataset(dataset), "data sets")
         if self.mesh.workers > 1:
             dataset = in_order(dataset)
-        cut = cut_dataset(dataset, self.mesh, self.comparison)
-        self._cut_datasets.add(cut)
-        return cut
+        return self.input_account.watch(cut_dataset(dataset, self.mesh, self.comparison))
+
+
+def _together(results: list) -> list:
+    """The same results of a collective, each of which is there when all replicas of this worker have theirs.
+
+    Else what follows from the first result could end the step while another replica still takes part in the
+    collective, for which other workers then wait for ever. TensorFlow ends an epoch so: its iterator over data of each
+    worker's own adds up how many replicas have a batch, and raises OutOfRangeError if none has.
+    """
+    if tf.executing_eagerly():
+        return results
+    with tf.control_dependencies(tf.nest.flatten(results)):
+        return tf.nest.map_structure(tf.identity, results)
 
 
 def _divide(total: tf.Tensor, count: int) -> tf.Tensor:
     return total / tf.cast(count, total.dtype) if total.dtype.is_floating else tf.cast(total / count, total.dtype)
+
+
+def _names(cluster: Cluster | None) -> Callable[[int], str]:
+    return lambda worker: "this process" if cluster is None else cluster.names[worker]
 
 
 def _resolver(cluster: Cluster) -> tf.distribute.cluster_resolver.SimpleClusterResolver:

@@ -58,12 +58,19 @@ class Report:
         sent_bytes: bytes that each replica sends in a step, by formula. For large parameters at stage 3 this assumes
             that a layer with the global dtype policy reads them, and that the backward pass reaches them.
         messages: number of messages that each replica sends in a step.
+        batches: number of batches that this worker has taken from data sets so far.
+        input_seconds: how long steps have waited for these batches.
+        read_bytes: bytes that this process has read since the strategy was made, by `read` and the like (`rchar` of
+            /proc/self/io): from disks or their cache, and not only input. None where the system does not tell.
     """
 
     options: Mapping[str, str]
     variables: tuple[VariableReport, ...]
     sent_bytes: int
     messages: int
+    batches: int = 0
+    input_seconds: float = 0.0
+    read_bytes: int | None = None
 
     def summary(self) -> str:
         lines = [f"tfzero: {self.options['stage']}; {self.options['devices']}"]
@@ -84,6 +91,10 @@ class Report:
     def __str__(self) -> str:
         lines = [self.summary(), "", "Settings"]
         lines += [f"  {name}: {effect}" for name, effect in self.options.items()]
+        if self.batches:
+            read = "" if self.read_bytes is None else f"; this process has read {text_of(self.read_bytes)}"
+            waited = f"{self.batches} batches, waited for {1000 * self.input_seconds / self.batches:.3g} ms each"
+            lines += ["", f"Input: {waited}{read}"]
         if self.variables:
             lines += ["", "Variables: shape, placement, wire, bytes here, bytes saved, reason"]
             width = max(len(v.name) for v in self.variables)

@@ -235,7 +235,9 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         ```
         """
         trained = [optimizer.trained for optimizer in self.optimizers]
-        return make_report(self.settings, self.extended.group, self.levels, self.extended.mesh, trained)
+        made = make_report(self.settings, self.extended.group, self.levels, self.extended.mesh, trained)
+        account = self.extended.input_account
+        return replace(made, batches=account.batches, input_seconds=account.seconds, read_bytes=account.bytes)
 
     def cut_batch(self, batch: Any) -> Any:
         """Cuts one global batch into per-replica values, as `experimental_distribute_dataset` does.

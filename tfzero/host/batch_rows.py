@@ -33,7 +33,7 @@ class BatchParts(PerReplica):
 
     @property
     def _type_spec(self) -> "BatchPartsSpec":
-        values = (_without_rows(tf.type_spec_from_value(value)) for value in self._values)
+        values = (without_rows(tf.type_spec_from_value(value)) for value in self._values)
         return BatchPartsSpec(*values, *(tf.TensorSpec([], tf.int64) for _ in self._rows))
 
 
@@ -63,7 +63,7 @@ def own_rows(value: object) -> tf.Tensor | None:
     return getattr(value, "_tfzero_rows", None)
 
 
-def _without_rows(spec: tf.TypeSpec) -> tf.TypeSpec:
+def without_rows(spec: tf.TypeSpec) -> tf.TypeSpec:
     """The same spec for any number of rows."""
     if getattr(spec, "shape", None) is None or not spec.shape.rank:
         return spec

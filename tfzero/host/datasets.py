@@ -8,6 +8,7 @@ from typing import Any
 
 import keras
 import tensorflow as tf
+from tensorflow.python.data.experimental.ops.distribute import _AutoShardDataset, compute_batch_size
 
 
 def pipeline(dataset: tf.data.Dataset) -> Iterator[tf.data.Dataset]:
@@ -36,6 +37,17 @@ def unordered_stages(dataset: tf.data.Dataset) -> list[str]:
     """
     stages = [s for s in pipeline(dataset) if getattr(s, "_deterministic", None) == "false"]
     return [type(stage).__name__.strip("_") for stage in stages]
+
+
+def whole_batch_size(dataset: tf.data.Dataset) -> int | None:
+    """Elements of a pipeline's batches; None where TensorFlow cannot tell."""
+    size = int(compute_batch_size(dataset))
+    return None if size < 0 else size
+
+
+def files_of_worker(dataset: tf.data.Dataset, workers: int, worker: int, rows: int) -> tf.data.Dataset:
+    """A pipeline that reads every `workers`-th file only, in batches of so many rows (AutoShardPolicy.FILE)."""
+    return _AutoShardDataset(dataset.rebatch(rows), workers, worker)
 
 
 def layers_of(model: keras.Model) -> list[keras.layers.Layer]:

@@ -18,6 +18,18 @@ __all__ = ["H5IOStore", "squeeze_or_expand_to_same_rank", "standardize_reduction
 class EpochsBase(TFEpochIterator):
     """Keras's loop over the epochs of data."""
 
+    known: tuple[int | None] | None = None  # the number of batches, if not that of the data that Keras was given
+
+    def know_batches(self, batches: int | None) -> None:
+        """Sets the number of batches of an epoch; None if it is unknown."""
+        self.known, self._num_batches = (batches,), batches
+
+    def reset(self) -> None:
+        """Goes back to the start."""
+        super().reset()
+        if self.known is not None:
+            self.know_batches(*self.known)
+
     def steps_of_epoch(self) -> Generator:
         """Yields for each execution its first step, the first step after it, and an iterator over its batches."""
         return super()._enumerate_iterator()

@@ -161,13 +161,20 @@ def draw_batches(epoch_iterator: keras_tensorflow_trainer.TFEpochIterator, steps
                 drawn += 1
 
 
+def pass_over(epoch_iterator: keras_tensorflow_trainer.TFEpochIterator, steps: Iterator, count: int) -> None:
+    """Skips `count` batches of an epoch in the loop `steps`, without drawing them: the data begin behind them."""
+    for _ in range(-(-count // epoch_iterator.steps_per_execution)):
+        next(steps)
+
+
 def end_epoch(epoch_iterator: keras_tensorflow_trainer.TFEpochIterator, batches: int) -> None:
     """Does what Keras's loop does after an epoch of this many batches, for a loop that was stopped before its end.
 
     Keras makes an iterator that it never uses, which moves a `shuffle` on to its next order. After data of unknown
     length it makes none, as it has then already tried to take more than there are.
     """
-    if epoch_iterator.data_adapter.num_batches is None:
+    known = getattr(epoch_iterator, "known", None) or (epoch_iterator.data_adapter.num_batches,)
+    if known == (None,):
         epoch_iterator._num_batches = batches + epoch_iterator.steps_per_execution
     else:
         epoch_iterator._current_iterator = iter(epoch_iterator._get_iterator())

@@ -14,6 +14,7 @@ _EAGER = "tensorflow.python.eager"
 _DATA = "tensorflow.python.data.ops"
 _AUTOMATIC = "tensorflow.python.framework.auto_control_deps"
 _OPERATION = "tensorflow.python.framework.ops.Operation"
+_CONVERTED = "a function of ours is converted as what it stands for"
 _OPS = "tensorflow.python.ops"
 
 ROWS = (
@@ -364,9 +365,7 @@ ROWS = (
         "test_values_are_told_from_symbols",
         {
             "tensorflow.__internal__.CompositeTensor": "sparse and ragged tensors and others of several parts",
-            "tensorflow.__internal__.EagerTensor(_EagerTensorBase)": (
-                "tells values from symbols where a graph is looked at"
-            ),
+            "tensorflow.__internal__.EagerTensor(_EagerTensorBase)": "tells values from symbols in a graph",
         },
     ),
     *rows(
@@ -374,12 +373,8 @@ ROWS = (
         TENSORFLOW,
         "test_a_function_of_another_one_has_its_options",
         {
-            "tensorflow.__internal__.autograph.tf_convert(f ctx convert_by_default user_requested)": (
-                "a function of ours is converted as what it stands for"
-            ),
-            "tensorflow.__internal__.autograph.control_status_ctx()": (
-                "a function of ours is converted as what it stands for"
-            ),
+            "tensorflow.__internal__.autograph.tf_convert(f ctx convert_by_default user_requested)": _CONVERTED,
+            "tensorflow.__internal__.autograph.control_status_ctx()": _CONVERTED,
         },
     ),
     *rows(
@@ -389,9 +384,16 @@ ROWS = (
         {
             "tensorflow.__internal__.lift_to_graph(tensors graph sources disallowed_placeholders "
             "add_sources handle_captures base_graph op_map)": "initial values of variables made in a trace",
-            "tensorflow.python.ops.op_selector.UnliftableError(Exception)": (
-                "initial values of variables made in a trace, from its arguments"
-            ),
+            "tensorflow.python.ops.op_selector.UnliftableError(Exception)": "initial values of a trace's arguments",
+        },
+    ),
+    *rows(
+        "tensorflow.python.data.experimental.ops.distribute",
+        TENSORFLOW,
+        "test_files_are_dealt_by_the_policy",
+        {
+            "_AutoShardDataset(UnaryDataset)": "each worker reads its files only; strategies do it inside",
+            "compute_batch_size(dataset)": "rows of a whole batch, of which each worker brings its part",
         },
     ),
 )

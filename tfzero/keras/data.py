@@ -13,19 +13,42 @@ from tfzero.host.patches import patch
 from tfzero.keras.model_building import build_unless_the_step_does
 from tfzero.keras.training import strategy_of
 from tfzero.rows.inputs import DataPosition
+from tfzero.rows.sharded import source_of
 from tfzero.strategy import ZeroStrategy
 
 _EMPTY = "The data set is empty: it has no batch. Pass at least one sample."
+_USED_UP = (
+    "The data gave no batch in this epoch on {worker}, so it would be an epoch without a step. An iterator or a "
+    "generator that was used up gives no more: pass a data set that begins anew in every epoch, or fewer epochs."
+)
 
 
 class _Epochs(EpochsBase):
     """Keras's loop over the epochs of data, under a ZeroStrategy."""
 
     place: DataPosition | None = None  # where in the data the loop begins
+    worker: str = ""  # which this is
+    executions: int = 0  # begun in this epoch
+    goes_on: bool = False  # whether this epoch began before, in a run that was resumed
 
     def steps_of_epoch(self) -> Generator[Any, None, None]:
         """First skips the epochs and batches that a checkpoint has behind it."""
         place, self.place = self.place or DataPosition(), None
+        self.executions, self.goes_on = 0, place.batches > 0
+        for step in self.steps_from(place):
+            self.executions += 1
+            yield step
+
+    def steps_from(self, place: DataPosition) -> Generator[Any, None, None]:
+        source = source_of(self.data_adapter.get_tf_dataset()) if place.epochs or place.batches else None
+        if source is not None and not self.steps_per_epoch:
+            source.seek(place.epochs, place.batches)
+            if place.epochs:
+                runtime.end_epoch(self, place.epoch_batches)
+            steps = super().steps_of_epoch()
+            runtime.pass_over(self, steps, place.batches)
+            yield from steps
+            return
         for _ in range(place.epochs):
             steps = super().steps_of_epoch()
             if self.steps_per_epoch:  # one iterator serves all epochs
@@ -47,6 +70,8 @@ class _Epochs(EpochsBase):
             except (StopIteration, tf.errors.OutOfRangeError):  # an execution that found no batch
                 if runtime.is_at_first_batch(self):
                     raise ValueError(_EMPTY) from None
+                if self.executions == 1 and not self.goes_on:
+                    raise ValueError(_USED_UP.format(worker=self.worker)) from None
                 raise
 
 
@@ -71,8 +96,14 @@ def _epoch_iterator(
     with distribute_strategy.agreed_randomness(position):
         original(self, distribute_strategy, *args, **kwargs)
     self.__class__, self.place = _Epochs, position
+    self.worker = distribute_strategy.extended.name_of_worker
     if position is not None:
-        position.note_batch_size(self.data_adapter)
+        source = source_of(self.data_adapter.get_tf_dataset())
+        position.note_batch_size(self.data_adapter if source is None else source.dealing)
+    if distribute_strategy.extended.mesh.workers > 1:
+        given, own_data = self.data_adapter.num_batches, distribute_strategy.extended.own_data
+        if (known := own_data.batches_of(runtime.dataset_of(self), given)) != given:
+            self.know_batches(known)
     if self.num_batches == 0:
         raise ValueError(_EMPTY)
     distribute_strategy.channel.agree("reading data", runtime.length_of(self), "data sets")

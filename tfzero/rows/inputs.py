@@ -55,18 +55,27 @@ def rows_of(value: Any) -> tf.Tensor | None:
     return None
 
 
-def cut(value: tf.Tensor | tf.RaggedTensor | tf.SparseTensor, part: int, parts: int) -> tuple:
+def cut(
+    value: tf.Tensor | tf.RaggedTensor | tf.SparseTensor, part: int, parts: int, rows: tf.Tensor | None = None
+) -> tuple:
     """Part `part` of `parts` of a batched tensor; rows are split as evenly as possible (`plan.split_rows`, in a graph).
+
+    Args:
+        value: the tensor.
+        part: index of the part.
+        parts: number of parts.
+        rows: how many of the tensor's rows count, int64; the rest is padding. None for all.
 
     Returns:
         The part, and the number of its rows, int64. A part without rows is one row of padding. [Note: padding row]
     """
-    rows = rows_of(value)
+    present = rows_of(value)
+    rows = present if rows is None else rows
     size, rest = rows // parts, rows % parts
     begin = part * size + tf.minimum(tf.constant(part, tf.int64), rest)
     own = size + tf.cast(part < rest, tf.int64)
     first = tf.where(own > 0, begin, 0)
-    return take_rows(value, first, tf.minimum(first + tf.maximum(own, 1), rows)), own
+    return take_rows(value, first, tf.minimum(first + tf.maximum(own, 1), present)), own
 
 
 def take_rows(
@@ -127,16 +136,23 @@ def own_rows_of(arguments: Any) -> tf.Tensor | None:
     return rows_of(leaves[0])
 
 
+def is_dealt_by_files(dataset: tf.data.Dataset) -> bool:
+    """Whether a dataset asks that each worker reads other files."""
+    policy = dataset.options().experimental_distribute.auto_shard_policy
+    return policy == tf.data.experimental.AutoShardPolicy.FILE
+
+
 def check_shardable(dataset: tf.data.Dataset, workers: int) -> None:
     """Refuses datasets that cannot be cut by rows, and warns if workers would see data in different orders."""
     policy = dataset.options().experimental_distribute.auto_shard_policy
     allowed = (tf.data.experimental.AutoShardPolicy.AUTO, tf.data.experimental.AutoShardPolicy.DATA)
-    if policy not in allowed:
+    if policy not in allowed and not is_dealt_by_files(dataset):
         raise ValueError(
             f"ZeroStrategy cuts every global batch by rows (AutoShardPolicy.DATA), but the dataset asks for "
             f"{tf.data.experimental.AutoShardPolicy(policy).name}. "
-            "Leave the policy at AUTO or DATA and let every worker read the whole data, or read different files on "
-            "each worker with `strategy.distribute_datasets_from_function`."
+            "Leave the policy at AUTO or DATA and let every worker read the whole data. If each worker reads its own "
+            "rows, say so by `tfzero.own_rows(dataset)`, as OFF alone means in TensorFlow that every worker reads all, "
+            "or with `strategy.distribute_datasets_from_function`; to divide files use `tfzero.sharded_dataset`."
         )
     for spec in tf.nest.flatten(dataset.element_spec):
         if getattr(spec, "shape", None) is not None and spec.shape.rank == 0:
@@ -206,10 +222,20 @@ def cut_dataset(dataset: tf.data.Dataset, mesh: Mesh, comparison: BatchCompariso
         comparison.compared(noted, source)
         return parts
 
-    # A batch is compared when it is yielded, so nothing after that stage may run ahead of a step.
+    # A batch is compared when it is yielded.
+    return not_ahead(_prepared_ahead(dataset.enumerate(), note_and_cut).map(give_out))
+
+
+def not_ahead(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    """A dataset whose last stages run only when a step takes a batch.
+
+    TensorFlow would add a `prefetch` at the end, and make each `map` without side effects a parallel one, which runs
+    ahead as well.
+    """
     options = tf.data.Options()
     options.experimental_optimization.inject_prefetch = False
-    return _prepared_ahead(dataset.enumerate(), note_and_cut).map(give_out).with_options(options)
+    options.experimental_optimization.map_parallelization = False
+    return dataset.with_options(options)
 
 
 def _prepared_ahead(dataset: tf.data.Dataset, function: Callable) -> tf.data.Dataset:

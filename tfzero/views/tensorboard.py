@@ -35,6 +35,9 @@ class TensorBoardCallback(keras.callbacks.Callback):
     * `time/exposed_seconds`: the part of it that is not the gradient with its loss and metrics: communication that
       nothing hides, and the update. The gradient alone is measured once, after the first batch. If that is impossible,
       a warning says why, and the tag is missing.
+    * `time/input_seconds`: mean time since the last write that a step has waited for its batch, and
+      `input/read_bytes_per_step`: bytes that the process has read in it, by `read` and the like (`rchar` of
+      /proc/self/io): from disks or their cache. Missing where the system does not tell.
     * `gradient/norm`: norm of the whole batch's gradient in the latest update, before clipping and without loss scale.
       Further optimizers of the model write `gradient/norm_of_` and the attribute's name.
     * `loss_scale/scale` and `loss_scale/skipped_steps`: with a `LossScaleOptimizer`, its scale, and the number of
@@ -87,6 +90,8 @@ class TensorBoardCallback(keras.callbacks.Callback):
             self.model.make_train_function(force=True)
         self._strategy = strategy
         self._device = strategy.extended.worker_devices[0]
+        account = strategy.extended.input_account
+        self._counted = account.batches, account.seconds, account.bytes
         self._is_first = True
         self._seconds: list[float] = []
         if strategy.extended.should_checkpoint:
@@ -154,6 +159,7 @@ class TensorBoardCallback(keras.callbacks.Callback):
             alone_seconds = self._gradient_seconds[self._shapes]
             if alone_seconds is not None:
                 scalars["time/exposed_seconds"] = max(0.0, step_seconds - alone_seconds)
+        scalars |= self._input()
         for name, optimizer in self._optimizers.items():
             norm = optimizer.gradient_norm
             if norm is not None:
@@ -163,6 +169,18 @@ class TensorBoardCallback(keras.callbacks.Callback):
             scalars["loss_scale/scale"] = float(scale.dynamic_scale.numpy())
             scalars["loss_scale/skipped_steps"] = self.step - self._steps_of_optimizer
         return scalars
+
+    def _input(self) -> dict[str, float]:
+        """What input has cost since the last write, for each batch."""
+        account = self._strategy.extended.input_account
+        before, self._counted = self._counted, (account.batches, account.seconds, account.bytes)
+        batches = self._counted[0] - before[0]
+        if not batches:
+            return {}
+        found = {"time/input_seconds": (self._counted[1] - before[1]) / batches}
+        if self._counted[2] is not None:
+            found["input/read_bytes_per_step"] = (self._counted[2] - (before[2] or 0)) / batches
+        return found
 
     @property
     def _optimizers(self) -> dict[str, ZeroOptimizer]:

@@ -97,6 +97,12 @@ class Channel:
         """Returns the leader's value on all workers. The values of the others are ignored."""
         return self.all_gather(topic, value if self._cluster.index == 0 else None)[0]
 
+    def fail(self, error: Exception) -> None:
+        """Closes the channel because of this worker's error, which the others raise when they call next."""
+        with self._in_use:
+            if self._failure is None:
+                self._fail(error)
+
     def close(self) -> None:
         """Closes the connections. If the others call again, they see this worker as lost."""
         if os.getpid() != self._process:  # a forked child, which shares the connections

@@ -17,6 +17,7 @@ import hashlib
 import itertools
 import json
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +40,8 @@ TAKEN, DOUBTED, REFUSED = "taken", "doubted", "refused"
 _PYTHON = ("PyFunc", "EagerPyFunc")
 _ADVICE = (
     "Every worker must read the same global batches in the same order, of which each replica takes its rows: give what "
-    "shuffles or draws the same seed on every worker. `ZeroStrategy(compare_batches=0)` leaves the comparison away."
+    "shuffles or draws the same seed on every worker. If each worker reads rows of its own, say so by "
+    "`tfzero.own_rows(dataset)`. `ZeroStrategy(compare_batches=0)` leaves the comparison away."
 )
 
 _OF_PREDICTIONS = "Nothing is trained with them; the predictions are of the rows that each worker kept of its own."
@@ -83,6 +85,7 @@ class BatchComparison:
         self._channel = channel
         self._on_loss = on_loss
         self.count = count if workers > 1 else 0
+        self._readers: weakref.WeakSet = weakref.WeakSet()  # of files; they know which one is to blame for an error
         self._during: str | None = None  # the model's method that reads data now
         self._failure: Exception | None = None
         self._data_sets = 0
@@ -90,9 +93,7 @@ class BatchComparison:
 
     def source(self, kinds: set[str]) -> Source:
         """The source for a new data set, from the kinds of operations in its functions."""
-        self._data_sets += 1
-        reader = f" of `{self._during}`" if self._during else ""
-        return Source.of_operations(f"data set {self._data_sets}{reader}", kinds, self._only_predicts())
+        return Source.of_operations(self.new_data_set(), kinds, self.only_predicts)
 
     def of_given(self, name: str) -> Callable:
         """A function that takes whole batches and compares the first `count` of them. `name` is for messages."""
@@ -104,7 +105,7 @@ class BatchComparison:
                 named = _named_arrays(batch)
                 arrays = [_as_array(value) for _, value in named]
                 noted = digest([name for name, _ in named], index, *arrays)
-                self._compare(noted, Source(name, may_warn=self._only_predicts()))
+                self._compare(noted, Source(name, may_warn=self.only_predicts))
 
         return check
 
@@ -114,14 +115,29 @@ class BatchComparison:
         before, self._during, self._failure = self._during, method, None
         try:
             yield
-        except tf.errors.OpError:
+        except tf.errors.OpError as error:
             if self._failure is not None:
                 raise self._failure from None
+            for reader in list(self._readers):
+                if (explained := reader.blame(error)) is not None:
+                    self._channel.fail(explained)
+                    raise explained from error
             raise
         finally:
             self._during = before
 
-    def _only_predicts(self) -> bool:
+    def note_reader(self, reader: Any) -> None:
+        """Notes who can tell which file is to blame for an error while reading: by `reader.blame(error)`."""
+        self._readers.add(reader)
+
+    def new_data_set(self) -> str:
+        """A name for a new data set, for messages."""
+        self._data_sets += 1
+        return f"data set {self._data_sets}{f' of `{self._during}`' if self._during else ''}"
+
+    @property
+    def only_predicts(self) -> bool:
+        """Whether the data that are read now are predicted from."""
         return self._during in ("predict", "predict_on_batch")
 
     def noted(self, batch: Any, index: tf.Tensor) -> tf.Tensor:
@@ -137,8 +153,18 @@ class BatchComparison:
         is_noted = tf.strings.length(noted) > 0
         return tf.cond(is_noted, lambda: tf.numpy_function(compare, [noted], tf.bool), lambda: True)
 
+    def gather(self, topic: str, value: Any) -> list[Any]:
+        """In a pipeline, as a batch is handed out: the values of all workers, in rank order."""
+        with self._noting_failure():
+            return self._channel.all_gather(topic, value)
+
+    def refuse(self, error: Exception) -> Exception:
+        """Notes an error of a pipeline's Python function, so that the model's method raises it as it is."""
+        self._failure = error
+        return error
+
     def _compare(self, noted: bytes, source: Source) -> bool:
-        try:
+        with self._noting_failure():
             own = json.loads(noted)
             where = f"batch {own.pop('index')} of {source.name}"
             values, differences = self._channel.compare(f"comparing {where}", own)
@@ -149,12 +175,17 @@ class BatchComparison:
             if verdict == DOUBTED and source not in self._warned:
                 self._warned.add(source)
                 warnings.warn(f"{text} {_OF_PREDICTIONS if source.may_warn else _OF_DRAWS}", stacklevel=2)
+        return True
+
+    @contextlib.contextmanager
+    def _noting_failure(self) -> Iterator[None]:
+        try:
+            yield
         except Exception as error:
             self._failure = error
             if isinstance(error, ConnectionError | TimeoutError):
                 self._on_loss(error)
             raise
-        return True
 
 
 def judge(values: Sequence[Mapping], source: Source) -> str:

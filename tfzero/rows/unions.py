@@ -1,0 +1,147 @@
+"""Batches whose rows the workers bring: the global batch is the union of what each worker has.
+
+[Note: union] Here workers do not read the same batches. Each reads its own, of any number of rows, and cuts them for
+its devices. All workers must run the same number of steps, so a worker whose data have ended goes on with rows of
+padding ([Note: padding row]) until the last one has ended. They agree on that batch by batch, when a batch is handed
+out. Nothing after that stage runs ahead, so all workers agree in the order of their program. They share the connection
+on which the first batches of other data sets are compared ([Note: digests]), where the same holds.
+"""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
+
+from tfzero.host import batch_rows, datasets, runtime
+from tfzero.rows.inputs import cut, not_ahead, rows_of, take_rows
+
+_own: weakref.WeakSet = weakref.WeakSet()
+
+
+def own_rows(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    """Says that a dataset gives each worker rows of its own, not the whole batches that all workers share.
+
+    Use it where data are divided before they reach Keras: by `dataset.shard`, by a list of files for each worker, or by
+    a library that gives each worker its part. A step's global batch is then the union of the workers' batches, and the
+    result equals one device that gets the union. Workers may have different numbers of rows and batches: one that has
+    no more goes on without rows until the last worker's data end. `tf.data` pipelines made from it are its own as well.
+
+    With AutoShardPolicy.OFF alone TensorFlow lets every worker read everything, so OFF does not say that data are
+    divided.
+
+    Args:
+        dataset: this worker's batches, with its part of the batch size. All workers' elements have the same structure.
+
+    Returns:
+        A dataset of the same elements.
+
+    Raises:
+        ValueError: if it is no `tf.data.Dataset`; from `fit`, if a worker has no row in an epoch, or if structures
+            differ.
+
+    Example:
+
+    ```python
+    workers, worker = 1, 0  # from TF_CONFIG
+    mine = tf.data.Dataset.from_tensor_slices((x, y)).shard(workers, worker).batch(16 // workers)
+    model.fit(tfzero.own_rows(mine), epochs=2, shuffle=False)
+    ```
+    """
+    if not isinstance(dataset, tf.data.Dataset):
+        raise ValueError(f"`own_rows` takes a tf.data.Dataset. Received: {dataset!r}")
+    result = dataset.with_options(tf.data.Options())  # a new object: what it is made from stays as it was
+    _own.add(result)
+    return result
+
+
+def is_own(dataset: tf.data.Dataset) -> bool:
+    """Whether each worker's batches are its own: whether `own_rows` is in the pipeline."""
+    return any(source in _own for source in datasets.pipeline(dataset))
+
+
+def describe_parts(dataset: tf.data.Dataset) -> dict:
+    """What workers must have in common whose batches are their own: the structure of elements."""
+    specs = enumerate(tf.nest.flatten(dataset.element_spec))
+    return {f"part {place} of a batch": str(batch_rows.without_rows(spec)) for place, spec in specs}
+
+
+def union(dataset: tf.data.Dataset, devices: int, goes_on: Callable[[Any, Any], Any]) -> tf.data.Dataset:
+    """A dataset of per-replica values from this worker's own batches. [Note: union]
+
+    Args:
+        dataset: this worker's batches.
+        devices: number of this worker's replicas.
+        goes_on: called with the number of each batch, and whether this worker has it; whether any worker has it.
+    """
+    spec, is_single = dataset.element_spec, not isinstance(dataset.element_spec, tuple)
+    padding = _components(tf.nest.map_structure(_row_of_zeros, spec))
+
+    def with_flag(*elements: Any) -> tuple:
+        return tf.constant(True), _components(elements[0] if is_single else elements)
+
+    def padded(last: tuple, element: tuple) -> tuple:
+        has_batch, components = element
+        batch = _batch_of(spec, components)
+        rows = next(count for leaf in tf.nest.flatten(batch) if (count := rows_of(leaf)) is not None)
+        has_rows = tf.logical_and(has_batch, rows > 0)
+        first = _components(tf.nest.map_structure(_first_row, batch))
+        last = tf.cond(has_rows, lambda: first, lambda: last)
+        own = tf.cond(has_rows, lambda: components, lambda: last)
+        return last, (has_batch, tf.where(has_rows, rows, 0), own)
+
+    def cut_own(has_batch: tf.Tensor, rows: tf.Tensor, components: tuple) -> tuple:
+        return has_batch, tf.nest.map_structure(lambda leaf: _parts(leaf, rows, devices), _batch_of(spec, components))
+
+    def is_handed_out(index: tf.Tensor, element: tuple) -> tf.Tensor:
+        return tf.ensure_shape(tf.numpy_function(goes_on, [index, element[0]], tf.bool), [])
+
+    endless = tf.data.Dataset.from_tensors((False, padding)).repeat()
+    batches = _mapped(dataset, with_flag).concatenate(endless)
+    batches = batches.scan(padding, tf.autograph.experimental.do_not_convert(padded))
+    batches = _mapped(batches, cut_own).prefetch(tf.data.AUTOTUNE).enumerate()
+    batches = batches.take_while(tf.autograph.experimental.do_not_convert(is_handed_out))
+    return not_ahead(batches.map(lambda _, element: element[1]))
+
+
+def _mapped(dataset: tf.data.Dataset, function: Callable) -> tf.data.Dataset:
+    function = tf.autograph.experimental.do_not_convert(function)
+    return dataset.map(function, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+
+
+def _components(batch: Any) -> tuple:
+    """The dense tensors of a batch; those of sparse and ragged tensors, too."""
+    return tuple(map(tf.convert_to_tensor, tf.nest.flatten(batch, expand_composites=True)))
+
+
+def _batch_of(spec: Any, components: tuple) -> Any:
+    """The batch of such dense tensors, for any number of rows."""
+    loose = tf.nest.map_structure(batch_rows.without_rows, spec)
+    for component, each in zip(components, tf.nest.flatten(loose, expand_composites=True), strict=True):
+        if isinstance(each, tf.TensorSpec):
+            component.set_shape(each.shape)
+    return tf.nest.pack_sequence_as(loose, components, expand_composites=True)
+
+
+def _first_row(leaf: Any) -> Any:
+    return leaf if rows_of(leaf) is None else take_rows(leaf, tf.constant(0, tf.int64), tf.constant(1, tf.int64))
+
+
+def _row_of_zeros(spec: tf.TypeSpec) -> Any:
+    """One row of zeros: what a worker goes on with that has not had a row."""
+    shape = [1, *(size or 1 for size in spec.shape[1:])] if spec.shape.rank else []
+    if isinstance(spec, tf.SparseTensorSpec):
+        return tf.sparse.from_dense(tf.zeros(shape, spec.dtype))
+    if isinstance(spec, tf.RaggedTensorSpec):
+        inner = [size or 1 for size in spec.shape[spec.ragged_rank + 1 :]]
+        splits = [[0, 0], *[[0]] * (spec.ragged_rank - 1)]
+        rows = [tf.constant(each, spec.row_splits_dtype) for each in splits]
+        return tf.RaggedTensor.from_nested_row_splits(tf.zeros([0, *inner], spec.dtype), rows)
+    return tf.zeros(shape, spec.dtype)
+
+
+def _parts(leaf: Any, rows: tf.Tensor, devices: int) -> Any:
+    """A tensor's rows for each of this worker's replicas."""
+    if rows_of(leaf) is None:
+        return runtime.per_replica([leaf] * devices)
+    return batch_rows.BatchParts(*zip(*(cut(leaf, part, devices, rows) for part in range(devices)), strict=True))
