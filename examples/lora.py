@@ -62,8 +62,8 @@ def main() -> None:
         model = make_model()
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(keras.optimizers.AdamW(2e-2), loss, weighted_metrics=["accuracy"], sampler="greedy")
-    verbose = 2 if is_chief else 0
-    model.fit(tokens, targets, sample_weight=weights, batch_size=32, epochs=options.epochs, verbose=verbose)
+    arguments = {"batch_size": 32, "epochs": options.epochs, "shuffle": False, "verbose": 2 if is_chief else 0}
+    model.fit(tokens, targets, sample_weight=weights, **arguments)
 
     prompts = tokens_of([["the"], ["a", "small"], ["the", "old", "dog"], ["a", "bird", "hears"]])
     with strategy.gathered(model.variables):  # once, not for every token
