@@ -1,11 +1,13 @@
 """`strategy.gathered`: the same variable twice, one within the other, and slots; on devices and on workers."""
 
+import gc
 import warnings
 
 import keras
 import numpy as np
 import pool
 import pytest
+import tensorflow as tf
 from keras import layers
 
 import tfzero
@@ -79,11 +81,44 @@ def hold_differently(strategy) -> dict:
     return {"seen": [np.unique(each).tolist() for each in seen], "told": str(raised.value)}
 
 
+def trace_while_held(strategy) -> dict:
+    """What functions give and do that were traced while values were held: later, and when none are held."""
+    with strategy.scope():
+        kernel = keras.Variable(np.zeros(10, "float32"), name="traced")
+    read = tf.function(lambda: kernel + 0.0)
+
+    @tf.function
+    def double():
+        kernel.assign(kernel * 2)
+
+    with strategy.gathered(kernel):
+        seen = [read().numpy()]
+        double()
+    kernel.assign(np.full(10, 3.0))
+    with strategy.gathered(kernel):
+        seen.append(read().numpy())
+        double()
+        seen.append(read().numpy())
+    told = []
+    for function in (read, double):
+        with pytest.raises(tf.errors.InvalidArgumentError) as raised:
+            function()
+        told.append(str(raised.value))
+    seen.append(kernel.numpy())
+    return {"seen": [np.unique(each).tolist() for each in seen], "told": told}
+
+
+def assert_right_when_traced(result: dict) -> None:
+    assert result["seen"] == [[0.0], [3.0], [6.0], [6.0]]
+    for each in result["told"]:
+        assert "The variable traced:0 lies in shards" in each and "within `strategy.gathered` only" in each
+
+
 def hold_in_worker() -> dict:
     warnings.simplefilter("ignore")  # replicas that read eagerly at stage 3
     strategies = {stage: tfzero.ZeroStrategy(stage, min_shard_elements=8) for stage in (2, 3)}
     results = {stage: hold_in_all_ways(strategy) for stage, strategy in strategies.items()}
-    return results | {"differing": hold_differently(strategies[3])}
+    return results | {"differing": hold_differently(strategies[3]), "traced": trace_while_held(strategies[3])}
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -96,9 +131,30 @@ def test_on_logical_devices(stage):
     assert seen == EXPECTED
 
 
+def test_functions_traced_while_values_are_held():
+    strategy = tfzero.ZeroStrategy(3, min_shard_elements=8, devices=["CPU:0", "CPU:1"])
+    assert_right_when_traced(trace_while_held(strategy))
+
+
+def test_a_value_that_is_no_longer_held_takes_no_memory():
+    strategy = tfzero.ZeroStrategy(3, devices=["CPU:0", "CPU:1"])
+    with strategy.scope():
+        variable = keras.Variable(np.zeros(2**18, "float32"))
+    with strategy.gathered(variable):
+        pass
+    gc.collect()
+    before = tf.config.experimental.get_memory_info("CPU:0")["current"]
+    for _ in range(2):
+        with strategy.gathered(variable):
+            held = tf.config.experimental.get_memory_info("CPU:0")["current"]
+        assert held - before >= 2**20
+    assert tf.config.experimental.get_memory_info("CPU:0")["current"] - before < 2**16
+
+
 def test_on_two_workers():
     for result in pool.run(hold_in_worker, workers=2):
         result[2]["of the inner one only"] = [v - 1 for v in result[2]["of the inner one only"]]
+        assert_right_when_traced(result.pop("traced"))
         differing = result.pop("differing")
         assert differing["seen"] == [[3.0], [3.0], [7.0]]
         assert "[5, 5]' on worker 0 and missing on worker 1" in differing["told"]

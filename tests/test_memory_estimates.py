@@ -198,6 +198,7 @@ def test_held_bytes_are_those_of_a_strategy(optimizer, stage):
         model = make()
     model.compile(optimizer, "mse")
     model.optimizer.build(model.trainable_variables)
+    assert tfzero.estimate_memory(model, model.optimizer, world_size=3, stage=stage) == told
     held = strategy.report().variables
     assert told.parameter_bytes == sum(variable.parameter_bytes for variable in held)
     assert told.slot_bytes == sum(variable.slot_bytes for variable in held)

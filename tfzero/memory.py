@@ -28,6 +28,7 @@ import tensorflow as tf
 from tfzero.collectives.counts import LANES
 from tfzero.collectives.network import DEFAULT_BUCKET_BYTES
 from tfzero.host import runtime, versions
+from tfzero.optimizer import ZeroOptimizer
 from tfzero.plan.placement import Placement, Plan, VariableSpec, make_plan, shard_elements
 from tfzero.plan.scheme import STAGES, Scheme, check_stage, scheme_of
 from tfzero.plan.settings import DEFAULT_MIN_SHARD_ELEMENTS, check_number
@@ -153,6 +154,7 @@ def estimate_memory(
     if batch_size is not None:
         check_number("batch_size", batch_size, int, 1)
     optimizer = keras.optimizers.get(optimizer)
+    optimizer = optimizer.inner_optimizer if isinstance(optimizer, ZeroOptimizer) else optimizer
     # Fresh optimizers, with no variables but steps and learning rate, whatever the given one has been built for.
     makers = {id(each): functools.partial(type(each).from_config, config_of(each)) for each in chain(optimizer)}
     with tf.Graph().as_default():  # variables made in a graph take no memory

@@ -264,10 +264,10 @@ def graph_around_control_flow(outermost: tf.Graph) -> tuple:
     return graph, around is not outermost and isinstance(around, ControlFlowFuncGraph)
 
 
-def plain_variable(value: tf.Tensor, name: str | None = None) -> tf.Variable:
+def plain_variable(value: tf.Tensor, name: str | None = None, shape: tf.TensorShape | None = None) -> tf.Variable:
     """A variable of this process alone, even within the scope of a strategy."""
     with tf.init_scope():
-        return ResourceVariable(value, trainable=False, name=name)
+        return ResourceVariable(value, trainable=False, name=name, shape=shape)
 
 
 def remake(variable: keras.Variable) -> None:

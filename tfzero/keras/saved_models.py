@@ -51,7 +51,7 @@ def _save_saved_model(
 def _held(obj: Any, sharded: Sequence[ShardedVariable], keeps: bool) -> Iterator[None]:
     """Holds whole values of sharded variables; without `keeps`, only takes part in their gathers, one at a time."""
     for variable in sharded:
-        variable.hold()
+        variable.hold(to_export=True)
         if not keeps:
             variable.let_go(write_back=False)
     if not keeps:

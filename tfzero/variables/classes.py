@@ -119,6 +119,7 @@ class ShardedVariable(ReplicatedVariable):
         self._whole_shape = shape
         self._owner = owner
         self._held: tf.Variable | None = None
+        self._room: tf.Variable | None = None  # what `hold` fills
         self._holders = 0
         self.number = next(strategy.sharded_numbers)
         super().__init__(strategy, values, tf.VariableAggregation.NONE)
@@ -140,13 +141,21 @@ class ShardedVariable(ReplicatedVariable):
         """The whole value, between `hold` and `let_go`."""
         return self._held
 
-    def hold(self) -> None:
+    def hold(self, to_export: bool = False) -> None:
         """Holds the whole value here, for reading and assigning outside replicas, until `let_go`. A collective.
 
-        Nested holds share the value.
+        Nested holds share the value. A `tf.function` that is traced meanwhile reads the variable that holds it for
+        ever. So every hold takes the same variable, except for functions that are traced to be exported only.
         """
         if self._held is None:
-            self._held = runtime.plain_variable(self.value_outside(), self.name.split(":")[0])
+            whole = self.value_outside()
+            if to_export:
+                self._held = runtime.plain_variable(whole, self.name.split(":")[0])
+            else:
+                if self._room is None:
+                    self._room = runtime.plain_variable(whole, shape=tf.TensorShape(None))
+                _fill(self._room, whole)
+                self._held = self._room
         self._holders += 1
 
     def let_go(self, write_back: bool) -> None:
@@ -160,6 +169,8 @@ class ShardedVariable(ReplicatedVariable):
             held.assign(value)
         if self._holders:
             self._held = held
+        elif held is self._room:
+            _fill(held, tf.zeros([0], held.dtype))  # which takes no memory
 
     def value_here(self) -> tf.Tensor | tf.Variable:
         # Outside any scope, and while saving a SavedModel, TensorFlow takes the first component for the whole variable.
@@ -168,7 +179,7 @@ class ShardedVariable(ReplicatedVariable):
 
     def value_outside(self) -> tf.Tensor:
         if self._held is not None:
-            return tf.convert_to_tensor(self._held)
+            return self._value_held()
         extended = self.distribute_strategy.extended
         return extended.whole_value(self.values, self._whole_shape, self._owner)
 
@@ -179,13 +190,28 @@ class ShardedVariable(ReplicatedVariable):
 
     def update_outside(self, update: Callable[..., Any], value: tf.types.experimental.TensorLike, **kwargs: Any) -> Any:
         if self._held is not None:
-            update(self._held, value, **kwargs)
+            with tf.control_dependencies([] if tf.executing_eagerly() else [self._value_held()]):
+                update(self._held, value, **kwargs)
             return self
         for replica, component in enumerate(self.values):
             shard = self._shard_of(value, replica)
             with tf.device(component.device):
                 update(component, shard, **kwargs)
         return self
+
+    def _value_held(self) -> tf.Tensor:
+        """The value that is held. In a graph, an error when it runs later while none is held."""
+        value = tf.convert_to_tensor(self._held)
+        if tf.executing_eagerly() or self._held is not self._room:
+            return value
+        message = (
+            f"The variable {self.name} lies in shards, and is read or assigned by a tf.function that was traced within "
+            "`strategy.gathered`. Call the function within `strategy.gathered` only."
+        )
+        with tf.control_dependencies([tf.debugging.Assert(tf.size(value) > 0, [message])]):
+            value = tf.identity(value)
+        value.set_shape(self._whole_shape)  # no operation: Grappler would take it for certain and drop the check
+        return value
 
     def exported_as(self) -> tf.Variable:
         """An ordinary variable with the whole value. [Note: export]"""
@@ -202,6 +228,11 @@ class ShardedVariable(ReplicatedVariable):
             return value
         mesh = self.distribute_strategy.extended.mesh
         return local_shard(value, self._owner, mesh.shard_rank(mesh.rank(replica)), mesh.shards)
+
+
+def _fill(variable: tf.Variable, value: tf.Tensor) -> None:
+    """Assigns a value of any shape."""
+    tf.raw_ops.AssignVariableOp(resource=variable.handle, value=value)
 
 
 def agree_on_sharded(channel: Channel, topic: str, variables: Sequence[ShardedVariable], what: str) -> None:
