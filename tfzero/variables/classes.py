@@ -179,7 +179,7 @@ class ShardedVariable(ReplicatedVariable):
 
     def value_outside(self) -> tf.Tensor:
         if self._held is not None:
-            return self._value_held()
+            return self.held_value()
         extended = self.distribute_strategy.extended
         return extended.whole_value(self.values, self._whole_shape, self._owner)
 
@@ -190,7 +190,7 @@ class ShardedVariable(ReplicatedVariable):
 
     def update_outside(self, update: Callable[..., Any], value: tf.types.experimental.TensorLike, **kwargs: Any) -> Any:
         if self._held is not None:
-            with tf.control_dependencies([] if tf.executing_eagerly() else [self._value_held()]):
+            with tf.control_dependencies([] if tf.executing_eagerly() else [self.held_value()]):
                 update(self._held, value, **kwargs)
             return self
         for replica, component in enumerate(self.values):
@@ -199,7 +199,7 @@ class ShardedVariable(ReplicatedVariable):
                 update(component, shard, **kwargs)
         return self
 
-    def _value_held(self) -> tf.Tensor:
+    def held_value(self) -> tf.Tensor:
         """The value that is held. In a graph, an error when it runs later while none is held."""
         value = tf.convert_to_tensor(self._held)
         if tf.executing_eagerly() or self._held is not self._room:
