@@ -1,11 +1,12 @@
 """Counts what input costs this process: bytes that it reads, and the time that steps wait for their batch."""
 
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
-from tfzero.host import runtime
 from tfzero.rows.inputs import not_ahead
 
 _IO = Path("/proc/self/io")
@@ -25,11 +26,17 @@ def read_bytes() -> int | None:
 
 
 class InputAccount:
-    """Bytes that this process has read since the account was opened, and how long steps have waited for batches."""
+    """Bytes that this process has read since the account was opened, and how long steps have waited for batches.
+
+    Attributes:
+        seconds: time from when batches were asked for until they were there.
+        batches: number of batches handed out.
+    """
 
     def __init__(self) -> None:
         self._begin = read_bytes()
-        self._totals: tf.Variable | None = None  # [2]: seconds, batches
+        self.seconds = 0.0
+        self.batches = 0
 
     @property
     def bytes(self) -> int | None:
@@ -37,28 +44,20 @@ class InputAccount:
         now = read_bytes()
         return None if now is None or self._begin is None else now - self._begin
 
-    @property
-    def seconds(self) -> float:
-        """Time from when batches were asked for until they were there."""
-        return 0.0 if self._totals is None else float(self._totals.numpy()[0])
-
-    @property
-    def batches(self) -> int:
-        """Number of batches handed out."""
-        return 0 if self._totals is None else int(self._totals.numpy()[1])
-
     def watch(self, dataset: tf.data.Dataset) -> tf.data.Dataset:
         """The same dataset, whose batches count."""
-        if self._totals is None:
-            with tf.device("CPU:0"):
-                self._totals = runtime.plain_variable(tf.zeros([2], tf.float64))
-        totals = self._totals
 
         @tf.autograph.experimental.do_not_convert
         def noted(asked: tf.Tensor, batch: Any) -> Any:
-            with tf.control_dependencies([totals.assign_add(tf.stack([tf.timestamp() - asked, 1.0]))]):
+            with tf.control_dependencies([tf.numpy_function(self._note, [asked], [])]):
                 return tf.nest.map_structure(tf.identity, batch, expand_composites=True)
 
-        # A zipped dataset draws its parts one after the other: the time first, then the batch.
-        clock = tf.data.Dataset.range(tf.int64.max).map(lambda _: tf.timestamp())
+        # A zipped dataset draws its parts one after the other: the time first, then the batch. It is Python's time, as
+        # TensorFlow's operation is an error where determinism is enabled.
+        clock = tf.data.Dataset.range(tf.int64.max)
+        clock = clock.map(lambda _: tf.ensure_shape(tf.numpy_function(time.monotonic, [], tf.float64), []))
         return not_ahead(tf.data.Dataset.zip((clock, dataset)).map(noted))
+
+    def _note(self, asked: np.float64) -> None:
+        self.seconds += time.monotonic() - float(asked)
+        self.batches += 1
