@@ -102,10 +102,8 @@ def test_importing_tfzero_asks_before_keras_is_imported(tmp_path):
 
 @pytest.mark.parametrize("value", ["1", "True"])
 def test_keras_2_as_tf_keras(monkeypatch, value):
+    """It changes `tf.keras` alone. Ray sets it for all of its workers."""
     monkeypatch.setenv("TF_USE_LEGACY_KERAS", value)
-    with pytest.raises(ImportError, match=f"TF_USE_LEGACY_KERAS={value} makes `tf.keras` Keras 2 .*: unset it"):
-        versions.require()
-    monkeypatch.setenv("TF_USE_LEGACY_KERAS", "0")
     versions.require()
 
 
@@ -141,7 +139,9 @@ def test_models_of_keras_2(tf_keras):
         lambda model: tfzero.save_checkpoint(model, "somewhere"),
         lambda model: tfzero.load_checkpoint(model, "somewhere"),
     ):
-        with pytest.raises(TypeError, match="received Model of Keras 2 \\(the package tf_keras: .*`import keras`\\)"):
+        with pytest.raises(
+            TypeError, match="received Model of Keras 2 \\(the package tf_keras, .*: .*`import keras`\\)"
+        ):
             take(tf_keras.Model())
 
 

@@ -17,9 +17,7 @@ _SPELLINGS = {"tensorflow": "TensorFlow", "keras": "Keras"}
 ANY_LATER = "TFZERO_ANY_LATER_VERSION"
 _KERAS_2 = "tf_keras"
 _KERAS_3_ONLY = "A ZeroStrategy trains models of Keras 3"
-_INSTEAD = "the package tf_keras: make the model with `import keras`"
-# The values that TensorFlow understands (`tensorflow/__init__.py`).
-_TRUE = ("1", "true", "True")
+_INSTEAD = "the package tf_keras, which is `tf.keras` with TF_USE_LEGACY_KERAS=1: make the model with `import keras`"
 
 
 def full(library: str) -> str:
@@ -50,18 +48,15 @@ def is_between(library: str, first: str, last: str) -> bool:
 def require() -> None:
     """Checks the versions of TensorFlow and Keras.
 
+    TF_USE_LEGACY_KERAS does no harm by itself: it changes `tf.keras` alone, and Ray sets it for all of its workers.
+
     Raises:
-        ImportError: if one is not in `RANGES`, or if `tf.keras` is set to be Keras 2.
+        ImportError: if one is not in `RANGES`.
     """
     for library, (first, last) in RANGES.items():
         version = full(library)
         if minor(version) < first or (minor(version) > last and os.environ.get(ANY_LATER) != "1"):
             raise ImportError(_refusal(library, version))
-    if os.environ.get("TF_USE_LEGACY_KERAS") in _TRUE:
-        raise ImportError(
-            f"tfzero trains models of Keras 3, but TF_USE_LEGACY_KERAS={os.environ['TF_USE_LEGACY_KERAS']} makes "
-            "`tf.keras` Keras 2 (the package tf_keras): unset it before Python starts."
-        )
 
 
 def _refusal(library: str, version: str) -> str:
