@@ -195,7 +195,7 @@ def cut_dataset(dataset: tf.data.Dataset, mesh: Mesh, comparison: BatchCompariso
         return cut_batch(elements[0] if is_single else elements, mesh)
 
     if not comparison.count:
-        return _prepared_ahead(dataset, cut_all)
+        return without_tuning(_prepared_ahead(dataset, cut_all))
     source = comparison.source(datasets.operations_of(dataset))
 
     def note_and_cut(index: tf.Tensor, batch: Any) -> tuple:
@@ -210,6 +210,22 @@ def cut_dataset(dataset: tf.data.Dataset, mesh: Mesh, comparison: BatchCompariso
     options = tf.data.Options()
     options.experimental_optimization.inject_prefetch = False
     return _prepared_ahead(dataset.enumerate(), note_and_cut).map(give_out).with_options(options)
+
+
+def without_tuning(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    """A dataset that TensorFlow does not tune, unless its options ask for tuning. [Note: tuning]
+
+    `tf.data` has a thread for each iterator that tunes it, and that sleeps for longer the older the iterator is, up to
+    a minute. Who drops the iterator waits for that thread, and the call to wake up is lost now and then: of 24 idle
+    iterators that were dropped after 25 s, one took 16 s and one 41 s. Python drops iterators when it collects garbage,
+    in the middle of a later step. One worker then stands still, and with it all, or they take it for lost. Without
+    tuning `AUTOTUNE` means as many calls as the process has threads, at most 16.
+    """
+    if dataset.options().autotune.enabled is not None:
+        return dataset
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return dataset.with_options(options)
 
 
 def _prepared_ahead(dataset: tf.data.Dataset, function: Callable) -> tf.data.Dataset:
