@@ -2,12 +2,14 @@
 
 import threading
 import time
+import unittest.mock
 import warnings
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
+import tfzero
 from tfzero.collectives.pulse import Pulse
 from tfzero.workers import digests
 from tfzero.workers.differences import differences_of
@@ -221,3 +223,22 @@ def test_a_worker_that_is_lost_meanwhile_is_the_reason_for_the_end():
     with pytest.raises(ConnectionError, match="worker 1 is lost"):
         check(ROWS)
     assert (heard._reason, heard._blamed, heard._has_reason.is_set()) == ("worker 1 is lost", (1,), True)
+
+
+@pytest.mark.parametrize("compared", [0, 4])
+@pytest.mark.parametrize(("asked", "tuned"), [(None, False), (True, True), (False, False)])
+def test_no_pipeline_is_tuned_unless_asked_for(compared, asked, tuned):
+    """Dropping an iterator that is tuned stops a worker for up to a minute now and then."""
+    strategy = tfzero.ZeroStrategy(devices=["CPU:0", "CPU:1"], compare_batches=compared)
+    options = tf.data.Options()
+    if asked is not None:
+        options.autotune.enabled = asked
+    data = tf.data.Dataset.range(8).batch(4).with_options(options)
+    of_function = []
+    with unittest.mock.patch.object(
+        tf.distribute.MultiWorkerMirroredStrategy, "distribute_datasets_from_function",
+        lambda self, function, options: of_function.append(function(None)),
+    ):  # fmt: skip
+        strategy.distribute_datasets_from_function(lambda context: data)
+    for each in (strategy.experimental_distribute_dataset(data), *of_function):
+        assert each.options().autotune.enabled is tuned

@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import os
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -31,7 +31,7 @@ from tfzero.plan.settings import (
 )
 from tfzero.report import Report, make_report
 from tfzero.rows.dependence import is_global
-from tfzero.rows.inputs import DataPosition
+from tfzero.rows.inputs import DataPosition, without_tuning
 from tfzero.variables.classes import ShardedVariable, agree_on_sharded
 from tfzero.workers.cluster import Cluster, others_of
 from tfzero.workers.device_agreement import agree_on_devices
@@ -182,6 +182,12 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         name = "this process" if cluster is None else cluster.name
         with self.transport.meeting(name, self.settings.timeout_seconds):
             self.extended.meet()
+
+    def distribute_datasets_from_function(
+        self, dataset_fn: Callable[[tf.distribute.InputContext], tf.data.Dataset], options: Any = None
+    ) -> Any:
+        """As TensorFlow's: a distributed dataset of what a function gives each worker. `tf.data` does not tune it."""
+        return super().distribute_datasets_from_function(lambda context: without_tuning(dataset_fn(context)), options)
 
     def reduce(self, reduce_op: str | tf.distribute.ReduceOp, value: Any, axis: int | None = None) -> Any:
         """Reduces the values of all replicas to one, like `tf.distribute.Strategy.reduce`. All workers call it.

@@ -17,7 +17,7 @@ import tensorflow as tf
 from tfzero.host import datasets
 from tfzero.plan.file_shards import FileShards
 from tfzero.plan.settings import check_number
-from tfzero.rows.inputs import not_ahead, without_autotuning
+from tfzero.rows.inputs import not_ahead, without_tuning
 from tfzero.rows.raw_elements import packed, packed_specs, unpacked
 
 _SHUFFLE_SEED = 20221  # beside the seed of each file; the global seed must make no difference
@@ -267,7 +267,7 @@ class ShardedFiles:
         ).prefetch(tf.data.AUTOTUNE)
         if counts_passes:
             result = self._counted(result)
-        return without_autotuning(not_ahead(result))  # a pass ends when its end is asked for
+        return without_tuning(not_ahead(result))  # a pass ends when its end is asked for
 
     def _begin(self, shards: list[int]) -> tuple:
         """Files `[shards, most files]`, padded with -1, their seeds, what to skip, and the shards' numbers."""

@@ -14,7 +14,7 @@ from typing import Any
 import tensorflow as tf
 
 from tfzero.host import batch_rows, datasets, runtime
-from tfzero.rows.inputs import cut, not_ahead, rows_of, take_rows, without_autotuning
+from tfzero.rows.inputs import cut, not_ahead, rows_of, take_rows, without_tuning
 
 _own: weakref.WeakSet = weakref.WeakSet()
 
@@ -101,7 +101,7 @@ def union(dataset: tf.data.Dataset, devices: int, goes_on: Callable[[Any, Any], 
     batches = batches.scan(padding, tf.autograph.experimental.do_not_convert(padded))
     batches = _mapped(batches, cut_own).prefetch(tf.data.AUTOTUNE).enumerate()
     batches = batches.take_while(tf.autograph.experimental.do_not_convert(is_handed_out))
-    return without_autotuning(not_ahead(batches.map(lambda _, element: element[1])))
+    return without_tuning(not_ahead(batches.map(lambda _, element: element[1])))
 
 
 def _mapped(dataset: tf.data.Dataset, function: Callable) -> tf.data.Dataset:
