@@ -194,8 +194,9 @@ def cut_dataset(dataset: tf.data.Dataset, mesh: Mesh, comparison: BatchCompariso
     def cut_all(*elements: Any) -> Any:
         return cut_batch(elements[0] if is_single else elements, mesh)
 
+    dataset = without_tuning(dataset)
     if not comparison.count:
-        return without_tuning(_prepared_ahead(dataset, cut_all))
+        return _prepared_ahead(dataset, cut_all)
     source = comparison.source(datasets.operations_of(dataset))
 
     def note_and_cut(index: tf.Tensor, batch: Any) -> tuple:
