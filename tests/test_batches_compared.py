@@ -11,6 +11,7 @@ import tensorflow as tf
 
 import tfzero
 from tfzero.collectives.pulse import Pulse
+from tfzero.rows.inputs import cut_dataset
 from tfzero.workers import digests
 from tfzero.workers.differences import differences_of
 from tfzero.workers.digests import DOUBTED, REFUSED, TAKEN, BatchComparison, Source, digest, judge
@@ -229,16 +230,15 @@ def test_a_worker_that_is_lost_meanwhile_is_the_reason_for_the_end():
 @pytest.mark.parametrize(("asked", "tuned"), [(None, False), (True, True), (False, False)])
 def test_no_pipeline_is_tuned_unless_asked_for(compared, asked, tuned):
     """Dropping an iterator that is tuned stops a worker for up to a minute now and then."""
-    strategy = tfzero.ZeroStrategy(devices=["CPU:0", "CPU:1"], compare_batches=compared)
-    options = tf.data.Options()
+    strategy, options, of_function = tfzero.ZeroStrategy(devices=["CPU:0", "CPU:1"]), tf.data.Options(), []
     if asked is not None:
         options.autotune.enabled = asked
     data = tf.data.Dataset.range(8).batch(4).with_options(options)
-    of_function = []
     with unittest.mock.patch.object(
         tf.distribute.MultiWorkerMirroredStrategy, "distribute_datasets_from_function",
         lambda self, function, options: of_function.append(function(None)),
     ):  # fmt: skip
         strategy.distribute_datasets_from_function(lambda context: data)
-    for each in (strategy.experimental_distribute_dataset(data), *of_function):
+    cut = cut_dataset(data, strategy.extended.mesh, BatchComparison(Channel(), 2, compared, print))
+    for each in (cut, *of_function):
         assert each.options().autotune.enabled is tuned
