@@ -107,7 +107,7 @@ def _wait_for_batch(arguments: Any) -> None:
     tensors = [each for each in leaves if isinstance(each, tf.Tensor) and getattr(each, "graph", None) is graph]
     if graph is not None and tensors:
         strategy = tf.distribute.get_strategy()
-        strategy.extended.group.lanes.wait_for(tensors, runtime.replica_index())
+        strategy.extended.group.wait_for(tensors, runtime.replica_index())
 
 
 @tf.autograph.experimental.do_not_convert
