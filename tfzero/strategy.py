@@ -199,7 +199,8 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
 
         ```python
         def read(context):
-            own = tf.data.Dataset.from_tensor_slices((x, y)).shard(context.num_input_pipelines, context.input_pipeline_id)
+            whole = tf.data.Dataset.from_tensor_slices((x, y))
+            own = whole.shard(context.num_input_pipelines, context.input_pipeline_id)
             return own.batch(context.get_per_replica_batch_size(16))
         model.fit(strategy.distribute_datasets_from_function(read), steps_per_epoch=2, shuffle=False)
         ```
