@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import runpy
 import subprocess
 import sys
 from pathlib import Path
