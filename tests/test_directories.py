@@ -138,7 +138,7 @@ def test_an_error_of_the_disk_while_reading_is_not_damage(tmp_path, monkeypatch)
     def failing(*_):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(commits.hashlib, "file_digest", failing)
+    monkeypatch.setattr(commits.hashlib, "blake2b", failing)
     with pytest.raises(OSError, match=r"step-00000002/checkpoint: Input/output error. It may be whole"):
         commits.find_damage(folder, manifest)
 

@@ -186,7 +186,25 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
     def distribute_datasets_from_function(
         self, dataset_fn: Callable[[tf.distribute.InputContext], tf.data.Dataset], options: Any = None
     ) -> Any:
-        """As TensorFlow's: a distributed dataset of what a function gives each worker. `tf.data` does not tune it."""
+        """As TensorFlow's: a distributed dataset of what a function gives each worker, which `tf.data` does not tune.
+
+        Args:
+            dataset_fn: gives this worker's batches, for a `tf.distribute.InputContext`.
+            options: `tf.distribute.InputOptions`, or None.
+
+        Returns:
+            A distributed dataset, for `fit` and for iteration.
+
+        Example:
+
+        ```python
+        def read(context):
+            whole = tf.data.Dataset.from_tensor_slices((x, y))
+            own = whole.shard(context.num_input_pipelines, context.input_pipeline_id)
+            return own.batch(context.get_per_replica_batch_size(16))
+        model.fit(strategy.distribute_datasets_from_function(read), steps_per_epoch=2, shuffle=False)
+        ```
+        """
         return super().distribute_datasets_from_function(lambda context: without_tuning(dataset_fn(context)), options)
 
     def reduce(self, reduce_op: str | tf.distribute.ReduceOp, value: Any, axis: int | None = None) -> Any:

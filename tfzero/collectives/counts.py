@@ -82,9 +82,10 @@ class Lanes:
 
         A write to what orders a lane comes before the lane's next collective, in inner functions and branches too.
         """
-        for variable in (self._counters if self.is_counted else self.tokens)[replica]:
-            with tf.control_dependencies(tensors), tf.device(variable.device):
-                variable.assign_add(0, read_value=False)
+        with tf.control_dependencies(tensors):
+            for variable in (self._counters if self.is_counted else self.tokens)[replica]:
+                with tf.device(variable.device):
+                    variable.assign_add(0, read_value=False)
 
     @contextlib.contextmanager
     def counted(self, replica: int, lane: int, value: tf.Tensor) -> Iterator[Callable[..., list[tf.Operation]]]:

@@ -137,6 +137,11 @@ class Group:
             for group, transport in former.items():
                 group.transport = transport
 
+    def wait_for(self, tensors: Sequence[tf.Tensor], replica: int) -> None:
+        """Makes a local replica's next collectives in this graph wait for tensors of it. [Note: batch first]"""
+        if not self._is_alone:
+            self.lanes.wait_for(tensors, replica)
+
     @property
     def _is_alone(self) -> bool:
         return self.world_size == 1 or self.transport is self._silent

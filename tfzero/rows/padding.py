@@ -17,7 +17,7 @@ from tfzero.host import batch_rows, graphs, runtime
 from tfzero.host.batch_rows import own_rows
 from tfzero.rows.dependence import COUNT, MIXED, OWN, ROWS, SAME, is_global, mark, mark_global
 from tfzero.rows.inputs import rows_of, take_rows
-from tfzero.rows.replica_run import current_run
+from tfzero.rows.replica_run import current_graph, current_run
 
 # Choosing between two values copies one of them. A branch does not, but is slower to trace.
 _LARGE_BYTES = 2**20
@@ -102,12 +102,13 @@ def _of_own_rows(function: Callable) -> Callable:
 @tf.autograph.experimental.do_not_convert
 def _wait_for_batch(arguments: Any) -> None:
     """Makes the replica's collectives wait for its arguments. [Note: batch first] in `collectives/counts.py`"""
+    graph = current_graph()
+    if graph is None:
+        return
     leaves = tf.nest.flatten(arguments, expand_composites=True)
-    graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
     tensors = [each for each in leaves if isinstance(each, tf.Tensor) and getattr(each, "graph", None) is graph]
-    if graph is not None and tensors:
-        strategy = tf.distribute.get_strategy()
-        strategy.extended.group.lanes.wait_for(tensors, runtime.replica_index())
+    if tensors:
+        tf.distribute.get_strategy().extended.group.wait_for(tensors, runtime.replica_index())
 
 
 @tf.autograph.experimental.do_not_convert
