@@ -5,7 +5,9 @@
 
 `bytes`: what each worker reads in an epoch (`rchar` of /proc/self/io), and the largest difference of weights from plain
 Keras on one device after two epochs. `slow`: seconds of an epoch that waits for its input (5 ms a sample, one at a
-time in each worker). `killed`: workers are killed in the middle of an epoch, and other numbers of workers go on.
+time in each worker). `killed`: workers are killed in the middle of such an epoch, and other numbers of workers go on; how
+long the first step waits for its batch, with each file's number of samples known or not. `arrays`: milliseconds in which
+each worker makes its part of a batch of 48 MB from arrays.
 """
 
 import argparse
@@ -19,6 +21,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import tensorflow as tf
+from keras.src.trainers.data_adapters import array_data_adapter
 
 import tfzero
 
@@ -26,6 +29,8 @@ FILES, SAMPLES, NUMBERS = 16, 64, 8192  # files; samples in each; float32 number
 SHARDS, BATCH = 8, 32
 KILLED_AFTER = 45  # steps, of 32 in an epoch
 SLOW_SECONDS, SLOW_SAMPLES = 0.005, 128
+ARRAY_BATCH, ARRAY_FEATURES = 256, 48_000
+PARTS = ["bytes", "slow", "killed", "arrays"]
 
 
 def write(folder: str, samples: int, numbers: int) -> list[str]:
@@ -65,17 +70,18 @@ def model_of(strategy=None):
 
 
 class Account(keras.callbacks.Callback):
-    """Bytes read and seconds of each epoch, and seconds to the first step."""
+    """Bytes read and seconds of each epoch, and seconds that the first step waits for its batch."""
 
     def __init__(self):
         super().__init__()
-        self.began, self.first, self.bytes, self.seconds = time.perf_counter(), None, [], []
+        self.waited, self.bytes, self.seconds = None, [], []
 
     def on_epoch_begin(self, epoch, logs=None):
         self.start = read_bytes(), time.perf_counter()
 
     def on_train_batch_end(self, batch, logs=None):
-        self.first = self.first or time.perf_counter() - self.start[1]
+        if self.waited is None and isinstance(strategy := self.model.distribute_strategy, tfzero.ZeroStrategy):
+            self.waited = strategy.report().input_seconds
 
     def on_epoch_end(self, epoch, logs=None):
         self.bytes.append(read_bytes() - self.start[0])
@@ -104,7 +110,7 @@ def measure(files):
 def measure_slow(files):
     """In a worker: seconds of the second epoch."""
     model = model_of(tfzero.ZeroStrategy(2))
-    return fit(model, data_of(files, decode=decode_slowly, parallel_calls=1), 2).seconds[1]
+    return fit(model, slow_data_of(files), 2).seconds[1]
 
 
 def die(files, folder):
@@ -119,14 +125,29 @@ def die(files, folder):
                 os.kill(os.getpid(), signal.SIGKILL)
 
     callback = tfzero.CheckpointCallback(folder, save_every_steps=5, asynchronous=False)
-    fit(model_of(tfzero.ZeroStrategy(2)), data_of(files), 2, callback, Killer())
+    fit(model_of(tfzero.ZeroStrategy(2)), slow_data_of(files), 2, callback, Killer())
 
 
-def resume(files, folder):
-    """In a worker: goes on, and says how long it took to the first step, and what the weights are in the end."""
+def resume(files, folder, counts):
+    """In a worker: goes on; how long the first step waited for its batch, and the weights in the end."""
     model = model_of(tfzero.ZeroStrategy(2))
-    account = fit(model, data_of(files), 2, tfzero.CheckpointCallback(folder))
-    return account.first, model.get_weights()
+    account = fit(model, slow_data_of(files, counts=counts), 2, tfzero.CheckpointCallback(folder))
+    return account.waited, model.get_weights()
+
+
+def slow_data_of(files, **arguments):
+    return data_of(files, decode=decode_slowly, parallel_calls=1, **arguments)
+
+
+def draw_arrays(rows, features, epochs):
+    """In a worker: milliseconds for each batch, without training."""
+    strategy, x = tfzero.ZeroStrategy(2, compare_batches=0), np.ones((rows, features), "float32")
+    adapter = array_data_adapter.ArrayDataAdapter(x, batch_size=ARRAY_BATCH, shuffle=True)
+    batches = strategy.experimental_distribute_dataset(adapter.get_tf_dataset())
+    for _ in range(epochs + 1):  # the first one warms up
+        begin = time.perf_counter()
+        count = sum(1 for _ in batches)
+    return 1000 * (time.perf_counter() - begin) / count
 
 
 def difference(weights, others) -> float:
@@ -151,20 +172,30 @@ def measure_speed(folder):
 
 
 def measure_resuming(files, folder, expected):
-    for before, after in ((2, 4), (2, 1)):
-        run = f"{folder}/run-{after}"
+    for before, after, counts in ((2, 4, None), (2, 4, [SAMPLES] * FILES), (2, 1, [SAMPLES] * FILES)):
+        known, run = "not known" if counts is None else "known", f"{folder}/run-{after}-{counts is None}"
         try:
             tfzero.run_local(die, before, args=(files, run), timeout_seconds=300)
         except tfzero.WorkerError as error:
             print(f"killed: {str(error).splitlines()[0]}")
-        results = tfzero.run_local(resume, after, args=(files, run), timeout_seconds=300)
-        first, differ = max(each[0] for each in results), max(difference(each[1], expected) for each in results)
-        print(f"killed on {before}, resumed on {after}: first step {first:.2f} s; weights differ by {differ:.1e}")
+        results = tfzero.run_local(resume, after, args=(files, run, counts), timeout_seconds=300)
+        waited, differ = max(each[0] for each in results), max(difference(each[1], expected) for each in results)
+        print(
+            f"killed on {before}, resumed on {after}, counts {known}: first batch after {waited:.2f} s, of an epoch whose "
+            f"samples take {FILES * SAMPLES * SLOW_SECONDS / after:.2f} s to decode; weights differ by {differ:.1e}",
+            flush=True,
+        )
+
+
+def measure_arrays():
+    for workers in (1, 2, 4):
+        times = tfzero.run_local(draw_arrays, workers, args=(2048, ARRAY_FEATURES, 1), timeout_seconds=300)
+        print(f"{workers} workers: {', '.join(f'{each:.1f}' for each in times)} ms for a batch of arrays", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", nargs="+", default=["bytes", "slow", "killed"], choices=["bytes", "slow", "killed"])
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     parts = parser.parse_args().parts
     with tempfile.TemporaryDirectory() as folder:
         os.mkdir(f"{folder}/slow")
@@ -177,6 +208,8 @@ def main() -> None:
             measure_speed(f"{folder}/slow")
         if "killed" in parts:
             measure_resuming(files, folder, one_device.get_weights())
+        if "arrays" in parts:
+            measure_arrays()
 
 
 if __name__ == "__main__":

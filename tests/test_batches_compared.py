@@ -119,7 +119,7 @@ def test_in_a_pipeline_the_first_ones_are_compared():
         channel = Channel(others)
         comparison = BatchComparison(channel, 2, 2, print)
         dataset = tf.data.Dataset.from_tensor_slices(data).batch(2).enumerate()
-        dataset = dataset.map(lambda index, batch: comparison.noted(batch, index))
+        dataset = dataset.map(lambda index, batch: comparison.noted(lambda: batch, index))
         with comparison.during("fit"):
             for each in dataset.map(lambda text: comparison.compared(text, comparison.source(set()))):
                 assert each

@@ -1,12 +1,15 @@
 """A release that changes what a private name of TensorFlow or Keras stands for is noticed here: `host/registry.py`."""
 
+import functools
 import inspect
 import random
 
 import keras
 import numpy as np
 import pytest
+import scipy.sparse
 import tensorflow as tf
+from keras.src.trainers.data_adapters import array_data_adapter
 from marks import since_keras
 from tensorflow.python.framework import auto_control_deps
 
@@ -142,6 +145,30 @@ def test_files_are_dealt_by_the_policy(tmp_path):
     parts = [datasets.files_of_worker(dataset, 2, worker, 3) for worker in range(2)]
     read = [[batch.numpy().tolist() for batch in part] for part in parts]
     assert read == [[[b"0a", b"0b", b"2a"], [b"2b"]], [[b"1a", b"1b"]]]
+
+
+@pytest.mark.parametrize("shuffle", [False, True, "batch"])
+def test_rows_of_arrays_by_their_indices(shuffle):
+    x, rare = np.arange(14.0).reshape(7, 2), scipy.sparse.csr_matrix(np.eye(7))
+    adapter = array_data_adapter.ArrayDataAdapter((x, rare), {"a": x[:, 0]}, batch_size=3, shuffle=shuffle)
+    dataset = adapter.get_tf_dataset()
+    elements, gather = datasets.rows_by_index(dataset)
+    assert elements.options() == dataset.options()
+    seen = []
+    for indices, arrays in elements:
+        (dense, sparse), target = gather(indices[1:], arrays)
+        assert dense.numpy().tolist() == x[indices[1:].numpy()].tolist()
+        assert tf.sparse.to_dense(sparse).numpy().tolist() == np.eye(7)[indices[1:].numpy()].tolist()
+        assert target["a"].numpy().tolist() == dense[:, 0].numpy().tolist()
+        seen += indices.numpy().tolist()
+    assert sorted(seen) == list(range(7)) and (seen == list(range(7)) or shuffle)
+    assert datasets.rows_by_index(tf.data.Dataset.from_tensor_slices(x).batch(3).prefetch(1)) is None
+    assert datasets.rows_by_index(dataset.map(lambda *batch: batch, num_parallel_calls=2)) is None
+    assert datasets.rows_by_index(dataset.take(1)) is None
+    numbers = tf.data.Dataset.range(3).map(
+        functools.partial(tf.add, np.int64(1)), num_parallel_calls=2
+    )  # it has no name
+    assert datasets.rows_by_index(numbers) is None
 
 
 def test_specs_of_elements(strategy):

@@ -17,9 +17,9 @@ LINE = {
     "plan": ("scheme", "mesh", "placement", "formats", "settings", "file_shards"),
     "costs": (),
     "host": (
-        "versions", "notes", "backend", "registry", "tensorflow_names", "keras_names", "runtime", "datasets", "graphs",
-        "batch_rows", "distributed", "keras_objects", "keras_optimizers", "saved_model", "edges", "patches", "devices",
-        "__main__",
+        "versions", "notes", "backend", "registry", "tensorflow_names", "keras_names", "data_names", "runtime",
+        "datasets", "graphs", "batch_rows", "distributed", "keras_objects", "keras_optimizers", "saved_model", "edges",
+        "patches", "devices", "__main__",
     ),
     "workers": (
         "progress", "differences", "addresses", "slurm", "tasks", "cluster", "resolvers", "host_names", "stopping",

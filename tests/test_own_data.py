@@ -3,6 +3,7 @@
 import os
 import shutil
 import time
+import unittest.mock
 import warnings
 from pathlib import Path
 
@@ -11,17 +12,22 @@ import numpy as np
 import oracle
 import pool
 import pytest
+import scipy.sparse
 import tensorflow as tf
+from keras.src.trainers.data_adapters import array_data_adapter
 from marks import sweep
 
 import tfzero
 from tfzero.host import datasets
 from tfzero.host.batch_rows import own_rows
 from tfzero.plan.file_shards import FileShards
+from tfzero.plan.mesh import Mesh
 from tfzero.rows.input_account import InputAccount
+from tfzero.rows.inputs import cut_dataset
 from tfzero.rows.own_data import DealtFiles
 from tfzero.rows.sharded import sharded_dataset, source_of
 from tfzero.rows.unions import union
+from tfzero.workers.digests import BatchComparison
 
 SIZES = (11, 7, 9, 12, 8, 10, 9)  # samples of each file: shards end at different times
 SHARDS, BATCH = 4, 12
@@ -260,6 +266,48 @@ def test_bytes_read_and_the_time_of_waiting_are_counted(tmp_path):
         assert int(parts["a"]) == 2_000_000 * number and account.batches == number + 1
     assert 0.15 <= account.seconds < 0.3
     assert 6_000_000 <= account.bytes < 7_000_000
+
+
+@pytest.mark.parametrize("compared", [0, 2])
+@pytest.mark.parametrize("worker", [0, 1])
+def test_of_arrays_a_worker_gathers_its_own_rows(worker, compared):
+    """The parts are those of whole batches. Only batches to compare are gathered."""
+    x, _ = oracle.Data(samples=23).arrays()
+    arrays = ({"dense": x, "sparse": scipy.sparse.csr_matrix(np.maximum(x, 0))}, x[:, :2])
+    adapter = array_data_adapter.ArrayDataAdapter(arrays[0], arrays[1], batch_size=9, shuffle=False)
+    mesh, given = Mesh(workers=2, devices_per_worker=2, worker=worker), adapter.get_tf_dataset()
+    noted = []
+
+    class Channel:
+        def compare(self, topic, own):
+            noted.append(own)
+            return [own, own], {}
+
+    def parts_of(dataset):
+        del noted[:]
+        cut = cut_dataset(dataset, mesh, BatchComparison(Channel(), 2, compared, print))
+        return [tf.nest.flatten(batch) for batch in cut], noted[:]
+
+    elements, gather = datasets.rows_by_index(given)
+    taken = []
+
+    def counting(indices, data):
+        with tf.control_dependencies([tf.py_function(lambda k: taken.append(int(tf.size(k))), [indices], [])]):
+            return gather(tf.identity(indices), data)
+
+    with unittest.mock.patch.object(datasets, "rows_by_index", lambda dataset: (elements, counting)):
+        mine, mine_noted = parts_of(given)
+    whole, whole_noted = parts_of(given.take(3))
+    assert mine_noted == whole_noted and len(mine_noted) == compared
+    for ours, theirs in zip(mine, whole, strict=True):
+        for part, other in zip(ours, theirs, strict=True):
+            assert [int(own_rows(v)) for v in part.values] == [int(own_rows(v)) for v in other.values]
+            for value, expected in zip(part.values, other.values, strict=True):
+                dense = [tf.sparse.to_dense(v) if isinstance(v, tf.SparseTensor) else v for v in (value, expected)]
+                np.testing.assert_array_equal(*dense)
+    wholes = [9, 9, 5][:compared]
+    own = [max(1, int(rows)) for batch in mine for rows in map(own_rows, batch[0].values)]
+    assert sorted(taken) == sorted(own + wholes)
 
 
 def test_fewer_files_than_workers_are_named(tmp_path):

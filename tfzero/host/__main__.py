@@ -15,13 +15,13 @@ if __name__ == "__main__":
 
 from tfzero.host import backend  # noqa: F401, isort: skip. It refuses other backends before Keras is imported.
 
-from tfzero.host import keras_names, patches, tensorflow_names
+from tfzero.host import data_names, keras_names, patches, tensorflow_names
 from tfzero.host.registry import Name
 
 
 def names() -> tuple[Name, ...]:
     """Returns a row for each private name."""
-    return (*tensorflow_names.ROWS, *keras_names.ROWS)
+    return (*tensorflow_names.ROWS, *keras_names.ROWS, *data_names.ROWS)
 
 
 def replaced() -> tuple[tuple[Name, ...], list[str]]:

@@ -3,12 +3,16 @@
 See `host/registry.py`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
 import tensorflow as tf
+from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
 from tensorflow.python.data.experimental.ops.distribute import _AutoShardDataset, compute_batch_size
+from tensorflow.python.data.ops.dataset_ops import _OptionsDataset
+from tensorflow.python.data.ops.map_op import _ParallelMapDataset
+from tensorflow.python.data.ops.prefetch_op import _PrefetchDataset
 
 
 def pipeline(dataset: tf.data.Dataset) -> Iterator[tf.data.Dataset]:
@@ -17,6 +21,30 @@ def pipeline(dataset: tf.data.Dataset) -> Iterator[tf.data.Dataset]:
     # There is no public way from a dataset to its inputs.
     for source in dataset._inputs():
         yield from pipeline(source)
+
+
+def rows_by_index(dataset: tf.data.Dataset) -> tuple[tf.data.Dataset, Callable] | None:
+    """What Keras makes batches of arrays from; None for any other dataset.
+
+    Returns:
+        A dataset of the indices of each batch's rows, int64, and the arrays, and a function that gathers the rows.
+    """
+    for stage in pipeline(dataset):
+        if isinstance(stage, _ParallelMapDataset):
+            function = stage._map_func._func
+            if not _is_within(function, ArrayDataAdapter.get_tf_dataset, "slice_inputs", "grab_batch"):
+                return None
+            (elements,) = stage._inputs()
+            return elements.with_options(dataset.options()), function
+        if not isinstance(stage, _OptionsDataset | _PrefetchDataset):
+            return None
+    return None
+
+
+def _is_within(function: Callable, outer: Callable, *names: str) -> bool:
+    """Whether a function is the one of this name that is defined in others, by name, and those in `outer`."""
+    path = ".<locals>.".join((outer.__qualname__, *names))
+    return (getattr(function, "__module__", ""), getattr(function, "__qualname__", "")) == (outer.__module__, path)
 
 
 def operations_of(dataset: tf.data.Dataset) -> set[str]:

@@ -11,7 +11,6 @@ _EXTENDED = f"{_DISTRIBUTE}.collective_all_reduce_strategy.CollectiveAllReduceEx
 _VALUES = f"{_DISTRIBUTE}.values"
 _MIRRORED = f"{_VALUES}.MirroredVariable"
 _EAGER = "tensorflow.python.eager"
-_DATA = "tensorflow.python.data.ops"
 _AUTOMATIC = "tensorflow.python.framework.auto_control_deps"
 _OPERATION = "tensorflow.python.framework.ops.Operation"
 _CONVERTED = "a function of ours is converted as what it stands for"
@@ -230,34 +229,6 @@ ROWS = (
             "context.global_seed()": "`tf.random.set_seed` has no way back",
         },
     ),
-    # Datasets.
-    *rows(
-        _DATA,
-        TENSORFLOW,
-        "test_pipelines_tell_what_they_are_made_of",
-        {
-            "dataset_ops.DatasetV2._inputs(self)": "what a data set is made from",
-            "dataset_ops.DatasetV2._functions(self)": "the functions of a data set's stages",
-        },
-    ),
-    *rows(
-        _DATA,
-        TENSORFLOW,
-        "test_shuffle_seeds",
-        {
-            "shuffle_op._ShuffleDataset._seed": "workers must shuffle alike",
-            "shuffle_op._ShuffleDataset._seed2": "workers must shuffle alike",
-        },
-    ),
-    *rows(
-        _DATA,
-        TENSORFLOW,
-        "test_stages_that_keep_no_order",
-        {
-            "map_op._ParallelMapDataset._deterministic": "a stage may keep no order, whatever the options say",
-            "batch_op._ParallelBatchDataset._deterministic": "a stage may keep no order, whatever the options say",
-        },
-    ),
     # Tapes and graphs that are being traced.
     *rows(
         _EAGER,
@@ -385,15 +356,6 @@ ROWS = (
             "tensorflow.__internal__.lift_to_graph(tensors graph sources disallowed_placeholders "
             "add_sources handle_captures base_graph op_map)": "initial values of variables made in a trace",
             "tensorflow.python.ops.op_selector.UnliftableError(Exception)": "initial values of a trace's arguments",
-        },
-    ),
-    *rows(
-        "tensorflow.python.data.experimental.ops.distribute",
-        TENSORFLOW,
-        "test_files_are_dealt_by_the_policy",
-        {
-            "_AutoShardDataset(UnaryDataset)": "each worker reads its files only; strategies do it inside",
-            "compute_batch_size(dataset)": "rows of a whole batch, of which each worker brings its part",
         },
     ),
 )

@@ -205,18 +205,14 @@ def cut_dataset(dataset: tf.data.Dataset, mesh: Mesh, comparison: BatchCompariso
     It is a plain dataset: TensorFlow's multi-device iterator crashes now and then when it is dropped in the middle of
     its data, as Keras does with the first batch of every `fit` and `evaluate`.
     """
-    is_single = not isinstance(dataset.element_spec, tuple)
-
-    def cut_all(*elements: Any) -> Any:
-        return cut_batch(elements[0] if is_single else elements, mesh)
-
     dataset = without_tuning(dataset)
+    cutting = _of_arrays(dataset, mesh) or _of_batches(dataset, mesh)
     if not comparison.count:
-        return _prepared_ahead(dataset, cut_all)
+        return _prepared_ahead(cutting.elements, cutting.parts)
     source = comparison.source(datasets.operations_of(dataset))
 
-    def note_and_cut(index: tf.Tensor, batch: Any) -> tuple:
-        return comparison.noted(batch, index), cut_all(batch) if is_single else cut_all(*batch)
+    def note_and_cut(index: tf.Tensor, element: tuple) -> tuple:
+        return comparison.noted(lambda: cutting.whole(*element), index), cutting.parts(*element)
 
     @tf.autograph.experimental.do_not_convert
     def give_out(noted: tf.Tensor, parts: Any) -> Any:
@@ -224,7 +220,51 @@ def cut_dataset(dataset: tf.data.Dataset, mesh: Mesh, comparison: BatchCompariso
         return parts
 
     # A batch is compared when it is yielded.
-    return not_ahead(_prepared_ahead(dataset.enumerate(), note_and_cut).map(give_out))
+    return not_ahead(_prepared_ahead(cutting.elements.enumerate(), note_and_cut).map(give_out))
+
+
+@dataclass(frozen=True)
+class _Cutting:
+    """How a dataset's batches come about.
+
+    Args:
+        elements: tuples of what is known before.
+        whole: makes the batch of such a tuple.
+        parts: makes the parts of this worker's replicas.
+    """
+
+    elements: tf.data.Dataset
+    whole: Callable
+    parts: Callable
+
+
+def _of_batches(dataset: tf.data.Dataset, mesh: Mesh) -> _Cutting:
+    is_single = not isinstance(dataset.element_spec, tuple)
+
+    def whole(*elements: Any) -> Any:
+        return elements[0] if is_single else elements
+
+    elements = dataset.map(lambda element: (element,)) if is_single else dataset
+    return _Cutting(elements, whole, lambda *elements: cut_batch(whole(*elements), mesh))
+
+
+def _of_arrays(dataset: tf.data.Dataset, mesh: Mesh) -> _Cutting | None:
+    """Of arrays, a worker gathers only its replicas' rows. None for any other dataset."""
+    by_index = datasets.rows_by_index(dataset) if mesh.workers > 1 else None
+    if by_index is None:
+        return None
+    elements, gather = by_index
+
+    def parts(indices: tf.Tensor, arrays: Any) -> Any:
+        cuts = [cut(indices, mesh.part_of_rank(rank), mesh.replicas) for rank in mesh.ranks]
+        counts = [count for _, count in cuts]
+
+        def of_replicas(*leaves: Any) -> Any:
+            return runtime.per_replica(leaves) if rows_of(leaves[0]) is None else batch_rows.BatchParts(leaves, counts)
+
+        return tf.nest.map_structure(of_replicas, *(gather(own, arrays) for own, _ in cuts))
+
+    return _Cutting(elements, gather, parts)
 
 
 def not_ahead(dataset: tf.data.Dataset) -> tf.data.Dataset:

@@ -140,12 +140,18 @@ class BatchComparison:
         """Whether the data that are read now are predicted from."""
         return self._during in ("predict", "predict_on_batch")
 
-    def noted(self, batch: Any, index: tf.Tensor) -> tf.Tensor:
-        """In a pipeline: the digest of batch number `index`, a scalar string; "" after the batches to compare."""
-        named = _named_arrays(batch)
-        make = functools.partial(digest, [name for name, _ in named])
-        noted = [index, *(tensor for _, tensor in named)]
-        return tf.cond(index < self.count, lambda: tf.numpy_function(make, noted, tf.string), lambda: "")
+    def noted(self, make_batch: Callable, index: tf.Tensor) -> tf.Tensor:
+        """In a pipeline: the digest of batch number `index`, a scalar string; "" after the batches to compare.
+
+        `make_batch` gives the whole batch, which is made only if it is compared.
+        """
+
+        def of_batch() -> tf.Tensor:
+            named = _named_arrays(make_batch())
+            make = functools.partial(digest, [name for name, _ in named])
+            return tf.numpy_function(make, [index, *(tensor for _, tensor in named)], tf.string)
+
+        return tf.cond(index < self.count, of_batch, lambda: "")
 
     def compared(self, noted: tf.Tensor, source: Source) -> tf.Tensor:
         """In a pipeline: waits until the digest has been compared with the other workers' digests."""
