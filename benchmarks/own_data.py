@@ -6,8 +6,7 @@
 `bytes`: what each worker reads in an epoch (`rchar` of /proc/self/io), and the largest difference of weights from plain
 Keras on one device after two epochs. `slow`: seconds of an epoch that waits for its input (5 ms a sample, one at a
 time in each worker). `killed`: workers are killed in the middle of such an epoch, and other numbers of workers go on;
-how long the first step waits for its batch, with each file's number of samples known or not. `arrays`: milliseconds in
-which each worker makes its part of a batch of 48 MB from arrays.
+how long the first step waits for its batch, with each file's number of samples known or not.
 """
 
 import argparse
@@ -29,8 +28,7 @@ SHARDS, BATCH = 8, 32
 KILLED_AFTER = 60  # steps, of 32 in an epoch
 SAMPLES_BEHIND = (KILLED_AFTER - FILES * SAMPLES // BATCH) * BATCH  # in the epoch in which workers are killed
 SLOW_SECONDS, SLOW_SAMPLES = 0.005, 128
-ARRAY_BATCH, ARRAY_FEATURES = 256, 48_000
-PARTS = ["bytes", "slow", "killed", "arrays"]
+PARTS = ["bytes", "slow", "killed"]
 
 
 def write(folder: str, samples: int, numbers: int) -> list[str]:
@@ -139,22 +137,6 @@ def slow_data_of(files, **arguments):
     return data_of(files, decode=decode_slowly, parallel_calls=1, **arguments)
 
 
-def evaluate_arrays(rows, features):
-    """In a worker: milliseconds for each batch, of which a model uses next to nothing."""
-    x, y = np.ones((rows, features), "float32"), np.ones((rows, 1), "float32")
-    with tfzero.ZeroStrategy(2, compare_batches=0).scope():
-        model = keras.Sequential([keras.Input((features,)), keras.layers.Lambda(first)])
-    model.compile(loss="mse")
-    for _ in range(2):  # the first time it is traced
-        begin = time.perf_counter()
-        model.evaluate(x, y, batch_size=ARRAY_BATCH, verbose=0)
-    return 1000 * (time.perf_counter() - begin) * ARRAY_BATCH / rows
-
-
-def first(batch):
-    return batch[:, :1]
-
-
 def difference(weights, others) -> float:
     return max(float(np.abs(a - b).max()) for a, b in zip(weights, others, strict=True))
 
@@ -192,12 +174,6 @@ def measure_resuming(files, folder, expected):
         )
 
 
-def measure_arrays():
-    for workers in (1, 2, 4):
-        times = tfzero.run_local(evaluate_arrays, workers, args=(8 * ARRAY_BATCH, ARRAY_FEATURES), timeout_seconds=300)
-        print(f"{workers} workers: {', '.join(f'{each:.1f}' for each in times)} ms for a batch of arrays", flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
@@ -213,8 +189,6 @@ def main() -> None:
             measure_speed(f"{folder}/slow")
         if "killed" in parts:
             measure_resuming(files, folder, one_device.get_weights())
-        if "arrays" in parts:
-            measure_arrays()
 
 
 if __name__ == "__main__":
