@@ -297,7 +297,7 @@ def test_the_tests_of_cells_are_there():
     for file, names in runpy.run_path(str(ROOT / "tests" / "conftest.py"))["CELLS"].items():
         tree = ast.parse((ROOT / "tests" / f"{file}.py").read_text())
         there = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
-        missing += [f"{file}::{name}" for name in names or () if name not in there]
+        missing += [f"{file}::{name}" for name in names or () if name.partition("[")[0] not in there]
     assert missing == []
 
 

@@ -121,6 +121,7 @@ def test_whole_files_are_skipped_if_their_counts_are_known():
     assert dealing.batches(0) == 6
     start = dealing.start(0, 4, [0, 1])
     assert (start.files, start.skips) == ([[2], []], [3, 1])
+    assert FileShards(4, 2, 4, counts=(4, 4, 7, 2)).start(0, 2, [0, 1]).files == [[2], [3]]  # at the end of files
     assert FileShards(4, 2, 4).start(0, 4, [0, 1]).files == [[0, 2], [1, 3]]
 
 

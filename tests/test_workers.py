@@ -8,6 +8,7 @@ Before each case every worker sets a seed of its own; only the first worker's is
 import contextlib
 import dataclasses
 import functools
+import os
 import tempfile
 import time
 import traceback
@@ -675,7 +676,8 @@ class Fleet:
         return self.results(name)[0]
 
 
-FLEETS = [Fleet(2, 2, 3, level=3), Fleet(3, 1, 0)]
+LEVEL = int(os.environ.get("TFZERO_LEVEL_OF_CASES", "3"))  # `.ci/cells` runs fewer cases
+FLEETS = [Fleet(2, 2, 3, LEVEL), Fleet(3, 1, 0)]
 SWEPT = [
     Fleet(2, 1, 2, level=4),
     *(Fleet(workers, 1, stage) for workers, stage in ((1, 2), (2, 0), (2, 1), (2, 3), (3, 3))),
