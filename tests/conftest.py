@@ -34,8 +34,8 @@ FAST = (
     "test_directories", "test_edges", "test_house", "test_package", "test_plan", "test_versions",
 )  # fmt: skip
 
-# `pytest -m cells`: what may differ between versions of TensorFlow and Keras (`.ci/cells`), by names of functions, or of
-# one of their cases; by None all of a file. Of the fleets of `test_workers` one runs.
+# `pytest -m cells`: what may differ between versions of TensorFlow and Keras (`.ci/cells`), by names of functions or of
+# their cases; by None all of a file. Of the fleets of `test_workers` one runs.
 CELLS = {
     "test_checkpoints": ("test_another_number_of_replicas_goes_on_as_one_device",),
     "test_compat": None,

@@ -69,15 +69,21 @@ def model_of(strategy=None):
         return oracle.dense_model()
 
 
-def compiled(model):
+def compiled(model, steps=1):
     jit = {} if isinstance(model.distribute_strategy, tfzero.ZeroStrategy) else {"jit_compile": False}
-    model.compile(keras.optimizers.SGD(0.1, momentum=0.9), "categorical_crossentropy", metrics=["accuracy"], **jit)
+    model.compile(
+        keras.optimizers.SGD(0.1, momentum=0.9),
+        "categorical_crossentropy",
+        metrics=["accuracy"],
+        steps_per_execution=steps,
+        **jit,
+    )
     return model
 
 
-def outcome(strategy, train, evaluated=None, predicted=None):
+def outcome(strategy, train, evaluated=None, predicted=None, steps=1):
     """What `fit`, and then `evaluate` and `predict`, leave."""
-    model = compiled(model_of(strategy))
+    model = compiled(model_of(strategy), steps)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Your input ran out of data")
         history = model.fit(train, epochs=2, verbose=0, shuffle=False).history
@@ -436,6 +442,7 @@ def run_cases(files, folder, devices, is_short):
     if not is_short:
         found["counted"] = outcome(strategy, data_of(files, counts=SIZES))
     found["own rows"] = outcome(strategy, own, own.prefetch(1))
+    found["two steps at a time"] = outcome(strategy, own, steps=2)
     found["by files"] = outcome(strategy, by_files(files))
     replicas = strategy.distribute_datasets_from_function(lambda context: for_replicas(context.input_pipeline_id))
     found["from a function"] = outcome(strategy, replicas)
@@ -508,6 +515,7 @@ def test_workers(tmp_path, devices, is_short):
     one_device = {
         "files": outcome(None, data_of(files), data_of(files), data_of(files, shuffle=0)),
         "own rows": outcome(None, own_of_whole(), own_of_whole()),
+        "two steps at a time": outcome(None, own_of_whole(), steps=2),
         "by files": outcome(None, unions_of(by_workers(files))),
         "from a function": outcome(None, unions_of([for_replicas(worker, 6) for worker in range(2)])),
     }

@@ -79,6 +79,7 @@ def train_with_checkpoints(model: keras.Model, config: dict) -> dict:
 
     def die(batch, logs=None):
         if config["dies"] and worker == 1 and checkpoint is None and epoch == 1 and batch == 1:
+            ray.train.get_all_reported_checkpoints()  # waits until Ray has what was reported
             os._exit(1)
 
     losses = []
