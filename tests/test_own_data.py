@@ -465,6 +465,7 @@ def run_cases(files, folder, devices, is_short):
         "used up by all": error_of(lambda: fit(once_of(own_of_whole()), epochs=2)),
         "other structure": error_of(lambda: fit(own.map(lambda x, y: (x, y[:, : 2 + mesh.worker])))),
         "other files": error_of(lambda: fit(data_of([*files[:6], f"other {mesh.worker}"]))),
+        "other contents": error_of(lambda: fit(data_of([*files[:6], other_contents(folder, mesh.worker)]))),
         "other seed": error_of(lambda: fit(data_of(files, seed=mesh.worker))),
         "missing": error_of(lambda: fit(data_of([*files[:5], "nowhere", files[6]], shuffle=0))),
         "shards": error_of(lambda: fit(data_of(files, shards=3))),
@@ -473,6 +474,15 @@ def run_cases(files, folder, devices, is_short):
     found["halted"] = error_of(lambda: halted(strategy, data_of(files), callback))
     found["errors"]["damaged"] = error_of(lambda: fit(data_of(damaged(files, folder), shuffle=0)))  # ends the channel
     return found
+
+
+def other_contents(folder, worker):
+    """A file that each worker sees otherwise, by a path of the same name."""
+    local = Path(folder).parent / f"of worker {worker}"
+    local.mkdir(exist_ok=True)
+    os.chdir(local)
+    Path("part-6").write_bytes(bytes(10 + worker))
+    return "part-6"
 
 
 def damaged(files, folder):
@@ -534,7 +544,9 @@ def test_workers(tmp_path, devices, is_short):
         assert "The data gave no batch in this epoch on worker" in errors["used up, from a function"]
         assert "The data gave no batch in this epoch on worker" in errors["used up by all"]
         assert "part 1 of a batch is" in errors["other structure"] and "(None, 3)" in errors["other structure"]
-        assert "file 6 is 'other 0' on worker 0 and 'other 1' on worker 1" in errors["other files"]
+        assert "file 6 is 'other 0 (NotFoundError)' on worker 0 and 'other 1 (NotFound" in errors["other files"]
+        assert "part-6 (10 bytes)' on worker 0" in errors["other contents"]
+        assert "part-6 (11 bytes)' on worker 1" in errors["other contents"]
         assert "seed is 0 on worker 0 and 1 on worker 1" in errors["other seed"]
         assert "worker 1: 'nowhere' cannot be read" in errors["missing"]
         assert "3 shards can be read by [1, 3] workers" in errors["shards"]

@@ -88,7 +88,7 @@ class OwnData:
         source.reader = self._name_of(mesh.worker)
         described = {**source.describe(), **describe_parts(dataset)}
         self._channel.agree("distributing a sharded_dataset", described, "sharded datasets")
-        self._agree_on_names(source.files)
+        self._agree_on_files(source)
         told = self._channel.all_gather("looking at files", source.find_missing(shards)[:_MOST_FAULTS])
         faults = [f"{self._name_of(w)}: {'; '.join(map(str, each))}" for w, each in enumerate(told) if each]
         if faults:
@@ -179,14 +179,15 @@ class OwnData:
                 )
             )
 
-    def _agree_on_names(self, files: Sequence[str]) -> None:
-        """Checks that all workers list the same files, of which there are as many."""
+    def _agree_on_files(self, source: ShardedFiles) -> None:
+        """Checks that all workers list the same files, of which there are as many, and see the same sizes."""
+        files = source.described_files()
         _, differences = self._channel.compare("comparing lists of files", _hash(files, 32))
         if not differences:
             return
         hashes = self._channel.all_gather("finding the first file that differs", [_hash([each]) for each in files])
         first = next(k for k, each in enumerate(zip(*hashes, strict=False)) if len(set(each)) > 1)
-        self._channel.agree("comparing names of files", {f"file {first}": files[first]}, "lists of files")
+        self._channel.agree("comparing files", {f"file {first}": files[first]}, "lists of files")
 
 
 def _hash(names: Sequence[str], characters: int = _HASH_CHARACTERS) -> str:

@@ -24,6 +24,7 @@ _SHUFFLE_SEED = 20221  # beside the seed of each file; the global seed must make
 _SMALL_BYTES = 4096  # smaller files are looked into for elements before they are read
 _BLAME_SECONDS = 20.0  # most time to find out which file is damaged
 _SIZE_BITS = 32
+_MOST_SIZES = 1000  # files whose sizes workers compare: asking a distant file system takes time
 
 READ_WHOLE = (
     "A dataset was made from a sharded_dataset by `map`, `repeat`, `class_weight` or the like, so every worker reads "
@@ -89,13 +90,11 @@ def sharded_dataset(
     ```
     """
     source = ShardedFiles(files, make, shards, batch_size, decode, shuffle, seed, counts, parallel_calls)
-    result = _sized(source.read(range(shards)), None if shuffle else source.dealing.batches(0))
+    result, batches = source.read(range(shards)), None if shuffle else source.dealing.batches(0)
+    if batches is not None:
+        result = result.apply(tf.data.experimental.assert_cardinality(batches))
     _sources[result] = source
     return result
-
-
-def _sized(dataset: tf.data.Dataset, batches: int | None) -> tf.data.Dataset:
-    return dataset if batches is None else dataset.apply(tf.data.experimental.assert_cardinality(batches))
 
 
 def source_of(dataset: Any) -> "ShardedFiles | None":
@@ -206,6 +205,11 @@ class ShardedFiles:
         return left > 0
 
     # Files.
+
+    def described_files(self) -> list[str]:
+        """Each file's name, and the size of up to `_MOST_SIZES` files: what workers must see alike."""
+        stride = -(-len(self.files) // _MOST_SIZES)
+        return [name if k % stride else f"{name} ({_size_of(name)})" for k, name in enumerate(self.files)]
 
     def find_missing(self, shards: Sequence[int]) -> list[str]:
         """What is wrong with the files that these shards read next, as far as it shows without reading them."""
@@ -369,6 +373,13 @@ class ShardedFiles:
 
         never = tf.data.Dataset.range(1).filter(_as_it_is(lambda _: _truth(end)))
         return dataset.concatenate(never.flat_map(lambda _: dataset.take(0)))
+
+
+def _size_of(name: str) -> str:
+    try:
+        return f"{tf.io.gfile.stat(name).length} bytes"
+    except tf.errors.OpError as error:
+        return type(error).__name__
 
 
 def _as_it_is(function: Callable) -> Callable:
