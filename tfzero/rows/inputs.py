@@ -279,6 +279,11 @@ def not_ahead(dataset: tf.data.Dataset) -> tf.data.Dataset:
     return dataset.with_options(options)
 
 
+def truth_of(function: Callable, *arguments: tf.Tensor) -> tf.Tensor:
+    """What a Python function answers in a pipeline, a bool scalar."""
+    return tf.ensure_shape(tf.numpy_function(function, arguments, tf.bool), [])
+
+
 def without_tuning(dataset: tf.data.Dataset) -> tf.data.Dataset:
     """A dataset that TensorFlow does not tune, unless its options ask for tuning. [Note: tuning]
 

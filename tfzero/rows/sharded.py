@@ -17,7 +17,7 @@ import tensorflow as tf
 from tfzero.host import datasets
 from tfzero.plan.file_shards import FileShards
 from tfzero.plan.settings import check_number
-from tfzero.rows.inputs import not_ahead, without_tuning
+from tfzero.rows.inputs import not_ahead, truth_of, without_tuning
 from tfzero.rows.raw_elements import packed, packed_specs, unpacked
 
 _SHUFFLE_SEED = 20221  # beside the seed of each file; the global seed must make no difference
@@ -90,11 +90,13 @@ def sharded_dataset(
     ```
     """
     source = ShardedFiles(files, make, shards, batch_size, decode, shuffle, seed, counts, parallel_calls)
-    result, batches = source.read(range(shards)), None if shuffle else source.dealing.batches(0)
-    if batches is not None:
-        result = result.apply(tf.data.experimental.assert_cardinality(batches))
+    result = _sized(source.read(range(shards)), None if shuffle else source.dealing.batches(0))
     _sources[result] = source
     return result
+
+
+def _sized(dataset: tf.data.Dataset, batches: int | None) -> tf.data.Dataset:
+    return dataset if batches is None else dataset.apply(tf.data.experimental.assert_cardinality(batches))
 
 
 def source_of(dataset: Any) -> "ShardedFiles | None":
@@ -364,14 +366,14 @@ class ShardedFiles:
     def _counted(self, dataset: tf.data.Dataset) -> tf.data.Dataset:
         """The same dataset, whose passes are counted as they end."""
         if self.dealing.counts is not None:
-            is_there = _as_it_is(lambda index, _: _truth(self.handed_out, index))
+            is_there = _as_it_is(lambda index, _: truth_of(self.handed_out, index))
             return dataset.enumerate().take_while(is_there).map(lambda _, batch: batch)
 
         def end() -> bool:
             self.end()
             return False
 
-        never = tf.data.Dataset.range(1).filter(_as_it_is(lambda _: _truth(end)))
+        never = tf.data.Dataset.range(1).filter(_as_it_is(lambda _: truth_of(end)))
         return dataset.concatenate(never.flat_map(lambda _: dataset.take(0)))
 
 
@@ -392,8 +394,3 @@ def _of_each_shard(*plan: tf.Tensor) -> tf.data.Dataset:
     for each, shape in zip(plan, ([None, None], [None, None], [None], [None]), strict=True):
         each.set_shape(shape)
     return tf.data.Dataset.from_tensor_slices(plan)
-
-
-def _truth(function: Callable, *arguments: tf.Tensor) -> tf.Tensor:
-    """What a Python function answers in a pipeline, a bool."""
-    return tf.ensure_shape(tf.numpy_function(function, arguments, tf.bool), [])

@@ -14,7 +14,7 @@ from typing import Any
 import tensorflow as tf
 
 from tfzero.host import batch_rows, datasets, runtime
-from tfzero.rows.inputs import cut, not_ahead, rows_of, take_rows, without_tuning
+from tfzero.rows.inputs import cut, not_ahead, rows_of, take_rows, truth_of, without_tuning
 
 _own: weakref.WeakSet = weakref.WeakSet()
 
@@ -94,7 +94,7 @@ def union(dataset: tf.data.Dataset, devices: int, goes_on: Callable[[Any, Any], 
         return has_batch, tf.nest.map_structure(lambda leaf: _parts(leaf, rows, devices), _batch_of(spec, components))
 
     def is_handed_out(index: tf.Tensor, element: tuple) -> tf.Tensor:
-        return tf.ensure_shape(tf.numpy_function(goes_on, [index, element[0]], tf.bool), [])
+        return truth_of(goes_on, index, element[0])
 
     endless = tf.data.Dataset.from_tensors((False, padding)).repeat()
     batches = _mapped(dataset, with_flag).concatenate(endless)
