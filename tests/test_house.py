@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Each package imports only packages before it, and each module of a package only modules before it: this is the design.
 LINE = {
-    "plan": ("scheme", "mesh", "placement", "formats", "settings", "file_shards"),
+    "plan": ("scheme", "mesh", "shares", "placement", "formats", "settings", "file_shards"),
     "costs": (),
     "host": (
         "versions", "notes", "backend", "registry", "tensorflow_names", "keras_names", "data_names", "runtime",
@@ -32,8 +32,8 @@ LINE = {
         "nccl_failures", "nccl", "transport_choice", "joining", "packing",
     ),
     "rows": (
-        "kinds", "moves", "sums", "dependence", "inputs", "input_account", "unions", "raw_elements", "sharded",
-        "own_data", "replica_run", "padding", "combining",
+        "kinds", "moves", "sums", "dependence", "shares", "inputs", "input_account", "unions", "raw_elements",
+        "sharded", "own_data", "replica_run", "padding", "combining",
     ),
     "variables": ("gathering", "allocation", "classes", "row_state", "creation"),
     "extended": (),

@@ -30,6 +30,7 @@ from tfzero.rows.inputs import (
 from tfzero.rows.own_data import OwnData
 from tfzero.rows.padding import counted, with_own_results
 from tfzero.rows.replica_run import current_graph, current_run
+from tfzero.rows.shares import RowShares
 from tfzero.variables.classes import ShardedParameter, VariableView
 from tfzero.variables.creation import VariableCreation
 from tfzero.variables.gathering import Gatherer
@@ -79,7 +80,10 @@ class ZeroExtended(distributed.ExtendedBase):
         self._told_of_eager_memory = False
         self._name_of = _names(cluster)
         self.input_account = InputAccount()
-        self.own_data = OwnData(self.mesh, self._channel, self.comparison, self._name_of, self.input_account)
+        self.shares = RowShares(self._settings.rows, self.mesh, self._channel)
+        self.own_data = OwnData(
+            self.mesh, self._channel, self.comparison, self._name_of, self.input_account, self.shares
+        )
         self._traced: list[Dependence] = []  # of the replicas being traced
         self._is_for_all: list[bool] = []  # whether all replicas get the same, by argument of the current run
 
@@ -157,6 +161,11 @@ class ZeroExtended(distributed.ExtendedBase):
             return self._gatherer(graph).whole(shard, shape, dtype)
         with graph.as_default():
             return self._gatherer(graph).whole(shard, shape, dtype)
+
+    def end_of_gradients(self, gradients: Iterable[tf.Tensor]) -> None:
+        """Within a replica: what is done between its gradients and their exchange."""
+        self.shares.end(gradients)
+        self.forget_gathered()
 
     def forget_gathered(self) -> None:
         """Within a replica: makes later reads gather anew, because parameters change."""
@@ -295,7 +304,7 @@ class ZeroExtended(distributed.ExtendedBase):
 
     def cut_batch(self, batch: Any) -> Any:
         """One global batch as per-replica values."""
-        return cut_batch(batch, self.mesh)
+        return cut_batch(batch, self.mesh, self.shares.now())
 
     def devices_under(self, worker_device: str) -> tuple[tuple[str, ...], str]:
         return tuple(f"{worker_device}/device:{name}" for name in self._local_devices), self._settings.device_type
@@ -331,7 +340,7 @@ class ZeroExtended(distributed.ExtendedBase):
         self._channel.agree("distributing a dataset", describe_dataset(dataset), "data sets")
         if self.mesh.workers > 1:
             dataset = in_order(dataset)
-        return self.input_account.watch(cut_dataset(dataset, self.mesh, self.comparison))
+        return self.input_account.watch(cut_dataset(dataset, self.mesh, self.comparison, self.shares))
 
 
 def _together(results: list) -> list:

@@ -347,7 +347,7 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
             to_build = list(trainable_variables)
             replica.merge_call(lambda strategy: self.build(to_build))
         gradients = self._counted(self._by_index(grads, trainable_variables), replica.strategy.extended)
-        replica.strategy.extended.forget_gathered()
+        replica.strategy.extended.end_of_gradients(gradients.values())
         gathers_late = self._trained.pending is not None and is_late()
         if tf.executing_eagerly():
             self._apply_eagerly(replica, gradients)

@@ -29,6 +29,7 @@ from tfzero.plan.settings import (
     check_reshard,
     choose_levels,
 )
+from tfzero.plan.shares import EVEN, check_rows
 from tfzero.report import Report, make_report
 from tfzero.rows.dependence import is_global
 from tfzero.rows.inputs import DataPosition, without_tuning
@@ -86,6 +87,10 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
             instead of while gradients are still in flight. It pays off on slow networks.
         compare_batches: number of batches that workers compare, by shape and content, at the start of every pass over
             data, before a step takes them. 0 turns this off, for data that may rightly differ.
+        rows: how the rows of each batch are dealt to the replicas, which makes no difference to the result: "even";
+            "measured", by their speed in `fit` (at stages 0 to 2; shares change once in 32 steps at most, and every
+            worker reads whole batches); or a share for each replica, those of the first worker first, such as `[2, 1]`.
+            Data of which each worker brings its own rows are dealt to that worker's replicas.
 
     Raises:
         ValueError: for settings, devices or a `TF_CONFIG` that are invalid or differ between workers.
@@ -119,6 +124,7 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         hierarchical: bool | str = "auto",
         overlap_param_gather: bool = False,
         compare_batches: int = DEFAULT_COMPARE_BATCHES,
+        rows: str | Sequence[float] = EVEN,
     ) -> None:
         patches.install()
         check_stage(stage)
@@ -132,6 +138,7 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         cluster = others_of(find_cluster(cluster_resolver))
         configure_cpu_devices()
         local = choose_devices(devices)
+        workers = 1 if cluster is None else cluster.size
         self.settings = Settings(
             stage,
             bucket_bytes,
@@ -145,8 +152,9 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
             hierarchical,
             overlap_param_gather,
             compare_batches,
+            check_rows(rows, workers * len(local), stage),
         )
-        workers, kind = 1 if cluster is None else cluster.size, self.settings.device_type
+        kind = self.settings.device_type
         self._surroundings = Surroundings(kind, len(local), workers)
         self.transport = choose(self._surroundings)  # chosen again when the workers have met
         self.levels = choose_levels(self.settings, workers, self.transport.obstacle_of_levels(kind))
@@ -262,7 +270,13 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         trained = [optimizer.trained for optimizer in self.optimizers]
         made = make_report(self.settings, self.extended.group, self.levels, self.extended.mesh, trained)
         account = self.extended.input_account
-        return replace(made, batches=account.batches, input_seconds=account.seconds, read_bytes=account.bytes)
+        return replace(
+            made,
+            options={**made.options, "rows": str(self.extended.shares)},
+            batches=account.batches,
+            input_seconds=account.seconds,
+            read_bytes=account.bytes,
+        )
 
     def cut_batch(self, batch: Any) -> Any:
         """Cuts one global batch into per-replica values, as `experimental_distribute_dataset` does.

@@ -107,7 +107,7 @@ def _make_function(
         strategy.extended.take_in(metric.variables)
         _make_result_global(metric, strategy)
     check = strategy.comparison.of_given(f"those given to `{step_function.__name__}`")
-    late = LateGathers.of(self, step_function, strategy)
+    late, trains = LateGathers.of(self, step_function, strategy), step_function == self.train_step
     function = original(self, step_function if late is None else late.step)
 
     def function_of_cut_batches(iterator: Any) -> Any:
@@ -116,7 +116,10 @@ def _make_function(
             function_of_cut_batches.element_spec = iterator.element_spec  # type: ignore[attr-defined]
         else:
             iterator = map(functools.partial(_cut_checked, strategy, check), iterator)
-        return function(iterator) if late is None else late.run(function, iterator)
+        logs = function(iterator) if late is None else late.run(function, iterator)
+        if trains:
+            strategy.extended.shares.rebalance(self.steps_per_execution)
+        return logs
 
     return function_of_cut_batches
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from tfzero.plan.formats import FORMATS
 from tfzero.plan.scheme import Scheme, scheme_of
+from tfzero.plan.shares import EVEN
 
 DEFAULT_MIN_SHARD_ELEMENTS = 1024
 DEFAULT_COMPARE_BATCHES = 2
@@ -27,6 +28,7 @@ class Settings:
     hierarchical: bool | str = "auto"
     overlap_param_gather: bool = False
     compare_batches: int = DEFAULT_COMPARE_BATCHES
+    rows: str | tuple[float, ...] = EVEN
 
     @property
     def scheme(self) -> Scheme:

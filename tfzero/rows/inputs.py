@@ -17,6 +17,7 @@ import tensorflow as tf
 from tfzero.host import batch_rows, datasets, runtime
 from tfzero.host.batch_rows import own_rows
 from tfzero.plan.mesh import Mesh
+from tfzero.rows.shares import RowShares
 from tfzero.workers.digests import BatchComparison
 
 
@@ -56,24 +57,34 @@ def rows_of(value: Any) -> tf.Tensor | None:
 
 
 def cut(
-    value: tf.Tensor | tf.RaggedTensor | tf.SparseTensor, part: int, parts: int, rows: tf.Tensor | None = None
+    value: tf.Tensor | tf.RaggedTensor | tf.SparseTensor,
+    part: int,
+    parts: int,
+    rows: tf.Tensor | None = None,
+    shares: tf.Tensor | None = None,
 ) -> tuple:
-    """Part `part` of `parts` of a batched tensor; rows are split as evenly as possible (`plan.split_rows`, in a graph).
+    """Part `part` of `parts` of a batched tensor, by `plan.split_rows` or `plan.shares.span`, in a graph.
 
     Args:
         value: the tensor.
         part: index of the part.
         parts: number of parts.
         rows: how many of the tensor's rows count, int64; the rest is padding. None for all.
+        shares: of the parts, int64 `[parts]`; None splits rows as evenly as possible.
 
     Returns:
         The part, and the number of its rows, int64. A part without rows is one row of padding. [Note: padding row]
     """
     present = rows_of(value)
     rows = present if rows is None else rows
-    size, rest = rows // parts, rows % parts
-    begin = part * size + tf.minimum(tf.constant(part, tf.int64), rest)
-    own = size + tf.cast(part < rest, tf.int64)
+    if shares is None:
+        size, rest = rows // parts, rows % parts
+        begin = part * size + tf.minimum(tf.constant(part, tf.int64), rest)
+        own = size + tf.cast(part < rest, tf.int64)
+    else:
+        ends = tf.concat([tf.zeros([1], tf.int64), tf.cumsum(shares)], 0)
+        begin, end = ((2 * rows * ends[k] + ends[-1]) // (2 * ends[-1]) for k in (part, part + 1))
+        own = end - begin
     first = tf.where(own > 0, begin, 0)
     return take_rows(value, first, tf.minimum(first + tf.maximum(own, 1), present)), own
 
@@ -92,14 +103,20 @@ def take_rows(
     return tf.compat.v1.placeholder_with_default(part, [None, *part.shape[1:]])
 
 
-def cut_batch(batch: Any, mesh: Mesh) -> Any:
-    """Cuts a batch: its structure, with per-replica values that hold the rows of each of this worker's replicas."""
+def cut_batch(batch: Any, mesh: Mesh, shares: tf.Tensor | None = None) -> Any:
+    """Cuts a batch: its structure, with per-replica values that hold the rows of each of this worker's replicas.
+
+    Args:
+        batch: a global batch.
+        mesh: the positions of the replicas.
+        shares: as in `cut`.
+    """
 
     def of_replicas(leaf: Any) -> Any:
         leaf = tf.convert_to_tensor(leaf) if isinstance(leaf, np.ndarray) else leaf
         if mesh.replicas == 1 or rows_of(leaf) is None:
             return runtime.per_replica([leaf] * mesh.devices_per_worker)
-        parts = [cut(leaf, mesh.part_of_rank(rank), mesh.replicas) for rank in mesh.ranks]
+        parts = [cut(leaf, mesh.part_of_rank(rank), mesh.replicas, shares=shares) for rank in mesh.ranks]
         return batch_rows.BatchParts(*zip(*parts, strict=True))
 
     return tf.nest.map_structure(of_replicas, batch)
@@ -197,7 +214,9 @@ def in_order(dataset: tf.data.Dataset) -> tf.data.Dataset:
     return dataset.with_options(options)
 
 
-def cut_dataset(dataset: tf.data.Dataset, mesh: Mesh, comparison: BatchComparison) -> tf.data.Dataset:
+def cut_dataset(
+    dataset: tf.data.Dataset, mesh: Mesh, comparison: BatchComparison, shares: RowShares | None = None
+) -> tf.data.Dataset:
     """A dataset of per-replica values: of every batch, the parts of this worker's replicas.
 
     The first batches are compared with those of the other workers as they are yielded. [Note: digests]
@@ -206,21 +225,24 @@ def cut_dataset(dataset: tf.data.Dataset, mesh: Mesh, comparison: BatchCompariso
     its data, as Keras does with the first batch of every `fit` and `evaluate`.
     """
     dataset = without_tuning(dataset)
-    cutting = _of_arrays(dataset, mesh) or _of_batches(dataset, mesh)
-    if not comparison.count:
+    cutting = _of_arrays(dataset, mesh, shares) or _of_batches(dataset, mesh, shares)
+    is_cut_ahead = shares is None or not shares.is_measured
+    if is_cut_ahead and not comparison.count:
         return _prepared_ahead(cutting.elements, cutting.parts)
     source = comparison.source(datasets.operations_of(dataset))
 
-    def note_and_cut(index: tf.Tensor, element: tuple) -> tuple:
-        return comparison.noted(lambda: cutting.whole(*element), index), cutting.parts(*element)
+    def prepare(index: tf.Tensor, element: tuple) -> tuple:
+        noted = comparison.noted(lambda: cutting.whole(*element), index) if comparison.count else ""
+        return noted, cutting.parts(*element) if is_cut_ahead else element
 
     @tf.autograph.experimental.do_not_convert
-    def give_out(noted: tf.Tensor, parts: Any) -> Any:
-        comparison.compared(noted, source)
-        return parts
+    def give_out(noted: tf.Tensor, prepared: Any) -> Any:
+        if comparison.count:
+            comparison.compared(noted, source)
+        return prepared if is_cut_ahead else cutting.parts(*prepared)
 
-    # A batch is compared when it is yielded.
-    return not_ahead(_prepared_ahead(cutting.elements.enumerate(), note_and_cut).map(give_out))
+    # A batch is compared when it is yielded, and cut then if shares may change between two steps.
+    return not_ahead(_prepared_ahead(cutting.elements.enumerate(), prepare).map(give_out))
 
 
 @dataclass(frozen=True)
@@ -238,25 +260,30 @@ class _Cutting:
     parts: Callable
 
 
-def _of_batches(dataset: tf.data.Dataset, mesh: Mesh) -> _Cutting:
+def _of_batches(dataset: tf.data.Dataset, mesh: Mesh, shares: RowShares | None) -> _Cutting:
     is_single = not isinstance(dataset.element_spec, tuple)
 
     def whole(*elements: Any) -> Any:
         return elements[0] if is_single else elements
 
-    elements = dataset.map(lambda element: (element,)) if is_single else dataset
-    return _Cutting(elements, whole, lambda *elements: cut_batch(whole(*elements), mesh))
+    def parts(*elements: Any) -> Any:
+        return cut_batch(whole(*elements), mesh, None if shares is None else shares.now())
+
+    in_tuple = tf.autograph.experimental.do_not_convert(lambda element: (element,))
+    return _Cutting(dataset.map(in_tuple) if is_single else dataset, whole, parts)
 
 
-def _of_arrays(dataset: tf.data.Dataset, mesh: Mesh) -> _Cutting | None:
-    """Of arrays, a worker gathers only its replicas' rows. None for any other dataset."""
-    by_index = datasets.rows_by_index(dataset) if mesh.workers > 1 else None
+def _of_arrays(dataset: tf.data.Dataset, mesh: Mesh, shares: RowShares | None) -> _Cutting | None:
+    """Of arrays, a worker gathers only its replicas' rows. None for any other dataset, and if batches are cut late."""
+    is_late = shares is not None and shares.is_measured
+    by_index = datasets.rows_by_index(dataset) if mesh.workers > 1 and not is_late else None
     if by_index is None:
         return None
     elements, gather = by_index
 
     def parts(indices: tf.Tensor, arrays: Any) -> Any:
-        cuts = [cut(indices, mesh.part_of_rank(rank), mesh.replicas) for rank in mesh.ranks]
+        given = None if shares is None else shares.now()
+        cuts = [cut(indices, mesh.part_of_rank(rank), mesh.replicas, shares=given) for rank in mesh.ranks]
         counts = [count for _, count in cuts]
 
         def of_replicas(*leaves: Any) -> Any:

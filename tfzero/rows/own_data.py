@@ -13,6 +13,7 @@ from tfzero.plan.mesh import Mesh
 from tfzero.rows.input_account import InputAccount
 from tfzero.rows.inputs import cut_dataset
 from tfzero.rows.sharded import ShardedFiles
+from tfzero.rows.shares import RowShares
 from tfzero.rows.unions import describe_parts, union
 from tfzero.workers.channel import Channel
 from tfzero.workers.digests import BatchComparison
@@ -49,6 +50,7 @@ class OwnData:
         comparison: of batches, whose connection is used while batches are handed out.
         name_of: names a worker by its index.
         account: of what input costs.
+        shares: of a batch, by which rows are dealt to a worker's replicas.
     """
 
     def __init__(
@@ -58,9 +60,10 @@ class OwnData:
         comparison: BatchComparison,
         name_of: Callable[[int], str],
         account: InputAccount,
+        shares: RowShares,
     ) -> None:
         self._mesh, self._channel, self._comparison, self._name_of = mesh, channel, comparison, name_of
-        self._account = account
+        self._account, self._shares = account, shares
         self._batches: weakref.WeakKeyDictionary[tf.data.Dataset, int | None] = weakref.WeakKeyDictionary()
         self._readers: weakref.WeakKeyDictionary[tf.data.Dataset, DealtFiles] = weakref.WeakKeyDictionary()
 
@@ -98,14 +101,14 @@ class OwnData:
             )
         self._comparison.note_reader(source)
         if mesh.workers == 1:
-            return self._account.watch(cut_dataset(source.read(shards), mesh, self._comparison))
+            return self._account.watch(cut_dataset(source.read(shards), mesh, self._comparison, self._shares))
         return self._union(source.read(shards, counts_passes=False), source)
 
     def of_own_rows(self, dataset: tf.data.Dataset) -> tf.data.Dataset:
         """The batches that this worker brings, as per-replica values. [Note: union]"""
         self._channel.agree("distributing rows of its own", describe_parts(dataset), "data sets")
         if self._mesh.workers == 1:
-            return self._account.watch(cut_dataset(dataset, self._mesh, self._comparison))
+            return self._account.watch(cut_dataset(dataset, self._mesh, self._comparison, self._shares))
         return self._union(dataset, None)
 
     def of_dealt_files(self, dataset: tf.data.Dataset) -> tf.data.Dataset:
@@ -161,7 +164,9 @@ class OwnData:
                 source.end()
             return _HAS in states
 
-        result = self._account.watch(union(dataset, self._mesh.devices_per_worker, goes_on))
+        result = self._account.watch(
+            union(dataset, self._mesh.devices_per_worker, goes_on, self._shares.of_this_worker)
+        )
         own = dataset.cardinality() if source is None else tf.data.UNKNOWN_CARDINALITY
         if source is None or source.dealing.counts is None:
             told = self._channel.all_gather("counting batches", int(own))

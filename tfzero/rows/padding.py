@@ -94,7 +94,8 @@ def _of_own_rows(function: Callable) -> Callable:
         _wait_for_batch((args, kwargs))
         args, kwargs = _padded((args, kwargs))
         _exchange_own_rows()
-        return _own_results(function(*args, **kwargs))
+        with tf.distribute.get_strategy().extended.shares.timed((args, kwargs)):
+            return _own_results(function(*args, **kwargs))
 
     return of_own_rows
 

@@ -7,6 +7,7 @@ out. Nothing after that stage runs ahead, so all workers agree in the order of t
 on which the first batches of other data sets are compared ([Note: digests]), where the same holds.
 """
 
+import functools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -66,13 +67,16 @@ def describe_parts(dataset: tf.data.Dataset) -> dict:
     return {f"part {place} of a batch": str(batch_rows.without_rows(spec)) for place, spec in specs}
 
 
-def union(dataset: tf.data.Dataset, devices: int, goes_on: Callable[[Any, Any], Any]) -> tf.data.Dataset:
+def union(
+    dataset: tf.data.Dataset, devices: int, goes_on: Callable[[Any, Any], Any], shares_of: Callable = lambda: None
+) -> tf.data.Dataset:
     """A dataset of per-replica values from this worker's own batches. [Note: union]
 
     Args:
         dataset: this worker's batches.
         devices: number of this worker's replicas.
         goes_on: called with the number of each batch, and whether this worker has it; whether any worker has it.
+        shares_of: gives the shares of its replicas, int64 `[devices]`, or None for even ones.
     """
     spec, is_single = dataset.element_spec, not isinstance(dataset.element_spec, tuple)
     padding = _components(tf.nest.map_structure(_row_of_zeros, spec))
@@ -91,7 +95,8 @@ def union(dataset: tf.data.Dataset, devices: int, goes_on: Callable[[Any, Any], 
         return last, (has_batch, tf.where(has_rows, rows, 0), own)
 
     def cut_own(has_batch: tf.Tensor, rows: tf.Tensor, components: tuple) -> tuple:
-        return has_batch, tf.nest.map_structure(lambda leaf: _parts(leaf, rows, devices), _batch_of(spec, components))
+        cut_leaf = functools.partial(_parts, rows=rows, devices=devices, shares=shares_of())
+        return has_batch, tf.nest.map_structure(cut_leaf, _batch_of(spec, components))
 
     def is_handed_out(index: tf.Tensor, element: tuple) -> tf.Tensor:
         return truth_of(goes_on, index, element[0])
@@ -140,8 +145,10 @@ def _row_of_zeros(spec: tf.TypeSpec) -> Any:
     return tf.zeros(shape, spec.dtype)
 
 
-def _parts(leaf: Any, rows: tf.Tensor, devices: int) -> Any:
+def _parts(leaf: Any, rows: tf.Tensor, devices: int, shares: tf.Tensor | None) -> Any:
     """A tensor's rows for each of this worker's replicas."""
     if rows_of(leaf) is None:
         return runtime.per_replica([leaf] * devices)
-    return batch_rows.BatchParts(*zip(*(cut(leaf, part, devices, rows) for part in range(devices)), strict=True))
+    return batch_rows.BatchParts(
+        *zip(*(cut(leaf, part, devices, rows, shares) for part in range(devices)), strict=True)
+    )

@@ -7,6 +7,7 @@ from typing import Any
 import tensorflow as tf
 
 from tfzero.host import graphs, runtime
+from tfzero.plan import shares
 from tfzero.plan.placement import split_rows
 from tfzero.rows.dependence import ROWS, mark
 from tfzero.rows.replica_run import current_run
@@ -40,7 +41,15 @@ class RowsVariable(ReplicatedVariable):
 
     def _span(self, part: int) -> tuple[int, int]:
         """The first row of a part of the batch, and the row after its last."""
-        return split_rows(self.shape[0], self.distribute_strategy.extended.mesh.replicas, part)
+        extended = self.distribute_strategy.extended
+        if extended.shares.is_measured:
+            raise ValueError(
+                f"{self.name!r} carries a row of state for each sample from batch to batch, so a row cannot move to "
+                "another replica, as with `rows='measured'`. Give a share for each replica, or leave `rows` at 'even'."
+            )
+        if extended.shares.shares is not None:
+            return shares.span(self.shape[0], part, extended.shares.shares)
+        return split_rows(self.shape[0], extended.mesh.replicas, part)
 
     def _own_rows(self) -> tf.Tensor:
         replica = self._replica()
@@ -61,7 +70,7 @@ class RowsVariable(ReplicatedVariable):
         extended, value = self.distribute_strategy.extended, tf.convert_to_tensor(value, self.dtype)
         spans = [self._span(part) for part in range(extended.mesh.replicas)]
         begin, end = spans[extended.mesh.part(replica)]
-        most = spans[0][1]  # the first part has as many rows as any
+        most = max(1, *(end - begin for begin, end in spans))
         rows = max(1, end - begin)  # [Note: padding row]
         with self._checked(tf.shape(value, tf.int64)[0], rows):
             padded = tf.pad(value, [[0, most - rows], *([0, 0] for _ in self.shape[1:])])
