@@ -321,7 +321,10 @@ class ZeroExtended(distributed.ExtendedBase):
             return self.own_data.of_own_rows(dataset)
         if self.mesh.workers > 1 and is_dealt_by_files(dataset):
             return self.own_data.of_dealt_files(dataset)
-        if self.mesh.workers > 1 and sharded.is_within(dataset):
+        within = sharded.sources_within(dataset)
+        for each in within:
+            self.comparison.note_reader(each)
+        if self.mesh.workers > 1 and within and source is None:
             warnings.warn(sharded.READ_WHOLE, stacklevel=2)
         return None
 

@@ -13,7 +13,7 @@ from tfzero.host.patches import patch
 from tfzero.keras.model_building import build_unless_the_step_does
 from tfzero.keras.training import strategy_of
 from tfzero.rows.inputs import DataPosition
-from tfzero.rows.sharded import source_of
+from tfzero.rows.sharded import source_of, sources_within
 from tfzero.strategy import ZeroStrategy
 
 _EMPTY = "The data set is empty: it has no batch. Pass at least one sample."
@@ -56,6 +56,8 @@ class _Epochs(EpochsBase):
             else:  # a new iterator reshuffles when it gives its first batch
                 runtime.draw_batches(self, steps, 1)
                 steps.close()
+                for each in sources_within(self.data_adapter.get_tf_dataset()):
+                    each.end()
                 runtime.end_epoch(self, place.epoch_batches)
         steps = super().steps_of_epoch()
         runtime.draw_batches(self, steps, place.batches)
@@ -97,8 +99,10 @@ def _epoch_iterator(
         original(self, distribute_strategy, *args, **kwargs)
     self.__class__, self.place = _Epochs, position
     self.worker = distribute_strategy.extended.name_of_worker
+    source = source_of(self.data_adapter.get_tf_dataset())
+    if source is not None:
+        source.seek(0, 0)  # a place that an interrupted run has left
     if position is not None:
-        source = source_of(self.data_adapter.get_tf_dataset())
         position.note_batch_size(self.data_adapter if source is None else source.dealing)
     if distribute_strategy.extended.mesh.workers > 1:
         given, own_data = self.data_adapter.num_batches, distribute_strategy.extended.own_data

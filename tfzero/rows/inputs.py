@@ -154,12 +154,7 @@ def check_shardable(dataset: tf.data.Dataset, workers: int) -> None:
             "rows, say so by `tfzero.own_rows(dataset)`, as OFF alone means in TensorFlow that every worker reads all, "
             "or with `strategy.distribute_datasets_from_function`; to divide files use `tfzero.sharded_dataset`."
         )
-    for spec in tf.nest.flatten(dataset.element_spec):
-        if getattr(spec, "shape", None) is not None and spec.shape.rank == 0:
-            raise ValueError(
-                f"A dataset for a ZeroStrategy must be batched, with the global batch size, but its elements hold a "
-                f"scalar: {dataset.element_spec}. Call `dataset.batch(global_batch_size)` first."
-            )
+    check_batched(dataset)
     if workers > 1 and [0, 0] in runtime.shuffle_seeds(dataset):
         warnings.warn(
             "The dataset shuffles without a seed, so every worker sees another order and the global batches are not "
@@ -173,6 +168,16 @@ def check_shardable(dataset: tf.data.Dataset, workers: int) -> None:
             "see other orders, and global batches that are not those of one device. Leave `deterministic` away.",
             stacklevel=2,
         )
+
+
+def check_batched(dataset: tf.data.Dataset) -> None:
+    """Refuses datasets whose elements hold a scalar."""
+    for spec in tf.nest.flatten(dataset.element_spec):
+        if getattr(spec, "shape", None) is not None and spec.shape.rank == 0:
+            raise ValueError(
+                f"A dataset for a ZeroStrategy must be batched, with the global batch size, but its elements hold a "
+                f"scalar: {dataset.element_spec}. Call `dataset.batch(global_batch_size)` first."
+            )
 
 
 def describe_dataset(dataset: tf.data.Dataset) -> dict:

@@ -11,9 +11,9 @@ import tensorflow as tf
 from tfzero.host import datasets
 from tfzero.plan.mesh import Mesh
 from tfzero.rows.input_account import InputAccount
-from tfzero.rows.inputs import cut_dataset
+from tfzero.rows.inputs import check_batched, cut_dataset
 from tfzero.rows.sharded import ShardedFiles
-from tfzero.rows.unions import describe_parts, union
+from tfzero.rows.unions import check_parts, describe_parts, union
 from tfzero.workers.channel import Channel
 from tfzero.workers.digests import BatchComparison
 
@@ -98,11 +98,17 @@ class OwnData:
             )
         self._comparison.note_reader(source)
         if mesh.workers == 1:
-            return self._account.watch(cut_dataset(source.read(shards), mesh, self._comparison))
-        return self._union(source.read(shards, counts_passes=False), source)
+            cut = cut_dataset(source.read(shards), mesh, self._comparison)
+            return self._account.watch(source.counted(cut))  # behind all that is prepared ahead
+        return self._union(source.read(shards), source)
 
     def of_own_rows(self, dataset: tf.data.Dataset) -> tf.data.Dataset:
-        """The batches that this worker brings, as per-replica values. [Note: union]"""
+        """The batches that this worker brings, as per-replica values. [Note: union]
+
+        Raises:
+            ValueError: if elements are no batches, or workers' structures differ.
+        """
+        check_batched(dataset)
         self._channel.agree("distributing rows of its own", describe_parts(dataset), "data sets")
         if self._mesh.workers == 1:
             return self._account.watch(cut_dataset(dataset, self._mesh, self._comparison))
@@ -145,6 +151,7 @@ class OwnData:
         return result
 
     def _union(self, dataset: tf.data.Dataset, source: ShardedFiles | None) -> tf.data.Dataset:
+        check_parts(dataset)
         name, number = self._comparison.new_data_set(), 0
 
         def goes_on(index: np.int64, has_batch: np.bool_) -> bool:

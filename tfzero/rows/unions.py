@@ -66,6 +66,16 @@ def describe_parts(dataset: tf.data.Dataset) -> dict:
     return {f"part {place} of a batch": str(batch_rows.without_rows(spec)) for place, spec in specs}
 
 
+def check_parts(dataset: tf.data.Dataset) -> None:
+    """Refuses parts of batches for which no row of padding can be made."""
+    for place, spec in enumerate(tf.nest.flatten(dataset.element_spec)):
+        if getattr(spec, "shape", None) is None or spec.shape.rank is None:
+            raise ValueError(
+                "Where each worker brings its own rows, every part of a batch must be a tensor with a known number of "
+                f"axes, but part {place} is {spec}. Give it one by `tf.ensure_shape`; leave out a part that is None."
+            )
+
+
 def union(dataset: tf.data.Dataset, devices: int, goes_on: Callable[[Any, Any], Any]) -> tf.data.Dataset:
     """A dataset of per-replica values from this worker's own batches. [Note: union]
 

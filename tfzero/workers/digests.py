@@ -44,6 +44,11 @@ _ADVICE = (
     "`tfzero.own_rows(dataset)`. `ZeroStrategy(compare_batches=0)` leaves the comparison away."
 )
 
+# Errors for which no file is to blame.
+_NOT_OF_DATA = (
+    tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError, tf.errors.DeadlineExceededError,
+    tf.errors.ResourceExhaustedError,
+)  # fmt: skip
 _OF_PREDICTIONS = "Nothing is trained with them; the predictions are of the rows that each worker kept of its own."
 _OF_DRAWS = "Random operations may rightly draw other numbers on each worker, so it goes on."
 
@@ -118,7 +123,7 @@ class BatchComparison:
         except tf.errors.OpError as error:
             if self._failure is not None:
                 raise self._failure from None
-            for reader in list(self._readers):
+            for reader in [] if isinstance(error, _NOT_OF_DATA) else list(self._readers):
                 if (explained := reader.blame(error)) is not None:
                     self._channel.fail(explained)
                     raise explained from error
