@@ -63,8 +63,7 @@ def sharded_dataset(
         shuffle: elements in the buffer that shuffles within each file; the files of a shard then come in another order
             in every pass. 0 keeps the order.
         seed: of the order, which depends on it and on the number of passes that have ended.
-        counts: number of elements of each file, so that a resumed run skips whole files. If there are fewer it is an
-            error; more may be left out.
+        counts: number of elements of each file; a resumed run then skips whole files. Fewer elements are an error.
         parallel_calls: elements that are decoded at the same time; None lets `tf.data` choose.
 
     Returns:
