@@ -313,7 +313,10 @@ class ZeroExtended(distributed.ExtendedBase):
 
     def own_part(self, dataset: tf.data.Dataset) -> tf.data.Dataset | None:
         """What this worker reads by itself of a dataset; None if every worker reads all."""
-        source = sharded.source_of(dataset)
+        source, within = sharded.source_of(dataset), sharded.sources_within(dataset)
+        for each in within:
+            each.seek(0, 0)  # a place that an interrupted run has left
+            self.comparison.note_reader(each)
         # Predictions come in the order of whole batches.
         if source is not None and not self.comparison.only_predicts:
             return self.own_data.of_files(source, dataset)
@@ -321,9 +324,6 @@ class ZeroExtended(distributed.ExtendedBase):
             return self.own_data.of_own_rows(dataset)
         if self.mesh.workers > 1 and is_dealt_by_files(dataset):
             return self.own_data.of_dealt_files(dataset)
-        within = sharded.sources_within(dataset)
-        for each in within:
-            self.comparison.note_reader(each)
         if self.mesh.workers > 1 and within and source is None:
             warnings.warn(sharded.READ_WHOLE, stacklevel=2)
         return None

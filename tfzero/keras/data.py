@@ -40,7 +40,8 @@ class _Epochs(EpochsBase):
             yield step
 
     def steps_from(self, place: DataPosition) -> Generator[Any, None, None]:
-        source = source_of(self.data_adapter.get_tf_dataset()) if place.epochs or place.batches else None
+        given = self.data_adapter.get_tf_dataset() if place.epochs or place.batches else None
+        source = source_of(given)
         if source is not None and not self.steps_per_epoch:
             source.seek(place.epochs, place.batches)
             if place.epochs:
@@ -56,7 +57,7 @@ class _Epochs(EpochsBase):
             else:  # a new iterator reshuffles when it gives its first batch
                 runtime.draw_batches(self, steps, 1)
                 steps.close()
-                for each in sources_within(self.data_adapter.get_tf_dataset()):
+                for each in sources_within(given):
                     each.end()
                 runtime.end_epoch(self, place.epoch_batches)
         steps = super().steps_of_epoch()
@@ -99,10 +100,8 @@ def _epoch_iterator(
         original(self, distribute_strategy, *args, **kwargs)
     self.__class__, self.place = _Epochs, position
     self.worker = distribute_strategy.extended.name_of_worker
-    source = source_of(self.data_adapter.get_tf_dataset())
-    if source is not None:
-        source.seek(0, 0)  # a place that an interrupted run has left
     if position is not None:
+        source = source_of(self.data_adapter.get_tf_dataset())
         position.note_batch_size(self.data_adapter if source is None else source.dealing)
     if distribute_strategy.extended.mesh.workers > 1:
         given, own_data = self.data_adapter.num_batches, distribute_strategy.extended.own_data

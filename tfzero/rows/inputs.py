@@ -305,6 +305,11 @@ def without_tuning(dataset: tf.data.Dataset) -> tf.data.Dataset:
     return dataset.with_options(options)
 
 
-def _prepared_ahead(dataset: tf.data.Dataset, function: Callable) -> tf.data.Dataset:
+def mapped(dataset: tf.data.Dataset, function: Callable) -> tf.data.Dataset:
+    """A function of ours for several elements at a time, which keep their order."""
     function = tf.autograph.experimental.do_not_convert(function)
-    return dataset.map(function, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).prefetch(tf.data.AUTOTUNE)
+    return dataset.map(function, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+
+
+def _prepared_ahead(dataset: tf.data.Dataset, function: Callable) -> tf.data.Dataset:
+    return mapped(dataset, function).prefetch(tf.data.AUTOTUNE)

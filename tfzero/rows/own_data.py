@@ -96,7 +96,6 @@ class OwnData:
                 f"Files of a sharded_dataset cannot be read: {'. '.join(faults)}. All workers must see all files; "
                 "leave out those without elements."
             )
-        self._comparison.note_reader(source)
         if mesh.workers == 1:
             cut = cut_dataset(source.read(shards), mesh, self._comparison)
             return self._account.watch(source.counted(cut))  # behind all that is prepared ahead

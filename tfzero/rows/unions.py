@@ -14,7 +14,7 @@ from typing import Any
 import tensorflow as tf
 
 from tfzero.host import batch_rows, datasets, runtime
-from tfzero.rows.inputs import cut, not_ahead, rows_of, take_rows, truth_of, without_tuning
+from tfzero.rows.inputs import cut, mapped, not_ahead, rows_of, take_rows, truth_of, without_tuning
 
 _own: weakref.WeakSet = weakref.WeakSet()
 
@@ -107,16 +107,11 @@ def union(dataset: tf.data.Dataset, devices: int, goes_on: Callable[[Any, Any], 
         return truth_of(goes_on, index, element[0])
 
     endless = tf.data.Dataset.from_tensors((False, padding)).repeat()
-    batches = _mapped(dataset, with_flag).concatenate(endless)
+    batches = mapped(dataset, with_flag).concatenate(endless)
     batches = batches.scan(padding, tf.autograph.experimental.do_not_convert(padded))
-    batches = _mapped(batches, cut_own).prefetch(tf.data.AUTOTUNE).enumerate()
+    batches = mapped(batches, cut_own).prefetch(tf.data.AUTOTUNE).enumerate()
     batches = batches.take_while(tf.autograph.experimental.do_not_convert(is_handed_out))
     return without_tuning(not_ahead(batches.map(lambda _, element: element[1])))
-
-
-def _mapped(dataset: tf.data.Dataset, function: Callable) -> tf.data.Dataset:
-    function = tf.autograph.experimental.do_not_convert(function)
-    return dataset.map(function, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
 
 
 def _components(batch: Any) -> tuple:
