@@ -3,6 +3,7 @@
 import os
 import shutil
 import time
+import types
 import unittest.mock
 import warnings
 from pathlib import Path
@@ -172,7 +173,8 @@ def test_nothing_is_agreed_ahead_of_its_step(tmp_path):
         asked.append((int(index), bool(has_batch)))
         return index < 6
 
-    parts = iter(union(rows_of_worker(0, 2, False), 2, goes_on))
+    turns = types.SimpleNamespace(asked=lambda index: True, goes_on=goes_on)
+    parts = iter(union(rows_of_worker(0, 2, False), 2, turns))
     next(parts)
     next(parts)
     time.sleep(0.3)
@@ -401,8 +403,12 @@ def test_where_a_run_goes_on(tmp_path, counts):
     steps_of(uninterrupted, mapped(data_of(files, counts=counts)), 3)
     callback = interrupted("mapped", whole + 3, mapped)
     steps_of(resumed, mapped(data_of(files, counts=counts)), 3, callback)
-    for mine, theirs in zip(resumed.get_weights(), uninterrupted.get_weights(), strict=True):
-        np.testing.assert_allclose(mine, theirs, **EXACT)
+    # With other steps per execution it goes on with the same batch.
+    several = compiled(model_of(strategy), steps=4)
+    steps_of(several, data_of(files, counts=counts), 3, interrupted("one step at a time", 3))
+    for model in (resumed, several):
+        for mine, theirs in zip(model.get_weights(), uninterrupted.get_weights(), strict=True):
+            np.testing.assert_allclose(mine, theirs, **EXACT)
 
 
 def test_what_cannot_be_read_is_named(tmp_path):
@@ -471,7 +477,7 @@ def error_of(call):
     """The text of a refusal."""
     try:
         call()
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, tf.errors.OpError) as error:
         return f"{type(error).__name__}: {error}"
     return ""
 
@@ -571,8 +577,25 @@ def run_cases(files, folder, devices, is_short):
     }  # fmt: skip
     callback = tfzero.CheckpointCallback(folder, save_every_steps=1, asynchronous=False)
     found["halted"] = error_of(lambda: halted(strategy, data_of(files), callback))
-    found["errors"]["damaged"] = error_of(lambda: fit(data_of(damaged(files, folder), shuffle=0)))  # ends the channel
+    found["errors"] |= {
+        "fails": error_of(lambda: fit(failing(own, at=2 if mesh.worker else None))),
+        "fails at once": error_of(lambda: fit(failing(own, at=None if mesh.worker else 0))),
+        "fails on all": error_of(lambda: fit(failing(own, at=1))),
+        "damaged": error_of(lambda: fit(data_of(damaged(files, folder), shuffle=0))),
+    }
+    found["after errors"] = outcome(strategy, own)
     return found
+
+
+def failing(dataset, at):
+    """The same batches, of which one cannot be made."""
+    bad = -1 if at is None else at
+
+    def check(index, batch):
+        with tf.control_dependencies([tf.debugging.Assert(index != bad, ["a bad batch"])]):
+            return tf.nest.map_structure(tf.identity, batch)
+
+    return dataset.enumerate().map(check)
 
 
 def other_contents(folder, worker):
@@ -613,7 +636,8 @@ def halted(strategy, data, *callbacks, after=12):
             raise RuntimeError("halted")
 
     ending = keras.callbacks.LambdaCallback(on_train_batch_end=note)
-    compiled(model_of(strategy)).fit(data, epochs=3, verbose=0, shuffle=False, callbacks=[*callbacks, ending])
+    fit = compiled(model_of(strategy)).fit
+    fit(data, epochs=3, verbose=0, shuffle=False, callbacks=[*callbacks, ending], validation_data=data)
 
 
 @pytest.mark.parametrize(("devices", "is_short"), [(2, True), sweep(2, False), sweep(1, False)])
@@ -624,13 +648,14 @@ def test_workers(tmp_path, devices, is_short):
     one_device = {
         "files": outcome(None, data_of(files), data_of(files), data_of(files, shuffle=0)),
         "own rows": outcome(None, own_of_whole(), own_of_whole()),
+        "after errors": outcome(None, own_of_whole()),
         "two steps at a time": outcome(None, own_of_whole(), steps=2),
         "by files": outcome(None, unions_of(by_workers(files))),
         "from a function": outcome(None, unions_of([for_replicas(worker, 6) for worker in range(2)])),
     }
     if not is_short:
         one_device["counted"] = outcome(None, data_of(files, counts=SIZES))
-    for found in fleet:
+    for worker, found in enumerate(fleet):
         for case, expected in one_device.items():
             assert_equal(found[case], expected)
         batches, has_waited, read_bytes = found["account"]
@@ -651,6 +676,11 @@ def test_workers(tmp_path, devices, is_short):
         assert "3 shards can be read by [1, 3] workers" in errors["shards"]
         assert found["halted"] == "RuntimeError: halted"
         assert "worker 1 cannot read" in errors["damaged"] and "damaged.tfrecord" in errors["damaged"]
+        for case, at, bad in (("fails", 2, 1), ("fails at once", 0, 0), ("damaged", 3, 1)):
+            told = f"RuntimeError: Reading batch {at} of pass 1 over data set"
+            assert (told in errors[case] and f"failed on worker {bad}: " in errors[case]) is (worker != bad)
+        assert "a bad batch" in errors["fails"] and "a bad batch" in errors["fails at once"]
+        assert errors["fails on all"].startswith("InvalidArgumentError") and "a bad batch" in errors["fails on all"]
     resumed_elsewhere(files, folder, [SIZES] if is_short else [None, SIZES])
 
 
@@ -659,7 +689,8 @@ def resumed_elsewhere(files, folder, known):
     uninterrupted = compiled(model_of())
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Your input ran out of data")
-        uninterrupted.fit(data_of(files), epochs=3, verbose=0, shuffle=False)
+        data = data_of(files)
+        uninterrupted.fit(data, epochs=3, verbose=0, shuffle=False, validation_data=data)  # which counts its passes
         for number, counts in enumerate(known):
             decoded = []
 
@@ -671,7 +702,7 @@ def resumed_elsewhere(files, folder, known):
             model = compiled(model_of(strategy_of(len(known) - number)))
             callback = tfzero.CheckpointCallback(again, save_every_epochs=9)
             data = data_of(files, decode=counting, counts=counts)
-            model.fit(data, epochs=3, verbose=0, shuffle=False, callbacks=[callback])
-            assert 0 < len(decoded) < 2 * sum(SIZES)
+            model.fit(data, epochs=3, verbose=0, shuffle=False, callbacks=[callback], validation_data=data)
+            assert 0 < len(decoded) < (2 + 2) * sum(SIZES)
             for mine, theirs in zip(model.get_weights(), uninterrupted.get_weights(), strict=True):
                 np.testing.assert_allclose(mine, theirs, **EXACT)

@@ -7,7 +7,7 @@ batch, possibly without rows, so they always run the same number of steps.
 
 import contextlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,16 +27,24 @@ class DataPosition:
     Args:
         epochs: number of epochs begun before.
         batches: batches of the current epoch that are already trained on.
-        epoch_batches: batches of the previous epoch.
         randomness: the state from which the pipeline is built (`runtime.random_state`), once known.
+        passes: passes that have ended over each `sharded_dataset` that the data are, or are made from; validation may
+            have made some of them. None if unknown.
         batch_size: samples in a batch of the training data, if Keras knows it.
+        sources: those `sharded_dataset`s (`ShardedFiles`), once known.
     """
 
     epochs: int = 0
     batches: int = 0
-    epoch_batches: int = 0
     randomness: dict | None = None
+    passes: Sequence[int] | None = None
     batch_size: int | None = None
+    sources: Sequence = ()
+
+    def passes_of(self, source: Any) -> int:
+        """Passes over one of the sources that lie behind the position."""
+        known = self.passes if self.passes and len(self.passes) == len(self.sources) else None
+        return source.passes + self.epochs if known is None else known[list(self.sources).index(source)]
 
     def note_batch_size(self, data_adapter: Any) -> None:
         """Notes the batch size of Keras's data adapter."""

@@ -105,9 +105,9 @@ def source_of(dataset: Any) -> "ShardedFiles | None":
     return _sources.get(dataset) if isinstance(dataset, tf.data.Dataset) else None
 
 
-def sources_within(dataset: tf.data.Dataset) -> list["ShardedFiles"]:
+def sources_within(dataset: tf.data.Dataset | None) -> list["ShardedFiles"]:
     """What the datasets of `sharded_dataset` read that a pipeline is, or is made from."""
-    return [_sources[each] for each in datasets.pipeline(dataset) if each in _sources]
+    return [] if dataset is None else [_sources[each] for each in datasets.pipeline(dataset) if each in _sources]
 
 
 class ShardedFiles:
@@ -178,9 +178,8 @@ class ShardedFiles:
     # The place in the data.
 
     def seek(self, passes: int, batches: int) -> None:
-        """Lets so many more passes, and so many batches of the next one, lie behind."""
-        self.passes += passes
-        self._skipped = batches
+        """Goes to where so many passes, and so many batches of the next one, lie behind."""
+        self.passes, self._skipped = passes, batches
 
     @property
     def is_at_start(self) -> bool:

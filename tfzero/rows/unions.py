@@ -8,8 +8,7 @@ on which the first batches of other data sets are compared ([Note: digests]), wh
 """
 
 import weakref
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import tensorflow as tf
 
@@ -76,13 +75,23 @@ def check_parts(dataset: tf.data.Dataset) -> None:
             )
 
 
-def union(dataset: tf.data.Dataset, devices: int, goes_on: Callable[[Any, Any], Any]) -> tf.data.Dataset:
+class Turns(Protocol):
+    """The batches of a union that workers agree on. Numbers count from the beginning of a pass."""
+
+    def asked(self, index: Any) -> Any:
+        """A step asks for a batch. True."""
+
+    def goes_on(self, index: Any, has_batch: Any) -> Any:
+        """Whether any worker has the batch, by whether this one has it."""
+
+
+def union(dataset: tf.data.Dataset, devices: int, turns: Turns) -> tf.data.Dataset:
     """A dataset of per-replica values from this worker's own batches. [Note: union]
 
     Args:
         dataset: this worker's batches.
         devices: number of this worker's replicas.
-        goes_on: called with the number of each batch, and whether this worker has it; whether any worker has it.
+        turns: what is called for each batch.
     """
     spec, is_single = dataset.element_spec, not isinstance(dataset.element_spec, tuple)
     padding = _components(tf.nest.map_structure(_row_of_zeros, spec))
@@ -103,13 +112,15 @@ def union(dataset: tf.data.Dataset, devices: int, goes_on: Callable[[Any, Any], 
     def cut_own(has_batch: tf.Tensor, rows: tf.Tensor, components: tuple) -> tuple:
         return has_batch, tf.nest.map_structure(lambda leaf: _parts(leaf, rows, devices), _batch_of(spec, components))
 
-    def is_handed_out(index: tf.Tensor, element: tuple) -> tf.Tensor:
-        return truth_of(goes_on, index, element[0])
+    def is_handed_out(asked: tuple, element: tuple) -> tf.Tensor:
+        return truth_of(turns.goes_on, asked[0], element[0])
 
     endless = tf.data.Dataset.from_tensors((False, padding)).repeat()
     batches = mapped(dataset, with_flag).concatenate(endless)
     batches = batches.scan(padding, tf.autograph.experimental.do_not_convert(padded))
-    batches = mapped(batches, cut_own).prefetch(tf.data.AUTOTUNE).enumerate()
+    batches = mapped(batches, cut_own).prefetch(tf.data.AUTOTUNE)
+    asked = tf.data.Dataset.counter().map(lambda index: (index, truth_of(turns.asked, index)))
+    batches = tf.data.Dataset.zip(asked, batches)  # in this order
     batches = batches.take_while(tf.autograph.experimental.do_not_convert(is_handed_out))
     return without_tuning(not_ahead(batches.map(lambda _, element: element[1])))
 
