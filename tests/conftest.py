@@ -37,7 +37,10 @@ FAST = (
 # `pytest -m cells`: what may differ between versions of TensorFlow and Keras (`.ci/cells`), by names of functions or of
 # their cases; by None all of a file. Of the fleets of `test_workers` one runs.
 CELLS = {
-    "test_checkpoints": ("test_another_number_of_replicas_goes_on_as_one_device",),
+    "test_checkpoints": (
+        "test_another_number_of_replicas_goes_on_as_one_device",
+        "test_other_steps_per_execution_go_on_with_the_same_batch[2-3-4-arrays]",
+    ),
     "test_compat": None,
     "test_keras_files": ("test_one_worker_writes", "test_plain_keras_loads_what_workers_saved"),
     "test_late_gathers": ("test_result_is_that_of_gathers_at_once[int8]", "test_an_error_tells_what_it_leaves"),

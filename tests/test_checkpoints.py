@@ -372,6 +372,39 @@ def test_another_number_of_replicas_goes_on_as_one_device(before, after, tmp_pat
         np.testing.assert_allclose(values, history[name][-2:], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")
+@pytest.mark.parametrize("fit", [arrays, dataset_of_unknown_length])
+@pytest.mark.parametrize(("before", "after", "crash"), [(1, 2, 8), (1, 4, 7), (2, 3, 4)])
+def test_other_steps_per_execution_go_on_with_the_same_batch(fit, before, after, crash, tmp_path):
+    """Of five batches an epoch. On Keras 3.10 as well, which numbers executions by their first batch."""
+
+    def made():  # without a seed, which an execution may draw before it finds that there is no batch
+        return keras.Sequential([keras.Input((3,)), layers.Dense(5, activation="tanh"), layers.Dense(3)])
+
+    def run(steps, *callbacks):
+        keras.utils.set_random_seed(1)
+        model = compiled(make_strategy(), make_model=made)
+        model.set_weights(initial)
+        model.steps_per_execution = steps
+        fit(model, list(callbacks), epochs=3)
+        return model
+
+    def checkpoints():
+        return tfzero.CheckpointCallback(tmp_path, save_every_steps=1)
+
+    initial = compiled(None, make_model=made).get_weights()
+    expected = run(1)
+    with pytest.raises(Interruption.Crash):
+        run(before, checkpoints(), Interruption(crash))
+    callback = checkpoints()
+    actual = run(after, callback)
+    for mine, theirs in zip(actual.get_weights(), expected.get_weights(), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-6)
+    assert int(actual.optimizer.iterations) == 15
+    if fit is arrays:  # else nothing tells how many steps the last execution had
+        assert callback.step == 15
+
+
 def test_without_a_seed_every_sample_still_comes_once(tmp_path):
     strategy = make_strategy()
     seen = []

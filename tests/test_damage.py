@@ -187,7 +187,7 @@ GOOD = {
     ],
     "position": {
         "epoch": 3, "batch": 1, "epoch_batches": 2, "first_epoch": 0, "finished": None,
-        "randomness": {"seed": None, "python": [3, [0] * 624 + [624], None]},
+        "randomness": {"seed": None, "python": [3, [0] * 624 + [624], None]}, "passes": [2],
     },
 }  # fmt: skip
 FAULTS = {
@@ -211,6 +211,7 @@ FAULTS = {
     ("position", "batch"): [-1, 8, "1", 1.0],
     ("position", "first_epoch"): [4, -1, "0"],
     ("position", "finished"): [-1, "x"],
+    ("position", "passes"): [2, ["2"], [-1], [None], {}],
     ("position", "randomness"): [1, {}, {"seed": "x"}, {"seed": 1, "python": [3, [0] * 3, None]}],
     ("position", "randomness", "python"): [[2, [0] * 625, 0.0], [3, [0] * 624 + [625], 0.0], [3, [2**32] * 625, 0.0]],
 }  # fmt: skip

@@ -27,6 +27,8 @@ def hold_in_all_ways(strategy) -> dict:
 
     with strategy.gathered([kernel, kernel]):
         kernel.assign(start + 1)
+        assert_other_shapes_are_refused(kernel.value)
+    assert_other_shapes_are_refused(kernel.value)
     seen["twice"] = np.array(kernel) - start
     with strategy.gathered(model.weights):
         kernel.assign(start + 2)
@@ -51,6 +53,14 @@ def hold_in_all_ways(strategy) -> dict:
         slot.assign(start)
     seen["slot"] = np.array(slot) - start + 1
     return {name: np.unique(values).tolist() for name, values in seen.items()}
+
+
+def assert_other_shapes_are_refused(variable):
+    """Given to the `tf.Variable` itself, as Keras would refuse them. A shard may have such a shape."""
+    for value in (np.ones(35, "float32"), tf.ones([5, 7]), tf.ones([]), tf.ones(variable.values[0].shape)):
+        if value.shape != variable.shape:
+            with pytest.raises(ValueError, match="hape"):
+                variable.assign(value)
 
 
 EXPECTED = {

@@ -209,6 +209,7 @@ def _train(strategy, depth, width, steps):
 def _measure_depths() -> dict:
     """Bytes held between steps and at the peak of a step, by depth."""
     import gc
+    import time
 
     import keras
     import tensorflow as tf
@@ -216,20 +217,24 @@ def _measure_depths() -> dict:
     def info():
         return tf.config.experimental.get_memory_info("CPU:0")
 
+    def held():
+        """Without what threads still send to a worker that is behind, or let go after a step has ended."""
+        gc.collect()
+        return min(info()["current"] for _ in range(20) if time.sleep(0.05) is None)
+
     # Layers of 1 MiB, each in a bucket of its own, as larger ones are by default.
     strategy = tfzero.ZeroStrategy(3, bucket_bytes=2**20)
     figures: dict = {}
     for depth in DEPTHS:
-        gc.collect()
-        before = info()["current"]
+        before = held()
         model = _train(strategy, depth, DEEP_WIDTH, steps=1)
         tf.config.experimental.reset_memory_stats("CPU:0")
         rows = DEEP_ROWS * strategy.num_replicas_in_sync
         x = tf.ones([rows, DEEP_WIDTH])
         for _ in range(3):
             model.train_on_batch(x, x)
-        gc.collect()
-        figures[depth] = {"peak": info()["peak"] - before, "held": info()["current"] - before}
+        peak = info()["peak"]
+        figures[depth] = {"peak": peak - before, "held": held() - before}
         del model
         keras.backend.clear_session()
     return figures

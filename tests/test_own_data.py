@@ -3,6 +3,7 @@
 import os
 import shutil
 import time
+import types
 import unittest.mock
 import warnings
 from pathlib import Path
@@ -26,7 +27,7 @@ from tfzero.rows.input_account import InputAccount
 from tfzero.rows.inputs import cut_dataset
 from tfzero.rows.own_data import DealtFiles
 from tfzero.rows.sharded import sharded_dataset, source_of
-from tfzero.rows.unions import union
+from tfzero.rows.unions import check_parts, union
 from tfzero.workers.digests import BatchComparison
 
 SIZES = (11, 7, 9, 12, 8, 10, 9)  # samples of each file: shards end at different times
@@ -112,6 +113,7 @@ def test_every_file_is_dealt_to_one_shard(shuffles):
         assert sorted(file for files in dealt for file in files) == list(range(11))
         assert [len(files) for files in dealt] == [3, 3, 3, 2]
     assert (dealing.deal(0) == dealing.deal(1)) is not shuffles
+    assert [set(files) for files in dealing.deal(0)] == [set(files) for files in dealing.deal(1)]  # as long passes
     assert dealing.deal(1) == FileShards(11, 4, 8, shuffles, seed=2).deal(1)
     assert (dealing.deal(1) == FileShards(11, 4, 8, shuffles, seed=3).deal(1)) is not shuffles
     for workers in (1, 2, 4):
@@ -124,7 +126,7 @@ def test_every_file_is_dealt_to_one_shard(shuffles):
 
 def test_whole_files_are_skipped_if_their_counts_are_known():
     dealing = FileShards(4, 2, 4, counts=(5, 5, 7, 2))
-    assert dealing.batches(0) == 6
+    assert dealing.batches == 6
     start = dealing.start(0, 4, [0, 1])
     assert (start.files, start.skips) == ([[2], []], [3, 1])
     assert FileShards(4, 2, 4, counts=(4, 4, 7, 2)).start(0, 2, [0, 1]).files == [[2], [3]]  # at the end of files
@@ -155,7 +157,7 @@ def test_batches_are_the_union_of_all_shards_whoever_reads_them(tmp_path, counts
             source = source_of(data_of(files, counts=counts))
             source.seek(epoch, 0)
             read = [source.dealing.shards_of(worker, workers) for worker in range(workers)]
-            parts = [batches_of(source.read(shards, counts_passes=False)) for shards in read]
+            parts = [batches_of(source.read(shards)) for shards in read]
             for number, batch in enumerate(whole):
                 rows = np.concatenate([part[number][0] for part in parts if number < len(part)])
                 assert np.array_equal(np.unique(rows, axis=0), np.unique(batch[0], axis=0))
@@ -171,7 +173,8 @@ def test_nothing_is_agreed_ahead_of_its_step(tmp_path):
         asked.append((int(index), bool(has_batch)))
         return index < 6
 
-    parts = iter(union(rows_of_worker(0, 2, False), 2, goes_on))
+    turns = types.SimpleNamespace(asked=lambda index: True, goes_on=goes_on)
+    parts = iter(union(rows_of_worker(0, 2, False), 2, turns))
     next(parts)
     next(parts)
     time.sleep(0.3)
@@ -180,7 +183,7 @@ def test_nothing_is_agreed_ahead_of_its_step(tmp_path):
     assert rows == [[2, 2], [0, 0], [0, 0], [0, 0]]  # after its own three batches only padding
     assert asked[-1] == (6, False)
     data = data_of(write(tmp_path))
-    for _ in zip(range(8), data, strict=False):
+    for _ in zip(range(7), data, strict=False):  # all, but not what follows
         time.sleep(0.05)
     assert source_of(data).passes == 0
 
@@ -198,7 +201,7 @@ def test_skipping_decodes_nothing(tmp_path, counts):
     source.seek(0, 4)
     opened, note = [], source._note_open
     source._note_open = lambda file, shard: opened.append(int(file)) or note(file, shard)
-    rest = batches_of(source.read(range(SHARDS)))
+    rest = batches_of(source.counted(source.read(range(SHARDS))))
     for mine, theirs in zip(rest, whole[4:], strict=True):
         assert np.array_equal(mine[0], theirs[0])
     assert len(decoded) == sum(len(batch[0]) for batch in rest)
@@ -343,6 +346,108 @@ def test_one_process(tmp_path, devices):
     assert f"Input: {report.batches} batches, waited for" in str(report) and "has read" in str(report)
 
 
+def steps_of(model, data, epochs, *callbacks, halt=None):
+    """Trains, and tells the number of steps of each epoch; ends after `halt` steps in all."""
+    steps = []
+
+    def note(batch, logs):
+        steps[-1] += 1
+        if sum(steps) == halt:
+            raise RuntimeError("halted")
+
+    noting = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: steps.append(0), on_train_batch_end=note)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Your input ran out of data")
+        try:
+            model.fit(data, epochs=epochs, verbose=0, shuffle=False, callbacks=[*callbacks, noting])
+        except RuntimeError as error:
+            assert str(error) == "halted"
+    return steps
+
+
+@pytest.mark.parametrize("counts", [None, SIZES])
+@pytest.mark.parametrize("replicas", [0, 1])
+def test_all_passes_are_as_long_and_counted(tmp_path, replicas, counts):
+    """Else Keras, which takes the first pass's length for that of all, would cut longer ones off."""
+    data = data_of(write(tmp_path), counts=counts, batch_size=SHARDS)
+    steps = steps_of(compiled(model_of(strategy_of(1) if replicas else None)), data, 4)
+    assert len(set(steps)) == 1 and source_of(data).passes == 4
+
+
+@pytest.mark.parametrize("counts", [None, SIZES])
+def test_where_a_run_goes_on(tmp_path, counts):
+    files, strategy = write(tmp_path), strategy_of(1)
+    whole = steps_of(compiled(model_of()), data_of(files, counts=counts), 1)[0]
+
+    def interrupted(name, halt, made=lambda data: data):
+        folder = tmp_path / name
+        saving = tfzero.CheckpointCallback(folder, save_every_steps=1, asynchronous=False)
+        model = compiled(model_of(strategy))
+        steps_of(model, made(data_of(files, counts=counts)), 3, saving, halt=halt)
+        return tfzero.CheckpointCallback(folder, save_every_epochs=9)
+
+    # After the last batch of an epoch; if its number is known, that batch is saved when the epoch ends.
+    data = data_of(files, counts=counts)
+    steps = steps_of(compiled(model_of(strategy)), data, 3, interrupted("at the end", whole))
+    assert sum(steps) == 2 * whole + (counts is not None) and source_of(data).passes == 3
+    # A pass that was begun in its middle and left is begun anew.
+    data = data_of(files, counts=counts)
+    assert steps_of(compiled(model_of(strategy)), data, 1, interrupted("in the middle", 3), halt=2) == [2]
+    assert steps_of(compiled(model_of(strategy)), data, 1) == [whole]
+
+    # What is made from it goes on in the right order, too.
+    def mapped(data):
+        return data.map(lambda x, y: (x, y))
+
+    uninterrupted, resumed = compiled(model_of(strategy)), compiled(model_of(strategy))
+    steps_of(uninterrupted, mapped(data_of(files, counts=counts)), 3)
+    callback = interrupted("mapped", whole + 3, mapped)
+    steps_of(resumed, mapped(data_of(files, counts=counts)), 3, callback)
+    # With other steps per execution it goes on with the same batch.
+    several = compiled(model_of(strategy), steps=4)
+    steps_of(several, data_of(files, counts=counts), 3, interrupted("one step at a time", 3))
+    for model in (resumed, several):
+        for mine, theirs in zip(model.get_weights(), uninterrupted.get_weights(), strict=True):
+            np.testing.assert_allclose(mine, theirs, **EXACT)
+
+
+def test_what_cannot_be_read_is_named(tmp_path):
+    files, strategy = write(tmp_path), strategy_of(1)
+    bad, model = damaged(files, tmp_path / "run"), compiled(model_of(strategy))
+    for read in (
+        lambda: model.predict(data_of(bad, shuffle=0), verbose=0),
+        lambda: model.fit(data_of(bad, shuffle=0).map(lambda x, y: (x, y)), verbose=0, shuffle=False),
+    ):
+        assert "this process cannot read" in error_of(read) and "damaged.tfrecord" in error_of(read)
+    counts = [*SIZES[:6], SIZES[6] + 1]
+    text = error_of(lambda: model.fit(data_of(files, counts=counts), verbose=0, shuffle=False))
+    assert "part-6.tfrecord" in text and "it has 9 elements, and `counts` says 10" in text
+    failing = sharded_dataset(files, lambda path: fail_for(path), shards=SHARDS, batch_size=BATCH, decode=decode)
+    assert "`make` fails for" in error_of(lambda: model.fit(failing, verbose=0, shuffle=False))
+    rows = tf.data.Dataset.from_tensor_slices(oracle.Data(samples=9).arrays())
+    assert "must be batched" in error_of(
+        lambda: model.fit(tfzero.own_rows(rows.map(lambda x, y: (x, y[0]))), shuffle=False)
+    )
+    loose = rows.batch(3).map(lambda x, y: (tf.numpy_function(lambda v: v, [x], tf.float32), y))
+    with pytest.raises(ValueError, match="but part 0 is TensorSpec"):
+        check_parts(loose)
+    with pytest.raises(ValueError, match=r"but part 2 is NoneTensorSpec.*leave out a part that is None"):
+        check_parts(rows.batch(3).map(lambda x, y: (x, y, None)))
+
+
+def fail_for(path):
+    """A `make` that fails outside graphs."""
+    if tf.executing_eagerly():
+        raise KeyError("no such column")
+    return make(path)
+
+
+def test_parts_that_are_none(tmp_path):
+    x, y = oracle.Data().arrays()
+    data = tf.data.Dataset.from_tensor_slices((x, y)).batch(BATCH).map(lambda x, y: (x, y, None))
+    assert_equal(outcome(strategy_of(2), data), outcome(None, data))
+
+
 @pytest.mark.parametrize("method", ["reduce", "gather"])
 def test_a_replica_does_not_go_on_while_another_one_takes_part_in_a_collective(method):
     """Else the end of data, which raises an error, ends the step of a worker where another worker waits for it."""
@@ -372,7 +477,7 @@ def error_of(call):
     """The text of a refusal."""
     try:
         call()
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, tf.errors.OpError) as error:
         return f"{type(error).__name__}: {error}"
     return ""
 
@@ -472,8 +577,25 @@ def run_cases(files, folder, devices, is_short):
     }  # fmt: skip
     callback = tfzero.CheckpointCallback(folder, save_every_steps=1, asynchronous=False)
     found["halted"] = error_of(lambda: halted(strategy, data_of(files), callback))
-    found["errors"]["damaged"] = error_of(lambda: fit(data_of(damaged(files, folder), shuffle=0)))  # ends the channel
+    found["errors"] |= {
+        "fails": error_of(lambda: fit(failing(own, at=2 if mesh.worker else None))),
+        "fails at once": error_of(lambda: fit(failing(own, at=None if mesh.worker else 0))),
+        "fails on all": error_of(lambda: fit(failing(own, at=1))),
+        "damaged": error_of(lambda: fit(data_of(damaged(files, folder), shuffle=0))),
+    }
+    found["after errors"] = outcome(strategy, own)
     return found
+
+
+def failing(dataset, at):
+    """The same batches, of which one cannot be made."""
+    bad = -1 if at is None else at
+
+    def check(index, batch):
+        with tf.control_dependencies([tf.debugging.Assert(index != bad, ["a bad batch"])]):
+            return tf.nest.map_structure(tf.identity, batch)
+
+    return dataset.enumerate().map(check)
 
 
 def other_contents(folder, worker):
@@ -514,7 +636,8 @@ def halted(strategy, data, *callbacks, after=12):
             raise RuntimeError("halted")
 
     ending = keras.callbacks.LambdaCallback(on_train_batch_end=note)
-    compiled(model_of(strategy)).fit(data, epochs=3, verbose=0, shuffle=False, callbacks=[*callbacks, ending])
+    fit = compiled(model_of(strategy)).fit
+    fit(data, epochs=3, verbose=0, shuffle=False, callbacks=[*callbacks, ending], validation_data=data)
 
 
 @pytest.mark.parametrize(("devices", "is_short"), [(2, True), sweep(2, False), sweep(1, False)])
@@ -525,13 +648,14 @@ def test_workers(tmp_path, devices, is_short):
     one_device = {
         "files": outcome(None, data_of(files), data_of(files), data_of(files, shuffle=0)),
         "own rows": outcome(None, own_of_whole(), own_of_whole()),
+        "after errors": outcome(None, own_of_whole()),
         "two steps at a time": outcome(None, own_of_whole(), steps=2),
         "by files": outcome(None, unions_of(by_workers(files))),
         "from a function": outcome(None, unions_of([for_replicas(worker, 6) for worker in range(2)])),
     }
     if not is_short:
         one_device["counted"] = outcome(None, data_of(files, counts=SIZES))
-    for found in fleet:
+    for worker, found in enumerate(fleet):
         for case, expected in one_device.items():
             assert_equal(found[case], expected)
         batches, has_waited, read_bytes = found["account"]
@@ -552,6 +676,11 @@ def test_workers(tmp_path, devices, is_short):
         assert "3 shards can be read by [1, 3] workers" in errors["shards"]
         assert found["halted"] == "RuntimeError: halted"
         assert "worker 1 cannot read" in errors["damaged"] and "damaged.tfrecord" in errors["damaged"]
+        for case, at, bad in (("fails", 2, 1), ("fails at once", 0, 0), ("damaged", 3, 1)):
+            told = f"RuntimeError: Reading batch {at} of pass 1 over data set"
+            assert (told in errors[case] and f"failed on worker {bad}: " in errors[case]) is (worker != bad)
+        assert "a bad batch" in errors["fails"] and "a bad batch" in errors["fails at once"]
+        assert errors["fails on all"].startswith("InvalidArgumentError") and "a bad batch" in errors["fails on all"]
     resumed_elsewhere(files, folder, [SIZES] if is_short else [None, SIZES])
 
 
@@ -560,7 +689,8 @@ def resumed_elsewhere(files, folder, known):
     uninterrupted = compiled(model_of())
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Your input ran out of data")
-        uninterrupted.fit(data_of(files), epochs=3, verbose=0, shuffle=False)
+        data = data_of(files)
+        uninterrupted.fit(data, epochs=3, verbose=0, shuffle=False, validation_data=data)  # which counts its passes
         for number, counts in enumerate(known):
             decoded = []
 
@@ -572,7 +702,7 @@ def resumed_elsewhere(files, folder, known):
             model = compiled(model_of(strategy_of(len(known) - number)))
             callback = tfzero.CheckpointCallback(again, save_every_epochs=9)
             data = data_of(files, decode=counting, counts=counts)
-            model.fit(data, epochs=3, verbose=0, shuffle=False, callbacks=[callback])
-            assert 0 < len(decoded) < 2 * sum(SIZES)
+            model.fit(data, epochs=3, verbose=0, shuffle=False, callbacks=[callback], validation_data=data)
+            assert 0 < len(decoded) < (2 + 2) * sum(SIZES)
             for mine, theirs in zip(model.get_weights(), uninterrupted.get_weights(), strict=True):
                 np.testing.assert_allclose(mine, theirs, **EXACT)

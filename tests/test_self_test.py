@@ -29,6 +29,12 @@ def make_group(world_size):
     return Group([f"/CPU:{k}" for k in range(world_size)], world_size, 0, Rings())
 
 
+@pytest.fixture(autouse=True)
+def none_has_passed(monkeypatch):
+    """Within one process the same devices are tested once."""
+    monkeypatch.setattr(self_test, "_passed", set())
+
+
 # What is right.
 
 
@@ -48,6 +54,17 @@ def test_right_collectives_pass(world_size):
     some = self_test.run(make_group(world_size))
     assert_right(some, FEW)
     assert len(some) < len(rows)
+
+
+def test_the_same_devices_are_tested_once_in_a_process(monkeypatch):
+    tested = []
+    original = self_test.run
+    monkeypatch.setattr(self_test, "run", lambda group, *rest: tested.append(group.devices) or original(group, *rest))
+    with broken("a permuted exchange"), pytest.raises(RuntimeError, match="went wrong"):
+        tfzero.ZeroStrategy(devices=["CPU:0", "CPU:1"])
+    for devices in (["CPU:0", "CPU:1"], ["CPU:1", "CPU:0"], ["CPU:2", "CPU:1"], ["CPU:0", "CPU:1"]):
+        tfzero.ZeroStrategy(devices=devices)  # TensorFlow numbers them in their own order
+    assert [[name[-1] for name in devices] for devices in tested] == [["0", "1"], ["0", "1"], ["1", "2"]]
 
 
 def test_one_replica_has_nothing_to_test():

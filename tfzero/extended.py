@@ -64,7 +64,7 @@ class ZeroExtended(distributed.ExtendedBase):
         resolver = None if cluster is None else _resolver(cluster)
         with transport_choice.configured(cluster is not None):
             super().__init__(strategy, resolver, list(devices))
-        self._cut_datasets: weakref.WeakSet = weakref.WeakSet()
+        self._cut_datasets: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # what each was made from
         workers, worker = (1, 0) if cluster is None else (cluster.size, cluster.index)
         self.mesh = Mesh(workers, len(devices), worker)
         self.group = Group(
@@ -317,12 +317,19 @@ class ZeroExtended(distributed.ExtendedBase):
         cut = self.own_part(dataset)
         if cut is None:
             cut = self.part_of_all(dataset)
-        self._cut_datasets.add(cut)
+        self._cut_datasets[cut] = dataset
         return cut
+
+    def origin_of(self, distributed: tf.data.Dataset) -> tf.data.Dataset | None:
+        """The dataset that a distributed one was made from; None if it came about otherwise."""
+        return self._cut_datasets.get(distributed)
 
     def own_part(self, dataset: tf.data.Dataset) -> tf.data.Dataset | None:
         """What this worker reads by itself of a dataset; None if every worker reads all."""
-        source = sharded.source_of(dataset)
+        source, within = sharded.source_of(dataset), sharded.sources_within(dataset)
+        for each in within:
+            each.seek(each.passes, 0)  # a place that an interrupted run has left
+            self.comparison.note_reader(each)
         # Predictions come in the order of whole batches.
         if source is not None and not self.comparison.only_predicts:
             return self.own_data.of_files(source, dataset)
@@ -330,7 +337,7 @@ class ZeroExtended(distributed.ExtendedBase):
             return self.own_data.of_own_rows(dataset)
         if self.mesh.workers > 1 and is_dealt_by_files(dataset):
             return self.own_data.of_dealt_files(dataset)
-        if self.mesh.workers > 1 and sharded.is_within(dataset):
+        if self.mesh.workers > 1 and within and source is None:
             warnings.warn(sharded.READ_WHOLE, stacklevel=2)
         return None
 

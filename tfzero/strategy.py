@@ -60,8 +60,8 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
 
     Args:
         stage: how much is sharded: 0, 1, 2 or 3.
-        devices: this process's devices, such as `["GPU:0", "GPU:1"]`. The default is all its GPUs, or all its logical
-            CPU devices if it has no GPU. Every worker must have the same number of devices, all of one type.
+        devices: this process's devices, in any order, such as `["GPU:0", "GPU:1"]`. The default is all its GPUs, or all
+            its logical CPU devices if it has no GPU. Every worker must have as many devices, all of one type.
         cluster_resolver: a `tf.distribute.cluster_resolver.ClusterResolver` that names the workers. The default is
             `TF_CONFIG`, or `CLUSTER_SPEC`; without them this process is the only worker.
         bucket_bytes: gradients travel in buckets of at most this many bytes (a larger variable travels alone). "auto"

@@ -93,7 +93,7 @@ class CheckpointCallback(keras.callbacks.Callback):
         self._found, self._damaged = search.found, search.damaged
         self.step = 0
         self._position: dict[str, Any] = dict.fromkeys(("epoch", "batch", "epoch_batches"), 0)
-        self._position |= dict.fromkeys(("first_epoch", "finished", "randomness", "steps", "batch_size"))
+        self._position |= dict.fromkeys(("first_epoch", "finished", "randomness", "passes", "steps", "batch_size"))
         self._data = DataPosition()
         self._saved: tuple | None = None
         self._due = False
@@ -108,8 +108,8 @@ class CheckpointCallback(keras.callbacks.Callback):
             self._data = DataPosition(
                 epochs=self._position["epoch"] - (self._position["first_epoch"] or 0),
                 batches=self._position["batch"],
-                epoch_batches=self._position["epoch_batches"],
                 randomness=self._position["randomness"],
+                passes=self._position.get("passes"),
             )
             self.step = manifest["step"]
             self._saved = self._mark()
@@ -195,13 +195,16 @@ class CheckpointCallback(keras.callbacks.Callback):
             raise SystemExit(EXIT_STOPPED)
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        before = self.step
-        self.step += batch + 1 - self._position["batch"]
-        self._position["batch"] = batch + 1
+        before, steps = self.step, self.params["steps"]
+        behind = runtime.batches_behind(self.model, batch)
+        if steps is not None:
+            behind = min(behind, steps)  # the last execution may have fewer
+        self.step += behind - self._position["batch"]
+        self._position["batch"] = behind
         if self.save_every_steps is None or self.step // self.save_every_steps == before // self.save_every_steps:
             return
         self._due = True
-        if batch + 1 != self.params["steps"]:  # else `on_epoch_end` comes first
+        if behind != steps:  # else `on_epoch_end` comes first
             self._save_if_due()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
@@ -217,6 +220,7 @@ class CheckpointCallback(keras.callbacks.Callback):
         """
         if self._due and self._mark() != self._saved:
             self._position |= {"randomness": self._data.randomness, "batch_size": self._data.batch_size}
+            self._position["passes"] = [each.passes for each in self._data.sources] or None
             self._position["steps"] = self.params["steps"]
             self._save.start(self.step, dict(self._position), self.asynchronous)
             self._saved = self._mark()

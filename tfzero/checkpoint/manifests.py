@@ -74,6 +74,7 @@ _POSITION: dict[str, Check] = {
     "first_epoch": _or_none(_is_count),
     "finished": _or_none(_is_count),
     "randomness": _or_none(_is_randomness),
+    "passes": _or_none(lambda value: isinstance(value, list) and all(map(_is_count, value))),
     "steps": _or_none(_is_count),
     "batch_size": _or_none(_is_count),
 }
@@ -90,7 +91,7 @@ _WHOLE: dict[str, Check] = {
     "position": _or_none(lambda value: isinstance(value, dict)),
 }
 # Keys that older versions of tfzero did not write.
-_LATER = {"bucket_bytes", "steps", "batch_size"}
+_LATER = {"bucket_bytes", "passes", "steps", "batch_size"}
 
 
 def _fault_of(value: Any, checks: dict[str, Check], where: str) -> str:

@@ -46,4 +46,4 @@ def choose_devices(devices: Sequence[str] | None) -> list[str]:
         raise ValueError(f"A device may be named once only. Received: devices={list(devices)}")
     if len({name.split(":")[0] for name in names}) > 1:
         raise ValueError(f"All replicas need devices of one type, CPU or GPU. Received: devices={list(devices)}")
-    return names
+    return sorted(names, key=known.index)  # TensorFlow numbers the members of a group so

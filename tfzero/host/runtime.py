@@ -170,21 +170,53 @@ def draw_batches(epoch_iterator: keras_tensorflow_trainer.TFEpochIterator, steps
                 drawn += 1
 
 
-def pass_over(epoch_iterator: keras_tensorflow_trainer.TFEpochIterator, steps: Iterator, count: int) -> None:
-    """Skips `count` batches of an epoch in the loop `steps`, without drawing them: the data begin behind them."""
-    for _ in range(-(-count // epoch_iterator.steps_per_execution)):
-        next(steps)
+_MORE_THAN_THERE_ARE = 2**60  # batches
 
 
-def end_epoch(epoch_iterator: keras_tensorflow_trainer.TFEpochIterator, batches: int) -> None:
-    """Does what Keras's loop does after an epoch of this many batches, for a loop that was stopped before its end.
+def rest_of_epoch(
+    epoch_iterator: keras_tensorflow_trainer.TFEpochIterator, steps: Iterator, begin: int, draws: bool
+) -> Iterator:
+    """What is left of an epoch's loop `steps` behind its first `begin` batches, with the numbers of its batches.
+
+    The run that trained on those may have had other `steps_per_execution`.
+
+    Args:
+        epoch_iterator: Keras's, which made the loop.
+        steps: the whole loop.
+        begin: number of batches that are left out.
+        draws: whether those are drawn; otherwise the data begin behind them.
+    """
+    size, length = epoch_iterator.steps_per_execution, epoch_iterator.num_batches
+    behind = begin // size
+    if length is not None:
+        behind = -(-length // size) + -max(0, length - begin) // size
+    for number, (*numbers, iterator) in enumerate(steps):
+        if number == 0 and draws:
+            with contextlib.suppress(StopIteration, tf.errors.OutOfRangeError):
+                for _ in range(begin):
+                    next(iterator)
+        if number >= behind:
+            moved = begin - behind * size
+            yield (*(each + moved for each in numbers), iterator)
+
+
+def batches_behind(model: keras.Model, batch: int) -> int:
+    """Batches of an epoch that are behind it, by what `on_train_batch_end` is given.
+
+    An execution of several steps ends it with the number of its last batch; until Keras 3.10, with that of its first.
+    """
+    return batch + (1 if versions.is_between("keras", "3.11", "") else model.steps_per_execution)
+
+
+def end_epoch(epoch_iterator: keras_tensorflow_trainer.TFEpochIterator) -> None:
+    """Does what Keras's loop does after an epoch, for a loop that was stopped before its end.
 
     Keras makes an iterator that it never uses, which moves a `shuffle` on to its next order. After data of unknown
-    length it makes none, as it has then already tried to take more than there are.
+    length it makes none, as it has then already tried to take more than there are; it also does so from then on.
     """
     known = getattr(epoch_iterator, "known", None) or (epoch_iterator.data_adapter.num_batches,)
     if known == (None,):
-        epoch_iterator._num_batches = batches + epoch_iterator.steps_per_execution
+        epoch_iterator._num_batches = _MORE_THAN_THERE_ARE
     else:
         epoch_iterator._current_iterator = iter(epoch_iterator._get_iterator())
     epoch_iterator.data_adapter.on_epoch_end()

@@ -13,7 +13,7 @@ from tfzero.host.patches import patch
 from tfzero.keras.model_building import build_unless_the_step_does
 from tfzero.keras.training import strategy_of
 from tfzero.rows.inputs import DataPosition
-from tfzero.rows.sharded import source_of
+from tfzero.rows.sharded import source_of, sources_within
 from tfzero.strategy import ZeroStrategy
 
 _EMPTY = "The data set is empty: it has no batch. Pass at least one sample."
@@ -28,6 +28,7 @@ class _Epochs(EpochsBase):
 
     place: DataPosition | None = None  # where in the data the loop begins
     worker: str = ""  # which this is
+    reads_files: bool = False  # whether the data are a `sharded_dataset`, in which it can seek
     executions: int = 0  # begun in this epoch
     goes_on: bool = False  # whether this epoch began before, in a run that was resumed
 
@@ -40,14 +41,12 @@ class _Epochs(EpochsBase):
             yield step
 
     def steps_from(self, place: DataPosition) -> Generator[Any, None, None]:
-        source = source_of(self.data_adapter.get_tf_dataset()) if place.epochs or place.batches else None
-        if source is not None and not self.steps_per_epoch:
-            source.seek(place.epochs, place.batches)
+        behind = [place.passes_of(each) for each in place.sources]
+        if place.sources and self.reads_files and not self.steps_per_epoch:
+            place.sources[0].seek(behind[0], place.batches)
             if place.epochs:
-                runtime.end_epoch(self, place.epoch_batches)
-            steps = super().steps_of_epoch()
-            runtime.pass_over(self, steps, place.batches)
-            yield from steps
+                runtime.end_epoch(self)
+            yield from runtime.rest_of_epoch(self, super().steps_of_epoch(), place.batches, draws=False)
             return
         for _ in range(place.epochs):
             steps = super().steps_of_epoch()
@@ -56,10 +55,11 @@ class _Epochs(EpochsBase):
             else:  # a new iterator reshuffles when it gives its first batch
                 runtime.draw_batches(self, steps, 1)
                 steps.close()
-                runtime.end_epoch(self, place.epoch_batches)
-        steps = super().steps_of_epoch()
-        runtime.draw_batches(self, steps, place.batches)
-        yield from steps
+                runtime.end_epoch(self)
+        if not self.steps_per_epoch:
+            for each, passes in zip(place.sources, behind, strict=True):
+                each.seek(passes, 0)
+        yield from runtime.rest_of_epoch(self, super().steps_of_epoch(), place.batches, draws=True)
 
     @contextlib.contextmanager
     def catch_stop_iteration(self) -> Iterator[None]:
@@ -98,7 +98,9 @@ def _epoch_iterator(
     self.__class__, self.place = _Epochs, position
     self.worker = distribute_strategy.extended.name_of_worker
     if position is not None:
-        source = source_of(self.data_adapter.get_tf_dataset())
+        given = distribute_strategy.extended.origin_of(runtime.dataset_of(self))
+        source, position.sources = source_of(given), sources_within(given)
+        self.reads_files = source is not None
         position.note_batch_size(self.data_adapter if source is None else source.dealing)
     if distribute_strategy.extended.mesh.workers > 1:
         given, own_data = self.data_adapter.num_batches, distribute_strategy.extended.own_data

@@ -1,8 +1,9 @@
 """Which worker reads which files: files are dealt to virtual shards, and shards to workers. No TensorFlow.
 
-[Note: virtual shards] The number of shards is the user's and does not depend on the workers. File `f` of an epoch's
-order belongs to shard `f % shards`. Batch `k` consists of the `k`-th chunk of every shard, so it is the same for every
-number of workers. Worker `w` of W reads the shards `s` with `s % W == w`, so W must divide the number of shards.
+[Note: virtual shards] The number of shards is the user's and does not depend on the workers. File `f` belongs to shard
+`f % shards`. Batch `k` consists of the `k`-th chunk of every shard, so it is the same for every number of workers.
+Worker `w` of W reads the shards `s` with `s % W == w`, so W must divide the number of shards. Shuffling changes the
+order of files within their shard only: else passes would differ in length, and Keras takes the first one's for all.
 """
 
 import hashlib
@@ -66,10 +67,11 @@ class FileShards:
 
     def deal(self, epoch: int) -> list[list[int]]:
         """The files of each shard in a pass, by index, in reading order."""
-        order = list(range(self.files))
+        dealt = [list(range(shard, self.files, self.shards)) for shard in range(self.shards)]
         if self.shuffles:
-            order.sort(key=lambda file: (number_of("order", self.seed, epoch, file), file))
-        return [order[shard :: self.shards] for shard in range(self.shards)]
+            for files in dealt:
+                files.sort(key=lambda file: (number_of("order", self.seed, epoch, file), file))
+        return dealt
 
     def start(self, epoch: int, batches: int, shards: Sequence[int]) -> Start:
         """Where to begin in a pass after so many batches. Files that lie before are left out if counts are known."""
@@ -84,11 +86,12 @@ class FileShards:
             starting.skips.append(skip)
         return starting
 
-    def batches(self, epoch: int) -> int | None:
-        """Number of batches of a pass; None if counts are unknown."""
+    @property
+    def batches(self) -> int | None:
+        """Number of batches of every pass; None if counts are unknown."""
         if self.counts is None:
             return None
-        elements = [sum(self.counts[file] for file in files) for files in self.deal(epoch)]
+        elements = [sum(self.counts[file] for file in files) for files in self.deal(0)]
         return max(-(-count // self.chunk) for count in elements)
 
 

@@ -25,6 +25,10 @@ def read_bytes() -> int | None:
     return int(lines["rchar"])
 
 
+def _same(leaf: Any) -> Any:
+    return None if leaf is None else tf.identity(leaf)
+
+
 class InputAccount:
     """Bytes that this process has read since the account was opened, and how long steps have waited for batches.
 
@@ -50,7 +54,7 @@ class InputAccount:
         @tf.autograph.experimental.do_not_convert
         def noted(asked: tf.Tensor, batch: Any) -> Any:
             with tf.control_dependencies([tf.numpy_function(self._note, [asked], [])]):
-                return tf.nest.map_structure(tf.identity, batch, expand_composites=True)
+                return tf.nest.map_structure(_same, batch, expand_composites=True)
 
         # A zipped dataset draws its parts one after the other: the time first, then the batch. It is Python's time, as
         # TensorFlow's operation is an error where determinism is enabled.

@@ -7,7 +7,7 @@ batch, possibly without rows, so they always run the same number of steps.
 
 import contextlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,16 +28,24 @@ class DataPosition:
     Args:
         epochs: number of epochs begun before.
         batches: batches of the current epoch that are already trained on.
-        epoch_batches: batches of the previous epoch.
         randomness: the state from which the pipeline is built (`runtime.random_state`), once known.
+        passes: passes that have ended over each `sharded_dataset` that the data are, or are made from; validation may
+            have made some of them. None if unknown.
         batch_size: samples in a batch of the training data, if Keras knows it.
+        sources: those `sharded_dataset`s (`ShardedFiles`), once known.
     """
 
     epochs: int = 0
     batches: int = 0
-    epoch_batches: int = 0
     randomness: dict | None = None
+    passes: Sequence[int] | None = None
     batch_size: int | None = None
+    sources: Sequence = ()
+
+    def passes_of(self, source: Any) -> int:
+        """Passes over one of the sources that lie behind the position."""
+        known = self.passes if self.passes and len(self.passes) == len(self.sources) else None
+        return source.passes + self.epochs if known is None else known[list(self.sources).index(source)]
 
     def note_batch_size(self, data_adapter: Any) -> None:
         """Notes the batch size of Keras's data adapter."""
@@ -171,12 +179,7 @@ def check_shardable(dataset: tf.data.Dataset, workers: int) -> None:
             "rows, say so by `tfzero.own_rows(dataset)`, as OFF alone means in TensorFlow that every worker reads all, "
             "or with `strategy.distribute_datasets_from_function`; to divide files use `tfzero.sharded_dataset`."
         )
-    for spec in tf.nest.flatten(dataset.element_spec):
-        if getattr(spec, "shape", None) is not None and spec.shape.rank == 0:
-            raise ValueError(
-                f"A dataset for a ZeroStrategy must be batched, with the global batch size, but its elements hold a "
-                f"scalar: {dataset.element_spec}. Call `dataset.batch(global_batch_size)` first."
-            )
+    check_batched(dataset)
     if workers > 1 and [0, 0] in runtime.shuffle_seeds(dataset):
         warnings.warn(
             "The dataset shuffles without a seed, so every worker sees another order and the global batches are not "
@@ -190,6 +193,16 @@ def check_shardable(dataset: tf.data.Dataset, workers: int) -> None:
             "see other orders, and global batches that are not those of one device. Leave `deterministic` away.",
             stacklevel=2,
         )
+
+
+def check_batched(dataset: tf.data.Dataset) -> None:
+    """Refuses datasets whose elements hold a scalar."""
+    for spec in tf.nest.flatten(dataset.element_spec):
+        if getattr(spec, "shape", None) is not None and spec.shape.rank == 0:
+            raise ValueError(
+                f"A dataset for a ZeroStrategy must be batched, with the global batch size, but its elements hold a "
+                f"scalar: {dataset.element_spec}. Call `dataset.batch(global_batch_size)` first."
+            )
 
 
 def describe_dataset(dataset: tf.data.Dataset) -> dict:
@@ -327,6 +340,11 @@ def without_tuning(dataset: tf.data.Dataset) -> tf.data.Dataset:
     return dataset.with_options(options)
 
 
-def _prepared_ahead(dataset: tf.data.Dataset, function: Callable) -> tf.data.Dataset:
+def mapped(dataset: tf.data.Dataset, function: Callable) -> tf.data.Dataset:
+    """A function of ours for several elements at a time, which keep their order."""
     function = tf.autograph.experimental.do_not_convert(function)
-    return dataset.map(function, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).prefetch(tf.data.AUTOTUNE)
+    return dataset.map(function, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+
+
+def _prepared_ahead(dataset: tf.data.Dataset, function: Callable) -> tf.data.Dataset:
+    return mapped(dataset, function).prefetch(tf.data.AUTOTUNE)

@@ -11,10 +11,10 @@ import tensorflow as tf
 from tfzero.host import datasets
 from tfzero.plan.mesh import Mesh
 from tfzero.rows.input_account import InputAccount
-from tfzero.rows.inputs import cut_dataset
+from tfzero.rows.inputs import check_batched, cut_dataset
 from tfzero.rows.sharded import ShardedFiles
 from tfzero.rows.shares import RowShares
-from tfzero.rows.unions import describe_parts, union
+from tfzero.rows.unions import check_parts, describe_parts, union
 from tfzero.workers.channel import Channel
 from tfzero.workers.digests import BatchComparison
 
@@ -99,13 +99,18 @@ class OwnData:
                 f"Files of a sharded_dataset cannot be read: {'. '.join(faults)}. All workers must see all files; "
                 "leave out those without elements."
             )
-        self._comparison.note_reader(source)
         if mesh.workers == 1:
-            return self._account.watch(cut_dataset(source.read(shards), mesh, self._comparison, self._shares))
-        return self._union(source.read(shards, counts_passes=False), source)
+            cut = cut_dataset(source.read(shards), mesh, self._comparison, self._shares)
+            return self._account.watch(source.counted(cut))  # behind all that is prepared ahead
+        return self._union(source.read(shards), source)
 
     def of_own_rows(self, dataset: tf.data.Dataset) -> tf.data.Dataset:
-        """The batches that this worker brings, as per-replica values. [Note: union]"""
+        """The batches that this worker brings, as per-replica values. [Note: union]
+
+        Raises:
+            ValueError: if elements are no batches, or workers' structures differ.
+        """
+        check_batched(dataset)
         self._channel.agree("distributing rows of its own", describe_parts(dataset), "data sets")
         if self._mesh.workers == 1:
             return self._account.watch(cut_dataset(dataset, self._mesh, self._comparison, self._shares))
@@ -148,41 +153,14 @@ class OwnData:
         return result
 
     def _union(self, dataset: tf.data.Dataset, source: ShardedFiles | None) -> tf.data.Dataset:
-        name, number = self._comparison.new_data_set(), 0
-
-        def goes_on(index: np.int64, has_batch: np.bool_) -> bool:
-            nonlocal number
-            known = None if source is None else source.handed_out(int(index))
-            if known is not None:
-                return known
-            number += index == 0
-            state = _HAS if has_batch else _HAS_NOT if source is None or source.is_at_start else _IS_BEHIND
-            states = self._comparison.gather(f"batch {index} of pass {number} over {name}", state)
-            if index == 0:
-                self._check_begin(states, name)
-            if _HAS not in states and source is not None:
-                source.end()
-            return _HAS in states
-
-        result = self._account.watch(
-            union(dataset, self._mesh.devices_per_worker, goes_on, self._shares.of_this_worker)
-        )
+        check_parts(dataset)
+        turns, devices = _Turns(self._comparison, source, self._name_of), self._mesh.devices_per_worker
+        result = self._account.watch(union(dataset, devices, turns, self._shares.of_this_worker))
         own = dataset.cardinality() if source is None else tf.data.UNKNOWN_CARDINALITY
         if source is None or source.dealing.counts is None:
             told = self._channel.all_gather("counting batches", int(own))
             self._batches[result] = max(told) if min(told) >= 0 else None
         return result
-
-    def _check_begin(self, states: Sequence[str], name: str) -> None:
-        """Refuses a pass in which a worker has nothing, not even a first batch."""
-        without = [self._name_of(worker) for worker, state in enumerate(states) if state == _HAS_NOT]
-        if without:
-            raise self._comparison.refuse(
-                ValueError(
-                    f"{', '.join(without)} brought no row to {name}. Every worker must have at least one row in an "
-                    "epoch. An iterator or a generator that was used up gives no more."
-                )
-            )
 
     def _agree_on_files(self, source: ShardedFiles) -> None:
         """Checks that all workers list the same files, of which there are as many, and see the same sizes."""
@@ -193,6 +171,56 @@ class OwnData:
         hashes = self._channel.all_gather("finding the first file that differs", [_hash([each]) for each in files])
         first = next(k for k, each in enumerate(zip(*hashes, strict=False)) if len(set(each)) > 1)
         self._channel.agree("comparing files", {f"file {first}": files[first]}, "lists of files")
+
+
+class _Turns:
+    """Agrees on the batches of a union, one by one. See `unions.Turns`.
+
+    Args:
+        comparison: whose connection it uses.
+        source: the files; None for rows that workers bring.
+        name_of: names a worker by its index.
+    """
+
+    def __init__(self, comparison: BatchComparison, source: ShardedFiles | None, name_of: Callable[[int], str]) -> None:
+        self._comparison, self._source, self._name_of = comparison, source, name_of
+        self._name, self._pass = comparison.new_data_set(), 0
+
+    def asked(self, index: np.int64) -> bool:
+        self._pass += index == 0
+        if self._source is None or self._source.dealing.counts is None:
+            self._comparison.owes(self._topic(index))
+        return True
+
+    def goes_on(self, index: np.int64, has_batch: np.bool_) -> bool:
+        source = self._source
+        known = None if source is None else source.handed_out(int(index))
+        if known is not None:
+            return known
+        state = _HAS if has_batch else _HAS_NOT if source is None or source.is_at_start else _IS_BEHIND
+        states = self._comparison.gather(self._topic(index), state)
+        self._check(states, index)
+        if _HAS not in states and source is not None:
+            source.end()
+        return _HAS in states
+
+    def _topic(self, index: np.int64) -> str:
+        return f"batch {index} of pass {self._pass} over {self._name}"
+
+    def _check(self, states: Sequence[str], index: np.int64) -> None:
+        """Refuses a batch that a worker fails to read, and a pass in which it has nothing, not even a first batch."""
+        failed = {worker: each for worker, each in enumerate(states) if each not in (_HAS, _HAS_NOT, _IS_BEHIND)}
+        if failed:
+            told = ". ".join(f"{self._name_of(worker)}: {each}" for worker, each in failed.items())
+            raise self._comparison.refuse(RuntimeError(f"Reading {self._topic(index)} failed on {told}"))
+        without = [self._name_of(worker) for worker, state in enumerate(states) if state == _HAS_NOT]
+        if without and index == 0:
+            raise self._comparison.refuse(
+                ValueError(
+                    f"{', '.join(without)} brought no row to {self._name}. Every worker must have at least one row in "
+                    "an epoch. An iterator or a generator that was used up gives no more."
+                )
+            )
 
 
 def _hash(names: Sequence[str], characters: int = _HASH_CHARACTERS) -> str:

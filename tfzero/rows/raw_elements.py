@@ -13,10 +13,9 @@ def packed_specs(spec: Any) -> list[tf.TensorSpec]:
 
 def packed(spec: Any, element: tuple) -> tuple:
     flat = tf.nest.flatten(element if isinstance(spec, tuple) else element[0], expand_composites=True)
-    wanted = packed_specs(spec)
     return tuple(
-        tensor if each.shape == of_packed.shape and each.dtype == of_packed.dtype else tf.io.serialize_tensor(tensor)
-        for tensor, each, of_packed in zip(flat, tf.nest.flatten(spec, expand_composites=True), wanted, strict=True)
+        tensor if each.shape.is_fully_defined() else tf.io.serialize_tensor(tensor)
+        for tensor, each in zip(flat, tf.nest.flatten(spec, expand_composites=True), strict=True)
     )
 
 

@@ -6,6 +6,7 @@ Only then are elements decoded, so skipping decodes nothing. A shard that has en
 
 import functools
 import os
+import re
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -59,10 +60,10 @@ def sharded_dataset(
         shards: number of virtual shards, which the number of workers must divide.
         batch_size: elements of a whole batch, over all workers; a multiple of `shards`.
         decode: turns one element of `make` into one sample, such as `(features, target)`; None leaves it as it is.
-        shuffle: elements in the buffer that shuffles within each file; files are then dealt anew in every pass. 0 keeps
-            the order.
+        shuffle: elements in the buffer that shuffles within each file; the files of a shard then come in another order
+            in every pass. 0 keeps the order.
         seed: of the order, which depends on it and on the number of passes that have ended.
-        counts: number of elements of each file; a resumed run then skips whole files. Others are an error.
+        counts: number of elements of each file; a resumed run then skips whole files. Fewer elements are an error.
         parallel_calls: elements that are decoded at the same time; None lets `tf.data` choose.
 
     Returns:
@@ -90,7 +91,7 @@ def sharded_dataset(
     ```
     """
     source = ShardedFiles(files, make, shards, batch_size, decode, shuffle, seed, counts, parallel_calls)
-    result = _sized(source.read(range(shards)), None if shuffle else source.dealing.batches(0))
+    result = _sized(source.counted(source.read(range(shards))), source.dealing.batches)
     _sources[result] = source
     return result
 
@@ -104,9 +105,9 @@ def source_of(dataset: Any) -> "ShardedFiles | None":
     return _sources.get(dataset) if isinstance(dataset, tf.data.Dataset) else None
 
 
-def is_within(dataset: tf.data.Dataset) -> bool:
-    """Whether a pipeline begins with a dataset of `sharded_dataset`, and goes on."""
-    return dataset not in _sources and any(each in _sources for each in datasets.pipeline(dataset))
+def sources_within(dataset: tf.data.Dataset | None) -> list["ShardedFiles"]:
+    """What the datasets of `sharded_dataset` read that a pipeline is, or is made from."""
+    return [] if dataset is None else [_sources[each] for each in datasets.pipeline(dataset) if each in _sources]
 
 
 class ShardedFiles:
@@ -177,9 +178,8 @@ class ShardedFiles:
     # The place in the data.
 
     def seek(self, passes: int, batches: int) -> None:
-        """Lets so many passes, and so many batches of the next one, lie behind."""
-        self.passes += passes
-        self._skipped = batches
+        """Goes to where so many passes, and so many batches of the next one, lie behind."""
+        self.passes, self._skipped = passes, batches
 
     @property
     def is_at_start(self) -> bool:
@@ -197,12 +197,12 @@ class ShardedFiles:
         After the last one the pass is counted, as Keras does not ask for more than it knows of.
         """
         if index == 0:
-            batches = self.dealing.batches(self.passes)
+            batches = self.dealing.batches
             self._length = None if batches is None else batches - self._skipped
         if self._length is None:
             return None
         left = self._length - int(index)
-        if left == 1:
+        if left == 1 or (index == 0 and left == 0):  # or the pass began behind its last batch
             self.end()
         return left > 0
 
@@ -225,25 +225,30 @@ class ShardedFiles:
             size = tf.io.gfile.stat(name).length
         except tf.errors.OpError as error:
             return f"{name!r} cannot be read ({type(error).__name__})"
-        is_empty = size == 0 or (size < _SMALL_BYTES and self._has_nothing(name))
+        is_empty = size == 0
+        if 0 < size < _SMALL_BYTES:
+            try:
+                is_empty = next(iter(self._make(tf.constant(name))), None) is None
+            except tf.errors.OpError:
+                pass  # it is damaged, which is found when it is read
+            except Exception as error:  # of `make`, to be told by all workers
+                return f"`make` fails for {name!r} ({type(error).__name__}: {error})"
         return f"{name!r} has no elements ({size} bytes)" if is_empty else ""
-
-    def _has_nothing(self, name: str) -> bool:
-        try:
-            return next(iter(self._make(tf.constant(name))), None) is None
-        except tf.errors.OpError:
-            return False  # it is damaged, which is found when it is read
 
     def blame(self, error: tf.errors.OpError) -> Exception | None:
         """The error that names the damaged file, for an error while reading; None if no file is to blame."""
         deadline, text = time.monotonic() + _BLAME_SECONDS, str(error)
-        for file in self._open.values():
-            name = self.files[file]
-            found = "" if name not in text else error.message
+        read, self._open = self._open, {}  # a later error is not of these
+        for file in read.values():
+            name, counted = self.files[file], 0
+            found = error.message if re.search(rf"{re.escape(name)}(?![\w.-])", text) else ""
             try:
                 for _ in self._make(tf.constant(name)) if not found else ():
+                    counted += 1
                     if time.monotonic() > deadline:
                         return None
+                if not found and self.dealing.counts is not None and counted < self.dealing.counts[file]:
+                    found = f"it has {counted} elements, and `counts` says {self.dealing.counts[file]}."
             except tf.errors.OpError as again:
                 found = again.message
             if found:
@@ -255,13 +260,8 @@ class ShardedFiles:
 
     # The pipeline.
 
-    def read(self, shards: Sequence[int], counts_passes: bool = True) -> tf.data.Dataset:
-        """The part of every batch that is of these shards, from where the next pass begins.
-
-        Args:
-            shards: the shards.
-            counts_passes: whether a pass ends where these shards end.
-        """
+    def read(self, shards: Sequence[int]) -> tf.data.Dataset:
+        """The part of every batch that is of these shards, from where the next pass begins."""
         begin = functools.partial(self._begin, list(shards))
         plan = tf.data.Dataset.range(1).map(_as_it_is(lambda _: tf.numpy_function(begin, [], [tf.int64] * 4)))
         samples = self._samples(plan.flat_map(_as_it_is(_of_each_shard)), len(shards))
@@ -271,9 +271,7 @@ class ShardedFiles:
             reduce_func=lambda _, window: window.map(lambda _, sample: sample).batch(batch),
             window_size_func=lambda key: key % 2**_SIZE_BITS,
         ).prefetch(tf.data.AUTOTUNE)
-        if counts_passes:
-            result = self._counted(result)
-        return without_tuning(not_ahead(result))  # a pass ends when its end is asked for
+        return without_tuning(result)
 
     def _begin(self, shards: list[int]) -> tuple:
         """Files `[shards, most files]`, padded with -1, their seeds, what to skip, and the shards' numbers."""
@@ -363,18 +361,18 @@ class ShardedFiles:
             return element
         return self._decode(*element) if isinstance(element, tuple) else self._decode(element)
 
-    def _counted(self, dataset: tf.data.Dataset) -> tf.data.Dataset:
-        """The same dataset, whose passes are counted as they end."""
+    def counted(self, dataset: tf.data.Dataset) -> tf.data.Dataset:
+        """The same dataset, whose passes are counted when their last batch, or their end, is asked for."""
         if self.dealing.counts is not None:
             is_there = _as_it_is(lambda index, _: truth_of(self.handed_out, index))
-            return dataset.enumerate().take_while(is_there).map(lambda _, batch: batch)
+            return not_ahead(dataset.enumerate().take_while(is_there).map(_as_it_is(lambda _, batch: batch)))
 
         def end() -> bool:
             self.end()
             return False
 
         never = tf.data.Dataset.range(1).filter(_as_it_is(lambda _: truth_of(end)))
-        return dataset.concatenate(never.flat_map(lambda _: dataset.take(0)))
+        return not_ahead(dataset.concatenate(never.flat_map(lambda _: dataset.take(0))))
 
 
 def _size_of(name: str) -> str:

@@ -10,12 +10,12 @@ on which the first batches of other data sets are compared ([Note: digests]), wh
 import functools
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import tensorflow as tf
 
 from tfzero.host import batch_rows, datasets, runtime
-from tfzero.rows.inputs import cut, not_ahead, rows_of, take_rows, truth_of, without_tuning
+from tfzero.rows.inputs import cut, mapped, not_ahead, rows_of, take_rows, truth_of, without_tuning
 
 _own: weakref.WeakSet = weakref.WeakSet()
 
@@ -67,15 +67,33 @@ def describe_parts(dataset: tf.data.Dataset) -> dict:
     return {f"part {place} of a batch": str(batch_rows.without_rows(spec)) for place, spec in specs}
 
 
-def union(
-    dataset: tf.data.Dataset, devices: int, goes_on: Callable[[Any, Any], Any], shares_of: Callable = lambda: None
-) -> tf.data.Dataset:
+def check_parts(dataset: tf.data.Dataset) -> None:
+    """Refuses parts of batches for which no row of padding can be made."""
+    for place, spec in enumerate(tf.nest.flatten(dataset.element_spec)):
+        if getattr(spec, "shape", None) is None or spec.shape.rank is None:
+            raise ValueError(
+                "Where each worker brings its own rows, every part of a batch must be a tensor with a known number of "
+                f"axes, but part {place} is {spec}. Give it one by `tf.ensure_shape`; leave out a part that is None."
+            )
+
+
+class Turns(Protocol):
+    """The batches of a union that workers agree on. Numbers count from the beginning of a pass."""
+
+    def asked(self, index: Any) -> Any:
+        """A step asks for a batch. True."""
+
+    def goes_on(self, index: Any, has_batch: Any) -> Any:
+        """Whether any worker has the batch, by whether this one has it."""
+
+
+def union(dataset: tf.data.Dataset, devices: int, turns: Turns, shares_of: Callable = lambda: None) -> tf.data.Dataset:
     """A dataset of per-replica values from this worker's own batches. [Note: union]
 
     Args:
         dataset: this worker's batches.
         devices: number of this worker's replicas.
-        goes_on: called with the number of each batch, and whether this worker has it; whether any worker has it.
+        turns: what is called for each batch.
         shares_of: gives the shares of its replicas, int64 `[devices]`, or None for even ones.
     """
     spec, is_single = dataset.element_spec, not isinstance(dataset.element_spec, tuple)
@@ -98,20 +116,17 @@ def union(
         cut_leaf = functools.partial(_parts, rows=rows, devices=devices, shares=shares_of())
         return has_batch, tf.nest.map_structure(cut_leaf, _batch_of(spec, components))
 
-    def is_handed_out(index: tf.Tensor, element: tuple) -> tf.Tensor:
-        return truth_of(goes_on, index, element[0])
+    def is_handed_out(asked: tuple, element: tuple) -> tf.Tensor:
+        return truth_of(turns.goes_on, asked[0], element[0])
 
     endless = tf.data.Dataset.from_tensors((False, padding)).repeat()
-    batches = _mapped(dataset, with_flag).concatenate(endless)
+    batches = mapped(dataset, with_flag).concatenate(endless)
     batches = batches.scan(padding, tf.autograph.experimental.do_not_convert(padded))
-    batches = _mapped(batches, cut_own).prefetch(tf.data.AUTOTUNE).enumerate()
+    batches = mapped(batches, cut_own).prefetch(tf.data.AUTOTUNE)
+    asked = tf.data.Dataset.counter().map(lambda index: (index, truth_of(turns.asked, index)))
+    batches = tf.data.Dataset.zip(asked, batches)  # in this order
     batches = batches.take_while(tf.autograph.experimental.do_not_convert(is_handed_out))
     return without_tuning(not_ahead(batches.map(lambda _, element: element[1])))
-
-
-def _mapped(dataset: tf.data.Dataset, function: Callable) -> tf.data.Dataset:
-    function = tf.autograph.experimental.do_not_convert(function)
-    return dataset.map(function, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
 
 
 def _components(batch: Any) -> tuple:

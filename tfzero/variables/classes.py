@@ -189,6 +189,7 @@ class ShardedVariable(ReplicatedVariable):
         return super().value()
 
     def update_outside(self, update: Callable[..., Any], value: tf.types.experimental.TensorLike, **kwargs: Any) -> Any:
+        value = self._fitting(value)
         if self._held is not None:
             with tf.control_dependencies([] if tf.executing_eagerly() else [self.held_value()]):
                 update(self._held, value, **kwargs)
@@ -222,10 +223,17 @@ class ShardedVariable(ReplicatedVariable):
             )
         return self._held
 
+    def _fitting(self, value: tf.types.experimental.TensorLike) -> np.ndarray | tf.Tensor:
+        """A value for the whole variable; what it is written to would take other shapes as well."""
+        value = value if isinstance(value, np.ndarray) else tf.convert_to_tensor(value)
+        if not self._whole_shape.is_compatible_with(value.shape):
+            raise ValueError(
+                f"The variable {self.name!r} of shape {self._whole_shape} cannot take a value of shape {value.shape}."
+            )
+        return value if tf.TensorShape(value.shape).is_fully_defined() else tf.ensure_shape(value, self._whole_shape)
+
     def _shard_of(self, value: tf.types.experimental.TensorLike, replica: int) -> tf.Tensor:
-        """A local replica's component, cut from a value of the whole variable. A scalar stands for every element."""
-        if tf.convert_to_tensor(value).shape.rank == 0 and self._whole_shape.rank:
-            return value
+        """A local replica's component of a value of the whole variable."""
         mesh = self.distribute_strategy.extended.mesh
         return local_shard(value, self._owner, mesh.shard_rank(mesh.rank(replica)), mesh.shards)
 
@@ -237,8 +245,8 @@ def _fill(variable: tf.Variable, value: tf.Tensor) -> None:
 
 def agree_on_sharded(channel: Channel, topic: str, variables: Sequence[ShardedVariable], what: str) -> None:
     """Raises ValueError on all workers unless all name the same variables; ignores names, which differ by process."""
-    _, differences = channel.compare(topic, {f"sharded variable {v.number}": str(list(v.shape)) for v in variables})
-    if differences:
+    numbered = {f"sharded variable {v.number}": str(list(v.shape)) for v in variables}
+    if differences := channel.compare(topic, numbered)[1]:
         names = ", ".join(variable.name for variable in variables) or "none"
         raise ValueError(
             f"The workers' {what} differ: {differences}. Give every worker the same {what}. Received here: {names}."

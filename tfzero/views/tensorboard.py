@@ -108,7 +108,7 @@ class TensorBoardCallback(keras.callbacks.Callback):
         if self._strategy.settings.device_type == "GPU":
             tf.test.experimental.sync_devices()
         seconds = time.perf_counter() - self._start
-        batches = batch - self._first_batch + 1
+        batches = runtime.batches_behind(self.model, batch) - self._first_batch
         before, self.step = self.step, self.step + batches
         if not self._is_first:
             self._seconds.append(seconds / batches)

@@ -31,6 +31,7 @@ MOST_BYTES = 2**24  # hashed per tensor; of a larger one only parts, spread even
 _PART_BYTES = 64
 _SCATTER = 0x9E3779B9  # the golden ratio in 32 bits: its multiples are spread evenly
 _SHOWN = 3  # first values of a tensor, for messages
+_MOST_CHARACTERS = 1000  # of an error, for the other workers
 _NAMES = ("x", "y", "sample_weight")
 _SHAPE, _VALUES, _SAME_ROWS = " (shape)", " (values)", "in every row "
 _OF_SPARSE = (".indices", ".shape")  # parts of a sparse tensor that may look alike in any order of its rows
@@ -44,6 +45,11 @@ _ADVICE = (
     "`tfzero.own_rows(dataset)`. `ZeroStrategy(compare_batches=0)` leaves the comparison away."
 )
 
+# Errors for which no file is to blame.
+_NOT_OF_DATA = (
+    tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError, tf.errors.DeadlineExceededError,
+    tf.errors.ResourceExhaustedError,
+)  # fmt: skip
 _OF_PREDICTIONS = "Nothing is trained with them; the predictions are of the rows that each worker kept of its own."
 _OF_DRAWS = "Random operations may rightly draw other numbers on each worker, so it goes on."
 
@@ -88,6 +94,7 @@ class BatchComparison:
         self._readers: weakref.WeakSet = weakref.WeakSet()  # of files; they know which one is to blame for an error
         self._during: str | None = None  # the model's method that reads data now
         self._failure: Exception | None = None
+        self._owed: str | None = None  # the topic on which the others wait for this worker
         self._data_sets = 0
         self._warned: set[Source] = set()
 
@@ -112,19 +119,30 @@ class BatchComparison:
     @contextlib.contextmanager
     def during(self, method: str) -> Iterator[None]:
         """Context in which a model's method reads data. It raises errors of a comparison as they were."""
-        before, self._during, self._failure = self._during, method, None
+        before, self._during, self._failure, self._owed = self._during, method, None, None
         try:
             yield
         except tf.errors.OpError as error:
             if self._failure is not None:
                 raise self._failure from None
-            for reader in list(self._readers):
-                if (explained := reader.blame(error)) is not None:
-                    self._channel.fail(explained)
-                    raise explained from error
-            raise
+            explained = None if isinstance(error, _NOT_OF_DATA) else self._blame(error)
+            self._tell(explained or error)
+            if explained is None:
+                raise
+            raise explained from error
         finally:
             self._during = before
+
+    def _blame(self, error: tf.errors.OpError) -> Exception | None:
+        return next((found for reader in list(self._readers) if (found := reader.blame(error)) is not None), None)
+
+    def _tell(self, error: Exception) -> None:
+        """Tells the other workers of an error. If they wait for this one's batch, the channel stays open."""
+        if self._owed is not None:
+            with contextlib.suppress(ConnectionError, TimeoutError, RuntimeError):  # they have failed as well
+                self.gather(self._owed, f"{type(error).__name__}: {error}"[:_MOST_CHARACTERS])
+        elif not isinstance(error, tf.errors.OpError):
+            self._channel.fail(error)
 
     def note_reader(self, reader: Any) -> None:
         """Notes who can tell which file is to blame for an error while reading: by `reader.blame(error)`."""
@@ -159,8 +177,13 @@ class BatchComparison:
         is_noted = tf.strings.length(noted) > 0
         return tf.cond(is_noted, lambda: tf.numpy_function(compare, [noted], tf.bool), lambda: True)
 
+    def owes(self, topic: str) -> None:
+        """Notes that a step asks for a batch, which all workers will `gather` about."""
+        self._owed = topic
+
     def gather(self, topic: str, value: Any) -> list[Any]:
         """In a pipeline, as a batch is handed out: the values of all workers, in rank order."""
+        self._owed = None
         with self._noting_failure():
             return self._channel.all_gather(topic, value)
 
