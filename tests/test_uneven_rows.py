@@ -3,6 +3,7 @@
 import itertools
 import os
 import time
+import warnings
 from unittest import mock
 
 import keras
@@ -13,6 +14,7 @@ import pytest
 import tensorflow as tf
 
 import tfzero
+from tfzero.collectives import joining
 from tfzero.plan import shares as plan
 from tfzero.plan.mesh import Mesh
 from tfzero.rows import shares
@@ -124,6 +126,22 @@ def test_state_of_rows_stays_with_its_replica():
         np.testing.assert_allclose(mine, theirs, **CLOSE)
 
 
+def test_what_measured_rows_cannot_do_is_told():
+    strategy = tfzero.ZeroStrategy(2, devices=["CPU:0", "CPU:1"], min_shard_elements=8, rows="measured")
+    with strategy.scope():
+        model = oracle.dense_model()
+    model.compile(**arguments(), run_eagerly=True)
+    x, y = DATA.arrays()
+    with pytest.raises(ValueError, match="needs a compiled step"):
+        model.fit(x, y, verbose=0)
+    for devices, rows, count in ((1, (2.0, 1.0), 1), (2, (2.0, 1.0, 1.0, 1.0), 0), (1, "even", 0)):
+        dealt = shares.RowShares(rows, Mesh(2, devices, 0), joining.channel_of_one())
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            dealt.note_own_rows()
+        assert len(told) == count and all("makes no difference for these data" in str(each.message) for each in told)
+
+
 # Workers.
 
 
@@ -143,6 +161,10 @@ def run_cases() -> dict:
         found[name] = outcome
         found[f"{name} shares"] = strategy.extended.shares.shares
         found[f"{name} report"] = strategy.report().options["rows"]
+    os.environ["SECONDS_OF_A_ROW"] = str(0.004 * (1 - worker))
+    with mock.patch.object(shares, "STEPS", 4):
+        model.fit(x, y, batch_size=15, epochs=4, verbose=0)
+    found["shares when the other one is slow"] = strategy.extended.shares.shares
     return found
 
 
@@ -158,4 +180,6 @@ def test_two_workers_of_two_devices():
     # Parts go to workers in turn. The second worker sleeps for each row.
     of_first, of_second = (sum(fleet[0]["measured shares"][worker::2]) for worker in range(2))
     assert of_second < of_first / 2
+    of_first, of_second = (sum(fleet[0]["shares when the other one is slow"][worker::2]) for worker in range(2))
+    assert of_first < of_second / 2
     assert "measured: " in fleet[0]["measured report"] and "with even rows it would" in fleet[0]["measured report"]

@@ -134,7 +134,11 @@ class ZeroExtended(distributed.ExtendedBase):
     def replica_collective(self, method: Callable, value: tf.types.experimental.TensorLike, *args: Any) -> Any:
         """Runs one of the group's collectives from within a replica, in a graph or eagerly."""
         if not tf.executing_eagerly():
-            result = method(value, runtime.replica_index(), *args)
+            replica = runtime.replica_index()
+            if current_run().beginning is not None and method == self.group.all_reduce:
+                result = self.shares.apart(lambda value: method(value, replica), tf.convert_to_tensor(value))
+            else:
+                result = method(value, replica, *args)
             is_same = method in (self.group.all_reduce, self.group.all_gather, self.group.broadcast)
             return mark_global(result) if is_same else result
 
@@ -164,7 +168,10 @@ class ZeroExtended(distributed.ExtendedBase):
 
     def end_of_gradients(self, gradients: Iterable[tf.Tensor]) -> None:
         """Within a replica: what is done between its gradients and their exchange."""
-        self.shares.end(gradients)
+        run = current_run()
+        beginning, run.beginning = run.beginning, None
+        if beginning is not None:
+            self.shares.end(beginning, list(gradients))
         self.forget_gathered()
 
     def forget_gathered(self) -> None:

@@ -154,6 +154,7 @@ class OwnData:
 
     def _union(self, dataset: tf.data.Dataset, source: ShardedFiles | None) -> tf.data.Dataset:
         check_parts(dataset)
+        self._shares.note_own_rows()
         turns, devices = _Turns(self._comparison, source, self._name_of), self._mesh.devices_per_worker
         result = self._account.watch(union(dataset, devices, turns, self._shares.of_this_worker))
         own = dataset.cardinality() if source is None else tf.data.UNKNOWN_CARDINALITY

@@ -8,7 +8,8 @@ far as it depends on rows ([Note: kinds]). Eagerly there is no graph to look at:
 all replicas is dropped.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import tensorflow as tf
@@ -94,10 +95,27 @@ def _of_own_rows(function: Callable) -> Callable:
         _wait_for_batch((args, kwargs))
         args, kwargs = _padded((args, kwargs))
         _exchange_own_rows()
-        with tf.distribute.get_strategy().extended.shares.timed((args, kwargs)):
+        with _timed((args, kwargs), tf.distribute.get_strategy().extended):
             return _own_results(function(*args, **kwargs))
 
     return of_own_rows
+
+
+@contextlib.contextmanager
+def _timed(arguments: Any, extended: tf.distribute.StrategyExtended) -> Iterator[None]:
+    """Notes when a replica may begin with its part of a batch, if shares are measured. See `rows/shares.py`.
+
+    Counts of rows have been exchanged by then; else a fast replica would wait for a slow one in its own time.
+    """
+    leaves = [leaf for leaf in tf.nest.flatten(arguments) if own_rows(leaf) is not None]
+    if not extended.shares.is_measured or not leaves:
+        yield
+        return
+    tensors = [each for each in tf.nest.flatten(leaves, expand_composites=True) if tf.is_tensor(each)]
+    beginning = extended.shares.begin([*tensors, extended.batch_fraction()])
+    current_run().beginning = beginning
+    with tf.control_dependencies([beginning]):
+        yield
 
 
 @tf.autograph.experimental.do_not_convert

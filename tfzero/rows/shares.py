@@ -4,11 +4,11 @@ Measured shares change between two executions of a training step, on all workers
 takes them, not ahead.
 """
 
-import contextlib
 import statistics
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+import warnings
+from collections.abc import Callable
 
 import numpy as np
 import tensorflow as tf
@@ -45,9 +45,7 @@ class RowShares:
         self._seconds: tuple[float, ...] = ()  # of each part in the latest steps
         self._measured_with = self.shares
         self._steps = 0  # since shares were compared
-        self._beginning: dict[int, tf.Tensor] = {}  # of the step that is being traced, by replica
-        self._begun = [0.0] * mesh.devices_per_worker
-        self._times: list[list[float]] = [[] for _ in mesh.ranks]
+        self._watches = [_Watch() for _ in mesh.ranks]
 
     def now(self) -> tf.Tensor | None:
         """The shares by part, int64; None if rows are dealt evenly. In a pipeline they are those of the moment."""
@@ -64,45 +62,45 @@ class RowShares:
         parts = [self._mesh.part_of_rank(rank) for rank in self._mesh.ranks]
         return None if shares is None else tf.gather(shares, parts)
 
+    def note_own_rows(self) -> None:
+        """Warns if the rows that a worker brings itself cannot be dealt as the setting says."""
+        if self.shares is not None and self._mesh.workers > 1 and self._mesh.devices_per_worker == 1:
+            warnings.warn(
+                f"`rows={self._setting!r}` makes no difference for these data: each worker brings rows of its own, and "
+                "has one replica for them. Bring fewer rows to slow workers, or let all workers read whole batches.",
+                stacklevel=2,
+            )
+
     # Measuring.
 
-    @contextlib.contextmanager
-    def timed(self, arguments: Any) -> Iterator[None]:
-        """In a replica: notes when its batch is there; what is computed within comes after that."""
-        if not self.is_measured:
-            yield
-            return
-        leaves = [each for each in tf.nest.flatten(arguments, expand_composites=True) if isinstance(each, tf.Tensor)]
-        beginning = self._note(self._begin, leaves)
-        self._beginning[runtime.replica_index()] = beginning
-        with tf.control_dependencies([beginning]):
-            yield
+    def begin(self, tensors: list[tf.Tensor]) -> tf.Tensor:
+        """In a replica: notes when these tensors are there. What follows the result is timed, until `end`."""
+        if tf.executing_eagerly():
+            raise ValueError(
+                "`rows='measured'` needs a compiled step: eagerly replicas run one after the other. Leave "
+                "`run_eagerly=True` away, or give a share for each replica."
+            )
+        return self._note(_Watch.begin, tensors)
 
-    def end(self, gradients: Iterable[tf.Tensor]) -> None:
+    def end(self, beginning: tf.Tensor, gradients: list[tf.Tensor]) -> None:
         """In a replica: notes when its gradients are there, before they are exchanged."""
-        if not self.is_measured:
-            return
-        beginning, gradients = self._beginning.pop(runtime.replica_index(), None), list(gradients)
-        if beginning is not None:  # these are the first gradients of a step
-            # That of the first variable comes last, as a rule.
-            self._note(self._end, [beginning, *gradients[:: max(1, len(gradients) // _MOST_AWAITED)]])
+        # That of the first variable comes last, as a rule.
+        self._note(_Watch.end, [beginning, *gradients[:: max(1, len(gradients) // _MOST_AWAITED)]])
 
-    def _note(self, function: Callable, tensors: list[tf.Tensor]) -> tf.Tensor:
-        """Calls a function with the number of the replica when these tensors are there, also if they are on a GPU."""
+    def apart(self, exchange: Callable[[tf.Tensor], tf.Tensor], value: tf.Tensor) -> tf.Tensor:
+        """In a replica, in a graph: what an exchange makes of a value. Waiting for it is not timed."""
+        with tf.control_dependencies([self._note(_Watch.pause, [value])]):
+            result = exchange(tf.identity(value))
+        with tf.control_dependencies([self._note(_Watch.go_on, [result])]):
+            return tf.identity(result)
+
+    def _note(self, method: Callable, tensors: list[tf.Tensor]) -> tf.Tensor:
+        """Calls a method of the replica's watch when these tensors are there, also if they are on a GPU."""
         firsts = [tf.reshape(tensor, [-1])[:1] for tensor in tensors]
-        replica = runtime.replica_index()
-        noted = tf.numpy_function(lambda *values: function(replica), firsts, tf.int64)
-        if not tf.executing_eagerly():
-            graphs.run_freely(noted.op)
+        watch = self._watches[runtime.replica_index()]
+        noted = tf.numpy_function(lambda *values: method(watch), firsts, tf.bool)
+        graphs.run_freely(noted.op)
         return noted
-
-    def _begin(self, replica: int) -> np.int64:
-        self._begun[replica] = time.perf_counter()
-        return np.int64(replica)
-
-    def _end(self, replica: int) -> np.int64:
-        self._times[replica].append(time.perf_counter() - self._begun[replica])
-        return np.int64(replica)
 
     def rebalance(self, steps: int) -> None:
         """Between two executions of training steps, on all workers: changes the shares, if it is time.
@@ -113,8 +111,7 @@ class RowShares:
         self._steps += steps
         if not self.is_measured or self._steps < STEPS:
             return
-        own = [statistics.median(times) if times else None for times in self._times]
-        self._steps, self._times = 0, [[] for _ in self._times]
+        self._steps, own = 0, [watch.median() for watch in self._watches]
         of_ranks = [each for told in self._channel.all_gather("comparing compute times", own) for each in told]
         if None not in of_ranks:
             self._seconds = plan.by_part(of_ranks, self._mesh)
@@ -137,3 +134,43 @@ class RowShares:
             f"measured: {shown} of a batch; the slowest computed for {1000 * slowest:.3g} ms a step, with even rows it "
             f"would for {1000 * even:.3g} ms"
         )
+
+
+class _Watch:
+    """Takes a replica's time, without what it waits for others. When shares are right, no replica waits."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._begun = self._paused = self._waited = 0.0
+        self._pauses = 0
+        self._times: list[float] = []
+
+    def begin(self) -> bool:
+        with self._lock:
+            self._begun, self._waited, self._pauses = time.perf_counter(), 0.0, 0
+        return True
+
+    def pause(self) -> bool:
+        with self._lock:
+            self._pauses += 1
+            if self._pauses == 1:
+                self._paused = time.perf_counter()
+        return True
+
+    def go_on(self) -> bool:
+        with self._lock:
+            if self._pauses == 1:
+                self._waited += time.perf_counter() - self._paused
+            self._pauses = max(0, self._pauses - 1)  # it may be of an earlier step
+        return True
+
+    def end(self) -> bool:
+        with self._lock:
+            self._times.append(time.perf_counter() - self._begun - self._waited)
+        return True
+
+    def median(self) -> float | None:
+        """Of the times since it was last asked; None if there are none."""
+        with self._lock:
+            times, self._times = self._times, []
+        return statistics.median(times) if times else None
