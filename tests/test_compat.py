@@ -209,12 +209,18 @@ def test_batches_that_are_passed_over(strategy):
     steps = iterator._enumerate_iterator()
     runtime.draw_batches(iterator, steps, 1)
     steps.close()
-    runtime.end_epoch(iterator, 3)
+    runtime.end_epoch(iterator)
     assert next(epochs(iterator, 1)) == expected[1] != expected[0]
     steps = iterator._enumerate_iterator()
-    runtime.draw_batches(iterator, steps, 2)
-    rest = [next(batches).values[0].numpy().tolist() for *_, batches in steps]
-    assert rest == expected[2][2:]
+    rest = [
+        [*numbers, next(batches).values[0].numpy().tolist()]
+        for *numbers, batches in runtime.rest_of_epoch(iterator, steps, 2, draws=True)
+    ]
+    assert [each[-1] for each in rest] == expected[2][2:] and rest[0][0] == 2
+    iterator.steps_per_execution = 2
+    for begin, draws, executions in ((1, True, 1), (1, False, 1), (2, True, 1), (3, False, 0), (0, False, 2)):
+        rest = list(runtime.rest_of_epoch(iterator, iterator._enumerate_iterator(), begin, draws))
+        assert [each[0] for each in rest] == [begin + 2 * k for k in range(executions)]
     steps = iterator._enumerate_iterator()
     runtime.draw_batches(iterator, steps, None)
     assert list(steps) == []

@@ -189,7 +189,7 @@ class ShardedVariable(ReplicatedVariable):
         return super().value()
 
     def update_outside(self, update: Callable[..., Any], value: tf.types.experimental.TensorLike, **kwargs: Any) -> Any:
-        value = self._fitting(value)
+        value = self.fitting(value)
         if self._held is not None:
             with tf.control_dependencies([] if tf.executing_eagerly() else [self.held_value()]):
                 update(self._held, value, **kwargs)
@@ -223,7 +223,7 @@ class ShardedVariable(ReplicatedVariable):
             )
         return self._held
 
-    def _fitting(self, value: tf.types.experimental.TensorLike) -> np.ndarray | tf.Tensor:
+    def fitting(self, value: tf.types.experimental.TensorLike) -> np.ndarray | tf.Tensor:
         """A value for the whole variable; what it is written to would take other shapes as well."""
         value = value if isinstance(value, np.ndarray) else tf.convert_to_tensor(value)
         if not self._whole_shape.is_compatible_with(value.shape):
