@@ -214,12 +214,12 @@ def test_batches_that_are_passed_over(strategy):
     steps = iterator._enumerate_iterator()
     rest = [
         [*numbers, next(batches).values[0].numpy().tolist()]
-        for *numbers, batches in runtime.rest_of_epoch(iterator, steps, 2, draws=True)
+        for *numbers, batches in runtime.rest_of_epoch(iterator, steps, 2, 2)
     ]
     assert [each[-1] for each in rest] == expected[2][2:] and rest[0][0] == 2
     iterator.steps_per_execution = 2
-    for begin, draws, executions in ((1, True, 1), (1, False, 1), (2, True, 1), (3, False, 0), (0, False, 2)):
-        rest = list(runtime.rest_of_epoch(iterator, iterator._enumerate_iterator(), begin, draws))
+    for begin, drawn, executions in ((1, 1, 1), (1, 0, 1), (2, 2, 1), (3, 0, 0), (0, 0, 2)):
+        rest = list(runtime.rest_of_epoch(iterator, iterator._enumerate_iterator(), begin, drawn))
         assert [each[0] for each in rest] == [begin + 2 * k for k in range(executions)]
     steps = iterator._enumerate_iterator()
     runtime.draw_batches(iterator, steps, None)

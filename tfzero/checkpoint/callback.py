@@ -110,6 +110,7 @@ class CheckpointCallback(keras.callbacks.Callback):
                 batches=self._position["batch"],
                 randomness=self._position["randomness"],
                 passes=self._position.get("passes"),
+                epoch_batches=self._position["epoch_batches"],
             )
             self.step = manifest["step"]
             self._saved = self._mark()
@@ -197,14 +198,14 @@ class CheckpointCallback(keras.callbacks.Callback):
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         before, steps = self.step, self.params["steps"]
         behind = runtime.batches_behind(self.model, batch)
-        if steps is not None:
+        if steps is not None and not self._data.one_iterator:
             behind = min(behind, steps)  # the last execution may have fewer
         self.step += behind - self._position["batch"]
         self._position["batch"] = behind
         if self.save_every_steps is None or self.step // self.save_every_steps == before // self.save_every_steps:
             return
         self._due = True
-        if behind != steps:  # else `on_epoch_end` comes first
+        if steps is None or behind < steps:  # else `on_epoch_end` comes first
             self._save_if_due()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
@@ -220,7 +221,7 @@ class CheckpointCallback(keras.callbacks.Callback):
         """
         if self._due and self._mark() != self._saved:
             self._position |= {"randomness": self._data.randomness, "batch_size": self._data.batch_size}
-            self._position["passes"] = [each.passes for each in self._data.sources] or None
+            self._position["passes"] = self._data.passes_at(self._position["batch"])
             self._position["steps"] = self.params["steps"]
             self._save.start(self.step, dict(self._position), self.asynchronous)
             self._saved = self._mark()

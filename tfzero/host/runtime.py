@@ -174,7 +174,7 @@ _MORE_THAN_THERE_ARE = 2**60  # batches
 
 
 def rest_of_epoch(
-    epoch_iterator: keras_tensorflow_trainer.TFEpochIterator, steps: Iterator, begin: int, draws: bool
+    epoch_iterator: keras_tensorflow_trainer.TFEpochIterator, steps: Iterator, begin: int, drawn: int
 ) -> Iterator:
     """What is left of an epoch's loop `steps` behind its first `begin` batches, with the numbers of its batches.
 
@@ -184,16 +184,16 @@ def rest_of_epoch(
         epoch_iterator: Keras's, which made the loop.
         steps: the whole loop.
         begin: number of batches that are left out.
-        draws: whether those are drawn; otherwise the data begin behind them.
+        drawn: number of batches that are drawn and left out; the data may begin behind `begin`, or before the epoch.
     """
     size, length = epoch_iterator.steps_per_execution, epoch_iterator.num_batches
     behind = begin // size
     if length is not None:
         behind = -(-length // size) + -max(0, length - begin) // size
     for number, (*numbers, iterator) in enumerate(steps):
-        if number == 0 and draws:
+        if number == 0:
             with contextlib.suppress(StopIteration, tf.errors.OutOfRangeError):
-                for _ in range(begin):
+                for _ in range(drawn):
                     next(iterator)
         if number >= behind:
             moved = begin - behind * size

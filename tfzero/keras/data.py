@@ -27,6 +27,7 @@ class _Epochs(EpochsBase):
     """Keras's loop over the epochs of data, under a ZeroStrategy."""
 
     place: DataPosition | None = None  # where in the data the loop begins
+    position: DataPosition | None = None  # where it is, for checkpoints
     worker: str = ""  # which this is
     reads_files: bool = False  # whether the data are a `sharded_dataset`, in which it can seek
     executions: int = 0  # begun in this epoch
@@ -41,25 +42,31 @@ class _Epochs(EpochsBase):
             yield step
 
     def steps_from(self, place: DataPosition) -> Generator[Any, None, None]:
-        behind = [place.passes_of(each) for each in place.sources]
+        behind, drawn = [place.passes_of(each) for each in place.sources], place.batches
         if place.sources and self.reads_files and not self.steps_per_epoch:
             place.sources[0].seek(behind[0], place.batches)
+            drawn = 0
             if place.epochs:
                 runtime.end_epoch(self)
-            yield from runtime.rest_of_epoch(self, super().steps_of_epoch(), place.batches, draws=False)
-            return
-        for _ in range(place.epochs):
+        elif self.steps_per_epoch and self.data_adapter.num_batches is None:  # one iterator serves all epochs
+            drawn += place.epochs * place.epoch_batches
+        else:
+            self.pass_over_epochs(place.epochs)
+            for each, passes in zip(place.sources, behind, strict=True):
+                each.seek(passes if not self.steps_per_epoch else each.passes, 0)
+        if self.position is not None:
+            self.position.begin_epoch()
+        yield from runtime.rest_of_epoch(self, super().steps_of_epoch(), place.batches, drawn)
+
+    def pass_over_epochs(self, count: int) -> None:
+        for _ in range(count):
             steps = super().steps_of_epoch()
-            if self.steps_per_epoch:  # one iterator serves all epochs
+            if self.steps_per_epoch:
                 runtime.draw_batches(self, steps, None)
             else:  # a new iterator reshuffles when it gives its first batch
                 runtime.draw_batches(self, steps, 1)
                 steps.close()
                 runtime.end_epoch(self)
-        if not self.steps_per_epoch:
-            for each, passes in zip(place.sources, behind, strict=True):
-                each.seek(passes, 0)
-        yield from runtime.rest_of_epoch(self, super().steps_of_epoch(), place.batches, draws=True)
 
     @contextlib.contextmanager
     def catch_stop_iteration(self) -> Iterator[None]:
@@ -95,12 +102,12 @@ def _epoch_iterator(
     position, distribute_strategy.data_position = distribute_strategy.data_position, None
     with distribute_strategy.agreed_randomness(position):
         original(self, distribute_strategy, *args, **kwargs)
-    self.__class__, self.place = _Epochs, position
+    self.__class__, self.place, self.position = _Epochs, position, position
     self.worker = distribute_strategy.extended.name_of_worker
     if position is not None:
         given = distribute_strategy.extended.origin_of(runtime.dataset_of(self))
         source, position.sources = source_of(given), sources_within(given)
-        self.reads_files = source is not None
+        self.reads_files, position.one_iterator = source is not None, bool(self.steps_per_epoch)
         position.note_batch_size(self.data_adapter if source is None else source.dealing)
     if distribute_strategy.extended.mesh.workers > 1:
         given, own_data = self.data_adapter.num_batches, distribute_strategy.extended.own_data

@@ -31,7 +31,9 @@ class DataPosition:
         randomness: the state from which the pipeline is built (`runtime.random_state`), once known.
         passes: passes that have ended over each `sharded_dataset` that the data are, or are made from; validation may
             have made some of them. None if unknown.
+        epoch_batches: batches of the previous epoch.
         batch_size: samples in a batch of the training data, if Keras knows it.
+        one_iterator: whether one iterator serves all epochs, as with `steps_per_epoch`.
         sources: those `sharded_dataset`s (`ShardedFiles`), once known.
     """
 
@@ -39,8 +41,19 @@ class DataPosition:
     batches: int = 0
     randomness: dict | None = None
     passes: Sequence[int] | None = None
+    epoch_batches: int = 0
     batch_size: int | None = None
+    one_iterator: bool = False
     sources: Sequence = ()
+    _begun: Sequence[int] = ()  # passes behind the current epoch
+
+    def begin_epoch(self) -> None:
+        """Notes the passes behind an epoch that begins. Within it, batches may be prepared ahead to its end."""
+        self._begun = [each.passes for each in self.sources]
+
+    def passes_at(self, batches: int) -> list[int] | None:
+        """Passes that have ended over each source, after so many batches of an epoch; None if there is no source."""
+        return list(self._begun if batches else [each.passes for each in self.sources]) or None
 
     def passes_of(self, source: Any) -> int:
         """Passes over one of the sources that lie behind the position."""

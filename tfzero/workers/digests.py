@@ -125,7 +125,9 @@ class BatchComparison:
         except tf.errors.OpError as error:
             if self._failure is not None:
                 raise self._failure from None
-            explained = None if isinstance(error, _NOT_OF_DATA) else self._blame(error)
+            if isinstance(error, _NOT_OF_DATA):
+                raise
+            explained = self._blame(error)
             self._tell(explained or error)
             if explained is None:
                 raise
