@@ -135,10 +135,11 @@ class ZeroExtended(distributed.ExtendedBase):
         """Runs one of the group's collectives from within a replica, in a graph or eagerly."""
         if not tf.executing_eagerly():
             replica = runtime.replica_index()
-            if current_run().beginning is not None and method == self.group.all_reduce:
-                result = self.shares.apart(lambda value: method(value, replica), tf.convert_to_tensor(value))
-            else:
+            value = tf.convert_to_tensor(value)
+            if current_run().beginning is None:
                 result = method(value, replica, *args)
+            else:
+                result = self.shares.apart(lambda value: method(value, replica, *args), value)
             is_same = method in (self.group.all_reduce, self.group.all_gather, self.group.broadcast)
             return mark_global(result) if is_same else result
 
@@ -170,8 +171,10 @@ class ZeroExtended(distributed.ExtendedBase):
         """Within a replica: what is done between its gradients and their exchange."""
         run = current_run()
         beginning, run.beginning = run.beginning, None
-        if beginning is not None:
-            self.shares.end(beginning, list(gradients))
+        if beginning is None:
+            self.shares.warn_of_loop()
+        else:
+            self.shares.end(beginning, list(gradients), run.own_rows())
         self.forget_gathered()
 
     def forget_gathered(self) -> None:

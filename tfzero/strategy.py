@@ -29,7 +29,7 @@ from tfzero.plan.settings import (
     check_reshard,
     choose_levels,
 )
-from tfzero.plan.shares import EVEN, check_rows
+from tfzero.plan.shares import EVEN, check_length, check_rows
 from tfzero.report import Report, make_report
 from tfzero.rows.dependence import is_global
 from tfzero.rows.inputs import DataPosition, without_tuning
@@ -152,7 +152,7 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
             hierarchical,
             overlap_param_gather,
             compare_batches,
-            check_rows(rows, workers * len(local), stage),
+            check_rows(rows, stage, devices),
         )
         kind = self.settings.device_type
         self._surroundings = Surroundings(kind, len(local), workers)
@@ -172,6 +172,7 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         self.stop = AgreedStop() if joined.pulse is None else joined.pulse.stop_together
         if cluster is not None:
             agree_on_devices(self.channel, cluster, devices)
+        check_length(self.settings.rows, len(devices) * (1 if cluster is None else cluster.size))
         agreed = {**asdict(self.settings), "transport": self.transport.name}
         self.channel.agree("making a ZeroStrategy", agreed, "settings")
         self.transport = choose(replace(self._surroundings, connections=joined.connections))
@@ -213,6 +214,7 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         model.fit(strategy.distribute_datasets_from_function(read), steps_per_epoch=2, shuffle=False)
         ```
         """
+        self.extended.shares.note_ready_parts()
         return super().distribute_datasets_from_function(lambda context: without_tuning(dataset_fn(context)), options)
 
     def reduce(self, reduce_op: str | tf.distribute.ReduceOp, value: Any, axis: int | None = None) -> Any:

@@ -3,6 +3,7 @@
 Keras offers a strategy no hook at these places, so its functions are patched (`host/patches.py`).
 """
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -116,7 +117,8 @@ def _make_function(
             function_of_cut_batches.element_spec = iterator.element_spec  # type: ignore[attr-defined]
         else:
             iterator = map(functools.partial(_cut_checked, strategy, check), iterator)
-        logs = function(iterator) if late is None else late.run(function, iterator)
+        with strategy.extended.shares.timing() if trains else contextlib.nullcontext():
+            logs = function(iterator) if late is None else late.run(function, iterator)
         if trains:
             strategy.extended.shares.rebalance(self.steps_per_execution)
         return logs

@@ -7,6 +7,7 @@ are whole numbers, one for each part of a batch; part `p` of a batch of `rows` b
 """
 
 import math
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,11 +20,16 @@ _LEAST = 16  # a measured replica keeps this part of an even share, so that it c
 _LEAST_GAIN = 1.1  # times as fast, for which shares are changed
 
 
-def check_rows(rows: Any, replicas: int, stage: int) -> str | tuple[float, ...]:
-    """The setting `rows`, checked.
+def check_rows(rows: Any, stage: int, devices: Sequence[str] | None = None) -> str | tuple[float, ...]:
+    """The setting `rows`, checked as far as one worker can.
+
+    Args:
+        rows: the setting.
+        stage: of ZeRO.
+        devices: names as the user gave them, if any.
 
     Raises:
-        ValueError: if it is neither "even", "measured" nor a positive number for each replica, or cannot be measured.
+        ValueError: if it is neither "even", "measured" nor a list of positive numbers, or cannot be measured.
     """
     if isinstance(rows, str) and rows in (EVEN, MEASURED):
         if rows == MEASURED and scheme_of(stage).shards_parameters:
@@ -39,16 +45,29 @@ def check_rows(rows: Any, replicas: int, stage: int) -> str | tuple[float, ...]:
             "`rows` must be 'even', 'measured', or a list of a positive number for each replica, those of the first "
             f"worker first. Received: rows={rows!r}"
         )
-    if len(rows) != replicas:
+    if devices is not None and list(devices) != sorted(devices, key=_number_of):
         raise ValueError(
-            f"`rows` must have a share for each of {replicas} replicas, those of the first worker first. "
-            f"Received: rows={rows!r}, {len(rows)} shares"
+            "Shares are given in the order of device numbers. Name the devices in that order. "
+            f"Received: rows={rows!r}, devices={list(devices)}"
         )
     return tuple(map(float, rows))
 
 
+def check_length(rows: str | tuple[float, ...], replicas: int) -> None:
+    """Raises ValueError unless there is a share for each replica."""
+    if not isinstance(rows, str) and len(rows) != replicas:
+        raise ValueError(
+            f"`rows` must have a share for each of {replicas} replicas, those of the first worker first. "
+            f"Received: rows={list(rows)}, {len(rows)} shares"
+        )
+
+
+def _number_of(device: str) -> int:
+    return int(device.rpartition(":")[2])
+
+
 def _is_positive(share: Any) -> bool:
-    return not isinstance(share, bool) and isinstance(share, int | float) and 0 < share < math.inf
+    return not isinstance(share, bool) and isinstance(share, numbers.Real) and 0 < float(share) < math.inf
 
 
 def whole_shares(shares: Sequence[float]) -> tuple[int, ...]:
@@ -70,21 +89,22 @@ def by_part(of_ranks: Sequence[Any], mesh: Mesh) -> tuple[Any, ...]:
     return tuple(of_ranks[rank] for rank in ranks)
 
 
-def moved(shares: Sequence[int], seconds: Sequence[float]) -> tuple[int, ...] | None:
+def moved(shares: Sequence[int], seconds: Sequence[float], rates: Sequence[float]) -> tuple[int, ...] | None:
     """Shares with which replicas would take equally long; None if that would not be notably faster.
 
     Args:
-        shares: with which they took these times.
-        seconds: compute time of each.
+        shares: as they are.
+        seconds: median compute time of each in a step.
+        rates: rows a second of each.
     """
-    rates = [share / max(1e-6, each) for share, each in zip(shares, seconds, strict=True)]
-    if max(seconds) < _LEAST_GAIN * sum(shares) / math.fsum(rates):
+    rows = math.fsum(each * rate for each, rate in zip(seconds, rates, strict=True))
+    if max(seconds) < _LEAST_GAIN * rows / math.fsum(rates):
         return None
     least = WHOLE // (_LEAST * len(shares))
     return tuple(max(least, share) for share in whole_shares(rates))
 
 
-def seconds_if_even(shares: Sequence[int], seconds: Sequence[float]) -> float:
-    """How long the slowest would take with even shares, if its time goes with its rows."""
-    even = sum(shares) / len(shares)
-    return max(each * even / share for share, each in zip(shares, seconds, strict=True))
+def seconds_if_even(seconds: Sequence[float], rates: Sequence[float]) -> float:
+    """How long the slowest would take with as many rows as any other."""
+    rows = math.fsum(each * rate for each, rate in zip(seconds, rates, strict=True))
+    return rows / len(rates) / min(rates)

@@ -108,7 +108,7 @@ def _timed(arguments: Any, extended: tf.distribute.StrategyExtended) -> Iterator
     Counts of rows have been exchanged by then; else a fast replica would wait for a slow one in its own time.
     """
     leaves = [leaf for leaf in tf.nest.flatten(arguments) if own_rows(leaf) is not None]
-    if not extended.shares.is_measured or not leaves:
+    if not extended.shares.is_timing or not leaves:
         yield
         return
     tensors = [each for each in tf.nest.flatten(leaves, expand_composites=True) if tf.is_tensor(each)]

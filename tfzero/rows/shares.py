@@ -4,11 +4,14 @@ Measured shares change between two executions of a training step, on all workers
 takes them, not ahead.
 """
 
+import collections
+import contextlib
 import statistics
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -19,6 +22,7 @@ from tfzero.plan.mesh import Mesh
 from tfzero.workers.channel import Channel
 
 _MOST_AWAITED = 8  # gradients
+_MOST_TIMES = 1024  # that are kept
 STEPS = 32  # from one change of measured shares to the next, at least
 
 
@@ -42,8 +46,9 @@ class RowShares:
             self.shares = plan.whole_shares([1] * mesh.replicas)
         elif not isinstance(setting, str):
             self.shares = plan.by_part(plan.whole_shares(setting), mesh)
-        self._seconds: tuple[float, ...] = ()  # of each part in the latest steps
-        self._measured_with = self.shares
+        self._measured: tuple = ()  # median seconds of each part, and its rows a second
+        self._is_timing = False  # whether a training step of Keras is traced or runs
+        self._has_warned = False
         self._steps = 0  # since shares were compared
         self._watches = [_Watch() for _ in mesh.ranks]
 
@@ -64,14 +69,38 @@ class RowShares:
 
     def note_own_rows(self) -> None:
         """Warns if the rows that a worker brings itself cannot be dealt as the setting says."""
-        if self.shares is not None and self._mesh.workers > 1 and self._mesh.devices_per_worker == 1:
-            warnings.warn(
-                f"`rows={self._setting!r}` makes no difference for these data: each worker brings rows of its own, and "
-                "has one replica for them. Bring fewer rows to slow workers, or let all workers read whole batches.",
-                stacklevel=2,
+        if self.shares is None or self._mesh.workers == 1:
+            return
+        own = {self.shares[self._mesh.part_of_rank(rank)] for rank in self._mesh.ranks}
+        if self._mesh.devices_per_worker == 1 or (not self.is_measured and len(own) == 1):
+            self._warn(
+                "each worker brings rows of its own for its own replicas. Bring fewer rows to slow workers, or "
+                "let all workers read whole batches"
             )
 
+    def note_ready_parts(self) -> None:
+        """Warns if data come in parts for each replica, as from `distribute_datasets_from_function`."""
+        if self.shares is not None:
+            self._warn("a function gives each replica its rows. Give each as many as it should have")
+
+    def _warn(self, reason: str) -> None:
+        warnings.warn(f"`rows={self._setting!r}` makes no difference for these data: {reason}.", stacklevel=3)
+
     # Measuring.
+
+    @contextlib.contextmanager
+    def timing(self) -> Iterator[None]:
+        """While a training step of Keras is traced or runs: its replicas are timed. Outside, nothing is."""
+        self._is_timing = self.is_measured
+        try:
+            yield
+        finally:
+            self._is_timing = False
+
+    @property
+    def is_timing(self) -> bool:
+        """Whether replicas are timed now."""
+        return self._is_timing
 
     def begin(self, tensors: list[tf.Tensor]) -> tf.Tensor:
         """In a replica: notes when these tensors are there. What follows the result is timed, until `end`."""
@@ -80,25 +109,36 @@ class RowShares:
                 "`rows='measured'` needs a compiled step: eagerly replicas run one after the other. Leave "
                 "`run_eagerly=True` away, or give a share for each replica."
             )
-        return self._note(_Watch.begin, tensors)
+        return self._note(lambda watch, *_: watch.begin(), tensors)
 
-    def end(self, beginning: tf.Tensor, gradients: list[tf.Tensor]) -> None:
-        """In a replica: notes when its gradients are there, before they are exchanged."""
+    def end(self, beginning: tf.Tensor, gradients: list[tf.Tensor], rows: tf.Tensor) -> None:
+        """In a replica: notes when its gradients of so many rows are there, before they are exchanged."""
         # That of the first variable comes last, as a rule.
-        self._note(_Watch.end, [beginning, *gradients[:: max(1, len(gradients) // _MOST_AWAITED)]])
+        some = gradients[:: max(1, len(gradients) // _MOST_AWAITED)]
+        self._note(lambda watch, rows, *_: watch.end(int(rows[0])), [rows, beginning, *some])
 
-    def apart(self, exchange: Callable[[tf.Tensor], tf.Tensor], value: tf.Tensor) -> tf.Tensor:
+    def warn_of_loop(self) -> None:
+        """Warns of a step that is not Keras's own, once."""
+        if self.is_measured and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                "`rows='measured'` measures the steps of `fit` and `train_on_batch` only. In a loop of your own rows "
+                "stay as they are: give a share for each replica.",
+                stacklevel=2,
+            )
+
+    def apart(self, exchange: Callable[[tf.Tensor], Any], value: tf.Tensor) -> Any:
         """In a replica, in a graph: what an exchange makes of a value. Waiting for it is not timed."""
-        with tf.control_dependencies([self._note(_Watch.pause, [value])]):
+        with tf.control_dependencies([self._note(lambda watch, *_: watch.pause(), [value])]):
             result = exchange(tf.identity(value))
-        with tf.control_dependencies([self._note(_Watch.go_on, [result])]):
-            return tf.identity(result)
+        with tf.control_dependencies([self._note(lambda watch, *_: watch.go_on(), tf.nest.flatten(result))]):
+            return tf.nest.map_structure(tf.identity, result)
 
     def _note(self, method: Callable, tensors: list[tf.Tensor]) -> tf.Tensor:
-        """Calls a method of the replica's watch when these tensors are there, also if they are on a GPU."""
+        """Calls a function of the replica's watch and their first elements when tensors are there, also on a GPU."""
         firsts = [tf.reshape(tensor, [-1])[:1] for tensor in tensors]
         watch = self._watches[runtime.replica_index()]
-        noted = tf.numpy_function(lambda *values: method(watch), firsts, tf.bool)
+        noted = tf.numpy_function(lambda *values: method(watch, *values), firsts, tf.bool)
         graphs.run_freely(noted.op)
         return noted
 
@@ -111,12 +151,11 @@ class RowShares:
         self._steps += steps
         if not self.is_measured or self._steps < STEPS:
             return
-        self._steps, own = 0, [watch.median() for watch in self._watches]
+        self._steps, own = 0, [watch.medians() for watch in self._watches]
         of_ranks = [each for told in self._channel.all_gather("comparing compute times", own) for each in told]
         if None not in of_ranks:
-            self._seconds = plan.by_part(of_ranks, self._mesh)
-            self._measured_with = self.shares
-            self.shares = plan.moved(self.shares, self._seconds) or self.shares
+            self._measured = tuple(zip(*plan.by_part(of_ranks, self._mesh), strict=True))
+            self.shares = plan.moved(self.shares, *self._measured) or self.shares
 
     def __str__(self) -> str:
         if self._mesh.replicas == 1:
@@ -127,9 +166,9 @@ class RowShares:
         shown = ", ".join(f"{share / sum(of_ranks):.1%}" for share in of_ranks)
         if not self.is_measured:
             return f"as given: {shown} of a batch"
-        if not self._seconds:
+        if not self._measured:
             return f"measured in the first {STEPS} steps; {shown} of a batch"
-        slowest, even = max(self._seconds), plan.seconds_if_even(self._measured_with, self._seconds)
+        slowest, even = max(self._measured[0]), plan.seconds_if_even(*self._measured)
         return (
             f"measured: {shown} of a batch; the slowest computed for {1000 * slowest:.3g} ms a step, with even rows it "
             f"would for {1000 * even:.3g} ms"
@@ -143,7 +182,7 @@ class _Watch:
         self._lock = threading.Lock()
         self._begun = self._paused = self._waited = 0.0
         self._pauses = 0
-        self._times: list[float] = []
+        self._times: collections.deque = collections.deque(maxlen=_MOST_TIMES)
 
     def begin(self) -> bool:
         with self._lock:
@@ -164,13 +203,14 @@ class _Watch:
             self._pauses = max(0, self._pauses - 1)  # it may be of an earlier step
         return True
 
-    def end(self) -> bool:
+    def end(self, rows: int) -> bool:
         with self._lock:
-            self._times.append(time.perf_counter() - self._begun - self._waited)
+            seconds = max(1e-6, time.perf_counter() - self._begun - self._waited)
+            self._times.append((seconds, max(1, rows) / seconds))  # a replica without rows computes one
         return True
 
-    def median(self) -> float | None:
-        """Of the times since it was last asked; None if there are none."""
+    def medians(self) -> tuple[float, float] | None:
+        """Of seconds and of rows a second, since it was last asked; None if there are none."""
         with self._lock:
-            times, self._times = self._times, []
-        return statistics.median(times) if times else None
+            times, self._times = list(self._times), collections.deque(maxlen=_MOST_TIMES)
+        return (statistics.median(s for s, _ in times), statistics.median(r for _, r in times)) if times else None
