@@ -16,7 +16,7 @@ from tfzero.collectives.transport import Surroundings
 from tfzero.collectives.transport_choice import choose
 from tfzero.extended import ZeroExtended
 from tfzero.host import patches, runtime
-from tfzero.host.devices import choose_devices, configure_cpu_devices
+from tfzero.host.devices import choose_devices, configure_cpu_devices, in_order
 from tfzero.plan.scheme import check_stage
 from tfzero.plan.settings import (
     DEFAULT_COMPARE_BATCHES,
@@ -137,7 +137,8 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         check_number("compare_batches", compare_batches, int, 0)
         cluster = others_of(find_cluster(cluster_resolver))
         configure_cpu_devices()
-        local = choose_devices(devices)
+        named = choose_devices(devices)
+        local = in_order(named)
         workers = 1 if cluster is None else cluster.size
         self.settings = Settings(
             stage,
@@ -152,7 +153,7 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
             hierarchical,
             overlap_param_gather,
             compare_batches,
-            check_rows(rows, stage, devices),
+            check_rows(rows, stage, named, local),
         )
         kind = self.settings.device_type
         self._surroundings = Surroundings(kind, len(local), workers)

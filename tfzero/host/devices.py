@@ -46,4 +46,9 @@ def choose_devices(devices: Sequence[str] | None) -> list[str]:
         raise ValueError(f"A device may be named once only. Received: devices={list(devices)}")
     if len({name.split(":")[0] for name in names}) > 1:
         raise ValueError(f"All replicas need devices of one type, CPU or GPU. Received: devices={list(devices)}")
-    return sorted(names, key=known.index)  # TensorFlow numbers the members of a group so
+    return names
+
+
+def in_order(devices: Sequence[str]) -> list[str]:
+    """Devices by their numbers, as TensorFlow numbers the members of a group."""
+    return sorted(devices, key=lambda name: int(name.split(":")[1]))

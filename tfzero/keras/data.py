@@ -50,23 +50,23 @@ class _Epochs(EpochsBase):
                 runtime.end_epoch(self)
         elif self.steps_per_epoch and self.data_adapter.num_batches is None:  # one iterator serves all epochs
             drawn += place.epochs * place.epoch_batches
+        elif self.steps_per_epoch:
+            for _ in range(place.epochs):
+                runtime.draw_batches(self, super().steps_of_epoch(), None)
         else:
             self.pass_over_epochs(place.epochs)
             for each, passes in zip(place.sources, behind, strict=True):
-                each.seek(passes if not self.steps_per_epoch else each.passes, 0)
+                each.seek(passes, 0)
         if self.position is not None:
             self.position.begin_epoch()
         yield from runtime.rest_of_epoch(self, super().steps_of_epoch(), place.batches, drawn)
 
     def pass_over_epochs(self, count: int) -> None:
-        for _ in range(count):
+        for _ in range(count):  # a new iterator reshuffles when it gives its first batch
             steps = super().steps_of_epoch()
-            if self.steps_per_epoch:
-                runtime.draw_batches(self, steps, None)
-            else:  # a new iterator reshuffles when it gives its first batch
-                runtime.draw_batches(self, steps, 1)
-                steps.close()
-                runtime.end_epoch(self)
+            runtime.draw_batches(self, steps, 1)
+            steps.close()
+            runtime.end_epoch(self)
 
     @contextlib.contextmanager
     def catch_stop_iteration(self) -> Iterator[None]:

@@ -20,13 +20,14 @@ _LEAST = 16  # a measured replica keeps this part of an even share, so that it c
 _LEAST_GAIN = 1.1  # times as fast, for which shares are changed
 
 
-def check_rows(rows: Any, stage: int, devices: Sequence[str] | None = None) -> str | tuple[float, ...]:
+def check_rows(rows: Any, stage: int, named: Sequence[str], devices: Sequence[str]) -> str | tuple[float, ...]:
     """The setting `rows`, checked as far as one worker can.
 
     Args:
         rows: the setting.
         stage: of ZeRO.
-        devices: names as the user gave them, if any.
+        named: this process's devices, as the user names them.
+        devices: the same, as replicas have them.
 
     Raises:
         ValueError: if it is neither "even", "measured" nor a list of positive numbers, or cannot be measured.
@@ -45,10 +46,10 @@ def check_rows(rows: Any, stage: int, devices: Sequence[str] | None = None) -> s
             "`rows` must be 'even', 'measured', or a list of a positive number for each replica, those of the first "
             f"worker first. Received: rows={rows!r}"
         )
-    if devices is not None and list(devices) != sorted(devices, key=_number_of):
+    if list(named) != list(devices):
         raise ValueError(
             "Shares are given in the order of device numbers. Name the devices in that order. "
-            f"Received: rows={rows!r}, devices={list(devices)}"
+            f"Received: rows={rows!r}, devices={list(named)}"
         )
     return tuple(map(float, rows))
 
@@ -60,10 +61,6 @@ def check_length(rows: str | tuple[float, ...], replicas: int) -> None:
             f"`rows` must have a share for each of {replicas} replicas, those of the first worker first. "
             f"Received: rows={list(rows)}, {len(rows)} shares"
         )
-
-
-def _number_of(device: str) -> int:
-    return int(device.rpartition(":")[2])
 
 
 def _is_positive(share: Any) -> bool:

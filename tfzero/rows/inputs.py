@@ -251,8 +251,9 @@ def cut_dataset(
     its data, as Keras does with the first batch of every `fit` and `evaluate`.
     """
     dataset = without_tuning(dataset)
-    cutting = _of_arrays(dataset, mesh, shares) or _of_batches(dataset, mesh, shares)
-    is_cut_ahead = shares is None or not shares.is_measured
+    is_cut_ahead, now = (True, lambda: None) if shares is None else (not shares.is_measured, shares.now)
+    # What is cut late is read whole before.
+    cutting = (_of_arrays(dataset, mesh, now) if is_cut_ahead else None) or _of_batches(dataset, mesh, now)
     if is_cut_ahead and not comparison.count:
         return _prepared_ahead(cutting.elements, cutting.parts)
     source = comparison.source(datasets.operations_of(dataset))
@@ -286,30 +287,29 @@ class _Cutting:
     parts: Callable
 
 
-def _of_batches(dataset: tf.data.Dataset, mesh: Mesh, shares: RowShares | None) -> _Cutting:
+def _of_batches(dataset: tf.data.Dataset, mesh: Mesh, shares_now: Callable) -> _Cutting:
     is_single = not isinstance(dataset.element_spec, tuple)
 
     def whole(*elements: Any) -> Any:
         return elements[0] if is_single else elements
 
     def parts(*elements: Any) -> Any:
-        return cut_batch(whole(*elements), mesh, None if shares is None else shares.now())
+        return cut_batch(whole(*elements), mesh, shares_now())
 
     in_tuple = tf.autograph.experimental.do_not_convert(lambda element: (element,))
     return _Cutting(dataset.map(in_tuple) if is_single else dataset, whole, parts)
 
 
-def _of_arrays(dataset: tf.data.Dataset, mesh: Mesh, shares: RowShares | None) -> _Cutting | None:
-    """Of arrays, a worker gathers only its replicas' rows. None for any other dataset, and if batches are cut late."""
-    is_late = shares is not None and shares.is_measured
-    by_index = datasets.rows_by_index(dataset) if mesh.workers > 1 and not is_late else None
+def _of_arrays(dataset: tf.data.Dataset, mesh: Mesh, shares_now: Callable) -> _Cutting | None:
+    """Of arrays, a worker gathers only its replicas' rows. None for any other dataset."""
+    by_index = datasets.rows_by_index(dataset) if mesh.workers > 1 else None
     if by_index is None:
         return None
     elements, gather = by_index
 
     def parts(indices: tf.Tensor, arrays: Any) -> Any:
-        given = None if shares is None else shares.now()
-        cuts = [cut(indices, mesh.part_of_rank(rank), mesh.replicas, shares=given) for rank in mesh.ranks]
+        shares = shares_now()
+        cuts = [cut(indices, mesh.part_of_rank(rank), mesh.replicas, shares=shares) for rank in mesh.ranks]
         counts = [count for _, count in cuts]
 
         def of_replicas(*leaves: Any) -> Any:

@@ -36,6 +36,8 @@ class RowShares:
 
     Attributes:
         shares: whole numbers by part of a batch; None if rows are dealt evenly.
+        is_measured: whether they change with the time that replicas take.
+        is_timing: whether replicas are timed now.
     """
 
     def __init__(self, setting: str | tuple[float, ...], mesh: Mesh, channel: Channel) -> None:
@@ -47,7 +49,7 @@ class RowShares:
         elif not isinstance(setting, str):
             self.shares = plan.by_part(plan.whole_shares(setting), mesh)
         self._measured: tuple = ()  # median seconds of each part, and its rows a second
-        self._is_timing = False  # whether a training step of Keras is traced or runs
+        self.is_timing = False
         self._has_warned = False
         self._steps = 0  # since shares were compared
         self._watches = [_Watch() for _ in mesh.ranks]
@@ -91,16 +93,11 @@ class RowShares:
     @contextlib.contextmanager
     def timing(self) -> Iterator[None]:
         """While a training step of Keras is traced or runs: its replicas are timed. Outside, nothing is."""
-        self._is_timing = self.is_measured
+        self.is_timing = self.is_measured
         try:
             yield
         finally:
-            self._is_timing = False
-
-    @property
-    def is_timing(self) -> bool:
-        """Whether replicas are timed now."""
-        return self._is_timing
+            self.is_timing = False
 
     def begin(self, tensors: list[tf.Tensor]) -> tf.Tensor:
         """In a replica: notes when these tensors are there. What follows the result is timed, until `end`."""

@@ -128,7 +128,10 @@ class BatchComparison:
             if isinstance(error, _NOT_OF_DATA):
                 raise
             explained = self._blame(error)
-            self._tell(explained or error)
+            if self._owed is not None:
+                self._answer(self._owed, explained or error)
+            elif explained is not None:
+                self._channel.fail(explained)
             if explained is None:
                 raise
             raise explained from error
@@ -138,13 +141,10 @@ class BatchComparison:
     def _blame(self, error: tf.errors.OpError) -> Exception | None:
         return next((found for reader in list(self._readers) if (found := reader.blame(error)) is not None), None)
 
-    def _tell(self, error: Exception) -> None:
-        """Tells the other workers of an error. If they wait for this one's batch, the channel stays open."""
-        if self._owed is not None:
-            with contextlib.suppress(ConnectionError, TimeoutError, RuntimeError):  # they have failed as well
-                self.gather(self._owed, f"{type(error).__name__}: {error}"[:_MOST_CHARACTERS])
-        elif not isinstance(error, tf.errors.OpError):
-            self._channel.fail(error)
+    def _answer(self, topic: str, error: Exception) -> None:
+        """Tells the other workers of an error, as they wait for this one's batch. The channel stays open."""
+        with contextlib.suppress(ConnectionError, TimeoutError, RuntimeError):  # they have failed as well
+            self.gather(topic, f"{type(error).__name__}: {error}"[:_MOST_CHARACTERS])
 
     def note_reader(self, reader: Any) -> None:
         """Notes who can tell which file is to blame for an error while reading: by `reader.blame(error)`."""
