@@ -17,6 +17,7 @@ from tfzero.host import distributed, graphs, runtime
 from tfzero.plan.mesh import Mesh
 from tfzero.plan.settings import Choice, Settings
 from tfzero.rows import sharded, unions
+from tfzero.rows.apart import Apart
 from tfzero.rows.dependence import Dependence, mark_global
 from tfzero.rows.input_account import InputAccount
 from tfzero.rows.inputs import (
@@ -66,15 +67,14 @@ class ZeroExtended(distributed.ExtendedBase):
             super().__init__(strategy, resolver, list(devices))
         self._cut_datasets: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # what each was made from
         workers, worker = (1, 0) if cluster is None else (cluster.size, cluster.index)
-        self.mesh = Mesh(workers, len(devices), worker)
-        self.group = Group(
-            self.worker_devices,
-            self.mesh.shards,
-            self.mesh.rank(0),
-            strategy.transport,
-            strategy.levels.value,
+        trains_apart = self._settings.merging is not None
+        self.mesh = Mesh(workers, len(devices), worker, copies=workers if trains_apart else 1)
+        has_levels = trains_apart or strategy.levels.value
+        self.all_group = Group(
+            self.worker_devices, self.mesh.replicas, self.mesh.rank(0), strategy.transport, has_levels
         )
-        self.creation = VariableCreation(strategy, self.group, self.mesh)
+        self.apart = Apart(self.worker_devices if trains_apart else [])
+        self.creation = VariableCreation(strategy, self.all_group, self.mesh)
         self.gives_first_values = False
         self._network: Network | None = None
         self._told_of_eager_memory = False
@@ -89,7 +89,17 @@ class ZeroExtended(distributed.ExtendedBase):
 
     def meet(self) -> None:
         """Forms the collective group, and checks that each of its primitives gives correct values."""
-        self_test.check(self.group, self._channel)
+        self_test.check(self.all_group, self._channel)
+
+    @property
+    def own_group(self) -> Group:
+        """The replicas that train together, over which state is sharded. [Note: apart]"""
+        return self.all_group.within if self.apart.is_possible else self.all_group
+
+    @property
+    def group(self) -> Group:
+        """The replicas that take the current batch together. [Note: apart]"""
+        return self.own_group if self.apart.is_on else self.all_group
 
     def choose_bucket_bytes(self, model_bytes: int) -> Choice:
         """The bucket size for a model with so many bytes of gradients. All workers call it together."""
@@ -98,6 +108,8 @@ class ZeroExtended(distributed.ExtendedBase):
             return Choice(asked, f"bucket_bytes={asked}")
         if self.mesh.replicas == 1:
             return Choice(DEFAULT_BUCKET_BYTES, "one replica sends nothing")
+        if self.apart.is_possible:
+            return Choice(DEFAULT_BUCKET_BYTES, "gradients do not leave a worker")
         if self._network is None:
             self._network = measure_network(self.group, self._channel)
         return self._network.bucket_bytes(model_bytes)
@@ -125,7 +137,8 @@ class ZeroExtended(distributed.ExtendedBase):
         self._traced = traced = []  # type: ignore[var-annotated]
         leaves = tf.nest.flatten([args, kwargs])
         self._is_for_all = [not isinstance(leaf, tf.distribute.DistributedValues) for leaf in leaves]
-        function = function if self.mesh.replicas == 1 else with_own_results(function)
+        is_alone = self.mesh.replicas == 1 and not self.apart.is_on
+        function = function if is_alone else with_own_results(function)
         results = super().run_replicas(function, args, kwargs)
         for dependence in traced:
             dependence.check_updates()
@@ -140,7 +153,7 @@ class ZeroExtended(distributed.ExtendedBase):
                 result = method(value, replica, *args)
             else:
                 result = self.shares.apart(lambda value: method(value, replica, *args), value)
-            is_same = method in (self.group.all_reduce, self.group.all_gather, self.group.broadcast)
+            is_same = method.__func__ in (Group.all_reduce, Group.all_gather, Group.broadcast)  # type: ignore[attr-defined]
             return mark_global(result) if is_same else result
 
         def together(strategy: tf.distribute.Strategy, value: Any) -> Any:
@@ -188,7 +201,7 @@ class ZeroExtended(distributed.ExtendedBase):
             codec = Codec.of(self._settings.compression)
             own = functools.partial(counted, extended=self)
             gathers_again = self._settings.scheme.gathers_again
-            known[graph] = Gatherer(self.group, self.replica_collective, own, gathers_again, codec)
+            known[graph] = Gatherer(self.own_group, self.replica_collective, own, gathers_again, codec)
         return known[graph]
 
     def batch_fraction(self) -> tf.Tensor:
@@ -197,7 +210,7 @@ class ZeroExtended(distributed.ExtendedBase):
         [Note: batch fraction] A mean over this replica's samples, times the fraction, is the replica's part of the mean
         over all samples. The batch consists of those arguments of `run`'s function that were cut by rows.
         """
-        unknown = tf.constant(1.0 / self.mesh.replicas)
+        unknown = tf.constant(1.0 / self.group.world_size)
         run, graph = current_run(), current_graph()
         if run is None:
             return unknown
@@ -215,6 +228,22 @@ class ZeroExtended(distributed.ExtendedBase):
         """Within a replica: whether it has rows of the batch; None if it certainly has, or if that is unknown."""
         run = current_run()
         return None if run is None or self.mesh.replicas == 1 else run.has_rows()
+
+    def count_rows(self) -> None:
+        """Within a replica that begins: counts its rows, if workers train apart."""
+        if self.apart.is_on:
+            self.apart.count(current_run().own_rows(), runtime.replica_index())
+
+    def is_fed(self) -> tf.Tensor | None:
+        """Within a replica of a worker that trains apart: whether the worker has rows. None where all have some."""
+        if not self.apart.is_on or self.has_rows() is None:
+            return None
+        return self.replica_collective(self.group.all_reduce, current_run().own_rows()) > 0
+
+    def update_if_fed(self, update: Callable[[], Any], depends: bool) -> Any:
+        """Within a replica: updates a layer's state, unless that depends on rows and the worker has none."""
+        fed = self.is_fed() if depends else None
+        return update() if fed is None else tf.cond(fed, lambda: (update(), None)[1], lambda: None)
 
     def dependence(self) -> Dependence:
         """Within a replica being traced: which tensors depend on its rows of the batch. [Note: kinds]"""
@@ -239,9 +268,10 @@ class ZeroExtended(distributed.ExtendedBase):
         self.before_gathering()
         values = [tf.reshape(tf.convert_to_tensor(component), [-1]) for component in components]
         if owner is not None:
-            flat = self.group.launch(self.group.all_gather_ragged, values)[0][owner]
+            flat = self.own_group.launch(self.own_group.all_gather_ragged, values)[0][owner]
         else:
-            flat = tf.reshape(self.group.launch(self.group.all_gather, values)[0], [-1])[: shape.num_elements()]
+            gathered = self.own_group.launch(self.own_group.all_gather, values)[0]
+            flat = tf.reshape(gathered, [-1])[: shape.num_elements()]
         self.after_gathering()
         return tf.reshape(flat, shape)
 
@@ -255,7 +285,7 @@ class ZeroExtended(distributed.ExtendedBase):
     def all_reduce_in_replica(self, reduce_op: tf.distribute.ReduceOp, value: Any) -> Any:
         def reduce(leaf: tf.types.experimental.TensorLike) -> tf.Tensor:
             total = self.replica_collective(self.group.all_reduce, tf.convert_to_tensor(leaf))
-            return _divide(total, self.mesh.replicas) if reduce_op == tf.distribute.ReduceOp.MEAN else total
+            return _divide(total, self.group.world_size) if reduce_op == tf.distribute.ReduceOp.MEAN else total
 
         flat = tf.nest.flatten(value)
         return tf.nest.pack_sequence_as(value, [reduce(leaf) for leaf in flat])
@@ -264,13 +294,13 @@ class ZeroExtended(distributed.ExtendedBase):
         mean = reduce_op == tf.distribute.ReduceOp.MEAN
         if mean and (
             isinstance(value, tf.types.experimental.distributed.Mirrored)
-            or (self.mesh.workers == 1 and not isinstance(value, tf.distribute.DistributedValues))
+            or (not self.group.is_between and not isinstance(value, tf.distribute.DistributedValues))
         ):
             return value
-        values, count = self._spread(value), self.mesh.replicas
+        values, count = self._spread(value), self.group.world_size
         if not isinstance(value, tf.distribute.DistributedValues):
             # One value for each worker: only its first replica contributes it.
-            values, count = [values[0], *map(tf.zeros_like, values[1:])], self.mesh.workers
+            values, count = [values[0], *map(tf.zeros_like, values[1:])], count // len(values)
         totals = _together(self.group.launch(self.group.all_reduce, values))
         return runtime.mirrored([_divide(total, count) if mean else total for total in totals])
 

@@ -22,6 +22,7 @@ from tfzero.plan.settings import Choice
 from tfzero.rows.padding import counted
 from tfzero.training.exchange import Wire, make_wire
 from tfzero.training.late_gathers import is_late, make_pending
+from tfzero.training.merging import make_merger
 from tfzero.training.overwriting import OverwrittenView, is_overwritten, keep_whole
 from tfzero.training.stock_optimizers import (
     CONTAINERS,
@@ -237,7 +238,7 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
         variables = [variable for variable in given if not is_overwritten(variable)]
         optimizers = [each for each in chained if not isinstance(each, CONTAINERS)]
         settings = strategy.settings
-        codec = Codec.of(settings.compression) if strategy.num_replicas_in_sync > 1 else None
+        codec = Codec.of(settings.compression) if strategy.extended.own_group.world_size > 1 else None
         specs = [spec(variable, optimizers, choose(variable), codec) for variable in variables]
         keep_whole(overwritten, strategy)
         with tf.init_scope():
@@ -257,10 +258,11 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
         self._trained = Trained(
             variables=tuple(variables), optimizers=tuple(optimizers), counting=counting(chained, map(choose, given)),
             compiled=tuple(is_compiled(optimizer) for optimizer in optimizers), plan=plan,
-            group=strategy.extended.group, slots=slots, wire=wire, bucket_bytes=choice,
+            group=strategy.extended.own_group, slots=slots, wire=wire, bucket_bytes=choice,
             sharded_gradients=settings.scheme.shards_gradients, loss_scale=self.loss_scale_optimizer,
             pending=make_pending(len(variables), strategy),
             overwritten=tuple((variable, choose(variable)) for variable in overwritten),
+            merger=make_merger(given, strategy, choice.value),
         )  # fmt: skip
         strategy.optimizers.add(self)
         strategy.extended.group.lanes.iterations = runtime.iteration_counter(chained[-1]).value.values[0]
@@ -271,7 +273,7 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
     def _build_slots(self, given: list, variables: list, plan: Plan,
                      strategy: tf.distribute.Strategy) -> tuple[tuple, Wire]:  # fmt: skip
         """Slots of `variables`, which are those of `given` that are not overwritten; and how variables travel."""
-        codec = Codec.of(strategy.settings.compression) if strategy.num_replicas_in_sync > 1 else None
+        codec = Codec.of(strategy.settings.compression) if strategy.extended.own_group.world_size > 1 else None
         with strategy.extended.creation.of_optimizer_state():
             views = [VariableView(variable, plan, index) for index, variable in enumerate(variables)]
             by_variable = {id(view.variable): view for view in views}
@@ -347,12 +349,13 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
             to_build = list(trainable_variables)
             replica.merge_call(lambda strategy: self.build(to_build))
         gradients = self._counted(self._by_index(grads, trainable_variables), replica.strategy.extended)
-        replica.strategy.extended.end_of_gradients(gradients.values())
+        extended = replica.strategy.extended
+        extended.end_of_gradients(gradients.values())
         gathers_late = self._trained.pending is not None and is_late()
         if tf.executing_eagerly():
-            self._apply_eagerly(replica, gradients)
+            self._apply_eagerly(replica, gradients, extended.is_fed())
         else:
-            ReplicaStep(self._trained, runtime.replica_index(), gradients, gathers_late).run()
+            ReplicaStep(self._trained, runtime.replica_index(), gradients, gathers_late, extended.is_fed()).run()
 
     def _by_index(self, grads: Sequence, variables: Iterable | None) -> dict[int, tf.Tensor]:
         """Dense gradients by variable index, overwriting ones last; missing ones are left out."""
@@ -381,7 +384,8 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
         summed = {i for i, v in enumerate(self._trained.variables) if not isinstance(v.value, ShardedParameter)}
         return {i: counted(g, extended) if i in summed else g for i, g in gradients.items()}
 
-    def _apply_eagerly(self, replica: tf.distribute.ReplicaContext, gradients: dict[int, tf.Tensor]) -> None:
+    def _apply_eagerly(self, replica: tf.distribute.ReplicaContext, gradients: dict[int, tf.Tensor],
+                       fed: tf.Tensor | None) -> None:  # fmt: skip
         """Makes eager replicas meet here, as they run one after the other, and step together in a graph."""
         indices = tuple(gradients)
 
@@ -389,11 +393,13 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
             if indices not in self._eager_functions:
 
                 def one_replica(*tensors: tf.Tensor) -> None:
-                    ReplicaStep(self._trained, runtime.replica_index(), dict(zip(indices, tensors, strict=True))).run()
+                    own = dict(zip(indices, tensors, strict=False))
+                    fed = None if len(tensors) == len(own) else tensors[-1]
+                    ReplicaStep(self._trained, runtime.replica_index(), own, fed=fed).run()
 
                 self._eager_functions[indices] = tf.function(
                     lambda *tensors: strategy.run(one_replica, args=tensors), autograph=False
                 )
             self._eager_functions[indices](*values)
 
-        replica.merge_call(together, args=tuple(gradients.values()))
+        replica.merge_call(together, args=(*gradients.values(), *([] if fed is None else [fed])))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+import keras
 import tensorflow as tf
 
 from tfzero.collectives.joining import join
@@ -17,6 +18,7 @@ from tfzero.collectives.transport_choice import choose
 from tfzero.extended import ZeroExtended
 from tfzero.host import patches, runtime
 from tfzero.host.devices import choose_devices, configure_cpu_devices, in_order
+from tfzero.plan.merging import AVERAGE, Merging, check_merging
 from tfzero.plan.scheme import check_stage
 from tfzero.plan.settings import (
     DEFAULT_COMPARE_BATCHES,
@@ -33,6 +35,7 @@ from tfzero.plan.shares import EVEN, check_length, check_rows
 from tfzero.report import Report, make_report
 from tfzero.rows.dependence import is_global
 from tfzero.rows.inputs import DataPosition, without_tuning
+from tfzero.training.local_steps import LocalSteps
 from tfzero.variables.classes import ShardedVariable, agree_on_sharded
 from tfzero.workers.cluster import Cluster, others_of
 from tfzero.workers.device_agreement import agree_on_devices
@@ -91,6 +94,13 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
             "measured", by their speed in `fit` (at stages 0 to 2; shares change once in 32 steps at most, and every
             worker reads whole batches); or a share for each replica, those of the first worker first, such as `[2, 1]`.
             Data of which each worker brings its own rows are dealt to that worker's replicas.
+        sync_every: how many steps of `fit` or `train_on_batch` each worker takes alone before all are merged. Its own
+            devices stay synchronous, and shard as `stage` says. None: all workers take every step together.
+            `compression` and `error_feedback` are then for what merges send.
+        outer_optimizer: merges workers: None for `SGD(0.7, momentum=0.9, nesterov=True)` (DiLoCo,
+            https://arxiv.org/abs/2311.08105), or with `sync_every=1` the mean; "average" for the mean of their weights
+            (local SGD, https://arxiv.org/abs/1808.07217); the name or config of an element-wise Keras optimizer, or a
+            function that makes one. Its slots are sharded over workers.
 
     Raises:
         ValueError: for settings, devices or a `TF_CONFIG` that are invalid or differ between workers.
@@ -125,6 +135,8 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         overlap_param_gather: bool = False,
         compare_batches: int = DEFAULT_COMPARE_BATCHES,
         rows: str | Sequence[float] = EVEN,
+        sync_every: int | None = None,
+        outer_optimizer: str | dict | Callable[[], keras.optimizers.Optimizer] | None = None,
     ) -> None:
         patches.install()
         check_stage(stage)
@@ -135,6 +147,7 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         check_compression(compression, error_feedback)
         check_overlap(overlap_param_gather, stage)
         check_number("compare_batches", compare_batches, int, 0)
+        merging = check_merging(sync_every, outer_optimizer, compression, error_feedback, rows, hierarchical)
         cluster = others_of(find_cluster(cluster_resolver))
         configure_cpu_devices()
         named = choose_devices(devices)
@@ -148,13 +161,16 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
             len(local),
             local[0].split(":")[0],
             reshard_after_forward is not False,
-            compression,
-            error_feedback,
-            hierarchical,
+            None if merging else compression,
+            error_feedback and not merging,
+            False if merging else hierarchical,
             overlap_param_gather,
             compare_batches,
             check_rows(rows, stage, named, local),
+            merging,
         )
+        self.make_outer = _outer_maker(outer_optimizer, merging)
+        self.local_steps: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # by model
         kind = self.settings.device_type
         self._surroundings = Surroundings(kind, len(local), workers)
         self.transport = choose(self._surroundings)  # chosen again when the workers have met
@@ -281,6 +297,36 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
             read_bytes=account.bytes,
         )
 
+    def merge(self, model: keras.Model, reason: str = "`strategy.merge`") -> None:
+        """Merges what workers have trained apart, with `sync_every`. All workers call it together.
+
+        `fit` does so by itself: after every `sync_every` steps, at the end of an epoch, and before validation, predictions
+        and saves. Call it after the last `train_on_batch`, before weights are read.
+
+        Args:
+            model: a model of this strategy.
+            reason: what for; in messages.
+
+        Raises:
+            RuntimeError: if workers are at different places of the program.
+            TimeoutError: if a worker does not come.
+
+        Example:
+
+        ```python
+        model.train_on_batch(x[:16], y[:16])
+        strategy.merge(model)  # without `sync_every` there is nothing to merge
+        ```
+        """
+        if self.settings.merging is not None:
+            self.local_steps_of(model).meet(reason)
+
+    def local_steps_of(self, model: keras.Model) -> LocalSteps:
+        """The local steps of a model."""
+        if model not in self.local_steps:
+            self.local_steps[model] = LocalSteps(model, self)
+        return self.local_steps[model]
+
     def cut_batch(self, batch: Any) -> Any:
         """Cuts one global batch into per-replica values, as `experimental_distribute_dataset` does.
 
@@ -367,3 +413,12 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         finally:
             if unseeded:
                 tf.random.set_seed(None)
+
+
+def _outer_maker(outer_optimizer: Any, merging: Merging | None) -> Callable[[], keras.optimizers.Optimizer] | None:
+    """What makes an outer optimizer; None to take the mean, or if workers never train apart."""
+    if merging is None or merging.outer == AVERAGE:
+        return None
+    if outer_optimizer is None:
+        return lambda: keras.optimizers.SGD(0.7, momentum=0.9, nesterov=True)
+    return outer_optimizer if callable(outer_optimizer) else lambda: keras.optimizers.get(outer_optimizer)

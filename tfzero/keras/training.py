@@ -6,7 +6,7 @@ Keras offers a strategy no hook at these places, so its functions are patched (`
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -117,13 +117,22 @@ def _make_function(
             function_of_cut_batches.element_spec = iterator.element_spec  # type: ignore[attr-defined]
         else:
             iterator = map(functools.partial(_cut_checked, strategy, check), iterator)
-        with strategy.extended.shares.timing() if trains else contextlib.nullcontext():
+        with _training(self, strategy) if trains else contextlib.nullcontext():
             logs = function(iterator) if late is None else late.run(function, iterator)
         if trains:
             strategy.extended.shares.rebalance(self.steps_per_execution)
         return logs
 
     return function_of_cut_batches
+
+
+@contextlib.contextmanager
+def _training(model: keras.Model, strategy: ZeroStrategy) -> Iterator[None]:
+    with contextlib.ExitStack() as entered:
+        if strategy.settings.merging is not None:
+            entered.enter_context(strategy.local_steps_of(model).training())
+        entered.enter_context(strategy.extended.shares.timing())
+        yield
 
 
 def _cut_checked(strategy: ZeroStrategy, check: Callable[[Any], None], batch: Any) -> Any:
@@ -208,6 +217,7 @@ def _evaluate_or_predict(original: Callable[..., Any], self: keras.Model, *args:
         return original(self, *args, **kwargs)
     call = _bind(original, self, args, kwargs)
     with one_worker_writes(_callbacks_in(call), strategy), strategy.comparison.during(original.__name__):
+        strategy.merge(self, f"`{original.__name__}`")
         agree_on_call(strategy, original.__name__, call)
         return original(*call.args, **call.kwargs)
 
@@ -224,6 +234,16 @@ for _name, _arguments in _CALLS.items():
         "of several workers the first one shows progress and writes",
         "test_report.py::test_one_of_several_workers_prints_it_and_shows_progress",
     )(_evaluate_or_predict)
+
+
+class _Merging(keras.callbacks.Callback):
+    """Merges workers that train apart before other callbacks see the end of an epoch."""
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        strategy_of(self.model).merge(self.model, "the beginning of `fit`")
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        strategy_of(self.model).merge(self.model, "the end of an epoch")
 
 
 class _Announcement(keras.callbacks.Callback):
@@ -263,10 +283,15 @@ def _fit_bound(
 ) -> keras.callbacks.History:
     strategy = strategy_of(self)
     given = call.arguments.get("callbacks")
-    if not isinstance(given, keras.callbacks.CallbackList):
+    merging = [] if strategy.settings.merging is None else [_Merging()]
+    if isinstance(given, keras.callbacks.CallbackList):
+        given.callbacks[:] = [*merging, *(each for each in given.callbacks if not isinstance(each, _Merging))]
+        for each in merging:
+            each.set_model(self)
+    else:
         is_verbose = call.arguments.get("verbose", "auto") in ("auto", 1)
         ours = [BestWeightsInParts(_flat_callbacks(given)), *([_Announcement()] if is_verbose else [])]
-        call.arguments["callbacks"] = [*_flat_callbacks(given), *ours]
+        call.arguments["callbacks"] = [*merging, *_flat_callbacks(given), *ours]
     callbacks = [each for each in _flat_callbacks(given) if isinstance(each, CheckpointCallback)]
     if not callbacks:
         return original(*call.args, **call.kwargs)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tfzero.plan.formats import FORMATS
+from tfzero.plan.merging import Merging
 from tfzero.plan.scheme import Scheme, scheme_of
 from tfzero.plan.shares import EVEN
 
@@ -29,6 +30,7 @@ class Settings:
     overlap_param_gather: bool = False
     compare_batches: int = DEFAULT_COMPARE_BATCHES
     rows: str | tuple[float, ...] = EVEN
+    merging: Merging | None = None
 
     @property
     def scheme(self) -> Scheme:

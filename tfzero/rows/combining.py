@@ -24,21 +24,26 @@ _DECLARE = 'Declare how replicas combine: `self.add_weight(..., aggregation="sum
 _OR_MEAN = _DECLARE + ', `aggregation="mean"` for averages.'
 
 
-def combined(variable: tf.Variable, value: tf.Tensor, extended: tf.distribute.StrategyExtended) -> tf.Tensor:
-    """Within a replica: the value to assign to `variable` on all replicas, given this replica's. [Note: layer state]
+def combined(
+    variable: tf.Variable, value: tf.Tensor, extended: tf.distribute.StrategyExtended
+) -> tuple[tf.Tensor, bool]:
+    """Within a replica: what to assign to `variable` on all replicas, given this replica's value. [Note: layer state]
 
     Args:
         variable: a distributed variable, or its sharded parameter.
         value: what this replica assigns or adds, computed from its rows, in the variable's shape and dtype.
         extended: the strategy's `extended`.
 
+    Returns:
+        That value, and whether it depends on rows of the batch.
+
     Raises:
         ValueError: naming the variable, if replicas cannot agree on a value.
     """
-    if extended.mesh.replicas == 1:
-        return value
+    if extended.group.world_size == 1 and not extended.apart.is_on:
+        return value, True
     if tf.executing_eagerly():
-        return _combined_eagerly(variable, value, extended)
+        return _combined_eagerly(variable, value, extended), True
     dependence: Dependence = extended.dependence()
     dependence.note_update(variable.name)
     parts = dependence.split(value)
@@ -47,8 +52,10 @@ def combined(variable: tf.Variable, value: tf.Tensor, extended: tf.distribute.St
         own = parts.pop(OWN.name)
         parts[OTHER.name] = own + parts[OTHER.name] if OTHER.name in parts else own
     if not parts:
-        return value
+        return value, False
     _check(variable, value.dtype, parts)
+    has_sum = variable.aggregation == tf.VariableAggregation.SUM or set(parts) == {SUM.name}
+    extended.apart.note(variable, has_sum)
     if variable.aggregation == tf.VariableAggregation.SUM:
         parts = {SUM.name: tf.add_n(list(parts.values()))}
     elif variable.aggregation == tf.VariableAggregation.MEAN:
@@ -61,7 +68,7 @@ def combined(variable: tf.Variable, value: tf.Tensor, extended: tf.distribute.St
         totals.append(summed(counted(parts[SUM.name], extended), extended))
     if MEAN.name in parts:
         totals.append(extended.average(parts[MEAN.name]))
-    return tf.reshape(tf.add_n(totals), tf.shape(value))
+    return tf.reshape(tf.add_n(totals), tf.shape(value)), True
 
 
 def summed(value: tf.Tensor, extended: tf.distribute.StrategyExtended) -> tf.Tensor:
@@ -106,6 +113,7 @@ def _undecided(variable: tf.Variable) -> str:
 
 
 def _combined_eagerly(variable: tf.Variable, value: tf.Tensor, extended: tf.distribute.StrategyExtended) -> tf.Tensor:
+    extended.apart.note(variable, variable.aggregation == tf.VariableAggregation.SUM)
     if variable.aggregation == tf.VariableAggregation.SUM:
         return summed(counted(value, extended), extended)
     if value.dtype.is_floating:

@@ -95,6 +95,7 @@ def _of_own_rows(function: Callable) -> Callable:
         _wait_for_batch((args, kwargs))
         args, kwargs = _padded((args, kwargs))
         _exchange_own_rows()
+        tf.distribute.get_strategy().extended.count_rows()
         with _timed((args, kwargs), tf.distribute.get_strategy().extended):
             return _own_results(function(*args, **kwargs))
 

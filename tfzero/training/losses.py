@@ -67,7 +67,7 @@ def unscale(value: tf.types.experimental.TensorLike, extended: ZeroExtended) -> 
         return value
     fraction = ops.cast(extended.batch_fraction(), value.dtype)
     if static is False:
-        return value * fraction * extended.mesh.replicas
+        return value * fraction * extended.group.world_size
     return ops.divide_no_nan(value, fraction)
 
 

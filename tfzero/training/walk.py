@@ -23,6 +23,7 @@ from tfzero.host import runtime
 from tfzero.plan.placement import Bucket, Placement, Plan, Segment
 from tfzero.plan.settings import Choice
 from tfzero.training.exchange import Exchange, Wire
+from tfzero.training.merging import Merger
 from tfzero.training.overwriting import Overwriting
 from tfzero.training.pacing import WINDOW_BUCKETS, Pacer
 from tfzero.variables.classes import VariableView
@@ -50,6 +51,7 @@ class Trained:
         pending: bool, `[variables]`: whether a variable's latest values have yet to be gathered; None if all are always
             gathered at once. [Note: late gathers]
         overwritten: variables that their gradients overwrite, each with its optimizer. [Note: overwriting]
+        merger: merges what workers have trained apart; None if they never do.
     """
 
     variables: tuple[keras.Variable, ...]
@@ -66,6 +68,7 @@ class Trained:
     squared_norms: tuple[keras.Variable, ...] = ()
     pending: keras.Variable | None = None
     overwritten: tuple[tuple[keras.Variable, keras.optimizers.Optimizer], ...] = ()
+    merger: Merger | None = None
 
     def exchange(self, replica: int) -> Exchange:
         """A local replica's part in the exchanges."""
@@ -88,11 +91,11 @@ class ReplicaStep:
         gradients: by variable index, followed by those of `trained.overwritten`; a variable without gradient is missing
             and stays as it is.
         gathers_late: whether parameters are kept until the next step gathers them. [Note: late gathers]
+        fed: whether the worker has rows of the batch; None if that makes no difference. [Note: apart]
     """
 
-    def __init__(
-        self, trained: Trained, replica: int, gradients: Mapping[int, tf.Tensor], gathers_late: bool = False
-    ) -> None:
+    def __init__(self, trained: Trained, replica: int, gradients: Mapping[int, tf.Tensor], gathers_late: bool = False,
+                 fed: tf.Tensor | None = None) -> None:  # fmt: skip
         self.trained = trained
         self.plan = trained.plan
         self.group = trained.group
@@ -104,6 +107,7 @@ class ReplicaStep:
         nexts = {i - count: value for i, value in gradients.items() if i >= count}
         self.overwriting = Overwriting(trained.overwritten, nexts, trained.group, replica)
         self.gathers_late = gathers_late
+        self.fed = fed
         self.buckets = [b for b in self.plan.buckets if any(s.index in self.gradients for s in b.segments)]
 
     def run(self) -> None:
@@ -111,11 +115,18 @@ class ReplicaStep:
         self._unscale()
         rows = self._reduce() if self._exchanges_first else None
         if self.trained.loss_scale is None:
-            self._advance(rows)
+            self._if_fed(lambda: self._advance(rows))
             return
         tensors = list(rows.values()) if rows is not None else list(self.gradients.values())
         finite = self._vote([*tensors, *self.overwriting.values.values()])
-        tf.cond(finite, lambda: self._advance_and_grow_scale(rows), self._shrink_scale)
+        self._if_fed(lambda: tf.cond(finite, lambda: self._advance_and_grow_scale(rows), self._shrink_scale))
+
+    def _if_fed(self, advance: Callable[[], object]) -> None:
+        """Advances, except where a worker that trains apart has no rows: there only the step counts."""
+        if self.fed is None or any(optimizer.gradient_accumulation_steps for optimizer in self.trained.optimizers):
+            advance()
+        else:
+            tf.cond(self.fed, lambda: (advance(), None)[1], self._count)
 
     @property
     def _exchanges_first(self) -> bool:
@@ -176,6 +187,9 @@ class ReplicaStep:
                 self._accumulate_or_update(optimizer, buckets, rows)
             else:
                 self._update(optimizer, buckets, self._rows_of(buckets, rows))
+        self._count()
+
+    def _count(self) -> None:
         for optimizer in self.trained.counting:
             counter = self._local(runtime.iteration_counter(optimizer))
             counter.assign_add(tf.ones_like(counter))

@@ -70,8 +70,9 @@ class LayerVariable(ReplicatedVariable):
                 f"The variable {self.name!r} is updated in some rows only (`scatter_...`), which replicas cannot "
                 "combine. Assign a whole value, for example with `tf.tensor_scatter_nd_add`."
             )
-        value = combined(self, tf.convert_to_tensor(value, self.dtype), self.distribute_strategy.extended)
-        return update(self.own_component, value, **kwargs)
+        extended = self.distribute_strategy.extended
+        value, depends = combined(self, tf.convert_to_tensor(value, self.dtype), extended)
+        return extended.update_if_fed(lambda: update(self.own_component, value, **kwargs), depends)
 
 
 class OnReadVariable(distributed.OnReadBase):
@@ -297,10 +298,10 @@ class ShardedParameter(ShardedVariable):
         self, update: Callable[..., Any], value: tf.types.experimental.TensorLike, **kwargs: Any
     ) -> Any:
         extended = self.distribute_strategy.extended
-        value = combined(self, tf.convert_to_tensor(value, self.dtype), extended)
+        value, depends = combined(self, tf.convert_to_tensor(value, self.dtype), extended)
         extended.forget_gathered()
-        replica = runtime.replica_index()
-        return update(self.values[replica], self._shard_of(value, replica), **kwargs)
+        replica, shard = runtime.replica_index(), self._shard_of(value, runtime.replica_index())
+        return extended.update_if_fed(lambda: update(self.values[replica], shard, **kwargs), depends)
 
 
 def local_shard(

@@ -158,7 +158,8 @@ class VariableCreation:
         }
         variable = runtime.create_mirrored_variable(self._strategy, components, classes, {}, **kwargs)
         if isinstance(variable, LayerVariable | RowsVariable):
-            self.layer_variables[next(self._numbers)] = variable
+            variable.number = next(self._numbers)
+            self.layer_variables[variable.number] = variable
         return variable
 
     def _create_slot(

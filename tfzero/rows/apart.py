@@ -1,0 +1,85 @@
+"""What workers that train apart do between two merges. [Note: local steps] in `plan/merging.py`
+
+[Note: apart] In a training step of Keras, the replicas that take a batch together are then those of one worker: only
+they exchange gradients, divisors of losses and the state of layers. All else, such as validation, is done by the
+replicas of all workers. Each worker has its rows of the same global batch as always. In a last small batch it may have
+none: then it changes nothing, and only counts the step.
+"""
+
+import contextlib
+import weakref
+from collections.abc import Iterator, Sequence
+
+import tensorflow as tf
+
+# How the state of layers is merged: by the sum of changes, or by the mean.
+SUMMED, AVERAGED = "sum", "mean"
+
+
+class Apart:
+    """Whether replicas train apart now, what rows they take, and which state of layers they change.
+
+    Args:
+        devices: of this worker; [] if workers never train apart.
+    """
+
+    def __init__(self, devices: Sequence[str]) -> None:
+        self.is_on = False
+        self._rows = []
+        for device in devices:
+            with tf.init_scope(), tf.device(device):
+                self._rows.append(tf.Variable(0, trainable=False, dtype=tf.int64))
+        self._changed: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
+        self._ways: dict[str, str] = {}  # in which each is merged
+        self._common: dict[str, list[tf.Tensor]] = {}  # components at the last merge, of what is summed
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether workers train apart at all."""
+        return bool(self._rows)
+
+    @contextlib.contextmanager
+    def on(self) -> Iterator[None]:
+        """While a training step is traced or runs."""
+        self.is_on = True
+        try:
+            yield
+        finally:
+            self.is_on = False
+
+    def count(self, rows: tf.Tensor | None, replica: int) -> None:
+        """In a replica: counts its rows of a training step; of an unknown number, one."""
+        self._rows[replica].assign_add(tf.ones([], tf.int64) if rows is None else tf.cast(rows, tf.int64))
+
+    def take_rows(self) -> int:
+        """Rows that this worker has trained with since it was last asked."""
+        rows = sum(int(each.numpy()) for each in self._rows)
+        for each in self._rows:
+            each.assign(0)
+        return rows
+
+    def note(self, variable: tf.Variable, is_sum: bool) -> None:
+        """In a replica: notes that a step changes a layer's state by what depends on rows."""
+        if not self.is_on:
+            return
+        key = f"{type(variable).__name__} {variable.number}"
+        self._changed[key] = variable
+        if is_sum and self._ways.get(key) != SUMMED:
+            self._ways[key] = SUMMED
+            with tf.init_scope():
+                self._common[key] = [tf.identity(part) for part in variable.values]
+        self._ways.setdefault(key, AVERAGED)
+
+    def begin(self) -> None:
+        """Begins a window of local steps."""
+        for key, variable in self._changed.items():
+            if self._ways[key] == SUMMED:
+                self._common[key] = [tf.identity(part) for part in variable.values]
+
+    def changed(self, way: str) -> dict[str, tf.Variable]:
+        """What is merged in a way, by keys that are equal on all workers, in order."""
+        return {key: each for key, each in sorted(self._changed.items()) if self._ways[key] == way}
+
+    def common(self, key: str) -> list[tf.Tensor]:
+        """The components of a variable when the window began."""
+        return self._common[key]

@@ -1,0 +1,380 @@
+"""Merges variables that workers have trained apart. [Note: local steps] in `plan/merging.py`
+
+[Note: merging] Of each variable (at stage 3: of each replica's shard of it) every worker owns one part. All workers send
+the owner their values of its part. It takes the mean of what they have changed since the last merge, weighted by the
+rows that they trained with, as the gradient of an outer optimizer. It alone holds that optimizer's slots, and the
+`master` that the optimizer updates. Then it sends the result to all. So a merge sends as much as one step of stage 0.
+
+With compression workers send differences from the values of the last merge, which each keeps (`common`). The owner
+sends the encoded difference between its master and these values. What that encoding loses stays in the master; what the
+workers' own encoding loses stays in their `residual`, with error feedback.
+
+[Note: window] When a window of local steps begins, the variables may be others than the last merge has left, as a file
+was loaded. Element by element, where the variable is what the merge has left, the master stays as it is; else it
+becomes the variable.
+"""
+
+import math
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tfzero.collectives.codec import Codec
+from tfzero.collectives.group import Group
+from tfzero.collectives.packing import as_rows
+from tfzero.host import runtime
+from tfzero.plan.merging import Merging
+from tfzero.plan.placement import shard_elements
+from tfzero.training.overwriting import is_overwritten
+from tfzero.training.stock_optimizers import is_elementwise, settings_of
+from tfzero.variables.classes import ShardedParameter
+
+# Settings of an outer optimizer that need more than the owner's part, or further steps.
+_REFUSED = ("clipnorm", "global_clipnorm", "use_ema", "loss_scale_factor", "gradient_accumulation_steps")
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """What a worker merges of one variable at one of its replicas. [Note: merging]
+
+    Args:
+        index: of the variable among those merged.
+        value: the replica's component of it.
+        master: this worker's own part of the value, `[width]`, as the outer optimizer updates it.
+        common: the value of the last merge, flat; None if differences are not encoded.
+        residual: what encoding has lost of this worker's differences, `[workers, width]`; None without error feedback.
+    """
+
+    index: int
+    value: tf.Variable
+    master: keras.Variable
+    common: tf.Variable | None
+    residual: tf.Variable | None
+
+    @property
+    def elements(self) -> int:
+        return self.value.shape.num_elements()
+
+    @property
+    def width(self) -> int:
+        return self.master.shape[0]
+
+    def rows(self, value: tf.Tensor, workers: int) -> tf.Tensor:
+        """A value of the component as `[workers, width]`: of each owner's part a row."""
+        return as_rows(tf.reshape(value, [-1]), workers)
+
+
+class Place:
+    """The parts that one local replica merges with the replicas of the same place in all workers.
+
+    Args:
+        replica: the local replica.
+        parts: of the variables.
+        optimizer: the outer optimizer of their masters; None to take the mean.
+        bucket_bytes: parts travel in messages of at most so many bytes, or alone.
+    """
+
+    def __init__(self, replica: int, parts: list[Part], optimizer: keras.optimizers.Optimizer | None,
+                 bucket_bytes: int) -> None:  # fmt: skip
+        self.replica, self.parts, self.optimizer = replica, parts, optimizer
+        self.buckets: list[list[Part]] = []
+        size, kind = 0, None
+        for part in sorted(parts, key=lambda part: (part.common is not None, part.value.dtype.name)):
+            own, own_kind = part.elements * part.value.dtype.size, (part.common is not None, part.value.dtype)
+            if not self.buckets or own_kind != kind or size + own > bucket_bytes:
+                self.buckets.append([])
+                size, kind = 0, own_kind
+            self.buckets[-1].append(part)
+            size += own
+
+    def slots(self) -> dict[tuple[str, int], keras.Variable]:
+        """The outer optimizer's slots: by name and by place in `parts`."""
+        found = {}
+        for variable in [] if self.optimizer is None else self.optimizer.variables:
+            name, _, place = variable.name.rpartition("part")
+            number, _, slot = place.partition("_")
+            if number.isdigit() and not name:
+                found[slot, int(number)] = variable
+        return found
+
+
+class Merger:
+    """Merges the variables that one optimizer trains. All workers make and call it together. [Note: merging]
+
+    Args:
+        variables: the trained variables of the model.
+        group: the group of all replicas, with its levels.
+        settings: how to merge.
+        make_outer: makes the outer optimizer; None to take the mean.
+        bucket_bytes: of a message.
+
+    Raises:
+        ValueError: for an outer optimizer that cannot be applied to parts of variables.
+    """
+
+    def __init__(self, variables: Sequence[keras.Variable], group: Group, settings: Merging,
+                 make_outer: Callable[[], keras.optimizers.Optimizer] | None, bucket_bytes: int) -> None:  # fmt: skip
+        self.variables = tuple(variables)
+        self.group, self.across = group, group.across
+        self._codec = Codec.of(settings.compression) if self.across.world_size > 1 else None
+        self._feedback = settings.error_feedback
+        self._make_outer = make_outer
+        self.places: list[Place] = _outside_of_scopes(lambda: list(self._make_places(bucket_bytes)))
+        self._merge = tf.function(self._merge_all, autograph=False)
+        self._begin = tf.function(self._begin_all, autograph=False)
+        self.begin()
+
+    def begin(self) -> None:
+        """Begins a window of local steps. [Note: window]"""
+        with tf.init_scope():
+            self._begin()
+
+    def merge(self, weights: Sequence[float]) -> np.ndarray:
+        """Ends a window of local steps: all workers get the same values.
+
+        Args:
+            weights: how much each worker's values count; they add up to 1.
+
+        Returns:
+            `[workers, workers]`: the products of the workers' differences from the last common values.
+        """
+        products = self._merge(tf.constant(weights, tf.float32)).numpy()
+        for variable in self.variables:
+            if variable.constraint is not None:
+                variable.assign(variable.constraint(variable))
+        return products
+
+    def forget_lost(self) -> None:
+        """After masters have been restored: takes the variables for what the last merge has left."""
+        for part in (part for place in self.places for part in place.parts if part.common is not None):
+            part.common.assign(tf.reshape(part.value, [-1]))
+
+    def parts_of(self, index: int) -> dict[int, tuple[Part, int]]:
+        """The parts of one variable by local replica, each with its place in `Place.parts`."""
+        found = ((place, number, part) for place in self.places for number, part in enumerate(place.parts))
+        return {place.replica: (part, number) for place, number, part in found if part.index == index}
+
+    def span(self, index: int, worker: int, replica: int, devices: int) -> tuple[int, int]:
+        """The flat elements `[begin, end)` of a variable that a worker owns at one of its replicas."""
+        value = self.variables[index].value
+        elements = value.shape.num_elements()
+        here = shard_elements(elements, devices) if isinstance(value, ShardedParameter) else elements
+        first = min(replica * here, elements) if isinstance(value, ShardedParameter) else 0
+        last = min(first + here, elements)
+        width = shard_elements(here, self.across.world_size)
+        return min(first + worker * width, last), min(first + (worker + 1) * width, last)
+
+    # Making.
+
+    def _make_places(self, bucket_bytes: int) -> Iterator[Place]:
+        for replica, device in enumerate(self.group.devices):
+            with tf.device(device):
+                parts = [
+                    self._make_part(index, variable, replica, f"part{number}")
+                    for number, (index, variable) in enumerate(self._at(replica))
+                ]
+                optimizer = None if self._make_outer is None or not parts else _checked(self._make_outer())
+                if optimizer is not None:
+                    optimizer.build([part.master for part in parts])
+                yield Place(replica, parts, optimizer, bucket_bytes)
+
+    def _at(self, replica: int) -> list[tuple[int, keras.Variable]]:
+        """The variables that a replica merges: whole ones are merged by the first, and copied to the others."""
+        return [
+            (index, variable)
+            for index, variable in enumerate(self.variables)
+            if replica == 0 or isinstance(variable.value, ShardedParameter)
+        ]
+
+    def _make_part(self, index: int, variable: keras.Variable, replica: int, name: str) -> Part:
+        component = variable.value.values[replica]
+        elements, workers = component.shape.num_elements(), self.across.world_size
+        width = shard_elements(elements, workers)
+        wide = "float64" if component.dtype == tf.float64 else "float32"
+        unknown = np.full([width], np.nan, wide)
+        master = keras.Variable(unknown, dtype=wide, trainable=True, name=name, autocast=False)
+        is_encoded = (
+            self._codec is not None
+            and component.dtype == tf.float32
+            and self._codec.serves(variable.value.shape, component.dtype)
+        )
+        common = runtime.plain_variable(tf.fill([elements], np.float32(np.nan))) if is_encoded else None
+        keeps = is_encoded and self._feedback
+        residual = runtime.plain_variable(tf.zeros([workers, width])) if keeps else None
+        return Part(index, component, master, common, residual)
+
+    # The beginning and the end of a window.
+
+    def _begin_all(self) -> None:
+        for place in self.places:
+            with tf.device(self.group.devices[place.replica]):
+                own = self.across.rank(place.replica)
+                for part in place.parts:
+                    left = tf.cast(part.master.value, part.value.dtype)
+                    if part.common is not None:
+                        left = part.rows(part.common, self.across.world_size)[own]
+                        part.common.assign(tf.reshape(part.value, [-1]))
+                    now = part.rows(part.value, self.across.world_size)[own]
+                    kept = tf.where(left == now, part.master.value, tf.cast(now, part.master.value.dtype))
+                    part.master.value.assign(kept)
+
+    def _merge_all(self, weights: tf.Tensor) -> tf.Tensor:
+        self.group.keys.align()
+        workers = self.across.world_size
+        products = tf.zeros([workers, workers])
+        for place in self.places:
+            with tf.device(self.group.devices[place.replica]):
+                means = [self._mean_of(place, bucket, weights) for bucket in place.buckets]
+                products += tf.add_n([tf.zeros([workers, workers]), *(product for _, product in means)])
+                self._update(place, {part: mean for by_part, _ in means for part, mean in by_part.items()})
+                for bucket in place.buckets:
+                    self._hand_out(place, bucket)
+        with tf.device(self.group.devices[0]):
+            return self.across.all_reduce(products, 0)
+
+    def _mean_of(self, place: Place, bucket: list[Part], weights: tf.Tensor) -> tuple[dict[Part, tf.Tensor], tf.Tensor]:
+        """The mean of all workers' differences in this worker's parts, and the products of these differences."""
+        workers, widths = self.across.world_size, [part.width for part in bucket]
+        if bucket[0].common is None:
+            sent = tf.concat([part.rows(part.value, workers) for part in bucket], 1)
+            received = self.across.all_to_all(sent, place.replica)
+            masters = tf.concat([part.master.value for part in bucket], 0)
+            differences = masters - tf.cast(received, masters.dtype)
+        else:
+            changes = [part.rows(part.common - tf.reshape(part.value, [-1]), workers) for part in bucket]
+            payload = self._encoded(bucket, tf.concat(changes, 1))
+            received = self.across.all_to_all(payload, place.replica)
+            differences = self._codec.decode(received, sum(widths))
+        mean = tf.linalg.matvec(differences, tf.cast(weights, differences.dtype), transpose_a=True)
+        narrow = tf.cast(differences, tf.float32)
+        by_part = dict(zip(bucket, tf.split(mean, widths), strict=True))
+        return by_part, tf.matmul(narrow, narrow, transpose_b=True)
+
+    def _encoded(self, bucket: list[Part], changes: tf.Tensor) -> tf.Tensor:
+        if not self._feedback:
+            return self._codec.encode(changes)
+        residual = tf.concat([part.residual for part in bucket], 1)
+        payload, lost = tf.function(self._codec.encoded_with, jit_compile=True, autograph=False)(changes, residual)
+        for part, rest in zip(bucket, tf.split(lost, [part.width for part in bucket], 1), strict=True):
+            part.residual.assign(rest)
+        return payload
+
+    def _update(self, place: Place, means: dict[Part, tf.Tensor]) -> None:
+        optimizer = place.optimizer
+        if optimizer is None:
+            for part, mean in means.items():
+                part.master.value.assign_sub(mean)
+            return
+        rate = optimizer.learning_rate
+        rate = tf.convert_to_tensor(rate.value if isinstance(rate, keras.Variable) else rate)
+        runtime.begin_update(optimizer, rate)
+        for part, mean in means.items():
+            runtime.decay_weight(optimizer, part.master)
+            if optimizer.clipvalue:
+                mean = tf.clip_by_value(mean, -optimizer.clipvalue, optimizer.clipvalue)
+            optimizer.update_step(mean, part.master, rate)
+        counter = runtime.iteration_counter(optimizer)
+        counter.value.assign_add(tf.ones_like(counter.value))
+
+    def _hand_out(self, place: Place, bucket: list[Part]) -> None:
+        """Sends the owners' new values to all workers, and assigns them."""
+        workers, own = self.across.world_size, self.across.rank(place.replica)
+        masters = tf.concat([part.master.value for part in bucket], 0)
+        if bucket[0].common is None:
+            received = self.across.all_gather(tf.cast(masters, bucket[0].value.dtype), place.replica)
+        else:
+            ahead = masters - tf.concat([part.rows(part.common, workers)[own] for part in bucket], 0)
+            payload = self.across.all_gather(self._codec.encode(ahead[tf.newaxis])[0], place.replica)
+            received = self._codec.decode(payload, masters.shape[0])
+        for part, rows in zip(bucket, tf.split(received, [part.width for part in bucket], 1), strict=True):
+            flat = tf.reshape(rows, [-1])[: part.elements]
+            if part.common is not None:
+                flat = part.common.assign_add(flat)
+            part.value.assign(tf.reshape(flat, part.value.shape))
+            for other in self._copies_of(part, place):
+                with tf.device(other.device):
+                    other.assign(tf.reshape(flat, part.value.shape))
+
+    def _copies_of(self, part: Part, place: Place) -> Sequence[tf.Variable]:
+        value = self.variables[part.index].value
+        return [] if isinstance(value, ShardedParameter) else value.values[1:]
+
+
+def make_merger(given: Sequence[keras.Variable], strategy: tf.distribute.Strategy, bucket_bytes: int) -> Merger | None:
+    """The merger of the variables that an optimizer is built for; None if workers do not train apart.
+
+    Raises:
+        ValueError: for variables that cannot be merged; as `Merger`.
+    """
+    settings = strategy.settings.merging
+    if settings is None:
+        return None
+    if overwritten := [variable.path for variable in given if is_overwritten(variable)]:
+        raise ValueError(
+            f"The variables {overwritten} are overwritten by their gradients, as float8 layers do, and those of workers "
+            "that train apart cannot be merged. Leave `sync_every` away."
+        )
+    made = Merger(given, strategy.extended.all_group, settings, strategy.make_outer, bucket_bytes)
+    outer = made.places[0].optimizer
+    strategy.channel.agree("making an outer optimizer", {} if outer is None else settings_of([outer]), "outer optimizers")
+    return made
+
+
+def _checked(optimizer: Any) -> keras.optimizers.Optimizer:
+    """An outer optimizer that can be applied to parts of variables."""
+    if not isinstance(optimizer, keras.optimizers.Optimizer):
+        raise ValueError(f"`outer_optimizer` must make a Keras optimizer, but made {optimizer!r}.")
+    name = type(optimizer).__name__
+    if not is_elementwise(optimizer):
+        raise ValueError(
+            f"`outer_optimizer` is applied to parts of variables, each by its owner, but {name} is not known to treat "
+            "every element by itself. Take SGD, Adam or another element-wise optimizer of Keras."
+        )
+    given = [setting for setting in _REFUSED if getattr(optimizer, setting, None)]
+    if given:
+        raise ValueError(
+            f"`outer_optimizer` is applied to parts of variables, once in each merge, which {given} of {name} does not "
+            "allow. Leave them away, or set them in the optimizer of the model."
+        )
+    return optimizer
+
+
+def _outside_of_scopes(function: Callable[[], Any]) -> Any:
+    """The result of a function that makes variables of this process alone, even within the scope of a strategy."""
+    results: list = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(function())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="tfzero outside of scopes")
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
+def cosine(products: np.ndarray) -> float | None:
+    """Mean cosine between the differences of each two workers; None for one worker, or if one has changed nothing."""
+    norms = np.sqrt(np.diag(products))
+    count = len(norms)
+    if count == 1 or not np.all(norms > 0):
+        return None
+    cosines = products / np.outer(norms, norms)
+    return float((cosines.sum() - np.trace(cosines)) / (count * (count - 1)))
+
+
+def distance(products: np.ndarray, weights: Sequence[float]) -> float:
+    """Root of the weighted mean square of the workers' distances from their mean."""
+    mean = np.asarray(weights) @ products @ np.asarray(weights)
+    spread = float(np.dot(weights, np.diag(products)) - mean)
+    return math.sqrt(max(0.0, spread))
