@@ -5,7 +5,7 @@ The manifest of a checkpoint, as JSON:
     format, step, world_size   integers
     stage                      of the strategy; null for plain Keras
     files                      name to `[bytes, checksum]`
-    variables                  list of `{"name", "shape", "dtype", "replicas"}`
+    variables                  list of `{"name", "shape", "dtype", "replicas"}`, and "copies" of what each worker has
     optimizers, bucket_bytes   by the model's attribute that holds the optimizer
     position                   the position in the data, or null (`checkpoint/callback.py`)
 """
@@ -66,6 +66,7 @@ _VARIABLE: dict[str, Check] = {
     "shape": _is_shape,
     "dtype": _is_text,
     "replicas": _or_none(lambda value: _is_count(value, 1, _MOST_REPLICAS)),
+    "copies": _or_none(lambda value: _is_count(value, 1, _MOST_REPLICAS)),
 }
 _POSITION: dict[str, Check] = {
     "epoch": _is_count,
@@ -91,7 +92,7 @@ _WHOLE: dict[str, Check] = {
     "position": _or_none(lambda value: isinstance(value, dict)),
 }
 # Keys that older versions of tfzero did not write.
-_LATER = {"bucket_bytes", "passes", "steps", "batch_size"}
+_LATER = {"copies", "bucket_bytes", "passes", "steps", "batch_size"}
 
 
 def _fault_of(value: Any, checks: dict[str, Check], where: str) -> str:

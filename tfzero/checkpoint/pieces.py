@@ -17,10 +17,9 @@ import tensorflow as tf
 
 from tfzero.checkpoint import commits
 from tfzero.checkpoint.slices import Rectangle, rectangles
-from tfzero.checkpoint.state import LAG, RESIDUAL, Item
+from tfzero.checkpoint.state import LAG, Item
 from tfzero.checkpoint.teamwork import together
 from tfzero.plan.mesh import Mesh
-from tfzero.plan.placement import shard_elements
 from tfzero.variables.allocation import on_host, placed
 from tfzero.variables.classes import ShardedVariable
 from tfzero.workers.channel import Channel
@@ -37,30 +36,23 @@ _DAMAGES = (
 # Which slices of each variable a replica has.
 
 
-def _range(item: Item, rank: int, mesh: Mesh) -> tuple[int, int]:
-    """The flat elements `[begin, end)` of a variable that a rank holds."""
-    elements = math.prod(item.shape)
-    if not isinstance(item.value, ShardedVariable):
-        return 0, elements
-    shard = mesh.shard_rank(rank)
-    if item.value.owner is not None:
-        return (0, elements) if item.value.owner == shard else (0, 0)
-    width = shard_elements(elements, mesh.shards)
-    return min(shard * width, elements), min((shard + 1) * width, elements)
-
-
 def _writers(items: Sequence[Item], mesh: Mesh) -> dict[str, int]:
-    """The worker that writes each variable that is equal on all workers.
+    """The worker that writes each variable that is equal on all workers, or of which each holds all shards.
 
     The largest variable comes first, and goes to the worker that has the least to write so far.
     """
     load = [0] * mesh.workers
     writers = {}
-    equal = [item for item in items if item.is_equal_everywhere]
+    equal = [item for item in items if item.is_equal_everywhere or _is_in_each_worker(item, mesh)]
     for item in sorted(equal, key=lambda item: -item.bytes):
         writers[item.name] = load.index(min(load))
         load[writers[item.name]] += item.bytes
     return writers
+
+
+def _is_in_each_worker(item: Item, mesh: Mesh) -> bool:
+    """Whether each of several copies of the state has all shards of a variable."""
+    return mesh.copies > 1 and not item.is_local and isinstance(item.value, ShardedVariable)
 
 
 @dataclass(frozen=True)
@@ -83,20 +75,25 @@ def pieces_to_write(items: Sequence[Item], mesh: Mesh, advance: Callable[[int], 
             if item.is_per_replica:
                 row = Rectangle((mesh.replicas, *item.shape), (rank, *[0] * len(item.shape)), (1, *item.shape))
                 yield Piece(item.name, row, tf.convert_to_tensor(item.component(replica))[tf.newaxis])
-            elif isinstance(item.value, ShardedVariable):
-                yield from _cut(item, item.component(replica), *_range(item, rank, mesh))
-            elif replica == 0 and writers[item.name] == mesh.worker:
-                yield from _cut(item, item.component(replica), 0, math.prod(item.shape))
+            elif writers.get(item.name, mesh.worker) == mesh.worker and (item.is_in_shards or replica == 0):
+                lead = (mesh.copies, mesh.copy(rank)) if item.is_local else None
+                yield from _cut(item, item.component(replica), *item.span(rank, mesh), lead)
         advance(item.bytes)
 
 
-def _cut(item: Item, component: tf.Variable, begin: int, end: int) -> Iterator[Piece]:
+def _cut(
+    item: Item, component: tf.Variable, begin: int, end: int, lead: tuple[int, int] | None = None
+) -> Iterator[Piece]:
+    """The pieces of the flat elements `[begin, end)`; `lead` is the number of copies and which this is, if each counts."""
+    if begin >= end:
+        return
     flat = tf.reshape(tf.convert_to_tensor(component), [-1])
     offset = 0
     for rectangle in rectangles(item.shape, begin, end):
         values = tf.slice(flat, [offset], [rectangle.elements])
-        yield Piece(item.name, rectangle, tf.reshape(values, rectangle.sizes))
         offset += rectangle.elements
+        stored = rectangle if lead is None else rectangle.of(*lead)
+        yield Piece(item.name, stored, tf.reshape(values, stored.sizes))
 
 
 # Writing.
@@ -175,7 +172,7 @@ class Writer:
             OSError: on all workers, if one of them cannot write; the text names it.
             RuntimeError: on all workers, for any other error.
         """
-        manifest = {**manifest, "variables": [item.describe(self._mesh.replicas) for item in items]}
+        manifest = {**manifest, "variables": [item.describe(self._mesh) for item in items]}
         self._timeout_seconds = patience(self._timeout_seconds, sum(item.bytes for item in items))
         batch_bytes = max(_LEAST_BATCH_BYTES, *(item.bytes for item in items))
         is_chief = self._mesh.is_chief
@@ -218,7 +215,7 @@ def check_fits(items: Sequence[Item], manifest: Mapping, folder: Path, optimizer
         if stored != kind:
             raise ValueError(f"{folder} is a checkpoint of another optimizer: `{name}` is {kind} here, {stored} there.")
     entries: dict = {}
-    for section in dict.fromkeys(item.section for item in items if not item.is_of_compression):
+    for section in dict.fromkeys(item.section for item in items if not item.is_optional):
         here = [item for item in items if item.section == section]
         there = [entry for entry in manifest["variables"] if entry["name"].split("/")[0] == section]
         for item, entry in zip(here, there, strict=False):
@@ -236,26 +233,32 @@ def check_fits(items: Sequence[Item], manifest: Mapping, folder: Path, optimizer
                 f"{folder} is a checkpoint of another model: `{section}` has {len(here)} variables here and "
                 f"{len(there)} there; only {where} is {rest[0]!r}."
             )
-    return entries | _entries_of_compression(items, entries, manifest)
+    return entries | _optional_entries(items, entries, manifest)
 
 
-def _entries_of_compression(items: Sequence[Item], entries: Mapping[str, dict], manifest: Mapping) -> dict:
-    """Like `check_fits`, for lags and residuals. A run may resume with another compression, or without.
+def _optional_entries(items: Sequence[Item], entries: Mapping[str, dict], manifest: Mapping) -> dict:
+    """Like `check_fits`, for what compression and outer optimizers keep. A run may resume with others, or without.
 
     If a lag is stored for a variable that has none here, it becomes "lag" in the variable's own entry.
     """
     stored = {entry["name"]: entry for entry in manifest["variables"]}
-    kept_here = {item.name for item in items if item.is_of_compression}
+    kept_here = {item.name for item in items if item.is_optional}
+    names = {
+        item.name.partition("/")[2]: entries[item.name]["name"].partition("/")[2]
+        for item in items
+        if item.section == "model"
+    }
     found = {}
     for item in items:
-        if item.section != "model":
+        if item.is_optional:
+            begin, _, name = item.name.rpartition(f"/{item.of}") if item.of else (item.name, "", "")
+            there = f"{begin}/{names[item.of]}" if item.of else item.name
+            if there in stored and stored[there]["shape"] == list(item.shape):
+                found[item.name] = stored[there]
             continue
-        name, there = item.name.partition("/")[2], entries[item.name]["name"].partition("/")[2]
-        for section in (LAG, RESIDUAL):
-            if f"{section}/{name}" in kept_here and f"{section}/{there}" in stored:
-                found[f"{section}/{name}"] = stored[f"{section}/{there}"]
-        if f"{LAG}/{name}" not in kept_here and f"{LAG}/{there}" in stored:
-            found[item.name] = {**entries[item.name], "lag": stored[f"{LAG}/{there}"]}
+        name = item.name.partition("/")[2]
+        if item.section == "model" and f"{LAG}/{name}" not in kept_here and f"{LAG}/{names[name]}" in stored:
+            found[item.name] = {**entries[item.name], "lag": stored[f"{LAG}/{names[name]}"]}
     return found
 
 
@@ -283,8 +286,10 @@ def read_state(
 def _read_item(prefix: str, item: Item, entry: Mapping | None, mesh: Mesh) -> None:
     for replica, rank in enumerate(mesh.ranks):
         component = item.component(replica)
-        if entry is None:  # a lag or residual that the checkpoint does not hold
-            value = tf.zeros(component.shape, item.dtype)
+        if component is None:
+            continue
+        if entry is None:  # what is optional, and the checkpoint does not hold it
+            value = tf.fill(component.shape, tf.constant(item.unknown, item.dtype))
         else:
             value = _value_for(prefix, item, entry, rank, mesh, component)
         value = on_host(value)
@@ -298,8 +303,11 @@ def _value_for(prefix: str, item: Item, entry: Mapping, rank: int, mesh: Mesh, c
         return tf.reshape(_read(prefix, entry, [_row(entry, rank)], item), item.shape)
     if item.is_per_replica and rank != 0:
         return tf.zeros(item.shape, item.dtype)
-    begin, end = _range(item, rank, mesh)
-    if stored_by:
+    begin, end = item.span(rank, mesh)
+    copies = entry.get("copies")
+    if copies:
+        flat = _of_copies(prefix, item, entry, rectangles(item.shape, begin, end), mesh.copy(rank), mesh.copies)
+    elif stored_by:
         whole = tf.add_n([tf.cast(_read(prefix, entry, [_row(entry, k)], item), item.dtype) for k in range(stored_by)])
         flat = tf.reshape(whole, [-1])[begin:end]
     else:
@@ -312,6 +320,16 @@ def _value_for(prefix: str, item: Item, entry: Mapping, rank: int, mesh: Mesh, c
     if begin == end and elements:
         flat = tf.zeros([elements], item.dtype)
     return tf.reshape(flat, component.shape)
+
+
+def _of_copies(
+    prefix: str, item: Item, entry: Mapping, wanted: Sequence[Rectangle], copy: int, copies: int
+) -> tf.Tensor:
+    """What this worker had, if there are as many now, and else the mean of all; of whole numbers the first."""
+    stored = entry["copies"]
+    taken = [copy] if item.is_local and stored == copies else range(stored) if item.dtype.is_floating else [0]
+    values = [_read(prefix, entry, [each.of(stored, k) for each in wanted], item) for k in taken]
+    return values[0] if len(values) == 1 else tf.add_n(values) / len(values)
 
 
 def _row(entry: Mapping, replica: int) -> Rectangle:

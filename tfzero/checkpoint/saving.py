@@ -16,8 +16,9 @@ from typing import Any
 import keras
 
 from tfzero.checkpoint import commits, directories
+from tfzero.checkpoint.outer import whole_state_of
 from tfzero.checkpoint.pieces import Writer, check_fits, patience, pieces_to_write, read_state, snapshot
-from tfzero.checkpoint.state import METRICS, Item, bucket_bytes_of, build_optimizer, mesh_of, optimizers_of, state_of
+from tfzero.checkpoint.state import METRICS, Item, bucket_bytes_of, build_optimizer, mesh_of, optimizers_of
 from tfzero.checkpoint.teamwork import together
 from tfzero.collectives.joining import channel_of_one
 from tfzero.host import notes, versions
@@ -230,7 +231,7 @@ def find_newest(directory: Path, team: Team) -> Search:
 def restore(model: keras.Model, folder: Path, manifest: Mapping, team: Team, only: str | None = None) -> None:
     """Restores the variables of a model from a checkpoint: all, or only those of one section."""
     build_optimizer(model)
-    items = [item for item in state_of(model) if only in (None, item.section)]
+    items = [item for item in whole_state_of(model) if only in (None, item.section)]
     if manifest["position"] is None or not manifest["position"]["batch"]:
         items = [item for item in items if item.section != METRICS]  # they begin anew, and may be others
     elif any(not getattr(metric, "built", True) for metric in model.metrics):
@@ -243,6 +244,9 @@ def restore(model: keras.Model, folder: Path, manifest: Mapping, team: Team, onl
             read_state(folder, items, entries, team.mesh, bar.advance)
 
         together(team.channel, f"reading {folder}", read, patience(team.timeout_seconds, size_bytes))
+    strategy = model.distribute_strategy
+    if only is None and isinstance(strategy, ZeroStrategy):
+        strategy.local_steps_of(model).forget()
     if only is None and manifest["world_size"] == team.mesh.replicas:
         for name in bucket_bytes_of(model):
             if name in manifest.get("bucket_bytes", {}):
@@ -281,7 +285,7 @@ class Save:
         Raises:
             OSError: on all workers, if one of them cannot write there, there is no room, or another run holds it.
         """
-        needed = sum(item.bytes for item in state_of(self._model))
+        needed = sum(item.bytes for item in whole_state_of(self._model))
 
         def take() -> None:
             directories.check_room(self._directory, needed if self._team.is_chief else 0)
@@ -300,7 +304,9 @@ class Save:
             asynchronous: whether to return as soon as all is copied, and write in the background.
         """
         self.wait()
-        items = state_of(self._model)
+        if isinstance(strategy := self._model.distribute_strategy, ZeroStrategy):
+            strategy.merge(self._model, "saving a checkpoint")
+        items = whole_state_of(self._model)
         manifest = {
             "step": step,
             "position": position,

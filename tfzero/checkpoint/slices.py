@@ -20,6 +20,10 @@ class Rectangle:
     def elements(self) -> int:
         return math.prod(self.sizes)
 
+    def of(self, copies: int, copy: int) -> "Rectangle":
+        """The same slice of one of several copies that are stored one after the other."""
+        return Rectangle((copies, *self.shape), (copy, *self.starts), (1, *self.sizes))
+
     @property
     def spec(self) -> str:
         """The `shape_and_slices` argument of `SaveV2` and `RestoreV2`; "" for the whole variable."""

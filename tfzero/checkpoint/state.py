@@ -9,12 +9,15 @@ import tensorflow as tf
 
 from tfzero.host import batch_rows
 from tfzero.plan.mesh import Mesh
+from tfzero.plan.placement import shard_elements
 from tfzero.training.exchange import Wire
 from tfzero.variables.classes import OnReadVariable, ShardedVariable
 
 # Sections of the training state, beside "model" and the optimizers.
 LAG, RESIDUAL = "lag", "residual"  # what compression keeps for a variable (`training/exchange.py`)
+OUTER = "outer"  # what merges workers that train apart (`checkpoint/outer.py`)
 METRICS = "metrics"
+OPTIONAL = (LAG, RESIDUAL, OUTER)
 
 
 @dataclass(frozen=True)
@@ -24,20 +27,32 @@ class Item:
     Args:
         name: as in the file: "model/dense/kernel", "optimizer/adam/dense_kernel_momentum".
         variable: the Keras variable.
+        is_local: whether each worker has its own, as workers train apart.
     """
 
     name: str
     variable: keras.Variable
+    is_local: bool = False
 
     @property
     def section(self) -> str:
-        """The section: "model", "metrics", "lag", "residual", or the model's attribute that holds the optimizer."""
+        """The section: "model", "metrics", one of `OPTIONAL`, or the model's attribute that holds the optimizer."""
         return self.name.split("/")[0]
 
     @property
-    def is_of_compression(self) -> bool:
-        """Whether it is the lag or residual of the model's variable of the same name: what encoding has lost."""
-        return self.section in (LAG, RESIDUAL)
+    def is_optional(self) -> bool:
+        """Whether a checkpoint may be without it. Its name ends with that of a variable of the model, if it has one."""
+        return self.section in OPTIONAL
+
+    @property
+    def of(self) -> str:
+        """The variable of the model that it is kept for, if it is optional; "" for none."""
+        return self.name.partition("/")[2]
+
+    @property
+    def unknown(self) -> float:
+        """What stands for its value, if it is optional and not in a checkpoint."""
+        return 0.0
 
     @property
     def value(self) -> tf.Variable:
@@ -60,17 +75,35 @@ class Item:
         return isinstance(self.value, OnReadVariable)
 
     @property
+    def is_in_shards(self) -> bool:
+        """Whether replicas hold different parts of it."""
+        return isinstance(self.value, ShardedVariable)
+
+    @property
     def is_equal_everywhere(self) -> bool:
         """Whether every replica holds all of it, with equal values."""
-        return not isinstance(self.value, ShardedVariable | OnReadVariable)
+        return not (self.is_in_shards or self.is_per_replica or self.is_local)
 
-    def component(self, replica: int) -> tf.Variable:
+    def component(self, replica: int) -> tf.Variable | None:
+        """What a local replica holds of it."""
         return self.value.values[replica] if hasattr(self.value, "values") else self.value
 
-    def describe(self, replicas: int) -> dict:
-        """Its entry in the manifest of a checkpoint of `replicas` replicas."""
-        stored_by = replicas if self.is_per_replica else None
-        return {"name": self.name, "shape": list(self.shape), "dtype": self.dtype.name, "replicas": stored_by}
+    def span(self, rank: int, mesh: Mesh) -> tuple[int, int]:
+        """The flat elements `[begin, end)` that a rank holds."""
+        elements = math.prod(self.shape)
+        if not self.is_in_shards:
+            return 0, elements
+        shard = mesh.shard_rank(rank)
+        if self.value.owner is not None:
+            return (0, elements) if self.value.owner == shard else (0, 0)
+        width = shard_elements(elements, mesh.shards)
+        return min(shard * width, elements), min((shard + 1) * width, elements)
+
+    def describe(self, mesh: Mesh) -> dict:
+        """Its entry in the manifest of a checkpoint."""
+        stored_by = mesh.replicas if self.is_per_replica else None
+        entry = {"name": self.name, "shape": list(self.shape), "dtype": self.dtype.name, "replicas": stored_by}
+        return {**entry, "copies": mesh.copies} if self.is_local else entry
 
 
 def mesh_of(strategy: tf.distribute.Strategy) -> Mesh:
@@ -79,17 +112,19 @@ def mesh_of(strategy: tf.distribute.Strategy) -> Mesh:
 
 
 def state_of(model: keras.Model) -> list[Item]:
-    """All variables that a resumed run needs: those of the model, its optimizers, its metrics and compression."""
+    """What a resumed run needs of a model, its optimizers, its metrics and compression; without outer optimizers."""
     sections = {"model": [*model.variables, *batch_rows.recurrent_states(model)]}
     sections |= {name: optimizer.variables for name, optimizer in _optimizers(model).items()}
     sections[METRICS] = model.metrics_variables
+    local = _optimizers(model) if mesh_of(model.distribute_strategy).copies > 1 else {}
     items: list[Item] = []
     seen: dict[str, int] = {}
     for section, variables in sections.items():
         for variable in variables:
             name = f"{section}/{variable.path}"
             seen[name] = seen.get(name, 0) + 1
-            items.append(Item(name if seen[name] == 1 else f"{name}#{seen[name]}", variable))
+            is_local = section in local and not isinstance(variable.value, OnReadVariable)
+            items.append(Item(name if seen[name] == 1 else f"{name}#{seen[name]}", variable, is_local))
     return items + _state_of_compression(model, {id(item.variable): item.name for item in items})
 
 

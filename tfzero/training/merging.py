@@ -28,7 +28,7 @@ from tfzero.collectives.codec import Codec
 from tfzero.collectives.group import Group
 from tfzero.collectives.packing import as_rows
 from tfzero.host import runtime
-from tfzero.plan.merging import Merging
+from tfzero.plan.merging import AVERAGE, Merging
 from tfzero.plan.placement import shard_elements
 from tfzero.training.overwriting import is_overwritten
 from tfzero.training.stock_optimizers import is_elementwise, settings_of
@@ -161,13 +161,34 @@ class Merger:
 
     def span(self, index: int, worker: int, replica: int, devices: int) -> tuple[int, int]:
         """The flat elements `[begin, end)` of a variable that a worker owns at one of its replicas."""
+        first, last = self.component_span(index, replica, devices)
+        width = self.parts_of(index)[replica][0].width
+        return min(first + worker * width, last), min(first + (worker + 1) * width, last)
+
+    def component_span(self, index: int, replica: int, devices: int) -> tuple[int, int]:
+        """The flat elements `[begin, end)` of a variable that one of a worker's replicas merges."""
         value = self.variables[index].value
         elements = value.shape.num_elements()
-        here = shard_elements(elements, devices) if isinstance(value, ShardedParameter) else elements
-        first = min(replica * here, elements) if isinstance(value, ShardedParameter) else 0
-        last = min(first + here, elements)
-        width = shard_elements(here, self.across.world_size)
-        return min(first + worker * width, last), min(first + (worker + 1) * width, last)
+        if not isinstance(value, ShardedParameter):
+            return (0, elements) if replica == 0 else (0, 0)
+        here = shard_elements(elements, devices)
+        return min(replica * here, elements), min((replica + 1) * here, elements)
+
+    @property
+    def title(self) -> str:
+        """What merges: the class of the outer optimizer, or "average"."""
+        optimizer = self.places[0].optimizer
+        return AVERAGE if optimizer is None else type(optimizer).__name__
+
+    def own_scalars(self) -> dict[str, dict[int, tf.Variable]]:
+        """Variables of the outer optimizer that belong to no part, by name and local replica."""
+        found: dict[str, dict[int, tf.Variable]] = {}
+        for place in self.places:
+            slots = {id(slot) for slot in place.slots().values()}
+            for variable in [] if place.optimizer is None else place.optimizer.variables:
+                if id(variable) not in slots:
+                    found.setdefault(variable.name, {})[place.replica] = variable.value
+        return found
 
     # Making.
 
@@ -220,7 +241,8 @@ class Merger:
                         left = part.rows(part.common, self.across.world_size)[own]
                         part.common.assign(tf.reshape(part.value, [-1]))
                     now = part.rows(part.value, self.across.world_size)[own]
-                    kept = tf.where(left == now, part.master.value, tf.cast(now, part.master.value.dtype))
+                    is_left = (left == now) & ~tf.math.is_nan(part.master.value)
+                    kept = tf.where(is_left, part.master.value, tf.cast(now, part.master.value.dtype))
                     part.master.value.assign(kept)
 
     def _merge_all(self, weights: tf.Tensor) -> tf.Tensor:
