@@ -22,7 +22,6 @@ COMMAND = re.compile(r"python -m (tfzero\.\w+)((?: (?!\S*\.py|-m )[^\s`#]+)*)")
 PAGES = sorted(str(path.relative_to(ROOT)) for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 MOST_BYTES_OF_THE_README = 10_000
 OF_TENSORFLOW = {"Restart your program to reset"}
-INTERNAL = {"agreed_randomness"}  # of ZeroStrategy: for tfzero's own hooks in Keras
 
 
 def blocks(text):
@@ -32,7 +31,7 @@ def blocks(text):
 def public_objects():
     yield from ((name, getattr(tfzero, name)) for name in tfzero.__all__)
     for name, method in vars(tfzero.ZeroStrategy).items():
-        if inspect.isfunction(method) and not name.startswith("_") and name not in INTERNAL:
+        if inspect.isfunction(method) and not name.startswith("_"):
             yield f"ZeroStrategy.{name}", method
 
 

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Each package imports only packages before it, and each module of a package only modules before it: this is the design.
 LINE = {
-    "plan": ("scheme", "mesh", "shares", "placement", "formats", "settings", "file_shards"),
+    "plan": ("scheme", "mesh", "shares", "placement", "formats", "merging", "settings", "file_shards"),
     "costs": (),
     "host": (
         "versions", "notes", "backend", "registry", "tensorflow_names", "keras_names", "data_names", "runtime",
@@ -32,17 +32,20 @@ LINE = {
         "nccl_failures", "nccl", "transport_choice", "joining", "packing",
     ),
     "rows": (
-        "kinds", "moves", "sums", "dependence", "shares", "inputs", "input_account", "unions", "raw_elements",
+        "kinds", "moves", "sums", "dependence", "apart", "shares", "inputs", "input_account", "unions", "raw_elements",
         "sharded", "own_data", "replica_run", "padding", "combining",
     ),
     "variables": ("gathering", "allocation", "classes", "row_state", "creation"),
     "extended": (),
-    "training": ("pacing", "losses", "exchange", "overwriting", "walk", "traffic", "late_gathers", "stock_optimizers"),
+    "training": (
+        "pacing", "losses", "exchange", "overwriting", "stock_optimizers", "outer", "merging", "walk", "traffic",
+        "late_gathers", "local_steps",
+    ),
     "optimizer": (),
     "report": (),
     "strategy": (),
     "checkpoint": (
-        "slices", "manifests", "commits", "directories", "teamwork", "state", "pieces", "saving", "callback",
+        "slices", "manifests", "commits", "directories", "teamwork", "state", "outer", "pieces", "saving", "callback",
     ),
     "keras": (
         "model_building", "best_weights", "writing_callbacks", "training", "data", "losses", "layers", "files",

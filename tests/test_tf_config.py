@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 
 import tfzero
-from tfzero.extended import _resolver
+from tfzero.host.distributed import resolver_of
 from tfzero.workers.cluster import Cluster, cluster_from_spec, read_cluster_spec, read_tf_config
 from tfzero.workers.resolvers import find_cluster
 
@@ -134,7 +134,7 @@ def test_an_evaluator_makes_no_strategy(monkeypatch):
 
 def test_tensorflow_gets_jobs_and_indices_that_it_knows():
     """It calls the first worker chief, and numbers tasks 0, 1, 2, ..."""
-    resolver = _resolver(read(AI_PLATFORM))
+    resolver = resolver_of(read(AI_PLATFORM))
     assert resolver.cluster_spec().as_dict() == {
         "chief": ["cmle-training-master-ab-0:2222"],
         "worker": ["cmle-training-worker-ab-0:2222"],
@@ -142,7 +142,7 @@ def test_tensorflow_gets_jobs_and_indices_that_it_knows():
     assert (resolver.task_type, resolver.task_id) == ("chief", 0)
     cluster = cluster_from_spec({"worker": {3: "c:3", 1: "a:1"}}, "worker", 3)
     assert cluster.names == ("worker 1", "worker 3") and cluster.tasks == [("worker", 0), ("worker", 1)]
-    resolver = _resolver(cluster)
+    resolver = resolver_of(cluster)
     assert resolver.cluster_spec().as_dict() == {"worker": ["a:1", "c:3"]}
     assert (resolver.task_type, resolver.task_id) == ("worker", 1)
 

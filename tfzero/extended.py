@@ -62,7 +62,7 @@ class ZeroExtended(distributed.ExtendedBase):
         self._settings: Settings = strategy.settings
         self._channel: Channel = strategy.channel
         self.comparison: BatchComparison = strategy.comparison
-        resolver = None if cluster is None else _resolver(cluster)
+        resolver = None if cluster is None else distributed.resolver_of(cluster)
         with transport_choice.configured(cluster is not None):
             super().__init__(strategy, resolver, list(devices))
         self._cut_datasets: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # what each was made from
@@ -301,11 +301,11 @@ class ZeroExtended(distributed.ExtendedBase):
         if not isinstance(value, tf.distribute.DistributedValues):
             # One value for each worker: only its first replica contributes it.
             values, count = [values[0], *map(tf.zeros_like, values[1:])], count // len(values)
-        totals = _together(self.group.launch(self.group.all_reduce, values))
+        totals = graphs.together(self.group.launch(self.group.all_reduce, values))
         return runtime.mirrored([_divide(total, count) if mean else total for total in totals])
 
     def gather_values(self, value: Any, axis: int) -> tf.distribute.DistributedValues:
-        parts = _together(self.group.launch(self.group.all_gather_ragged, self._spread(value)))
+        parts = graphs.together(self.group.launch(self.group.all_gather_ragged, self._spread(value)))
         if not isinstance(value, tf.distribute.DistributedValues):
             # One value for each worker: only its first replica contributes it.
             parts = [replica_parts[:: len(self.worker_devices)] for replica_parts in parts]
@@ -390,32 +390,9 @@ class ZeroExtended(distributed.ExtendedBase):
         return self.input_account.watch(cut_dataset(dataset, self.mesh, self.comparison, self.shares))
 
 
-def _together(results: list) -> list:
-    """The same results of a collective, each of which is there when all replicas of this worker have theirs.
-
-    Else what follows from the first result could end the step while another replica still takes part in the
-    collective, for which other workers then wait for ever. TensorFlow ends an epoch so: its iterator over data of each
-    worker's own adds up how many replicas have a batch, and raises OutOfRangeError if none has.
-    """
-    if tf.executing_eagerly():
-        return results
-    with tf.control_dependencies(tf.nest.flatten(results)):
-        return tf.nest.map_structure(tf.identity, results)
-
-
 def _divide(total: tf.Tensor, count: int) -> tf.Tensor:
     return total / tf.cast(count, total.dtype) if total.dtype.is_floating else tf.cast(total / count, total.dtype)
 
 
 def _names(cluster: Cluster | None) -> Callable[[int], str]:
     return lambda worker: "this process" if cluster is None else cluster.names[worker]
-
-
-def _resolver(cluster: Cluster) -> tf.distribute.cluster_resolver.SimpleClusterResolver:
-    jobs: dict[str, list[str]] = {}
-    for (job, _), address in zip(cluster.tasks, cluster.addresses, strict=True):
-        jobs.setdefault(job, []).append(address)
-    job, index = cluster.tasks[cluster.index]
-    return tf.distribute.cluster_resolver.SimpleClusterResolver(
-        tf.train.ClusterSpec(jobs), task_type=job, task_id=index, rpc_layer="grpc"
-    )

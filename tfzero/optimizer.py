@@ -5,11 +5,10 @@ The wrapper holds the user's own optimizer, builds its slots in shards, and repl
 stays in Keras's own `update_step`.
 """
 
-import contextlib
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import keras
@@ -26,6 +25,7 @@ from tfzero.training.merging import make_merger
 from tfzero.training.overwriting import OverwrittenView, is_overwritten, keep_whole
 from tfzero.training.stock_optimizers import (
     CONTAINERS,
+    Home,
     ViewsAtHand,
     chain,
     check_wrappable,
@@ -44,27 +44,6 @@ _INNER_SETTINGS = (
     "weight_decay", "clipnorm", "global_clipnorm", "clipvalue", "use_ema", "ema_momentum", "ema_overwrite_frequency",
     "loss_scale_factor", "gradient_accumulation_steps",
 )  # fmt: skip
-
-
-class Home:
-    """The distribution strategy as an inner optimizer sees it: it makes slots in shards and runs updates in place."""
-
-    def __init__(self, wrapper: "ZeroOptimizer", strategy: tf.distribute.Strategy) -> None:
-        self.wrapper = wrapper
-        self.strategy = strategy
-        self.extended = self
-
-    def colocate_vars_with(self, view: VariableView) -> contextlib.AbstractContextManager:
-        """Context in which new slots belong to the view's variable."""
-        return self.strategy.extended.colocate_vars_with(view)
-
-    def update(self, variable: tf.Variable, function: Callable, args: tuple = (), kwargs: dict | None = None,
-               group: bool = True) -> Any:  # fmt: skip
-        """Runs an update where the variable is; distributed variables accept a whole value."""
-        del group
-        if args and args[0] is None:  # a variable without a moving average; Keras would assign it anyway
-            return None
-        return function(variable, *args, **(kwargs or {}))
 
 
 @keras.saving.register_keras_serializable(package="tfzero")
@@ -334,9 +313,14 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
                 "A ZeroOptimizer must be applied within a replica, as all replicas update together, but "
                 "`apply` was called outside. Call it in a function that is passed to `strategy.run`."
             )
-        grads = list(grads)
+        grads, apart = list(grads), replica.strategy.extended.apart
         if not grads:
             return
+        if apart.is_possible and not apart.is_on:
+            raise RuntimeError(
+                "With `sync_every` workers train apart in the steps of `fit` and `train_on_batch` only, but the "
+                "optimizer was applied in a loop of your own. Use those, or leave `sync_every` away."
+            )
         if not self.built:
             if trainable_variables is None:
                 raise ValueError("The optimizer is not built: pass `trainable_variables` or call `build` first.")

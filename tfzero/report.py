@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import tensorflow as tf
 
 from tfzero.collectives.group import Group
+from tfzero.plan.merging import Merging
 from tfzero.plan.mesh import Mesh
 from tfzero.plan.placement import Placement
 from tfzero.plan.settings import Choice, Settings
@@ -62,6 +63,8 @@ class Report:
         input_seconds: how long steps have waited for these batches.
         read_bytes: bytes that this process has read since the strategy was made, by `read` and the like (`rchar` of
             /proc/self/io): from disks or their cache, and not only input. None where the system does not tell.
+        merge_bytes: bytes that the first replica sends when workers that train apart are merged; `sent_bytes` and
+            `messages` count them in parts for each step.
     """
 
     options: Mapping[str, str]
@@ -71,6 +74,7 @@ class Report:
     batches: int = 0
     input_seconds: float = 0.0
     read_bytes: int | None = None
+    merge_bytes: int = 0
 
     def summary(self) -> str:
         lines = [f"tfzero: {self.options['stage']}; {self.options['devices']}"]
@@ -83,7 +87,7 @@ class Report:
                 f"  each sends {text_of(self.sent_bytes)} a step, in {self.messages} messages",
             ]
         shown = ("algorithm", "bucket_bytes", "hierarchical", "compression", "error_feedback", "overlap_param_gather",
-                 "accumulation")  # fmt: skip
+                 "accumulation", "sync_every")  # fmt: skip
         effects = {name: self.options[name] for name in shown if self.options.get(name, "off") not in ("off", "none")}
         lines += [f"  {name}: {effect}" for name, effect in effects.items()]
         return "\n".join(lines[:MOST_LINES])
@@ -126,11 +130,15 @@ def make_report(settings: Settings, group: Group, levels: Choice, mesh: Mesh, tr
         trained: what each optimizer trains.
     """
     sent = [exchange for each in trained for exchange in traffic.sent(settings, group, each)]
+    merged = [each.merger.sent() for each in trained if each.merger is not None]
+    every = 1 if settings.merging is None else settings.merging.every
+    merge_bytes = sum(size for size, _ in merged)
     return Report(
         options=_effects(settings, group, levels, mesh, trained),
         variables=tuple(_variables(settings, group, trained)),
-        sent_bytes=sum(size for size, _ in sent),
-        messages=sum(count for _, count in sent),
+        sent_bytes=sum(size for size, _ in sent) + round(merge_bytes / every),
+        messages=sum(count for _, count in sent) + round(sum(count for _, count in merged) / every),
+        merge_bytes=merge_bytes,
     )
 
 
@@ -156,6 +164,8 @@ def _effects(settings: Settings, group: Group, levels: Choice, mesh: Mesh, train
         "overlap_param_gather": _LATE if settings.overlap_param_gather else "off",
         "compare_batches": f"the first {settings.compare_batches} batches of every pass are compared between workers",
     }
+    if settings.merging is not None:
+        effects |= _merging(settings.merging, trained)
     if settings.compare_batches == 0:
         effects["compare_batches"] = "off: that workers read the same batches is taken on trust"
     if workers == 1:
@@ -166,6 +176,24 @@ def _effects(settings: Settings, group: Group, levels: Choice, mesh: Mesh, train
     elif steps:
         effects["accumulation"] = f"gradients are sent in each of {max(steps)} steps, to be accumulated in shards"
     return effects
+
+
+def _merging(merging: Merging, trained: Sequence[Trained]) -> dict:
+    titles = dict.fromkeys(each.merger.title for each in trained if each.merger is not None)
+    size_bytes = sum(each.merger.sent()[0] for each in trained if each.merger is not None)
+    merged = f" of {text_of(size_bytes)}" if trained else ""
+    feedback = "what encoding loses of differences is kept and added to the next: 4 bytes a parameter"
+    effects = {
+        "sync_every": f"each worker takes {merging.every} steps alone, then a merge{merged}",
+        "outer_optimizer": ", ".join(titles) or merging.outer,
+        "hierarchical": "no effect: gradients do not leave a worker",
+    }
+    if merging.compression is not None:
+        effects["compression"] = (
+            f"in merges float32 matrices travel as differences in {merging.compression}; each worker keeps the values "
+            "of the latest merge, 4 bytes a parameter"
+        )
+    return {**effects, "error_feedback": feedback} if merging.error_feedback else effects
 
 
 def _resharding(settings: Settings) -> str:
@@ -243,7 +271,7 @@ def _variables(settings: Settings, group: Group, trained: Sequence[Trained]) -> 
                 reason=each.plan.reasons[index],
                 wire=settings.compression if is_encoded and group.world_size > 1 and exchanges else variable.dtype,
                 parameter_bytes=_bytes(variable.value),
-                slot_bytes=sum(map(_bytes, slots)),
+                slot_bytes=sum(map(_bytes, slots)) + (0 if each.merger is None else each.merger.held_bytes(index)),
                 whole_bytes=_bytes(variable.value, None) + sum(_bytes(slot, None) for slot in each.slots[index]),
             )
 

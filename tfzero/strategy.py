@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import os
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
@@ -16,9 +15,9 @@ from tfzero.collectives.network import DEFAULT_BUCKET_BYTES
 from tfzero.collectives.transport import Surroundings
 from tfzero.collectives.transport_choice import choose
 from tfzero.extended import ZeroExtended
-from tfzero.host import patches, runtime
+from tfzero.host import patches
 from tfzero.host.devices import choose_devices, configure_cpu_devices, in_order
-from tfzero.plan.merging import AVERAGE, Merging, check_merging
+from tfzero.plan.merging import check_merging
 from tfzero.plan.scheme import check_stage
 from tfzero.plan.settings import (
     DEFAULT_COMPARE_BATCHES,
@@ -35,7 +34,8 @@ from tfzero.plan.shares import EVEN, check_length, check_rows
 from tfzero.report import Report, make_report
 from tfzero.rows.dependence import is_global
 from tfzero.rows.inputs import DataPosition, without_tuning
-from tfzero.training.local_steps import LocalSteps
+from tfzero.training.local_steps import local_steps_of
+from tfzero.training.outer import outer_maker
 from tfzero.variables.classes import ShardedVariable, agree_on_sharded
 from tfzero.workers.cluster import Cluster, others_of
 from tfzero.workers.device_agreement import agree_on_devices
@@ -154,22 +154,12 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         local = in_order(named)
         workers = 1 if cluster is None else cluster.size
         self.settings = Settings(
-            stage,
-            bucket_bytes,
-            min_shard_elements,
-            float(timeout_seconds),
-            len(local),
-            local[0].split(":")[0],
-            reshard_after_forward is not False,
-            None if merging else compression,
-            error_feedback and not merging,
-            False if merging else hierarchical,
-            overlap_param_gather,
-            compare_batches,
-            check_rows(rows, stage, named, local),
-            merging,
-        )
-        self.make_outer = _outer_maker(outer_optimizer, merging)
+            stage, bucket_bytes, min_shard_elements, float(timeout_seconds), len(local), local[0].split(":")[0],
+            reshard_after_forward is not False, None if merging else compression, error_feedback and not merging,
+            False if merging else hierarchical, overlap_param_gather, compare_batches,
+            check_rows(rows, stage, named, local), merging,
+        )  # fmt: skip
+        self.make_outer = outer_maker(outer_optimizer, merging)
         self.local_steps: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # by model
         kind = self.settings.device_type
         self._surroundings = Surroundings(kind, len(local), workers)
@@ -287,7 +277,7 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         ```
         """
         trained = [optimizer.trained for optimizer in self.optimizers]
-        made = make_report(self.settings, self.extended.group, self.levels, self.extended.mesh, trained)
+        made = make_report(self.settings, self.extended.own_group, self.levels, self.extended.mesh, trained)
         account = self.extended.input_account
         return replace(
             made,
@@ -300,8 +290,8 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
     def merge(self, model: keras.Model, reason: str = "`strategy.merge`") -> None:
         """Merges what workers have trained apart, with `sync_every`. All workers call it together.
 
-        `fit` does so by itself: after every `sync_every` steps, at the end of an epoch, and before validation, predictions
-        and saves. Call it after the last `train_on_batch`, before weights are read.
+        `fit` does so by itself: after every `sync_every` steps, at the end of an epoch, and before validation,
+        predictions and saves. Call it after the last `train_on_batch`, before weights are read.
 
         Args:
             model: a model of this strategy.
@@ -319,13 +309,7 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         ```
         """
         if self.settings.merging is not None:
-            self.local_steps_of(model).meet(reason)
-
-    def local_steps_of(self, model: keras.Model) -> LocalSteps:
-        """The local steps of a model."""
-        if model not in self.local_steps:
-            self.local_steps[model] = LocalSteps(model, self)
-        return self.local_steps[model]
+            local_steps_of(model, self).meet(reason)
 
     def cut_batch(self, batch: Any) -> Any:
         """Cuts one global batch into per-replica values, as `experimental_distribute_dataset` does.
@@ -389,36 +373,3 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         finally:
             for value in held:
                 value.let_go(write_back=completed)
-
-    @contextlib.contextmanager
-    def agreed_randomness(self, position: DataPosition | None = None) -> Iterator[None]:
-        """Makes data pipelines that are built within it shuffle alike on all workers: as the first worker would.
-
-        A position from a checkpoint restores the shuffling with which its training began. A new position records it.
-        """
-        if self.extended.mesh.workers == 1 and position is None:
-            yield
-            return
-        position = position or DataPosition()
-        unseeded = runtime.random_state()["seed"] is None
-        if position.randomness is None:
-            position.randomness = self.channel.broadcast("preparing data", runtime.random_state())
-            unseeded = position.randomness["seed"] is None
-            if unseeded:
-                draw = int.from_bytes(os.urandom(4), "little")
-                position.randomness["seed"] = self.channel.broadcast("drawing a seed to shuffle by", draw)
-        runtime.set_random_state(position.randomness)
-        try:
-            yield
-        finally:
-            if unseeded:
-                tf.random.set_seed(None)
-
-
-def _outer_maker(outer_optimizer: Any, merging: Merging | None) -> Callable[[], keras.optimizers.Optimizer] | None:
-    """What makes an outer optimizer; None to take the mean, or if workers never train apart."""
-    if merging is None or merging.outer == AVERAGE:
-        return None
-    if outer_optimizer is None:
-        return lambda: keras.optimizers.SGD(0.7, momentum=0.9, nesterov=True)
-    return outer_optimizer if callable(outer_optimizer) else lambda: keras.optimizers.get(outer_optimizer)

@@ -1,5 +1,6 @@
 """The state of outer optimizers, which merge workers that train apart. [Note: merging] in `training/merging.py`"""
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import tensorflow as tf
 from tfzero.checkpoint.state import OUTER, Item, state_of
 from tfzero.plan.mesh import Mesh
 from tfzero.training.merging import Merger
+from tfzero.training.outer import MASTER, RESIDUAL
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def whole_state_of(model: keras.Model) -> list[Item]:
     return items
 
 
-def _outer_items(merger: Merger, owner: str, names: Callable[[Any], str]) -> Iterator[OuterItem]:
+def _outer_items(merger: Merger, owner: str, names: Callable[[keras.Variable], str]) -> Iterator[OuterItem]:
     """What a merger keeps.
 
     Args:
@@ -71,38 +73,20 @@ def _outer_items(merger: Merger, owner: str, names: Callable[[Any], str]) -> Ite
         owner: the model's attribute that holds this optimizer.
         names: gives the name of a variable of the model within its section.
     """
-    devices = len(merger.group.devices)
+    begin, places = f"{OUTER}/{owner}.{merger.title}.", range(len(merger.group.devices))
     for index, variable in enumerate(merger.variables):
-        parts = merger.parts_of(index)
-
-        def of(replica: int, take: Callable, parts: dict = parts) -> Any:
-            return take(*parts[replica]) if replica in parts else None
-
-        def spans(worker: int, replica: int, index: int = index) -> tuple[int, int]:
-            return merger.span(index, worker, replica, devices)
-
-        def all_of(worker: int, replica: int, index: int = index) -> tuple[int, int]:
-            return merger.component_span(index, replica, devices)
-
-        slots = {place.replica: place.slots() for place in merger.places}
-        kept: dict[str, tuple[Callable, Callable, bool]] = {}
-        for slot in dict.fromkeys(name for name, _ in slots[0]):
-            kept[slot] = (lambda part, number, at, slot=slot: slots[at][slot, number].value, spans, False)
-        first = parts[0][0]
-        if first.common is not None:
-            kept["master"] = (lambda part, number, at: part.master.value, spans, False)
-        if first.residual is not None:
-            kept["residual"] = (lambda part, number, at: part.residual, all_of, True)
-        for kind, (take, own_spans, is_local) in kept.items():
-            components = tuple(
-                of(replica, lambda part, number, at=replica, take=take: take(part, number, at))
-                for replica in range(devices)
-            )
-            name = f"{OUTER}/{owner}.{merger.title}.{kind}"
-            of_variable, unknown = names(variable), math.nan if kind == "master" else 0.0
+        of = names(variable)
+        for kind, kept in merger.kept(index).items():
             yield OuterItem(
-                f"{name}/{of_variable}", variable, is_local, components, own_spans, of_variable, unknown
+                f"{begin}{kind}/{of}",
+                variable,
+                is_local=kind == RESIDUAL,
+                components=tuple(map(kept.get, places)),
+                spans=functools.partial(merger.whole_span if kind == RESIDUAL else merger.span, index),
+                of=of,
+                unknown=math.nan if kind == MASTER else 0.0,
             )
-    for name, of_replicas in merger.own_scalars().items():
-        components = tuple(of_replicas.get(replica) for replica in range(devices))
-        yield OuterItem(f"{OUTER}/{owner}.{merger.title}.{name}", components[0], False, components)
+    scalars = [place.scalars() for place in merger.places]
+    for name in scalars[0]:
+        components = tuple(each.get(name) for each in scalars)
+        yield OuterItem(f"{begin}{name}", components[0], components=components)

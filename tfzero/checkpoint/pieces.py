@@ -7,7 +7,6 @@ accumulates for itself (metrics, accumulators at stage 1) are stored as `[replic
 replicas gets its own values back. With another number the first replica gets the sum, and the others get zeros.
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +83,7 @@ def pieces_to_write(items: Sequence[Item], mesh: Mesh, advance: Callable[[int], 
 def _cut(
     item: Item, component: tf.Variable, begin: int, end: int, lead: tuple[int, int] | None = None
 ) -> Iterator[Piece]:
-    """The pieces of the flat elements `[begin, end)`; `lead` is the number of copies and which this is, if each counts."""
+    """The pieces of the flat elements `[begin, end)`; `lead` is how many copies are stored, and which this is."""
     if begin >= end:
         return
     flat = tf.reshape(tf.convert_to_tensor(component), [-1])
@@ -286,10 +285,10 @@ def read_state(
 def _read_item(prefix: str, item: Item, entry: Mapping | None, mesh: Mesh) -> None:
     for replica, rank in enumerate(mesh.ranks):
         component = item.component(replica)
-        if component is None:
-            continue
+        if component is None or (entry is None and not item.of):
+            continue  # what this replica does not hold, and settings of an optimizer that the checkpoint does not know
         if entry is None:  # what is optional, and the checkpoint does not hold it
-            value = tf.fill(component.shape, tf.constant(item.unknown, item.dtype))
+            value = tf.fill(component.shape, tf.cast(item.unknown, item.dtype))
         else:
             value = _value_for(prefix, item, entry, rank, mesh, component)
         value = on_host(value)

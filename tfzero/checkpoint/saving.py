@@ -24,6 +24,7 @@ from tfzero.collectives.joining import channel_of_one
 from tfzero.host import notes, versions
 from tfzero.plan.mesh import Mesh
 from tfzero.strategy import ZeroStrategy
+from tfzero.training.local_steps import local_steps_of
 from tfzero.workers.channel import Channel
 from tfzero.workers.progress import progress
 
@@ -246,7 +247,7 @@ def restore(model: keras.Model, folder: Path, manifest: Mapping, team: Team, onl
         together(team.channel, f"reading {folder}", read, patience(team.timeout_seconds, size_bytes))
     strategy = model.distribute_strategy
     if only is None and isinstance(strategy, ZeroStrategy):
-        strategy.local_steps_of(model).forget()
+        local_steps_of(model, strategy).forget()
     if only is None and manifest["world_size"] == team.mesh.replicas:
         for name in bucket_bytes_of(model):
             if name in manifest.get("bucket_bytes", {}):

@@ -249,3 +249,14 @@ def watch() -> str:
     """Kind of TensorFlow's coordination service in this process; "" for none."""
     configured = context.context().coordination_service
     return "" if configured is None else configured.service_type
+
+
+def resolver_of(cluster: Any) -> tf.distribute.cluster_resolver.SimpleClusterResolver:
+    """What TensorFlow asks for the workers of a cluster."""
+    jobs: dict[str, list[str]] = {}
+    for (job, _), address in zip(cluster.tasks, cluster.addresses, strict=True):
+        jobs.setdefault(job, []).append(address)
+    job, index = cluster.tasks[cluster.index]
+    return tf.distribute.cluster_resolver.SimpleClusterResolver(
+        tf.train.ClusterSpec(jobs), task_type=job, task_id=index, rpc_layer="grpc"
+    )

@@ -247,3 +247,16 @@ def _names_of_functions(operation: tf.Operation) -> list[str]:
 def _function(graph: tf.Graph, name: str) -> Any:
     found = (each._get_function(name) for each in graphs_around(graph))
     return next((function for function in found if function is not None), None)
+
+
+def together(results: list) -> list:
+    """The same results of a collective, each of which is there when all replicas of this worker have theirs.
+
+    Else what follows from the first result could end the step while another replica still takes part in the
+    collective, for which other workers then wait for ever. TensorFlow ends an epoch so: its iterator over data of each
+    worker's own adds up how many replicas have a batch, and raises OutOfRangeError if none has.
+    """
+    if tf.executing_eagerly():
+        return results
+    with tf.control_dependencies(tf.nest.flatten(results)):
+        return tf.nest.map_structure(tf.identity, results)

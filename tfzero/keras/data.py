@@ -1,6 +1,7 @@
 """Patches that make Keras's data handling aware of replicas and of resumed runs. See `host/patches.py`."""
 
 import contextlib
+import os
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
@@ -82,6 +83,31 @@ class _Epochs(EpochsBase):
                 raise
 
 
+@contextlib.contextmanager
+def agreed_randomness(strategy: ZeroStrategy, position: DataPosition | None = None) -> Iterator[None]:
+    """Makes data pipelines that are built within it shuffle alike on all workers: as the first worker would.
+
+    A position from a checkpoint restores the shuffling with which its training began. A new position records it.
+    """
+    if strategy.extended.mesh.workers == 1 and position is None:
+        yield
+        return
+    position = position or DataPosition()
+    unseeded = runtime.random_state()["seed"] is None
+    if position.randomness is None:
+        position.randomness = strategy.channel.broadcast("preparing data", runtime.random_state())
+        unseeded = position.randomness["seed"] is None
+        if unseeded:
+            draw = int.from_bytes(os.urandom(4), "little")
+            position.randomness["seed"] = strategy.channel.broadcast("drawing a seed to shuffle by", draw)
+    runtime.set_random_state(position.randomness)
+    try:
+        yield
+    finally:
+        if unseeded:
+            tf.random.set_seed(None)
+
+
 @patch(
     runtime.keras_tensorflow_trainer.TFEpochIterator,
     "__init__",
@@ -100,7 +126,7 @@ def _epoch_iterator(
         return original(self, distribute_strategy, *args, **kwargs)
     # A resume sets the position for the training data, and their iterator is the first to be made.
     position, distribute_strategy.data_position = distribute_strategy.data_position, None
-    with distribute_strategy.agreed_randomness(position):
+    with agreed_randomness(distribute_strategy, position):
         original(self, distribute_strategy, *args, **kwargs)
     self.__class__, self.place, self.position = _Epochs, position, position
     self.worker = distribute_strategy.extended.name_of_worker

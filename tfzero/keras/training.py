@@ -20,11 +20,13 @@ from tfzero.host.patches import patch
 from tfzero.keras.best_weights import BestWeightsInParts
 from tfzero.keras.model_building import take_in_strays
 from tfzero.keras.writing_callbacks import one_worker_writes
-from tfzero.optimizer import Home, ZeroOptimizer
+from tfzero.optimizer import ZeroOptimizer
 from tfzero.rows.dependence import mark_global
 from tfzero.strategy import ZeroStrategy
 from tfzero.training import losses
 from tfzero.training.late_gathers import LateGathers
+from tfzero.training.local_steps import local_steps_of
+from tfzero.training.stock_optimizers import Home
 from tfzero.workers.agreement import agree_on_call, agree_on_compile
 
 _NO_JIT = (
@@ -130,7 +132,7 @@ def _make_function(
 def _training(model: keras.Model, strategy: ZeroStrategy) -> Iterator[None]:
     with contextlib.ExitStack() as entered:
         if strategy.settings.merging is not None:
-            entered.enter_context(strategy.local_steps_of(model).training())
+            entered.enter_context(local_steps_of(model, strategy).training())
         entered.enter_context(strategy.extended.shares.timing())
         yield
 

@@ -35,7 +35,8 @@ from tfzero.collectives.packing import (
     unpack_owned,
 )
 from tfzero.plan.placement import Bucket, Placement, Plan, Segment, shard_elements
-from tfzero.variables.classes import ShardedParameter, VariableView, local_shard
+from tfzero.variables.allocation import local_shard
+from tfzero.variables.classes import ShardedParameter, VariableView
 from tfzero.variables.gathering import RESIDUAL
 
 

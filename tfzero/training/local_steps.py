@@ -182,6 +182,13 @@ class LocalSteps:
         return sums
 
 
+def local_steps_of(model: keras.Model, strategy: Any) -> LocalSteps:
+    """The local steps of a model of a ZeroStrategy."""
+    if model not in strategy.local_steps:
+        strategy.local_steps[model] = LocalSteps(model, strategy)
+    return strategy.local_steps[model]
+
+
 def _in_all(answers: list[dict], way: str) -> list[str]:
     """The keys that all workers have; one may have dropped another model already."""
     return [key for key in answers[0][way] if all(key in answer[way] for answer in answers)]

@@ -1,8 +1,8 @@
 """Merges variables that workers have trained apart. [Note: local steps] in `plan/merging.py`
 
-[Note: merging] Of each variable (at stage 3: of each replica's shard of it) every worker owns one part. All workers send
-the owner their values of its part. It takes the mean of what they have changed since the last merge, weighted by the
-rows that they trained with, as the gradient of an outer optimizer. It alone holds that optimizer's slots, and the
+[Note: merging] Of each variable (at stage 3: of each replica's shard of it) every worker owns one part. All workers
+send the owner their values of its part. It takes the mean of what they have changed since the last merge, weighted by
+the rows that they trained with, as the gradient of an outer optimizer. It alone holds that optimizer's slots, and the
 `master` that the optimizer updates. Then it sends the result to all. So a merge sends as much as one step of stage 0.
 
 With compression workers send differences from the values of the last merge, which each keeps (`common`). The owner
@@ -15,92 +15,22 @@ becomes the variable.
 """
 
 import math
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from tfzero.collectives import ways
 from tfzero.collectives.codec import Codec
 from tfzero.collectives.group import Group
-from tfzero.collectives.packing import as_rows
 from tfzero.host import runtime
 from tfzero.plan.merging import AVERAGE, Merging
 from tfzero.plan.placement import shard_elements
+from tfzero.training.outer import MASTER, Part, Place, checked, outside_of_scopes
 from tfzero.training.overwriting import is_overwritten
-from tfzero.training.stock_optimizers import is_elementwise, settings_of
+from tfzero.training.stock_optimizers import settings_of
 from tfzero.variables.classes import ShardedParameter
-
-# Settings of an outer optimizer that need more than the owner's part, or further steps.
-_REFUSED = ("clipnorm", "global_clipnorm", "use_ema", "loss_scale_factor", "gradient_accumulation_steps")
-
-
-@dataclass(frozen=True, eq=False)
-class Part:
-    """What a worker merges of one variable at one of its replicas. [Note: merging]
-
-    Args:
-        index: of the variable among those merged.
-        value: the replica's component of it.
-        master: this worker's own part of the value, `[width]`, as the outer optimizer updates it.
-        common: the value of the last merge, flat; None if differences are not encoded.
-        residual: what encoding has lost of this worker's differences, `[workers, width]`; None without error feedback.
-    """
-
-    index: int
-    value: tf.Variable
-    master: keras.Variable
-    common: tf.Variable | None
-    residual: tf.Variable | None
-
-    @property
-    def elements(self) -> int:
-        return self.value.shape.num_elements()
-
-    @property
-    def width(self) -> int:
-        return self.master.shape[0]
-
-    def rows(self, value: tf.Tensor, workers: int) -> tf.Tensor:
-        """A value of the component as `[workers, width]`: of each owner's part a row."""
-        return as_rows(tf.reshape(value, [-1]), workers)
-
-
-class Place:
-    """The parts that one local replica merges with the replicas of the same place in all workers.
-
-    Args:
-        replica: the local replica.
-        parts: of the variables.
-        optimizer: the outer optimizer of their masters; None to take the mean.
-        bucket_bytes: parts travel in messages of at most so many bytes, or alone.
-    """
-
-    def __init__(self, replica: int, parts: list[Part], optimizer: keras.optimizers.Optimizer | None,
-                 bucket_bytes: int) -> None:  # fmt: skip
-        self.replica, self.parts, self.optimizer = replica, parts, optimizer
-        self.buckets: list[list[Part]] = []
-        size, kind = 0, None
-        for part in sorted(parts, key=lambda part: (part.common is not None, part.value.dtype.name)):
-            own, own_kind = part.elements * part.value.dtype.size, (part.common is not None, part.value.dtype)
-            if not self.buckets or own_kind != kind or size + own > bucket_bytes:
-                self.buckets.append([])
-                size, kind = 0, own_kind
-            self.buckets[-1].append(part)
-            size += own
-
-    def slots(self) -> dict[tuple[str, int], keras.Variable]:
-        """The outer optimizer's slots: by name and by place in `parts`."""
-        found = {}
-        for variable in [] if self.optimizer is None else self.optimizer.variables:
-            name, _, place = variable.name.rpartition("part")
-            number, _, slot = place.partition("_")
-            if number.isdigit() and not name:
-                found[slot, int(number)] = variable
-        return found
 
 
 class Merger:
@@ -124,7 +54,7 @@ class Merger:
         self._codec = Codec.of(settings.compression) if self.across.world_size > 1 else None
         self._feedback = settings.error_feedback
         self._make_outer = make_outer
-        self.places: list[Place] = _outside_of_scopes(lambda: list(self._make_places(bucket_bytes)))
+        self.places: list[Place] = outside_of_scopes(lambda: list(self._make_places(bucket_bytes)))
         self._merge = tf.function(self._merge_all, autograph=False)
         self._begin = tf.function(self._begin_all, autograph=False)
         self.begin()
@@ -154,41 +84,59 @@ class Merger:
         for part in (part for place in self.places for part in place.parts if part.common is not None):
             part.common.assign(tf.reshape(part.value, [-1]))
 
-    def parts_of(self, index: int) -> dict[int, tuple[Part, int]]:
-        """The parts of one variable by local replica, each with its place in `Place.parts`."""
-        found = ((place, number, part) for place in self.places for number, part in enumerate(place.parts))
-        return {place.replica: (part, number) for place, number, part in found if part.index == index}
+    def kept(self, index: int) -> dict[str, dict[int, tf.Variable]]:
+        """What is kept for a variable between merges, by kind and local replica."""
+        found: dict[str, dict[int, tf.Variable]] = {}
+        for place in self.places:
+            for part in (part for part in place.parts if part.index == index):
+                for kind, variable in place.kept(part).items():
+                    found.setdefault(kind, {})[place.replica] = variable
+        return found
 
-    def span(self, index: int, worker: int, replica: int, devices: int) -> tuple[int, int]:
+    def span(self, index: int, worker: int, replica: int) -> tuple[int, int]:
         """The flat elements `[begin, end)` of a variable that a worker owns at one of its replicas."""
-        first, last = self.component_span(index, replica, devices)
-        width = self.parts_of(index)[replica][0].width
+        first, last = self.whole_span(index, worker, replica)
+        width = shard_elements(self._component(index).num_elements(), self.across.world_size)
         return min(first + worker * width, last), min(first + (worker + 1) * width, last)
 
-    def component_span(self, index: int, replica: int, devices: int) -> tuple[int, int]:
-        """The flat elements `[begin, end)` of a variable that one of a worker's replicas merges."""
+    def whole_span(self, index: int, worker: int, replica: int) -> tuple[int, int]:
+        """The flat elements `[begin, end)` of a variable that a worker's replica merges with those of other workers."""
+        del worker
         value = self.variables[index].value
-        elements = value.shape.num_elements()
+        elements, here = value.shape.num_elements(), self._component(index).num_elements()
         if not isinstance(value, ShardedParameter):
             return (0, elements) if replica == 0 else (0, 0)
-        here = shard_elements(elements, devices)
         return min(replica * here, elements), min((replica + 1) * here, elements)
+
+    def _component(self, index: int) -> tf.TensorShape:
+        return self.variables[index].value.values[0].shape
+
+    def held_bytes(self, index: int) -> int:
+        """Bytes that the first replica holds of a variable beside the variable itself."""
+        place = self.places[0]
+        part = next(part for part in place.parts if part.index == index)
+        held = {**place.kept(part), MASTER: part.master.value}
+        common = 0 if part.common is None else part.elements * 4
+        return common + sum(math.prod(each.shape) * tf.as_dtype(each.dtype).size for each in held.values())
+
+    def sent(self) -> tuple[int, int]:
+        """Bytes and messages that the first replica sends in a merge, by formula."""
+        others, size_bytes, messages = self.across.world_size - 1, 0, 0
+        for bucket in self.places[0].buckets:
+            width, dtype = sum(part.width for part in bucket), bucket[0].value.dtype
+            is_encoded = bucket[0].common is not None
+            row_bytes = self._codec.format.size_bytes(width) if is_encoded else width * dtype.size
+            way = self.across.way(ways.ALL_TO_ALL, tf.int32 if is_encoded else dtype)
+            times = self.across.world_size if way.operation == ways.ALL_GATHER else 1
+            size_bytes += others * row_bytes * (times + 1)
+            messages += 2 * others
+        return size_bytes, messages
 
     @property
     def title(self) -> str:
         """What merges: the class of the outer optimizer, or "average"."""
         optimizer = self.places[0].optimizer
         return AVERAGE if optimizer is None else type(optimizer).__name__
-
-    def own_scalars(self) -> dict[str, dict[int, tf.Variable]]:
-        """Variables of the outer optimizer that belong to no part, by name and local replica."""
-        found: dict[str, dict[int, tf.Variable]] = {}
-        for place in self.places:
-            slots = {id(slot) for slot in place.slots().values()}
-            for variable in [] if place.optimizer is None else place.optimizer.variables:
-                if id(variable) not in slots:
-                    found.setdefault(variable.name, {})[place.replica] = variable.value
-        return found
 
     # Making.
 
@@ -199,7 +147,7 @@ class Merger:
                     self._make_part(index, variable, replica, f"part{number}")
                     for number, (index, variable) in enumerate(self._at(replica))
                 ]
-                optimizer = None if self._make_outer is None or not parts else _checked(self._make_outer())
+                optimizer = None if self._make_outer is None or not parts else checked(self._make_outer())
                 if optimizer is not None:
                     optimizer.build([part.master for part in parts])
                 yield Place(replica, parts, optimizer, bucket_bytes)
@@ -338,51 +286,15 @@ def make_merger(given: Sequence[keras.Variable], strategy: tf.distribute.Strateg
         return None
     if overwritten := [variable.path for variable in given if is_overwritten(variable)]:
         raise ValueError(
-            f"The variables {overwritten} are overwritten by their gradients, as float8 layers do, and those of workers "
-            "that train apart cannot be merged. Leave `sync_every` away."
+            f"The variables {overwritten} are overwritten by their gradients, as in float8 layers. Those of workers "
+            "that train apart cannot be merged: leave `sync_every` away."
         )
     made = Merger(given, strategy.extended.all_group, settings, strategy.make_outer, bucket_bytes)
     outer = made.places[0].optimizer
-    strategy.channel.agree("making an outer optimizer", {} if outer is None else settings_of([outer]), "outer optimizers")
+    strategy.channel.agree(
+        "making an outer optimizer", {} if outer is None else settings_of([outer]), "outer optimizers"
+    )
     return made
-
-
-def _checked(optimizer: Any) -> keras.optimizers.Optimizer:
-    """An outer optimizer that can be applied to parts of variables."""
-    if not isinstance(optimizer, keras.optimizers.Optimizer):
-        raise ValueError(f"`outer_optimizer` must make a Keras optimizer, but made {optimizer!r}.")
-    name = type(optimizer).__name__
-    if not is_elementwise(optimizer):
-        raise ValueError(
-            f"`outer_optimizer` is applied to parts of variables, each by its owner, but {name} is not known to treat "
-            "every element by itself. Take SGD, Adam or another element-wise optimizer of Keras."
-        )
-    given = [setting for setting in _REFUSED if getattr(optimizer, setting, None)]
-    if given:
-        raise ValueError(
-            f"`outer_optimizer` is applied to parts of variables, once in each merge, which {given} of {name} does not "
-            "allow. Leave them away, or set them in the optimizer of the model."
-        )
-    return optimizer
-
-
-def _outside_of_scopes(function: Callable[[], Any]) -> Any:
-    """The result of a function that makes variables of this process alone, even within the scope of a strategy."""
-    results: list = []
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            results.append(function())
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=run, name="tfzero outside of scopes")
-    thread.start()
-    thread.join()
-    if errors:
-        raise errors[0]
-    return results[0]
 
 
 def cosine(products: np.ndarray) -> float | None:

@@ -1,5 +1,6 @@
 """The optimizers inside a ZeroOptimizer: Keras's own, and their known properties."""
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -157,6 +158,27 @@ def strategy_of(variables: Sequence[keras.Variable]) -> tf.distribute.Strategy:
             "Create the whole model under `with strategy.scope():` of the same strategy."
         )
     return strategy
+
+
+class Home:
+    """The distribution strategy as an inner optimizer sees it: it makes slots in shards and runs updates in place."""
+
+    def __init__(self, wrapper: Any, strategy: tf.distribute.Strategy) -> None:
+        self.wrapper = wrapper
+        self.strategy = strategy
+        self.extended = self
+
+    def colocate_vars_with(self, view: VariableView) -> contextlib.AbstractContextManager:
+        """Context in which new slots belong to the view's variable."""
+        return self.strategy.extended.colocate_vars_with(view)
+
+    def update(self, variable: tf.Variable, function: Callable, args: tuple = (), kwargs: dict | None = None,
+               group: bool = True) -> Any:  # fmt: skip
+        """Runs an update where the variable is; distributed variables accept a whole value."""
+        del group
+        if args and args[0] is None:  # a variable without a moving average; Keras would assign it anyway
+            return None
+        return function(variable, *args, **(kwargs or {}))
 
 
 class ViewsAtHand(list):

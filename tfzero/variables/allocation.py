@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import tensorflow as tf
 
+from tfzero.plan.placement import shard_elements
+
 # For smaller values the waste does not matter.
 _WORTH_BYTES = 1 << 16
 _MOST_WASTE = 1 / 64
@@ -66,3 +68,23 @@ def _bytes_in_use(device: str) -> int:
         return tf.config.experimental.get_memory_info(device)["current"]
     except ValueError:  # an allocator that keeps no statistics, and has no such chunks either
         return 0
+
+
+def local_shard(
+    whole: tf.types.experimental.TensorLike, owner: int | None, rank: int, shards: int
+) -> np.ndarray | tf.Tensor:
+    """Component of shard `rank` of `shards`, cut from a whole array or tensor.
+
+    It is a flat shard `[shard_elements]`, padded with copies of its last element. Of an owned variable it is everything
+    or nothing.
+    """
+    library, concatenate = (np, np.concatenate) if isinstance(whole, np.ndarray) else (tf, tf.concat)
+    if library is tf:
+        whole = tf.convert_to_tensor(whole)
+    if owner is not None:
+        return whole if owner == rank else library.zeros([0], whole.dtype)
+    flat = library.reshape(whole, [-1])
+    width = shard_elements(flat.shape[0], shards)
+    begin = min(rank * width, flat.shape[0] - 1)
+    shard = flat[begin : begin + width] if begin == rank * width else flat[begin:]
+    return concatenate([shard, library.repeat(shard[-1:], width - shard.shape[0])], 0)

@@ -9,9 +9,10 @@ import tensorflow as tf
 
 from tfzero.host import distributed, runtime
 from tfzero.host.keras_objects import SlotKey
-from tfzero.plan.placement import Placement, Plan, shard_elements
+from tfzero.plan.placement import Placement, Plan
 from tfzero.rows.combining import combined, is_eager_sum
 from tfzero.rows.padding import added, kept
+from tfzero.variables.allocation import local_shard
 from tfzero.workers.channel import Channel
 
 
@@ -101,9 +102,12 @@ class OnReadVariable(distributed.OnReadBase):
 
 
 def _added_to(variable: OnReadVariable, value: tf.types.experimental.TensorLike) -> tf.types.experimental.TensorLike:
-    if runtime.replica_index() is None:
-        return value
-    return added(tf.convert_to_tensor(value, variable.dtype), variable.distribute_strategy.extended)
+    is_outside = runtime.replica_index() is None
+    return (
+        value
+        if is_outside
+        else added(tf.convert_to_tensor(value, variable.dtype), variable.distribute_strategy.extended)
+    )
 
 
 class ShardedVariable(ReplicatedVariable):
@@ -300,28 +304,8 @@ class ShardedParameter(ShardedVariable):
         extended = self.distribute_strategy.extended
         value, depends = combined(self, tf.convert_to_tensor(value, self.dtype), extended)
         extended.forget_gathered()
-        replica, shard = runtime.replica_index(), self._shard_of(value, runtime.replica_index())
-        return extended.update_if_fed(lambda: update(self.values[replica], shard, **kwargs), depends)
-
-
-def local_shard(
-    whole: tf.types.experimental.TensorLike, owner: int | None, rank: int, shards: int
-) -> np.ndarray | tf.Tensor:
-    """Component of shard `rank` of `shards`, cut from a whole array or tensor.
-
-    It is a flat shard `[shard_elements]`, padded with copies of its last element. Of an owned variable it is everything
-    or nothing.
-    """
-    library, concatenate = (np, np.concatenate) if isinstance(whole, np.ndarray) else (tf, tf.concat)
-    if library is tf:
-        whole = tf.convert_to_tensor(whole)
-    if owner is not None:
-        return whole if owner == rank else library.zeros([0], whole.dtype)
-    flat = library.reshape(whole, [-1])
-    width = shard_elements(flat.shape[0], shards)
-    begin = min(rank * width, flat.shape[0] - 1)
-    shard = flat[begin : begin + width] if begin == rank * width else flat[begin:]
-    return concatenate([shard, library.repeat(shard[-1:], width - shard.shape[0])], 0)
+        own, shard = self.values[runtime.replica_index()], self._shard_of(value, runtime.replica_index())
+        return extended.update_if_fed(lambda: update(own, shard, **kwargs), depends)
 
 
 class VariableView(SlotKey):

@@ -18,7 +18,7 @@ import tensorflow as tf
 from tfzero.collectives.group import Group
 from tfzero.host import batch_rows, graphs, runtime, versions
 from tfzero.plan.mesh import Mesh
-from tfzero.variables.allocation import component, initial_value, on_host
+from tfzero.variables.allocation import component, initial_value, local_shard, on_host
 from tfzero.variables.classes import (
     LayerVariable,
     OnReadVariable,
@@ -26,7 +26,6 @@ from tfzero.variables.classes import (
     ShardedParameter,
     ShardedVariable,
     VariableView,
-    local_shard,
 )
 from tfzero.variables.row_state import RowsVariable
 
@@ -151,6 +150,11 @@ class VariableCreation:
             # The variance is about the replica's own mean; docs/limits.md lists it among the exceptions.
             kwargs["aggregation"] = tf.VariableAggregation.MEAN
         if batch_rows.is_recurrent_state(kwargs) and not self._creating_optimizer_state:
+            if self._settings.merging is not None:
+                raise ValueError(
+                    f"The variable {kwargs.get('name')!r} carries a row of state for each sample from batch to batch, "
+                    "which workers that train apart cannot share. Leave `sync_every` away, or `stateful=True`."
+                )
             kind = RowsVariable
         classes = {
             tf.VariableSynchronization.ON_WRITE: kind,

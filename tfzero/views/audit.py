@@ -94,6 +94,11 @@ def audit(model: keras.Model, batch: Sequence, steps: int = 3) -> Audit:
     check_number("steps", steps, int, 1)
     if not isinstance(strategy, ZeroStrategy):
         raise ValueError(f"`audit` takes a model of a ZeroStrategy. Received one of {type(strategy).__name__}.")
+    if strategy.settings.merging is not None:
+        raise ValueError(
+            "`audit` compares steps with those of one device, but with `sync_every` workers train apart, with another "
+            "result. Audit the model under a strategy without `sync_every`."
+        )
     if not model.built or getattr(model, "optimizer", None) is None:
         raise ValueError("`audit` takes a model that is compiled and built: call `compile` and `build` first.")
     model.optimizer.build(model.trainable_variables)

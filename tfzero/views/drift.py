@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from tfzero.checkpoint.state import state_of
 from tfzero.plan.settings import check_number
+from tfzero.training.local_steps import local_steps_of
 
 
 class DriftCallback(keras.callbacks.Callback):
@@ -44,23 +45,32 @@ class DriftCallback(keras.callbacks.Callback):
 def check_drift(model: keras.Model) -> None:
     """Compares a digest of every variable that all replicas hold whole. All workers must call it.
 
-    This includes variables that Keras does not know: every `tf.Variable` made under the scope.
+    This includes variables that Keras does not know: every `tf.Variable` made under the scope. While workers train
+    apart (`sync_every`), replicas of one worker are compared.
 
     Raises:
         RuntimeError: on all workers; names the variables that differ.
     """
     strategy = model.distribute_strategy
-    equal = {item.name: item.value for item in state_of(model) if item.is_equal_everywhere}
+    items = state_of(model)
+    apart = strategy.settings.merging is not None and local_steps_of(model, strategy).steps > 0
+    equal = {item.name: item.value for item in items if item.is_equal_everywhere}
+    within = set(equal) if apart else set()
+    own = [item for item in items if item.is_local and not item.is_in_shards]  # equal within a worker
+    equal |= {item.name: item.value for item in own}
+    within |= {item.name for item in own}
     known = {id(value) for value in equal.values()}
     others = sorted(strategy.extended.creation.layer_variables.items())
-    equal |= {f"{number}/{value.name}": value for number, value in others if id(value) not in known}
+    more = {f"{number}/{value.name}": value for number, value in others if id(value) not in known}
+    equal, within = equal | more, within | set(more if apart else ())
     digests = {name: [_digest(part) for part in getattr(value, "values", [value])] for name, value in equal.items()}
     answers = strategy.channel.all_gather("comparing replicas", digests)
     differing = []
     # A worker may have dropped a variable of another model before the others do.
     for name in [name for name in digests if all(name in answer for answer in answers)]:
         of_ranks = [digest for answer in answers for digest in answer[name]]
-        if len(set(of_ranks)) > 1:
+        groups = [answer[name] for answer in answers] if name in within else [of_ranks]
+        if any(len(set(group)) > 1 for group in groups):
             shown = ", ".join(f"{digest} on replica {rank}" for rank, digest in enumerate(of_ranks))
             differing.append(f"{name!r} ({shown})")
     if differing:

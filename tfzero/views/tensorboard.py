@@ -15,6 +15,7 @@ from tfzero.host import runtime
 from tfzero.optimizer import ZeroOptimizer
 from tfzero.plan.settings import check_number
 from tfzero.strategy import ZeroStrategy
+from tfzero.training.local_steps import local_steps_of
 from tfzero.views.gradient_time import UnmeasurableError, gradient_seconds
 from tfzero.views.picture import draw, holdings
 
@@ -42,6 +43,9 @@ class TensorBoardCallback(keras.callbacks.Callback):
       Further optimizers of the model write `gradient/norm_of_` and the attribute's name.
     * `loss_scale/scale` and `loss_scale/skipped_steps`: with a `LossScaleOptimizer`, its scale, and the number of
       batches skipped because of an overflow.
+    * `local_steps/cosine`, `local_steps/distance` and `local_steps/waited_seconds`: with `sync_every`, of the latest
+      merge: the mean cosine between what each two workers have changed (outer momentum helps while it is well above 0),
+      their root mean square distance from their mean, and how long the first worker waited for the others.
     * `plan`: a picture of what each rank holds.
 
     Args:
@@ -164,6 +168,9 @@ class TensorBoardCallback(keras.callbacks.Callback):
             norm = optimizer.gradient_norm
             if norm is not None:
                 scalars["gradient/norm" if name == "optimizer" else f"gradient/norm_of_{name}"] = norm
+        if (merge := local_steps_of(self.model, self._strategy).latest) is not None:
+            scalars |= {"local_steps/distance": merge.distance, "local_steps/waited_seconds": merge.waited_seconds}
+            scalars |= {} if merge.cosine is None else {"local_steps/cosine": merge.cosine}
         scale = getattr(self.model.optimizer, "loss_scale_optimizer", None)
         if scale is not None:
             scalars["loss_scale/scale"] = float(scale.dynamic_scale.numpy())
