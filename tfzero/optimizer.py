@@ -384,6 +384,7 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
                 self._eager_functions[indices] = tf.function(
                     lambda *tensors: strategy.run(one_replica, args=tensors), autograph=False
                 )
-            self._eager_functions[indices](*values)
+            with strategy.extended.apart.paused():
+                self._eager_functions[indices](*values)
 
         replica.merge_call(together, args=(*gradients.values(), *([] if fed is None else [fed])))

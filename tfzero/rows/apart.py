@@ -47,6 +47,15 @@ class Apart:
         finally:
             self.is_on = False
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """While replicas run something that is only a part of a step."""
+        was_on, self.is_on = self.is_on, False
+        try:
+            yield
+        finally:
+            self.is_on = was_on
+
     def count(self, rows: tf.Tensor | None, replica: int) -> None:
         """In a replica: counts its rows of a training step; of an unknown number, one."""
         self._rows[replica].assign_add(tf.ones([], tf.int64) if rows is None else tf.cast(rows, tf.int64))

@@ -1,0 +1,388 @@
+"""Workers train apart and are merged: as plain Keras models that are trained one by one and merged by hand."""
+
+from pathlib import Path
+
+import keras
+import numpy as np
+import oracle
+import pool
+import pytest
+import tensorflow as tf
+
+import tfzero
+from tfzero.plan.merging import check_merging
+from tfzero.plan.mesh import Mesh
+from tfzero.plan.placement import split_rows
+from tfzero.training.local_steps import local_steps_of
+from tfzero.training.merging import cosine, distance
+
+DATA = oracle.Data(samples=46)  # of 15 rows a batch, the last has one: some workers have none
+CLOSE = {"rtol": 2e-5, "atol": 2e-6}
+BATCH, EPOCHS = 15, 2
+NESTEROV = {"learning_rate": 0.7, "momentum": 0.9, "nesterov": True}  # DiLoCo's
+
+
+def adam_outside():
+    return keras.optimizers.Adam(0.05)
+
+
+class Counts(keras.layers.Layer):
+    """State that adds up over rows, once seen in the graph and once declared, and state that counts steps."""
+
+    def build(self, _):
+        self.seen = self.add_weight(name="seen", dtype="int64", initializer="zeros", trainable=False)
+        self.summed = self.add_weight(name="summed", initializer="zeros", trainable=False, aggregation="sum")
+        self.steps = self.add_weight(name="steps", dtype="int64", initializer="zeros", trainable=False)
+
+    def call(self, x, training=False):
+        if training:
+            self.seen.assign_add(tf.shape(x, tf.int64)[0])
+            self.summed.assign_add(tf.reduce_sum(x))
+            self.steps.assign_add(1)
+        return x
+
+
+def model_with_state():
+    keras.utils.set_random_seed(5)
+    layers = [keras.Input((8,)), Counts(), keras.layers.Dense(17, "tanh"), keras.layers.BatchNormalization()]
+    return keras.Sequential([*layers, keras.layers.Dense(3, "softmax", kernel_constraint="non_neg")])
+
+
+def small_model():
+    keras.utils.set_random_seed(5)
+    return oracle.dense_model()
+
+
+def inner(name="adam"):
+    return {"adam": lambda: keras.optimizers.Adam(0.01), "sgd": lambda: keras.optimizers.SGD(0.1)}[name]()
+
+
+def compiled(model, name="adam"):
+    model.compile(inner(name), "categorical_crossentropy", metrics=["accuracy"])
+    return model
+
+
+# By hand.
+
+
+class ByHand:
+    """Workers' models in plain Keras, each trained with its own rows, and merged.
+
+    Args:
+        make_model: makes each worker's model.
+        workers, devices: in whose order rows are dealt.
+        every: steps between two merges.
+        outer: an optimizer of all workers; None to average.
+        optimizer: of each worker, a name of `inner`.
+    """
+
+    def __init__(self, make_model, workers, devices, every, outer=None, optimizer="adam"):
+        self.models = [make_model() for _ in range(workers)]
+        for model in self.models:
+            model.compile(inner(optimizer), "categorical_crossentropy", jit_compile=False)
+            model.optimizer.build(model.trainable_variables)
+        self.devices, self.every, self.outer = devices, every, outer
+        first = self.models[0]
+        self.common = [keras.Variable(v.numpy(), trainable=True) for v in first.trainable_variables]
+        self.state = [v.numpy() for v in first.non_trainable_variables]
+        self.rows, self.steps = np.zeros(workers), 0
+
+    def rows_of(self, worker, count):
+        workers, parts = len(self.models), len(self.models) * self.devices
+        places = [Mesh(workers, self.devices, worker).part(device) for device in range(self.devices)]
+        return [row for part in places for row in range(*split_rows(count, parts, part))]
+
+    def fit(self, x, y, epochs=EPOCHS, merges_at=()):
+        for _ in range(epochs):
+            for number, begin in enumerate(range(0, len(x), BATCH)):
+                self.step(x[begin : begin + BATCH], y[begin : begin + BATCH])
+                if number in merges_at:
+                    self.merge()
+            self.merge()
+
+    def step(self, x, y):
+        for worker, model in enumerate(self.models):
+            rows = self.rows_of(worker, len(x))
+            if rows:
+                model.train_on_batch(x[rows], y[rows])
+                self.rows[worker] += len(rows)
+            else:
+                model.optimizer.iterations.assign_add(1)
+                for each in model.layers:
+                    if isinstance(each, Counts):
+                        each.steps.assign_add(1)
+        self.steps += 1
+        if self.steps == self.every:
+            self.merge()
+
+    def merge(self):
+        if not self.steps:
+            return
+        weights = self.rows / self.rows.sum()
+        values = [[v.numpy() for v in model.trainable_variables] for model in self.models]
+        means = [sum(w * value for w, value in zip(weights, each, strict=True)) for each in zip(*values, strict=True)]
+        if self.outer is None:
+            for variable, mean in zip(self.common, means, strict=True):
+                variable.assign(mean)
+        else:
+            gradients = [variable.numpy() - mean for variable, mean in zip(self.common, means, strict=True)]
+            self.outer.apply([tf.constant(g) for g in gradients], self.common)
+        states = zip(*[[v.numpy() for v in model.non_trainable_variables] for model in self.models], strict=True)
+        for place, (variable, each) in enumerate(zip(self.models[0].non_trainable_variables, states, strict=True)):
+            if variable.name in ("seen", "summed"):
+                self.state[place] = self.state[place] + sum(value - self.state[place] for value in each)
+            elif variable.dtype == "float32":
+                self.state[place] = sum(w * value for w, value in zip(weights, each, strict=True))
+            else:
+                self.state[place] = each[0]
+        for variable, trained in zip(self.common, self.models[0].trainable_variables, strict=True):
+            if trained.constraint is not None:
+                variable.assign(trained.constraint(variable.value))
+        for model in self.models:
+            for variable, value in zip(model.trainable_variables, self.common, strict=True):
+                variable.assign(value)
+            for variable, value in zip(model.non_trainable_variables, self.state, strict=True):
+                variable.assign(value)
+        self.rows[:], self.steps = 0, 0
+
+    def get_weights(self):
+        return self.models[0].get_weights()
+
+
+def assert_close(mine, theirs, **tolerance):
+    for ours, expected in zip(mine, theirs, strict=True):
+        np.testing.assert_allclose(ours, expected, **(CLOSE | tolerance))
+
+
+def fit(model, epochs=EPOCHS, **arguments):
+    x, y = DATA.arrays()
+    arguments = {"batch_size": BATCH, "epochs": epochs, "shuffle": False, "verbose": 0} | arguments
+    return model.fit(x, y, **arguments)
+
+
+# Settings.
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sync_every": 0}, "`sync_every` must be None or an integer of at least 1. Received: sync_every=0"),
+        ({"sync_every": True}, "Received: sync_every=True"),
+        ({"sync_every": 2.0}, "Received: sync_every=2.0"),
+        ({"outer_optimizer": "average"}, "Give `sync_every`, or leave it away"),
+        ({"sync_every": 1, "outer_optimizer": "sgd"}, "one more beside that of the model"),
+        ({"sync_every": 2, "outer_optimizer": 3}, "a function that makes one"),
+        ({"sync_every": 2, "rows": "measured"}, "workers do not wait for each other in a step"),
+        ({"sync_every": 2, "hierarchical": True}, "gradients do not leave a worker"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        tfzero.ZeroStrategy(2, devices=["CPU:0", "CPU:1"], **settings)
+
+
+def test_an_optimizer_itself_is_no_outer_optimizer():
+    with pytest.raises(ValueError, match="would use TensorFlow before the workers have met"):
+        tfzero.ZeroStrategy(2, devices=["CPU:0"], sync_every=2, outer_optimizer=keras.optimizers.SGD(0.7))
+
+
+def test_what_is_given_decides_how_workers_are_merged():
+    def outer(every, given):
+        return check_merging(every, given, None, False, "even", "auto").outer
+
+    assert [outer(1, None), outer(2, None), outer(2, "average"), outer(2, "sgd")] == [
+        "average", "DiLoCo", "average", "given",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("outer", "message"),
+    [
+        (lambda: keras.optimizers.Muon(0.1), "applied to parts of variables.*Muon is not known"),
+        (
+            lambda: keras.optimizers.SGD(0.1, clipnorm=1.0),
+            r"\['clipnorm'\] of SGD does not allow",
+        ),
+        (lambda: keras.optimizers.SGD(0.1, use_ema=True), "use_ema"),
+        (lambda: 0.7, "must make a Keras optimizer, but made 0.7"),
+    ],
+)
+def test_outer_optimizers_that_cannot_be_applied_to_parts_are_refused(outer, message):
+    strategy = tfzero.ZeroStrategy(2, devices=["CPU:0"], sync_every=2, outer_optimizer=outer)
+    with strategy.scope():
+        model = compiled(small_model())
+    with pytest.raises(ValueError, match=message):
+        fit(model)
+
+
+def test_windows_must_end_with_an_execution():
+    strategy = tfzero.ZeroStrategy(2, devices=["CPU:0"], sync_every=3)
+    with strategy.scope():
+        model = small_model()
+    model.compile(inner(), "categorical_crossentropy", steps_per_execution=2)
+    with pytest.raises(ValueError, match="a multiple of `steps_per_execution`. Received: sync_every=3"):
+        fit(model)
+
+
+def test_what_cannot_train_apart_is_refused():
+    strategy = tfzero.ZeroStrategy(2, devices=["CPU:0", "CPU:1"], sync_every=3)
+    with strategy.scope():
+        model = compiled(small_model())
+        with pytest.raises(ValueError, match="carries a row of state for each sample"):
+            keras.Sequential([keras.Input((4, 2), batch_size=6), keras.layers.LSTM(5, stateful=True)])
+    model.optimizer.build(model.trainable_variables)
+
+    def apply():
+        model.optimizer.apply([tf.zeros(v.shape) for v in model.trainable_variables], model.trainable_variables)
+
+    with pytest.raises(RuntimeError, match="applied in a loop of your own"):
+        tf.function(lambda: strategy.run(apply))()
+    with pytest.raises(ValueError, match="Audit the model under a strategy without `sync_every`"):
+        tfzero.audit(model, DATA.arrays())
+
+
+def test_products_of_differences_tell_cosine_and_distance():
+    random = np.random.default_rng(0)
+    differences, weights = random.normal(size=(3, 50)), np.array([0.5, 0.25, 0.25])
+    products = differences @ differences.T
+    lengths = np.linalg.norm(differences, axis=1)
+    pairs = [(0, 1), (0, 2), (1, 2)]
+    expected = np.mean([products[i, j] / lengths[i] / lengths[j] for i, j in pairs])
+    assert cosine(products) == pytest.approx(expected)
+    mean = weights @ differences
+    spread = sum(w * np.sum((each - mean) ** 2) for w, each in zip(weights, differences, strict=True))
+    assert distance(products, weights) == pytest.approx(np.sqrt(spread))
+    assert cosine(products[:1, :1]) is None and cosine(np.zeros((2, 2))) is None
+
+
+# One worker: its devices are synchronous, and merges are steps of the outer optimizer.
+
+
+@pytest.mark.parametrize(("stage", "devices"), [(0, 2), (2, 3), (3, 2)])
+def test_one_worker(stage, devices):
+    names = [f"CPU:{k}" for k in range(devices)]
+    strategy = tfzero.ZeroStrategy(stage, devices=names, min_shard_elements=8, sync_every=3)
+    with strategy.scope():
+        model = small_model()
+    history = fit(compiled(model), validation_data=DATA.arrays(), validation_batch_size=BATCH).history
+    hand = ByHand(small_model, 1, devices, 3, keras.optimizers.SGD(**NESTEROV))
+    hand.fit(*DATA.arrays())
+    assert_close(model.get_weights(), hand.get_weights())
+    assert history["val_loss"][-1] == pytest.approx(hand.models[0].evaluate(*DATA.arrays(), verbose=0), rel=1e-5)
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_train_on_batch_and_merge(eager):
+    strategy = tfzero.ZeroStrategy(2, devices=["CPU:0", "CPU:1"], min_shard_elements=8, sync_every=4)
+    hand = ByHand(small_model, 1, 2, 4, keras.optimizers.SGD(**NESTEROV))
+    with strategy.scope():
+        model = small_model()
+    model.compile(inner(), "categorical_crossentropy", run_eagerly=eager)
+    x, y = DATA.arrays()
+    for _ in range(5):
+        model.train_on_batch(x[:BATCH], y[:BATCH])
+        hand.step(x[:BATCH], y[:BATCH])
+    assert local_steps_of(model, strategy).steps == 1
+    strategy.merge(model)
+    hand.merge()
+    assert_close(model.get_weights(), hand.get_weights())
+
+
+# Workers.
+
+
+def made(strategy, make_model=model_with_state, optimizer="adam"):
+    with strategy.scope():
+        model = make_model()
+    return compiled(model, optimizer)
+
+
+# By name: settings of the strategy, what makes the model, the inner optimizer.
+CASES = {
+    "DiLoCo": ({"stage": 2, "sync_every": 3}, model_with_state, "adam"),
+    "average, whole": ({"stage": 0, "sync_every": 3, "outer_optimizer": "average"}, small_model, "adam"),
+    "another outer optimizer": ({"stage": 3, "sync_every": 2, "outer_optimizer": adam_outside}, small_model, "adam"),
+    "after each step": ({"stage": 1, "sync_every": 1}, small_model, "sgd"),
+    "encoded": (
+        {"stage": 3, "sync_every": 3, "compression": "int8", "error_feedback": True}, small_model, "adam",
+    ),
+}  # fmt: skip
+
+
+class Watch(keras.callbacks.Callback):
+    """Notes weights where callbacks see them, and saves in the middle of a window."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.folder, self.at_ends, self.before = folder, [], []
+
+    def on_train_batch_end(self, batch, logs=None):
+        if batch == 0:
+            self.before.append(self.model.get_weights()[0])
+            self.model.save_weights(self.folder / "middle.weights.h5")
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.at_ends.append(self.model.get_weights())
+        tfzero.views.drift.check_drift(self.model)
+
+
+def run_cases(folder) -> dict:
+    import tfzero.views.drift
+
+    found = {}
+    x, y = DATA.arrays()
+    for name, (settings, make_model, optimizer) in CASES.items():
+        strategy = tfzero.ZeroStrategy(min_shard_elements=8, **settings)
+        model = made(strategy, make_model, optimizer)
+        history = fit(model, validation_data=(x, y), validation_batch_size=BATCH)
+        steps = local_steps_of(model, strategy)
+        found[name] = {
+            "weights": model.get_weights(), "history": history.history, "predictions": model.predict(x, verbose=0),
+            "merges": steps.merges, "latest": steps.latest, "report": strategy.report(),
+        }  # fmt: skip
+    strategy = tfzero.ZeroStrategy(2, sync_every=3, min_shard_elements=8)
+    model, watch = made(strategy, small_model), Watch(Path(folder))
+    fit(model, callbacks=[watch])
+    found["watched"] = {"ends": watch.at_ends, "before": watch.before, "weights": model.get_weights()}
+    return found
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_workers_train_apart(devices, tmp_path):
+    fleet = pool.run(run_cases, args=(str(tmp_path),), cpu_devices=devices)
+    x, y = DATA.arrays()
+    for name, (settings, make_model, optimizer) in CASES.items():
+        if make_model is model_with_state and devices == 2:
+            continue  # BatchNormalization takes each replica's own mean
+        outer = settings.get("outer_optimizer", keras.optimizers.SGD(**NESTEROV))
+        outer = None if outer == "average" or settings["sync_every"] == 1 else outer() if callable(outer) else outer
+        hand = ByHand(make_model, 2, devices, settings["sync_every"], outer, optimizer)
+        hand.fit(x, y)
+        loose = {"rtol": 0.02, "atol": 2e-3} if "compression" in settings else {}
+        for found in (each[name] for each in fleet):
+            assert_close(found["weights"], hand.get_weights(), **loose)
+            assert_close(found["weights"], fleet[0][name]["weights"], rtol=0, atol=0)
+            loss = hand.models[0].evaluate(x, y, verbose=0)
+            assert found["history"]["val_loss"][-1] == pytest.approx(loss, rel=2e-2 if loose else 1e-4)
+            assert found["history"] == fleet[0][name]["history"]
+            expected = hand.models[0].predict(x, verbose=0)
+            np.testing.assert_allclose(found["predictions"], expected, **(loose or {"rtol": 1e-4, "atol": 1e-5}))
+    of_two = fleet[0]["DiLoCo"]
+    assert of_two["merges"] == 4 and of_two["latest"].steps == 1  # 4 batches an epoch
+    assert "3 steps alone, then a merge of" in of_two["report"].options["sync_every"]
+    assert of_two["report"].options["outer_optimizer"] == "SGD"
+
+
+def test_one_step_of_sgd_and_an_average_are_a_synchronous_step():
+    arguments = {"optimizer": inner("sgd"), "loss": "categorical_crossentropy"}
+    settings = {"batch_size": BATCH, "epochs": EPOCHS, "only_fit": True}
+    reference = oracle.train(small_model(), *DATA.arrays(), arguments, **settings)
+    fleet = pool.run(run_synchronously)
+    for weights in fleet:
+        assert_close(weights, reference.weights, rtol=1e-5, atol=1e-6)
+
+
+def run_synchronously():
+    model = made(tfzero.ZeroStrategy(2, sync_every=1, min_shard_elements=8), small_model, "sgd")
+    fit(model)
+    return model.get_weights()
