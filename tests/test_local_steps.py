@@ -170,6 +170,8 @@ def fit(model, epochs=EPOCHS, **arguments):
         ({"sync_every": True}, "Received: sync_every=True"),
         ({"sync_every": 2.0}, "Received: sync_every=2.0"),
         ({"outer_optimizer": "average"}, "Give `sync_every`, or leave it away"),
+        ({"sync_warmup": 3}, "Give `sync_every`, or leave it away"),
+        ({"sync_every": 2, "sync_warmup": -1}, "at least 0. Received: sync_warmup=-1"),
         ({"sync_every": 1, "outer_optimizer": "sgd"}, "one more beside that of the model"),
         ({"sync_every": 2, "outer_optimizer": 3}, "a function that makes one"),
         ({"sync_every": 2, "rows": "measured"}, "workers do not wait for each other in a step"),
@@ -188,7 +190,7 @@ def test_an_optimizer_itself_is_no_outer_optimizer():
 
 def test_what_is_given_decides_how_workers_are_merged():
     def outer(every, given):
-        return check_merging(every, given, None, False, "even", "auto").outer
+        return check_merging(every, given, 0).outer
 
     assert [outer(1, None), outer(2, None), outer(2, "average"), outer(2, "sgd")] == [
         "average", "DiLoCo", "average", "given",

@@ -316,7 +316,7 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
         grads, apart = list(grads), replica.strategy.extended.apart
         if not grads:
             return
-        if apart.is_possible and not apart.is_on:
+        if apart.is_possible and not (apart.is_on or apart.is_together):
             raise RuntimeError(
                 "With `sync_every` workers train apart in the steps of `fit` and `train_on_batch` only, but the "
                 "optimizer was applied in a loop of your own. Use those, or leave `sync_every` away."
@@ -339,7 +339,13 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
         if tf.executing_eagerly():
             self._apply_eagerly(replica, gradients, extended.is_fed())
         else:
-            ReplicaStep(self._trained, runtime.replica_index(), gradients, gathers_late, extended.is_fed()).run()
+            ReplicaStep(self._trained_now, runtime.replica_index(), gradients, gathers_late, extended.is_fed()).run()
+
+    @property
+    def _trained_now(self) -> Trained:
+        """What is trained, and by which replicas the current step is taken. [Note: apart]"""
+        is_together = strategy_of(self.trained_variables).extended.apart.is_together
+        return dataclasses.replace(self._trained, across=self._trained.merger.across) if is_together else self._trained
 
     def _by_index(self, grads: Sequence, variables: Iterable | None) -> dict[int, tf.Tensor]:
         """Dense gradients by variable index, overwriting ones last; missing ones are left out."""
@@ -371,20 +377,21 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
     def _apply_eagerly(self, replica: tf.distribute.ReplicaContext, gradients: dict[int, tf.Tensor],
                        fed: tf.Tensor | None) -> None:  # fmt: skip
         """Makes eager replicas meet here, as they run one after the other, and step together in a graph."""
-        indices = tuple(gradients)
+        indices, trained = tuple(gradients), self._trained_now
 
         def together(strategy: tf.distribute.Strategy, *values: Any) -> None:
-            if indices not in self._eager_functions:
+            key = indices, trained.across is None
+            if key not in self._eager_functions:
 
                 def one_replica(*tensors: tf.Tensor) -> None:
                     own = dict(zip(indices, tensors, strict=False))
                     fed = None if len(tensors) == len(own) else tensors[-1]
-                    ReplicaStep(self._trained, runtime.replica_index(), own, fed=fed).run()
+                    ReplicaStep(trained, runtime.replica_index(), own, fed=fed).run()
 
-                self._eager_functions[indices] = tf.function(
+                self._eager_functions[key] = tf.function(
                     lambda *tensors: strategy.run(one_replica, args=tensors), autograph=False
                 )
             with strategy.extended.apart.paused():
-                self._eager_functions[indices](*values)
+                self._eager_functions[key](*values)
 
         replica.merge_call(together, args=(*gradients.values(), *([] if fed is None else [fed])))

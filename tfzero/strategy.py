@@ -101,6 +101,7 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
             https://arxiv.org/abs/2311.08105), or with `sync_every=1` the mean; "average" for the mean of their weights
             (local SGD, https://arxiv.org/abs/1808.07217); the name or config of an element-wise Keras optimizer, or a
             function that makes one. Its slots are sharded over workers.
+        sync_warmup: with `sync_every`, how many first steps all workers take together, as without it.
 
     Raises:
         ValueError: for settings, devices or a `TF_CONFIG` that are invalid or differ between workers.
@@ -137,6 +138,7 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         rows: str | Sequence[float] = EVEN,
         sync_every: int | None = None,
         outer_optimizer: str | dict | Callable[[], keras.optimizers.Optimizer] | None = None,
+        sync_warmup: int = 0,
     ) -> None:
         patches.install()
         check_stage(stage)
@@ -147,7 +149,10 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         check_compression(compression, error_feedback)
         check_overlap(overlap_param_gather, stage)
         check_number("compare_batches", compare_batches, int, 0)
-        merging = check_merging(sync_every, outer_optimizer, compression, error_feedback, rows, hierarchical)
+        merging = check_merging(
+            sync_every, outer_optimizer, sync_warmup, compression=compression, error_feedback=error_feedback,
+            rows=rows, hierarchical=hierarchical,
+        )  # fmt: skip
         cluster = others_of(find_cluster(cluster_resolver))
         configure_cpu_devices()
         named = choose_devices(devices)

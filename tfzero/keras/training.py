@@ -110,8 +110,8 @@ def _make_function(
         strategy.extended.take_in(metric.variables)
         _make_result_global(metric, strategy)
     check = strategy.comparison.of_given(f"those given to `{step_function.__name__}`")
-    late, trains = LateGathers.of(self, step_function, strategy), step_function == self.train_step
-    function = original(self, step_function if late is None else late.step)
+    trains = step_function == self.train_step
+    execute = functools.cache(lambda kind: _execution(original, self, step_function))
 
     def function_of_cut_batches(iterator: Any) -> Any:
         if isinstance(iterator, tf.data.Iterator | tf.distribute.DistributedIterator):
@@ -119,13 +119,23 @@ def _make_function(
             function_of_cut_batches.element_spec = iterator.element_spec  # type: ignore[attr-defined]
         else:
             iterator = map(functools.partial(_cut_checked, strategy, check), iterator)
+        # Steps that workers take together and apart are traced by themselves.
+        warms_up = trains and strategy.settings.merging is not None and local_steps_of(self, strategy).warms_up
         with _training(self, strategy) if trains else contextlib.nullcontext():
-            logs = function(iterator) if late is None else late.run(function, iterator)
+            logs = execute(warms_up)(iterator)
         if trains:
             strategy.extended.shares.rebalance(self.steps_per_execution)
         return logs
 
     return function_of_cut_batches
+
+
+def _execution(original: Callable[..., Any], model: keras.Model, step: Callable[..., Any]) -> Callable[[Any], Any]:
+    """An execution of steps, as Keras makes it."""
+    late = LateGathers.of(model, step, strategy_of(model))
+    if late is None:
+        return original(model, step)
+    return functools.partial(late.run, original(model, late.step))
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ https://arxiv.org/abs/2311.08105), or is taken as it is (local SGD, https://arxi
 from dataclasses import dataclass
 from typing import Any
 
-from tfzero.plan.shares import MEASURED
+from tfzero.plan.shares import EVEN, MEASURED
 
 AVERAGE = "average"
 
@@ -22,23 +22,39 @@ class Merging:
         outer: "average", "DiLoCo" or "given".
         compression: the format in which differences travel; None if they are not encoded.
         error_feedback: whether each worker keeps what this encoding loses, and adds it to its next differences.
+        warmup: number of first steps that all take together.
     """
 
     every: int
     outer: str
     compression: str | None
     error_feedback: bool
+    warmup: int = 0
 
 
 def check_merging(
-    sync_every: Any, outer_optimizer: Any, compression: str | None, error_feedback: bool, rows: Any, hierarchical: Any
+    sync_every: Any,
+    outer_optimizer: Any,
+    sync_warmup: Any,
+    *,
+    compression: str | None = None,
+    error_feedback: bool = False,
+    rows: Any = EVEN,
+    hierarchical: Any = "auto",
 ) -> Merging | None:
     """The settings of `sync_every`, or None if all workers take every step together.
 
     Raises:
         ValueError: for invalid settings, and for those that have no effect together.
     """
+    if isinstance(sync_warmup, bool) or not isinstance(sync_warmup, int) or sync_warmup < 0:
+        raise ValueError(f"`sync_warmup` must be an integer of at least 0. Received: sync_warmup={sync_warmup!r}")
     if sync_every is None:
+        if sync_warmup:
+            raise ValueError(
+                "`sync_warmup` is the number of synchronous steps before workers train apart. Give `sync_every`, or "
+                f"leave it away. Received: sync_warmup={sync_warmup}, sync_every=None"
+            )
         if outer_optimizer is not None:
             raise ValueError(
                 "`outer_optimizer` merges workers that train apart for `sync_every` steps. Give `sync_every`, or leave "
@@ -72,4 +88,4 @@ def check_merging(
         outer = AVERAGE if sync_every == 1 else "DiLoCo"
     else:
         outer = AVERAGE if outer_optimizer == AVERAGE else "given"
-    return Merging(sync_every, outer, compression, error_feedback)
+    return Merging(sync_every, outer, compression, error_feedback, sync_warmup)

@@ -4,6 +4,9 @@
 they exchange gradients, divisors of losses and the state of layers. All else, such as validation, is done by the
 replicas of all workers. Each worker has its rows of the same global batch as always. In a last small batch it may have
 none: then it changes nothing, and only counts the step.
+
+The first steps may be synchronous, to warm up: then all replicas take them together, and the sums of gradients of each
+worker's replicas are added up over workers. State lies in the same shards in both kinds of steps.
 """
 
 import contextlib
@@ -21,10 +24,14 @@ class Apart:
 
     Args:
         devices: of this worker; [] if workers never train apart.
+
+    Attributes:
+        is_on: whether this is a step that workers take apart.
+        is_together: whether it is a synchronous step of workers that will train apart.
     """
 
     def __init__(self, devices: Sequence[str]) -> None:
-        self.is_on = False
+        self.is_on = self.is_together = False
         self._rows = []
         for device in devices:
             with tf.init_scope(), tf.device(device):
@@ -39,13 +46,13 @@ class Apart:
         return bool(self._rows)
 
     @contextlib.contextmanager
-    def on(self) -> Iterator[None]:
-        """While a training step is traced or runs."""
-        self.is_on = True
+    def training(self, together: bool) -> Iterator[None]:
+        """While a training step is traced or runs, which workers take together or apart."""
+        self.is_on, self.is_together = not together, together
         try:
             yield
         finally:
-            self.is_on = False
+            self.is_on = self.is_together = False
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

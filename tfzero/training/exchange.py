@@ -64,20 +64,31 @@ class Exchange:
         group: the replicas.
         wire: how the variables travel.
         replica: the local replica.
+        across: the replicas of the same place in all workers, if `group` is only one worker's and the step is one of
+            all; else None.
     """
 
-    def __init__(self, variables: Sequence[keras.Variable], plan: Plan, group: Group, wire: Wire, replica: int) -> None:
+    def __init__(self, variables: Sequence[keras.Variable], plan: Plan, group: Group, wire: Wire, replica: int,
+                 across: Group | None = None) -> None:  # fmt: skip
         self.variables = variables
         self.plan = plan
         self.group = group
         self.wire = wire
         self.replica = replica
+        self.across = across
         self.rank = group.rank(replica)
 
     # Gradients.
 
     def reduce(self, bucket: Bucket, gradients: Mapping[int, tf.Tensor]) -> tf.Tensor:
         """Sum over replicas of the part of a bucket that this replica updates: its row, or all of a whole bucket."""
+        return self.over_workers(self._reduced(bucket, gradients))
+
+    def over_workers(self, value: tf.Tensor) -> tf.Tensor:
+        """The sum over workers of what is a sum over this worker's replicas, if it is not the sum over all already."""
+        return value if self.across is None else self.across.all_reduce(value, self.replica)
+
+    def _reduced(self, bucket: Bucket, gradients: Mapping[int, tf.Tensor]) -> tf.Tensor:
         if bucket.sharded_parameters:
             return self._row_of_shards(bucket, gradients)
         with self.group.lanes.purpose(self.replica, f"the gradients of {self._describe(bucket)}"):

@@ -73,13 +73,24 @@ class LocalSteps:
                 f"Workers merge between two executions, so `sync_every` must be a multiple of `steps_per_execution`. "
                 f"Received: sync_every={every}, steps_per_execution={size}"
             )
+        if self.warms_up:
+            with strategy.extended.apart.training(together=True):
+                yield
+            return
         if self.steps == 0:
             self._begin()
-        with strategy.extended.apart.on():
+        with strategy.extended.apart.training(together=False):
             yield
         self.steps += size
         if self.steps >= every:
             self.meet(_WINDOW)
+
+    @property
+    def warms_up(self) -> bool:
+        """Whether the next execution is synchronous."""
+        optimizer = self._model().optimizer
+        done = int(optimizer.iterations) if optimizer is not None else 0
+        return done < self._strategy().settings.merging.warmup
 
     def meet(self, reason: str) -> None:
         """Meets the other workers, and merges if any has trained. [Note: meeting to merge]

@@ -43,8 +43,7 @@ class Trained:
         slots: the optimizers' slots for each variable.
         wire: how variables travel.
         bucket_bytes: size of a full bucket, and the reason for it.
-        sharded_gradients: whether gradients are kept in shards: reduced during the backward pass, and before they are
-            accumulated (stage 2).
+        sharded_gradients: whether gradients are kept in shards, and reduced before they are accumulated (stage 2).
         loss_scale: Keras's loss scale optimizer, if there is one.
         squared_norms: for each inner optimizer, the square of its gradient's norm in the latest update; empty unless
             requested.
@@ -52,6 +51,7 @@ class Trained:
             gathered at once. [Note: late gathers]
         overwritten: variables that their gradients overwrite, each with its optimizer. [Note: overwriting]
         merger: merges what workers have trained apart; None if they never do.
+        across: as in `Exchange`.
     """
 
     variables: tuple[keras.Variable, ...]
@@ -69,10 +69,11 @@ class Trained:
     pending: keras.Variable | None = None
     overwritten: tuple[tuple[keras.Variable, keras.optimizers.Optimizer], ...] = ()
     merger: Merger | None = None
+    across: Group | None = None
 
     def exchange(self, replica: int) -> Exchange:
         """A local replica's part in the exchanges."""
-        return Exchange(self.variables, self.plan, self.group, self.wire, replica)
+        return Exchange(self.variables, self.plan, self.group, self.wire, replica, self.across)
 
 
 def with_norms(trained: Trained, strategy: tf.distribute.Strategy) -> Trained:
@@ -148,7 +149,7 @@ class ReplicaStep:
     def _vote(self, tensors: Sequence[tf.Tensor]) -> tf.Tensor:
         """Whether every element on every replica is finite."""
         flawed = tf.add_n([tf.cast(tf.reduce_any(~tf.math.is_finite(t)), tf.int64) for t in tensors])
-        return self.group.all_reduce(flawed, self.replica) == 0
+        return self.exchange.over_workers(self.group.all_reduce(flawed, self.replica)) == 0
 
     def _advance_and_grow_scale(self, rows: dict[Bucket, tf.Tensor] | None) -> None:
         self._advance(rows)
@@ -186,16 +187,15 @@ class ReplicaStep:
             if optimizer.gradient_accumulation_steps:
                 self._accumulate_or_update(optimizer, buckets, rows)
             else:
-                self._update(optimizer, buckets, self._rows_of(buckets, rows))
+                given = rows or {}
+                reduced = {b: given[b] if b in given else self.exchange.reduce(b, self.gradients) for b in buckets}
+                self._update(optimizer, buckets, reduced)
         self._count()
 
     def _count(self) -> None:
         for optimizer in self.trained.counting:
             counter = self._local(runtime.iteration_counter(optimizer))
             counter.assign_add(tf.ones_like(counter))
-
-    def _rows_of(self, buckets: Sequence[Bucket], rows: Mapping[Bucket, tf.Tensor] | None) -> dict[Bucket, tf.Tensor]:
-        return {b: self.exchange.reduce(b, self.gradients) if rows is None else rows[b] for b in buckets}
 
     def _accumulate_or_update(
         self, optimizer: keras.optimizers.Optimizer, buckets: Sequence[Bucket], rows: Mapping[Bucket, tf.Tensor] | None
