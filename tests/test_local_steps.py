@@ -1,5 +1,6 @@
 """Workers train apart and are merged: as plain Keras models that are trained one by one and merged by hand."""
 
+import time
 from pathlib import Path
 
 import keras
@@ -15,6 +16,8 @@ from tfzero.plan.mesh import Mesh
 from tfzero.plan.placement import split_rows
 from tfzero.training.local_steps import local_steps_of
 from tfzero.training.merging import cosine, distance
+from tfzero.views.drift import check_drift
+from tfzero.workers.resolvers import find_cluster
 
 DATA = oracle.Data(samples=46)  # of 15 rows a batch, the last has one: some workers have none
 CLOSE = {"rtol": 2e-5, "atol": 2e-6}
@@ -311,23 +314,6 @@ CASES = {
 }  # fmt: skip
 
 
-class Watch(keras.callbacks.Callback):
-    """Notes weights where callbacks see them, and saves in the middle of a window."""
-
-    def __init__(self, folder):
-        super().__init__()
-        self.folder, self.at_ends, self.before = folder, [], []
-
-    def on_train_batch_end(self, batch, logs=None):
-        if batch == 0:
-            self.before.append(self.model.get_weights()[0])
-            self.model.save_weights(self.folder / "middle.weights.h5")
-
-    def on_epoch_end(self, epoch, logs=None):
-        self.at_ends.append(self.model.get_weights())
-        tfzero.views.drift.check_drift(self.model)
-
-
 def run_cases(folder) -> dict:
     import tfzero.views.drift
 
@@ -342,16 +328,12 @@ def run_cases(folder) -> dict:
             "weights": model.get_weights(), "history": history.history, "predictions": model.predict(x, verbose=0),
             "merges": steps.merges, "latest": steps.latest, "report": strategy.report(),
         }  # fmt: skip
-    strategy = tfzero.ZeroStrategy(2, sync_every=3, min_shard_elements=8)
-    model, watch = made(strategy, small_model), Watch(Path(folder))
-    fit(model, callbacks=[watch])
-    found["watched"] = {"ends": watch.at_ends, "before": watch.before, "weights": model.get_weights()}
     return found
 
 
 @pytest.mark.parametrize("devices", [1, 2])
-def test_workers_train_apart(devices, tmp_path):
-    fleet = pool.run(run_cases, args=(str(tmp_path),), cpu_devices=devices)
+def test_workers_train_apart(devices):
+    fleet = pool.run(run_cases, cpu_devices=devices)
     x, y = DATA.arrays()
     for name, (settings, make_model, optimizer) in CASES.items():
         if make_model is model_with_state and devices == 2:
@@ -388,3 +370,176 @@ def run_synchronously():
     model = made(tfzero.ZeroStrategy(2, sync_every=1, min_shard_elements=8), small_model, "sgd")
     fit(model)
     return model.get_weights()
+
+
+def test_synchronous_steps_come_first():
+    for weights in pool.run(run_warmed_up, cpu_devices=2):
+        assert_close(weights, reference_of_warmed_up().get_weights())
+
+
+def run_warmed_up():
+    strategy = tfzero.ZeroStrategy(2, sync_every=2, sync_warmup=5, min_shard_elements=8)
+    model = made(strategy, small_model)
+    fit(model)
+    assert local_steps_of(model, strategy).merges == 2  # of 8 steps 5 are synchronous
+    return model.get_weights()
+
+
+def reference_of_warmed_up():
+    x, y = DATA.arrays()
+    hand = ByHand(small_model, 2, 2, 2, keras.optimizers.SGD(**NESTEROV))
+    first = hand.models[0]
+    for begin in (0, 15, 30, 45, 0):
+        first.train_on_batch(x[begin : begin + BATCH], y[begin : begin + BATCH])
+    for model in hand.models:
+        model.set_weights(first.get_weights())
+        for mine, theirs in zip(model.optimizer.variables, first.optimizer.variables, strict=True):
+            mine.assign(theirs.numpy())
+    for variable, trained in zip(hand.common, first.trainable_variables, strict=True):
+        variable.assign(trained.numpy())
+    for begin in (15, 30, 45):
+        hand.step(x[begin : begin + BATCH], y[begin : begin + BATCH])
+    hand.merge()
+    return first
+
+
+# What happens in the middle of a window.
+
+
+class Watch(keras.callbacks.Callback):
+    """Notes weights where callbacks see them, and saves in the middle of a window."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.folder, self.at_ends, self.within = Path(folder), [], []
+
+    def on_train_batch_end(self, batch, logs=None):
+        if batch == 0:
+            self.within.append(self.model.get_weights())
+            check_drift(self.model)  # replicas of one worker are equal
+            self.model.save_weights(self.folder / "middle.weights.h5")
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.at_ends.append(self.model.get_weights())
+        check_drift(self.model)
+
+
+class StopsOne(keras.callbacks.Callback):
+    """Stops the training on one worker only."""
+
+    def on_train_batch_end(self, batch, logs=None):
+        if batch == 0 and self.model.distribute_strategy.extended.mesh.worker == 1:
+            self.model.stop_training = True
+
+
+class Fails(keras.callbacks.Callback):
+    """Ends the training with an error on all workers."""
+
+    def __init__(self, at):
+        super().__init__()
+        self.left = at
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.left -= 1
+        if not self.left:
+            raise InterruptedError
+
+
+SETTINGS = {"sync_every": 3, "min_shard_elements": 8, "compression": "int8", "error_feedback": True}
+
+
+def run_interrupted(folder) -> dict:
+    found, folder = {}, Path(folder)
+    strategy = tfzero.ZeroStrategy(2, sync_every=3, min_shard_elements=8)
+    model, watch = made(strategy, small_model), Watch(folder)
+    with strategy.scope():
+        fit(model, callbacks=keras.callbacks.CallbackList([watch], add_history=True, model=model, epochs=EPOCHS))
+    found["watched"] = {"ends": watch.at_ends, "within": watch.within, "weights": model.get_weights()}
+    history = fit(made(strategy, small_model), callbacks=[StopsOne()], epochs=3, validation_data=DATA.arrays())
+    found["stopped"] = history.history
+
+    def callback(name):
+        return tfzero.CheckpointCallback(folder / name, save_every_steps=2)
+
+    model = made(tfzero.ZeroStrategy(3, **SETTINGS), small_model)
+    fit(model, callbacks=[callback("whole")], epochs=3)
+    found["whole"] = model.get_weights()
+    model = made(tfzero.ZeroStrategy(3, **SETTINGS), small_model)
+    with pytest.raises(InterruptedError):
+        fit(model, callbacks=[callback("resumed"), Fails(7)], epochs=3)
+    model = made(tfzero.ZeroStrategy(3, **SETTINGS), small_model)
+    fit(model, callbacks=[callback("resumed")], epochs=3)
+    found["resumed"] = model.get_weights()
+    for name, settings in (
+        ("synchronous", {}),
+        ("other", {"sync_every": 2, "outer_optimizer": adam_outside}),
+        ("average", {"sync_every": 4, "outer_optimizer": "average", "compression": "bf16"}),
+    ):
+        model = made(tfzero.ZeroStrategy(2, min_shard_elements=8, **settings), small_model)
+        tfzero.load_checkpoint(model, folder / "whole")
+        found[name] = model.get_weights()
+        fit(model, epochs=1)
+        found[f"{name}, later"] = model.get_weights()
+    tfzero.save_checkpoint(model, folder / "of average")
+    model = made(tfzero.ZeroStrategy(3, **SETTINGS), small_model)
+    tfzero.load_checkpoint(model, folder / "of average")
+    found["back"] = model.get_weights()
+    fit(model, epochs=1)
+    return found
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_merges_and_checkpoints_within_a_window(devices, tmp_path):
+    fleet = pool.run(run_interrupted, args=(str(tmp_path),), cpu_devices=devices)
+    x, y = DATA.arrays()
+    hand = ByHand(small_model, 2, devices, 3, keras.optimizers.SGD(**NESTEROV))
+    hand.fit(x, y, epochs=1, merges_at=(0,))
+    of_first = hand.get_weights()
+    hand.fit(x, y, epochs=1, merges_at=(0,))
+    for found in fleet:
+        assert_close(found["watched"]["ends"][0], of_first)
+        assert_close(found["watched"]["weights"], hand.get_weights())
+        assert len(found["stopped"]["loss"]) == 1 and found["stopped"] == fleet[0]["stopped"]
+        for name, weights in found.items():
+            if name not in ("watched", "stopped"):
+                assert_close(weights, fleet[0][name], rtol=0, atol=0)
+        assert_close(found["resumed"], found["whole"], rtol=1e-6, atol=1e-7)
+        for name in ("synchronous", "other", "average"):
+            assert_close(found[name], found["whole"], rtol=0, atol=0)
+        assert_close(found["back"], found["average, later"], rtol=0, atol=0)
+    mine, theirs = (found["watched"]["within"][0][0] for found in fleet)
+    assert np.abs(mine - theirs).max() > 1e-4
+    alone = small_model()
+    alone.load_weights(tmp_path / "middle.weights.h5")
+    single = compiled(small_model())
+    tfzero.load_checkpoint(single, tmp_path / "whole")
+    assert_close(single.get_weights(), fleet[0]["whole"], rtol=0, atol=0)
+
+
+def run_with_other_outer_optimizers():
+    index = find_cluster(None).index
+    outer = keras.optimizers.SGD if index else keras.optimizers.Adam
+    strategy = tfzero.ZeroStrategy(2, sync_every=2, outer_optimizer=outer)
+    model = made(strategy, small_model)
+    with pytest.raises(ValueError, match="The workers' outer optimizers differ"):
+        fit(model)
+    return True
+
+
+def test_outer_optimizers_must_be_the_same():
+    assert pool.run(run_with_other_outer_optimizers) == [True, True]
+
+
+def run_unevenly():
+    """The second worker is slower than its timeout, while the first one waits for it."""
+    strategy = tfzero.ZeroStrategy(2, sync_every=4, timeout_seconds=2, compare_batches=0)
+    model, waits = made(strategy, small_model), strategy.extended.mesh.worker == 1
+    fit(model, epochs=1)  # the first step is traced
+    pause = keras.callbacks.LambdaCallback(on_train_batch_begin=lambda batch, logs: time.sleep(0.8 if waits else 0.15))
+    fit(model, epochs=1, callbacks=[pause])
+    return local_steps_of(model, strategy).latest.waited_seconds
+
+
+def test_a_slow_worker_is_waited_for():
+    first, second = pool.run(run_unevenly, is_last=True)
+    assert first > 2 > second

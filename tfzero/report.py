@@ -162,10 +162,9 @@ def _effects(settings: Settings, group: Group, levels: Choice, mesh: Mesh, train
         "error_feedback": feedback if settings.error_feedback else "off",
         "hierarchical": f"{'two levels' if levels.value else 'one level'}: {levels.reason}",
         "overlap_param_gather": _LATE if settings.overlap_param_gather else "off",
+        **_merging(settings.merging, trained),
         "compare_batches": f"the first {settings.compare_batches} batches of every pass are compared between workers",
     }
-    if settings.merging is not None:
-        effects |= _merging(settings.merging, trained)
     if settings.compare_batches == 0:
         effects["compare_batches"] = "off: that workers read the same batches is taken on trust"
     if workers == 1:
@@ -178,7 +177,9 @@ def _effects(settings: Settings, group: Group, levels: Choice, mesh: Mesh, train
     return effects
 
 
-def _merging(merging: Merging, trained: Sequence[Trained]) -> dict:
+def _merging(merging: Merging | None, trained: Sequence[Trained]) -> dict:
+    if merging is None:
+        return dict.fromkeys(("sync_every", "outer_optimizer", "sync_warmup"), "off")
     titles = dict.fromkeys(each.merger.title for each in trained if each.merger is not None)
     size_bytes = sum(each.merger.sent()[0] for each in trained if each.merger is not None)
     merged = f" of {text_of(size_bytes)}" if trained else ""
@@ -186,6 +187,7 @@ def _merging(merging: Merging, trained: Sequence[Trained]) -> dict:
     effects = {
         "sync_every": f"each worker takes {merging.every} steps alone, then a merge{merged}",
         "outer_optimizer": ", ".join(titles) or merging.outer,
+        "sync_warmup": f"the first {merging.warmup} steps are synchronous" if merging.warmup else "off",
         "hierarchical": "no effect: gradients do not leave a worker",
     }
     if merging.compression is not None:
