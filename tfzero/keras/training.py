@@ -258,6 +258,13 @@ class _Merging(keras.callbacks.Callback):
         strategy_of(self.model).merge(self.model, "the end of an epoch")
 
 
+class _Stopping(keras.callbacks.Callback):
+    """Comes after all other callbacks, which may stop a worker that trains apart."""
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        local_steps_of(self.model, strategy_of(self.model)).put_off_stop()
+
+
 class _Announcement(keras.callbacks.Callback):
     """Prints the report's summary, once for each optimizer."""
 
@@ -295,15 +302,18 @@ def _fit_bound(
 ) -> keras.callbacks.History:
     strategy = strategy_of(self)
     given = call.arguments.get("callbacks")
-    merging = [] if strategy.settings.merging is None else [_Merging()]
+    trains_apart = strategy.settings.merging is not None
+    first: list[keras.callbacks.Callback] = [_Merging()] if trains_apart else []
+    last: list[keras.callbacks.Callback] = [_Stopping()] if trains_apart else []
     if isinstance(given, keras.callbacks.CallbackList):
-        given.callbacks[:] = [*merging, *(each for each in given.callbacks if not isinstance(each, _Merging))]
-        for each in merging:
+        others = [each for each in given.callbacks if not isinstance(each, _Merging | _Stopping)]
+        given.callbacks[:] = [*first, *others, *last]
+        for each in (*first, *last):
             each.set_model(self)
     else:
         is_verbose = call.arguments.get("verbose", "auto") in ("auto", 1)
         ours = [BestWeightsInParts(_flat_callbacks(given)), *([_Announcement()] if is_verbose else [])]
-        call.arguments["callbacks"] = [*merging, *_flat_callbacks(given), *ours]
+        call.arguments["callbacks"] = [*first, *_flat_callbacks(given), *ours, *last]
     callbacks = [each for each in _flat_callbacks(given) if isinstance(each, CheckpointCallback)]
     if not callbacks:
         return original(*call.args, **call.kwargs)

@@ -2,8 +2,10 @@
 
 [Note: meeting to merge] Workers meet after every `sync_every` steps; at the end of an epoch; and before a validation, a
 prediction and a save, as these need common values. They meet over their control channel first. So a worker waits there
-for a slower one, not in a collective, for as long as its own window took, several times over. A worker that ends its
-epoch early, as a callback has stopped it, meets the others at the end of their window: then they stop, too.
+for a slower one, not in a collective, for as long as its own window took, several times over.
+
+A callback may stop one worker in the middle of a window, as it sees that worker's own logs. If it ended its epoch
+there, the others would wait for it, for instance to compare the next batch. So it goes on until all meet, and stop.
 """
 
 import contextlib
@@ -56,7 +58,8 @@ class LocalSteps:
         self.steps = 0  # since the last merge
         self.merges = 0
         self.latest: Merge | None = None
-        self._has_met = False  # at what this worker comes to next
+        self._wants_to_stop = False  # when workers meet
+        self._takes_steps_apart = False
         self._begun = monotonic()
 
     @contextlib.contextmanager
@@ -73,6 +76,7 @@ class LocalSteps:
                 f"Workers merge between two executions, so `sync_every` must be a multiple of `steps_per_execution`. "
                 f"Received: sync_every={every}, steps_per_execution={size}"
             )
+        self._takes_steps_apart = not self.warms_up
         if self.warms_up:
             with strategy.extended.apart.training(together=True):
                 yield
@@ -102,30 +106,33 @@ class LocalSteps:
             RuntimeError: if workers are at different places of the program.
             TimeoutError: if a worker does not come.
         """
-        if self._has_met and reason != _WINDOW:
-            self._has_met = False
-            return
         strategy, start = self._strategy(), monotonic()
         apart = strategy.extended.apart
-        told = {"reason": reason, "steps": self.steps, "rows": apart.take_rows()}
+        told = {"reason": reason, "rows": apart.take_rows(), "stop": self._wants_to_stop}
         told |= {way: list(apart.changed(way)) for way in (AVERAGED, SUMMED)}
         patience = strategy.settings.timeout_seconds + _PATIENCE * (start - self._begun)
         answers = strategy.channel.all_gather("merging workers", told, patience)
         waited = monotonic() - start
-        others = sorted({answer["reason"] for answer in answers} - {_WINDOW})
-        if len(others) > 1:
-            raise RuntimeError(f"The workers merge at different places of the program: {' and '.join(others)}.")
+        reasons = sorted({answer["reason"] for answer in answers})
+        if len(reasons) > 1:
+            raise RuntimeError(f"The workers merge at different places of the program: {' and '.join(reasons)}.")
         if sum(answer["rows"] for answer in answers):
             self._merge(answers, waited)
         self.steps = 0
         self._begun = monotonic()
-        if reason == _WINDOW and others:
-            self._has_met = True
+        if any(answer["stop"] for answer in answers):
+            self._wants_to_stop, self._takes_steps_apart = False, False
             self._model().stop_training = True
+
+    def put_off_stop(self) -> None:
+        """After the other callbacks have seen the end of a batch: lets the worker stop when all meet."""
+        if self._takes_steps_apart and self._model().stop_training:
+            self._model().stop_training = False
+            self._wants_to_stop = True
 
     def forget(self) -> None:
         """After all variables have been restored: a new window begins."""
-        self.steps, self._has_met = 0, False
+        self.steps, self._wants_to_stop = 0, False
         self._strategy().extended.apart.take_rows()
         for merger in self.mergers:
             merger.forget_lost()
