@@ -1,6 +1,7 @@
 """Workers train apart and are merged: as plain Keras models that are trained one by one and merged by hand."""
 
 import time
+import warnings
 from pathlib import Path
 
 import keras
@@ -14,7 +15,6 @@ import tfzero
 from tfzero.plan.merging import check_merging
 from tfzero.plan.mesh import Mesh
 from tfzero.plan.placement import split_rows
-from tfzero.training.local_steps import local_steps_of
 from tfzero.training.merging import cosine, distance
 from tfzero.views.drift import check_drift
 from tfzero.workers.resolvers import find_cluster
@@ -209,15 +209,14 @@ def test_what_is_given_decides_how_workers_are_merged():
             r"\['clipnorm'\] of SGD does not allow",
         ),
         (lambda: keras.optimizers.SGD(0.1, use_ema=True), "use_ema"),
+        ("nonsense", r"Could not interpret.*Received: outer_optimizer='nonsense'"),
+        ({"class_name": "Nope", "config": {}}, "Received: outer_optimizer="),
         (lambda: 0.7, "must make a Keras optimizer, but made 0.7"),
     ],
 )
 def test_outer_optimizers_that_cannot_be_applied_to_parts_are_refused(outer, message):
-    strategy = tfzero.ZeroStrategy(2, devices=["CPU:0"], sync_every=2, outer_optimizer=outer)
-    with strategy.scope():
-        model = compiled(small_model())
     with pytest.raises(ValueError, match=message):
-        fit(model)
+        tfzero.ZeroStrategy(2, devices=["CPU:0"], sync_every=2, outer_optimizer=outer)
 
 
 def test_windows_must_end_with_an_execution():
@@ -287,8 +286,8 @@ def test_train_on_batch_and_merge(eager):
     for _ in range(5):
         model.train_on_batch(x[:BATCH], y[:BATCH])
         hand.step(x[:BATCH], y[:BATCH])
-    assert local_steps_of(model, strategy).steps == 1
-    strategy.merge(model)
+    assert strategy.local_steps.steps == 1
+    strategy.merge()
     hand.merge()
     assert_close(model.get_weights(), hand.get_weights())
 
@@ -314,7 +313,7 @@ CASES = {
 }  # fmt: skip
 
 
-def run_cases(folder) -> dict:
+def run_cases() -> dict:
     import tfzero.views.drift
 
     found = {}
@@ -323,7 +322,7 @@ def run_cases(folder) -> dict:
         strategy = tfzero.ZeroStrategy(min_shard_elements=8, **settings)
         model = made(strategy, make_model, optimizer)
         history = fit(model, validation_data=(x, y), validation_batch_size=BATCH)
-        steps = local_steps_of(model, strategy)
+        steps = strategy.local_steps
         found[name] = {
             "weights": model.get_weights(), "history": history.history, "predictions": model.predict(x, verbose=0),
             "merges": steps.merges, "latest": steps.latest, "report": strategy.report(),
@@ -381,7 +380,7 @@ def run_warmed_up():
     strategy = tfzero.ZeroStrategy(2, sync_every=2, sync_warmup=5, min_shard_elements=8)
     model = made(strategy, small_model)
     fit(model)
-    assert local_steps_of(model, strategy).merges == 2  # of 8 steps 5 are synchronous
+    assert strategy.local_steps.merges == 2  # of 8 steps 5 are synchronous
     return model.get_weights()
 
 
@@ -537,9 +536,162 @@ def run_unevenly():
     fit(model, epochs=1)  # the first step is traced
     pause = keras.callbacks.LambdaCallback(on_train_batch_begin=lambda batch, logs: time.sleep(0.8 if waits else 0.15))
     fit(model, epochs=1, callbacks=[pause])
-    return local_steps_of(model, strategy).latest.waited_seconds
+    return strategy.local_steps.latest.waited_seconds
 
 
 def test_a_slow_worker_is_waited_for():
     first, second = pool.run(run_unevenly, is_last=True)
     assert first > 2 > second
+
+
+# Models, optimizers and state of other kinds: whatever is merged, all workers have the same afterwards.
+
+
+class TwoHalves(keras.Model):
+    """Two parts with an optimizer each; `compile` gives it a third one, which its step never applies."""
+
+    def __init__(self):
+        super().__init__()
+        keras.utils.set_random_seed(5)
+        self.parts = [keras.layers.Dense(6, "tanh"), keras.layers.Dense(3, "softmax")]
+        self.first, self.second = keras.optimizers.Adam(0.01), keras.optimizers.SGD(0.1)
+
+    def call(self, x):
+        return self.parts[1](self.parts[0](x))
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape(persistent=True) as tape:
+            loss = self.compute_loss(x=x, y=y, y_pred=self(x, training=True))
+        for part, optimizer in zip(self.parts, (self.first, self.second), strict=True):
+            optimizer.apply(tape.gradient(loss, part.trainable_variables), part.trainable_variables)
+        return {"loss": loss, "rows": tf.cast(tf.shape(x)[0], tf.float32) + tf.reduce_sum(x)}
+
+
+class Follows(keras.layers.Layer):
+    """State that follows weights, and what a layer knows of its latest batch."""
+
+    def build(self, shape):
+        self.kernel = self.add_weight(shape=(shape[-1], 4))
+        self.followed = self.add_weight(shape=(shape[-1], 4), trainable=False, initializer="zeros")
+        self.latest = self.add_weight(dtype="int64", shape=(), trainable=False, initializer="zeros")
+        self.steps = self.add_weight(dtype="int64", shape=(), trainable=False, initializer="zeros")
+
+    def call(self, x, training=False):
+        if training:
+            self.followed.assign(0.5 * self.followed + 0.5 * self.kernel)
+            self.latest.assign(tf.shape(x, tf.int64)[0])
+            self.steps.assign_add(1)
+        return x @ self.kernel
+
+
+def following_model():
+    keras.utils.set_random_seed(5)
+    layers = [keras.Input((8,)), Follows(), keras.layers.SpectralNormalization(keras.layers.Dense(5))]
+    return keras.Sequential([*layers, keras.layers.Dense(3, "softmax")])
+
+
+def all_values(*models):
+    return [v.numpy() for model in models for v in model.variables if v.dtype != "string"]
+
+
+def run_other_models(devices) -> dict:
+    found = {}
+    x, y = DATA.arrays()
+    own = {"optimizer": None, "loss": "categorical_crossentropy"}
+    for name, outer in (("once", lambda: keras.optimizers.SGD(1.0)), ("average", "average")):
+        strategy = tfzero.ZeroStrategy(2, sync_every=3, outer_optimizer=outer, min_shard_elements=8)
+        with strategy.scope():
+            model = TwoHalves()
+        model.compile(**own | {"optimizer": "rmsprop"})
+        found[f"halves, logs, {name}"] = fit(model, epochs=1).history
+        found[f"halves, {name}"] = all_values(model)
+
+    strategy = tfzero.ZeroStrategy(3, sync_every=4, min_shard_elements=8)
+    with strategy.scope():
+        models = [following_model(), small_model()]
+    for model in models:
+        model.compile(inner(), "categorical_crossentropy")
+    for _ in range(3):
+        for model in models:
+            model.train_on_batch(x[:BATCH], y[:BATCH])
+    strategy.merge()
+    found["two models"] = all_values(*models)
+    first, second = models
+    found["latest"], found["steps"] = int(first.layers[0].latest.numpy()), int(first.layers[0].steps.numpy())
+    second.train_on_batch(x[:BATCH], y[:BATCH])
+    with strategy.scope():
+        part = keras.Model(second.inputs, second.layers[0].output)
+    found["of a part"] = part.predict(x, verbose=0)
+    second.train_on_batch(x[:BATCH], y[:BATCH])
+    found["of a batch"] = second.predict_on_batch(x[:BATCH])
+    found["expected of a batch"] = second.predict(x[:BATCH], verbose=0)
+    second.train_on_batch(x[:BATCH], y[:BATCH])
+    given = [np.full_like(w, 0.1) for w in second.get_weights()]
+    second.set_weights(given)
+    strategy.merge()
+    found["given"] = second.get_weights()
+    second.train_on_batch(x[:BATCH], y[:BATCH])
+    second.layers[0].trainable = False
+    second.compile(inner(), "categorical_crossentropy")
+    fit(second, epochs=1)
+    found["compiled again"] = all_values(second)
+
+    strategy = tfzero.ZeroStrategy(2, sync_every=3, min_shard_elements=8)
+    with strategy.scope():
+        model = small_model()
+    model.compile(inner(), "categorical_crossentropy", run_eagerly=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fit(model, epochs=1)
+    found["eagerly"] = all_values(model)
+
+    strategy = tfzero.ZeroStrategy(2, sync_every=3, min_shard_elements=8)
+    model, worker = made(strategy, small_model), strategy.extended.mesh.worker
+
+    def read(context):
+        rows = tf.data.Dataset.from_tensor_slices((x, y)).take(24 if worker else 40)
+        return rows.batch(context.get_per_replica_batch_size(8 * devices))
+
+    model.fit(strategy.distribute_datasets_from_function(read), epochs=2, verbose=0, shuffle=False)
+    found["uneven data"] = all_values(model)
+    return found
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_other_models_and_state(devices):
+    first, second = pool.run(run_other_models, args=(devices,), cpu_devices=devices)
+    assert first["halves, logs, once"] == second["halves, logs, once"]
+    assert_close(first["halves, once"], first["halves, average"])
+    for name in ("halves, once", "two models", "compiled again", "eagerly", "uneven data"):
+        assert_close(first[name], second[name], rtol=0, atol=0)
+    for found in (first, second):
+        assert found["latest"] == BATCH and found["steps"] == 3
+        np.testing.assert_allclose(found["of a part"], first["of a part"], rtol=0, atol=0)
+        np.testing.assert_allclose(found["of a batch"], found["expected of a batch"], rtol=1e-6)
+        assert all(np.all(weight == np.float32(0.1)) for weight in found["given"])
+
+
+def test_moving_averages_of_weights_are_refused():
+    strategy = tfzero.ZeroStrategy(2, devices=["CPU:0"], sync_every=2)
+    with strategy.scope():
+        model = small_model()
+    model.compile(keras.optimizers.Adam(0.01, use_ema=True), "categorical_crossentropy")
+    with pytest.raises(ValueError, match=r"`use_ema=True` of \['Adam'\] keeps averages"):
+        fit(model)
+
+
+def test_late_gathers_count_no_rows():
+    def outcome(overlaps):
+        strategy = tfzero.ZeroStrategy(
+            2, devices=["CPU:0", "CPU:1"], sync_every=2, min_shard_elements=8, overlap_param_gather=overlaps
+        )
+        with strategy.scope():
+            model = small_model()
+        model.compile(inner(), "categorical_crossentropy", steps_per_execution=2)
+        fit(model)
+        return model.get_weights(), strategy.extended.apart.take_rows()
+
+    (mine, rows), (theirs, _) = outcome(True), outcome(False)
+    assert_close(mine, theirs)
+    assert rows == 0

@@ -21,6 +21,7 @@ from tfzero.rows.apart import Apart
 from tfzero.rows.dependence import Dependence, mark_global
 from tfzero.rows.input_account import InputAccount
 from tfzero.rows.inputs import (
+    batch_leaves,
     check_shardable,
     cut_batch,
     cut_dataset,
@@ -231,14 +232,13 @@ class ZeroExtended(distributed.ExtendedBase):
 
     def count_rows(self) -> None:
         """Within a replica that begins: counts its rows, if workers train apart."""
-        if self.apart.is_on:
+        if self.apart.is_on and batch_leaves(current_run().arguments):
             self.apart.count(current_run().own_rows(), runtime.replica_index())
 
     def is_fed(self) -> tf.Tensor | None:
-        """Within a replica of a worker that trains apart: whether the worker has rows. None where all have some."""
-        if not self.apart.is_on or self.has_rows() is None:
-            return None
-        return self.replica_collective(self.group.all_reduce, current_run().own_rows()) > 0
+        """Within a replica of a worker that trains apart: whether the worker has rows; None where that is unknown."""
+        rows = current_run().known_rows() if self.apart.is_on else None
+        return None if rows is None else self.replica_collective(self.group.all_reduce, rows) > 0
 
     def update_if_fed(self, update: Callable[[], Any], depends: bool) -> Any:
         """Within a replica: updates a layer's state, unless that depends on rows and the worker has none."""

@@ -241,7 +241,7 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
             sharded_gradients=settings.scheme.shards_gradients, loss_scale=self.loss_scale_optimizer,
             pending=make_pending(len(variables), strategy),
             overwritten=tuple((variable, choose(variable)) for variable in overwritten),
-            merger=make_merger(given, strategy, choice.value),
+            merger=make_merger(given, optimizers, strategy, choice.value),
         )  # fmt: skip
         strategy.optimizers.add(self)
         strategy.extended.group.lanes.iterations = runtime.iteration_counter(chained[-1]).value.values[0]
@@ -334,6 +334,7 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
             replica.merge_call(lambda strategy: self.build(to_build))
         gradients = self._counted(self._by_index(grads, trainable_variables), replica.strategy.extended)
         extended = replica.strategy.extended
+        apart.note_optimizer(self)
         extended.end_of_gradients(gradients.values())
         gathers_late = self._trained.pending is not None and is_late()
         if tf.executing_eagerly():

@@ -34,7 +34,7 @@ from tfzero.plan.shares import EVEN, check_length, check_rows
 from tfzero.report import Report, make_report
 from tfzero.rows.dependence import is_global
 from tfzero.rows.inputs import DataPosition, without_tuning
-from tfzero.training.local_steps import local_steps_of
+from tfzero.training.local_steps import LocalSteps
 from tfzero.training.outer import outer_maker
 from tfzero.variables.classes import ShardedVariable, agree_on_sharded
 from tfzero.workers.cluster import Cluster, others_of
@@ -164,8 +164,6 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
             False if merging else hierarchical, overlap_param_gather, compare_batches,
             check_rows(rows, stage, named, local), merging,
         )  # fmt: skip
-        self.make_outer = outer_maker(outer_optimizer, merging)
-        self.local_steps: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # by model
         kind = self.settings.device_type
         self._surroundings = Surroundings(kind, len(local), workers)
         self.transport = choose(self._surroundings)  # chosen again when the workers have met
@@ -176,6 +174,8 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         self.data_position: DataPosition | None = None  # where the next training data begin
         self.sharded_numbers = itertools.count()  # number its sharded variables, alike on all workers
         self._join(cluster, local)
+        self.local_steps = LocalSteps(self)
+        self.make_outer = outer_maker(outer_optimizer, merging)  # as it uses TensorFlow
 
     def _join(self, cluster: Cluster | None, devices: Sequence[str]) -> None:
         """Meets the other workers, agrees with them on the settings, and forms the group of all replicas."""
@@ -255,6 +255,9 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
             if self.extended.gives_first_values:
                 return tf.nest.map_structure(lambda v: self.experimental_local_results(v)[0], value)
             return tf.nest.map_structure(lambda v: None if v is None else self.reduce(reduce_op, v, axis), value)
+        if _counts_batches(value):  # all must know whether one has a batch left, also while they train apart
+            with self.extended.apart.paused():
+                return super().reduce(reduce_op, value, axis)
         first = self.experimental_local_results(value)[0]
         if is_global(first) and str(getattr(reduce_op, "value", reduce_op)).upper() == "MEAN":
             return first
@@ -292,14 +295,13 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
             read_bytes=account.bytes,
         )
 
-    def merge(self, model: keras.Model, reason: str = "`strategy.merge`") -> None:
-        """Merges what workers have trained apart, with `sync_every`. All workers call it together.
+    def merge(self, reason: str = "`strategy.merge`") -> None:
+        """Merges all models that workers have trained apart, with `sync_every`. All workers call it together.
 
         `fit` does so by itself: after every `sync_every` steps, at the end of an epoch, and before validation,
         predictions and saves. Call it after the last `train_on_batch`, before weights are read.
 
         Args:
-            model: a model of this strategy.
             reason: what for; in messages.
 
         Raises:
@@ -310,11 +312,11 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
 
         ```python
         model.train_on_batch(x[:16], y[:16])
-        strategy.merge(model)  # without `sync_every` there is nothing to merge
+        strategy.merge()  # without `sync_every` there is nothing to merge
         ```
         """
         if self.settings.merging is not None:
-            local_steps_of(model, self).meet(reason)
+            self.local_steps.meet(reason)
 
     def cut_batch(self, batch: Any) -> Any:
         """Cuts one global batch into per-replica values, as `experimental_distribute_dataset` does.
@@ -378,3 +380,8 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         finally:
             for value in held:
                 value.let_go(write_back=completed)
+
+
+def _counts_batches(value: Any) -> bool:
+    """Whether a value tells how many replicas here have a batch (`tensorflow/python/distribute/input_lib.py`)."""
+    return tf.is_symbolic_tensor(value) and value.dtype == tf.int64 and value.shape.as_list() in ([1], [1, 1])

@@ -54,14 +54,18 @@ class OuterItem(Item):
         return self.spans(worker, replica) if self.components[replica] is not None else (0, 0)
 
 
+def mergers_of(model: keras.Model) -> dict[str, Merger]:
+    """What merges a model's variables, by the attribute that holds the optimizer."""
+    found = ((name, getattr(getattr(value, "trained", None), "merger", None)) for name, value in vars(model).items())
+    return {name: merger for name, merger in sorted(found, key=lambda each: each[0]) if merger is not None}
+
+
 def whole_state_of(model: keras.Model) -> list[Item]:
     """All variables that a resumed run needs."""
     items = state_of(model)
     names = {id(item.variable): item.of for item in items if item.section == "model"}
-    for owner, optimizer in sorted(vars(model).items()):
-        merger = getattr(getattr(optimizer, "trained", None), "merger", None)
-        if merger is not None:
-            items += _outer_items(merger, owner, lambda variable: names[id(variable)])
+    for owner, merger in mergers_of(model).items():
+        items += _outer_items(merger, owner, lambda variable: names[id(variable)])
     return items
 
 

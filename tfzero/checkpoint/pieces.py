@@ -16,7 +16,7 @@ import tensorflow as tf
 
 from tfzero.checkpoint import commits
 from tfzero.checkpoint.slices import Rectangle, rectangles
-from tfzero.checkpoint.state import LAG, Item
+from tfzero.checkpoint.state import LAG, OUTER, Item
 from tfzero.checkpoint.teamwork import together
 from tfzero.plan.mesh import Mesh
 from tfzero.variables.allocation import on_host, placed
@@ -315,7 +315,8 @@ def _value_for(prefix: str, item: Item, entry: Mapping, rank: int, mesh: Mesh, c
             flat += _read(prefix, entry["lag"], rectangles(item.shape, begin, end), item)
     elements = component.shape.num_elements()
     if begin < end and end - begin < elements:
-        flat = tf.concat([flat, tf.repeat(flat[-1:], elements - (end - begin))], 0)  # as `local_shard` pads
+        last = tf.zeros_like(flat[-1:]) if item.section == OUTER else flat[-1:]  # as `as_rows` and `local_shard` pad
+        flat = tf.concat([flat, tf.repeat(last, elements - (end - begin))], 0)
     if begin == end and elements:
         flat = tf.zeros([elements], item.dtype)
     return tf.reshape(flat, component.shape)

@@ -16,7 +16,7 @@ from typing import Any
 import keras
 
 from tfzero.checkpoint import commits, directories
-from tfzero.checkpoint.outer import whole_state_of
+from tfzero.checkpoint.outer import mergers_of, whole_state_of
 from tfzero.checkpoint.pieces import Writer, check_fits, patience, pieces_to_write, read_state, snapshot
 from tfzero.checkpoint.state import METRICS, Item, bucket_bytes_of, build_optimizer, mesh_of, optimizers_of
 from tfzero.checkpoint.teamwork import together
@@ -24,7 +24,6 @@ from tfzero.collectives.joining import channel_of_one
 from tfzero.host import notes, versions
 from tfzero.plan.mesh import Mesh
 from tfzero.strategy import ZeroStrategy
-from tfzero.training.local_steps import local_steps_of
 from tfzero.workers.channel import Channel
 from tfzero.workers.progress import progress
 
@@ -247,7 +246,9 @@ def restore(model: keras.Model, folder: Path, manifest: Mapping, team: Team, onl
         together(team.channel, f"reading {folder}", read, patience(team.timeout_seconds, size_bytes))
     strategy = model.distribute_strategy
     if only is None and isinstance(strategy, ZeroStrategy):
-        local_steps_of(model, strategy).forget()
+        strategy.local_steps.forget()
+        for merger in mergers_of(model).values():
+            merger.take_up()
     if only is None and manifest["world_size"] == team.mesh.replicas:
         for name in bucket_bytes_of(model):
             if name in manifest.get("bucket_bytes", {}):
@@ -306,7 +307,7 @@ class Save:
         """
         self.wait()
         if isinstance(strategy := self._model.distribute_strategy, ZeroStrategy):
-            strategy.merge(self._model, "saving a checkpoint")
+            strategy.merge("saving a checkpoint")
         items = whole_state_of(self._model)
         manifest = {
             "step": step,

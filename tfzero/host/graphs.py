@@ -260,3 +260,10 @@ def together(results: list) -> list:
         return results
     with tf.control_dependencies(tf.nest.flatten(results)):
         return tf.nest.map_structure(tf.identity, results)
+
+
+def is_read_of(tensor: tf.Tensor, variable: tf.Variable) -> bool:
+    """In a graph: whether a tensor is what a variable holds, passed on as it is."""
+    while tensor.op.type in ("Identity", "EnsureShape"):
+        tensor = tensor.op.inputs[0]
+    return tensor.op.type == "ReadVariableOp" and tensor.op.inputs[0] is tensor.graph.capture(variable.handle)

@@ -90,7 +90,7 @@ def _save_together(
         _agree_on_place(strategy, f"variable {gathered}")
 
     with _telling(strategy):
-        strategy.merge(model, _TOPIC)
+        strategy.merge(_TOPIC)
         # A worker that saves into an object in memory writes its own.
         path = None if isinstance(filepath, io.IOBase) else str(Path(filepath).absolute())
         writer = _exchange(strategy, path).index(path)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from tfzero.checkpoint.callback import CheckpointCallback
@@ -25,7 +26,6 @@ from tfzero.rows.dependence import mark_global
 from tfzero.strategy import ZeroStrategy
 from tfzero.training import losses
 from tfzero.training.late_gathers import LateGathers
-from tfzero.training.local_steps import local_steps_of
 from tfzero.training.stock_optimizers import Home
 from tfzero.workers.agreement import agree_on_call, agree_on_compile
 
@@ -71,6 +71,7 @@ def _compile(original: Callable[..., Any], self: keras.Model, *args: Any, **kwar
         return original(self, *args, **kwargs)
     if kwargs.get("jit_compile") is True:
         raise ValueError(_NO_JIT)
+    strategy.merge("`compile`")
     agree_on_compile(strategy, inspect.signature(original).bind(self, *args, **kwargs))
     take_in_strays(self, strategy)
     with strategy.scope():
@@ -111,6 +112,8 @@ def _make_function(
         _make_result_global(metric, strategy)
     check = strategy.comparison.of_given(f"those given to `{step_function.__name__}`")
     trains = step_function == self.train_step
+    if trains:
+        strategy.local_steps.remake(self)
     execute = functools.cache(lambda kind: _execution(original, self, step_function))
 
     def function_of_cut_batches(iterator: Any) -> Any:
@@ -118,9 +121,11 @@ def _make_function(
             # For `views/gradient_time.py`.
             function_of_cut_batches.element_spec = iterator.element_spec  # type: ignore[attr-defined]
         else:
+            if not trains:
+                strategy.merge(f"`{step_function.__name__}`")
             iterator = map(functools.partial(_cut_checked, strategy, check), iterator)
         # Steps that workers take together and apart are traced by themselves.
-        warms_up = trains and strategy.settings.merging is not None and local_steps_of(self, strategy).warms_up
+        warms_up = trains and strategy.settings.merging is not None and strategy.local_steps.warms_up(self)
         with _training(self, strategy) if trains else contextlib.nullcontext():
             logs = execute(warms_up)(iterator)
         if trains:
@@ -142,7 +147,7 @@ def _execution(original: Callable[..., Any], model: keras.Model, step: Callable[
 def _training(model: keras.Model, strategy: ZeroStrategy) -> Iterator[None]:
     with contextlib.ExitStack() as entered:
         if strategy.settings.merging is not None:
-            entered.enter_context(local_steps_of(model, strategy).training())
+            entered.enter_context(strategy.local_steps.training(model))
         entered.enter_context(strategy.extended.shares.timing())
         yield
 
@@ -164,6 +169,7 @@ def _predict_on_batch(original: Callable[..., Any], self: keras.Model, x: Any) -
     strategy = strategy_of(self)
     if strategy is None:
         return original(self, x)
+    strategy.merge("`predict_on_batch`")
     with strategy.comparison.during("predict_on_batch"):
         return original(self, _cut_checked(strategy, strategy.check_predicted, x))
 
@@ -229,7 +235,7 @@ def _evaluate_or_predict(original: Callable[..., Any], self: keras.Model, *args:
         return original(self, *args, **kwargs)
     call = _bind(original, self, args, kwargs)
     with one_worker_writes(_callbacks_in(call), strategy), strategy.comparison.during(original.__name__):
-        strategy.merge(self, f"`{original.__name__}`")
+        strategy.merge(f"`{original.__name__}`")
         agree_on_call(strategy, original.__name__, call)
         return original(*call.args, **call.kwargs)
 
@@ -252,17 +258,24 @@ class _Merging(keras.callbacks.Callback):
     """Merges workers that train apart before other callbacks see the end of an epoch."""
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        strategy_of(self.model).merge(self.model, "the beginning of `fit`")
+        strategy_of(self.model).merge("the beginning of `fit`")
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        strategy_of(self.model).merge(self.model, "the end of an epoch")
+        strategy = strategy_of(self.model)
+        strategy.merge("the end of an epoch")
+        # What a `train_step` of the user's own returns is each worker's, unlike metrics.
+        own = {name: float(value) for name, value in (logs or {}).items() if np.ndim(value) == 0}
+        told = strategy.channel.all_gather("comparing the logs of an epoch", own)
+        for name, values in {name: [each.get(name) for each in told] for name in own}.items():
+            if None not in values and len(set(values)) > 1:
+                logs[name] = sum(values) / len(values)
 
 
 class _Stopping(keras.callbacks.Callback):
     """Comes after all other callbacks, which may stop a worker that trains apart."""
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        local_steps_of(self.model, strategy_of(self.model)).put_off_stop()
+        strategy_of(self.model).local_steps.put_off_stop(self.model)
 
 
 class _Announcement(keras.callbacks.Callback):

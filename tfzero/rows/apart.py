@@ -11,12 +11,13 @@ worker's replicas are added up over workers. State lies in the same shards in bo
 
 import contextlib
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import tensorflow as tf
 
-# How the state of layers is merged: by the sum of changes, or by the mean.
-SUMMED, AVERAGED = "sum", "mean"
+# How the state of layers is merged: the sum of all changes, the sum of all values, the mean, or it must be equal.
+ADDED, TOTAL, AVERAGED, EQUAL = "added", "total", "mean", "equal"
 
 
 class Apart:
@@ -37,8 +38,8 @@ class Apart:
             with tf.init_scope(), tf.device(device):
                 self._rows.append(tf.Variable(0, trainable=False, dtype=tf.int64))
         self._changed: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
-        self._ways: dict[str, str] = {}  # in which each is merged
-        self._common: dict[str, list[tf.Tensor]] = {}  # components at the last merge, of what is summed
+        self._assigned: weakref.WeakValueDictionary = weakref.WeakValueDictionary()  # outside of steps, by id
+        self.note_optimizer: Callable[[Any], None] = lambda optimizer: None  # that the current step applies
 
     @property
     def is_possible(self) -> bool:
@@ -46,13 +47,13 @@ class Apart:
         return bool(self._rows)
 
     @contextlib.contextmanager
-    def training(self, together: bool) -> Iterator[None]:
+    def training(self, together: bool, note_optimizer: Callable[[Any], None]) -> Iterator[None]:
         """While a training step is traced or runs, which workers take together or apart."""
-        self.is_on, self.is_together = not together, together
+        self.is_on, self.is_together, self.note_optimizer = not together, together, note_optimizer
         try:
             yield
         finally:
-            self.is_on = self.is_together = False
+            self.is_on, self.is_together, self.note_optimizer = False, False, lambda optimizer: None
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -74,28 +75,37 @@ class Apart:
             each.assign(0)
         return rows
 
-    def note(self, variable: tf.Variable, is_sum: bool) -> None:
-        """In a replica: notes that a step changes a layer's state by what depends on rows."""
+    def note(self, variable: tf.Variable, way: str) -> None:
+        """In a replica: notes that a step that workers take apart changes a layer's state, and how that is merged."""
         if not self.is_on:
             return
-        key = f"{type(variable).__name__} {variable.number}"
-        self._changed[key] = variable
-        if is_sum and self._ways.get(key) != SUMMED:
-            self._ways[key] = SUMMED
+        self._changed[f"{type(variable).__name__} {variable.number}"] = variable
+        if getattr(variable, "merged", None) != way:
+            variable.merged = way
             with tf.init_scope():
-                self._common[key] = [tf.identity(part) for part in variable.values]
-        self._ways.setdefault(key, AVERAGED)
+                _keep(variable)
+
+    def note_assigned(self, variable: tf.Variable) -> None:
+        """Outside of steps: notes that a program gives a variable another value, the same on all workers."""
+        if self.is_possible:
+            self._assigned[id(variable)] = variable
+
+    def take_assigned(self) -> set[int]:
+        """Ids of the variables that were assigned outside of steps since this was last asked."""
+        assigned = set(self._assigned)
+        self._assigned.clear()
+        return assigned
 
     def begin(self) -> None:
         """Begins a window of local steps."""
-        for key, variable in self._changed.items():
-            if self._ways[key] == SUMMED:
-                self._common[key] = [tf.identity(part) for part in variable.values]
+        for variable in self._changed.values():
+            _keep(variable)
 
     def changed(self, way: str) -> dict[str, tf.Variable]:
         """What is merged in a way, by keys that are equal on all workers, in order."""
-        return {key: each for key, each in sorted(self._changed.items()) if self._ways[key] == way}
+        return {key: each for key, each in sorted(self._changed.items()) if each.merged == way}
 
-    def common(self, key: str) -> list[tf.Tensor]:
-        """The components of a variable when the window began."""
-        return self._common[key]
+
+def _keep(variable: tf.Variable) -> None:
+    """Keeps the value to which changes will be added."""
+    variable.common = [tf.identity(part) for part in variable.values] if variable.merged == ADDED else []

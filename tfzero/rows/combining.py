@@ -16,6 +16,7 @@ import warnings
 import tensorflow as tf
 
 from tfzero.host import graphs, runtime
+from tfzero.rows.apart import ADDED, AVERAGED, EQUAL, TOTAL
 from tfzero.rows.dependence import MEAN, OTHER, OWN, ROWS, SAME, SUM, Dependence
 from tfzero.rows.padding import counted
 from tfzero.rows.replica_run import current_run
@@ -43,7 +44,7 @@ def combined(
     if extended.group.world_size == 1 and not extended.apart.is_on:
         return value, True
     if tf.executing_eagerly():
-        return _combined_eagerly(variable, value, extended), True
+        return _combined_eagerly(variable, value, extended), value.dtype.is_floating
     dependence: Dependence = extended.dependence()
     dependence.note_update(variable.name)
     parts = dependence.split(value)
@@ -52,10 +53,12 @@ def combined(
         own = parts.pop(OWN.name)
         parts[OTHER.name] = own + parts[OTHER.name] if OTHER.name in parts else own
     if not parts:
+        if value.dtype.is_floating:  # as weights that workers train apart
+            extended.apart.note(variable, AVERAGED)
         return value, False
     _check(variable, value.dtype, parts)
-    has_sum = variable.aggregation == tf.VariableAggregation.SUM or set(parts) == {SUM.name}
-    extended.apart.note(variable, has_sum)
+    if extended.apart.is_on:
+        extended.apart.note(variable, _way_to_merge(variable, same, parts))
     if variable.aggregation == tf.VariableAggregation.SUM:
         parts = {SUM.name: tf.add_n(list(parts.values()))}
     elif variable.aggregation == tf.VariableAggregation.MEAN:
@@ -69,6 +72,22 @@ def combined(
     if MEAN.name in parts:
         totals.append(extended.average(parts[MEAN.name]))
     return tf.reshape(tf.add_n(totals), tf.shape(value)), True
+
+
+def _way_to_merge(variable: tf.Variable, same: tf.Tensor | None, parts: dict[str, tf.Tensor]) -> str:
+    """How workers that train apart merge a variable to which `same` and these parts, which depend on rows, add up."""
+    if variable.aggregation != tf.VariableAggregation.SUM and set(parts) != {SUM.name}:
+        return AVERAGED
+    if same is None:
+        return ADDED if variable.is_adding else TOTAL
+    if graphs.is_read_of(same, variable.own_component):
+        return ADDED
+    warnings.warn(
+        f"The variable {variable.name!r} is assigned a sum over rows beside what is not its former value. Workers that "
+        "train apart take the mean of their values, where one device would have a sum over all rows.",
+        stacklevel=2,
+    )
+    return AVERAGED
 
 
 def summed(value: tf.Tensor, extended: tf.distribute.StrategyExtended) -> tf.Tensor:
@@ -113,7 +132,10 @@ def _undecided(variable: tf.Variable) -> str:
 
 
 def _combined_eagerly(variable: tf.Variable, value: tf.Tensor, extended: tf.distribute.StrategyExtended) -> tf.Tensor:
-    extended.apart.note(variable, variable.aggregation == tf.VariableAggregation.SUM)
+    if variable.aggregation == tf.VariableAggregation.SUM:  # only changes come here
+        extended.apart.note(variable, ADDED)
+    else:
+        extended.apart.note(variable, AVERAGED if value.dtype.is_floating else EQUAL)
     if variable.aggregation == tf.VariableAggregation.SUM:
         return summed(counted(value, extended), extended)
     if value.dtype.is_floating:

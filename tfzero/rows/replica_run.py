@@ -39,6 +39,12 @@ class ReplicaRun:
         """Number of rows of the batch that it was given, int64; None if it was given no known rows."""
         return own_rows_of(self.arguments)
 
+    def known_rows(self) -> tf.Tensor | None:
+        """Number of its rows, or 1 for some, int64; None if that is unknown."""
+        leaves = tf.nest.flatten(self.arguments)
+        rows = next((rows for leaf in leaves if (rows := own_rows(leaf)) is not None), None)
+        return tf.cast(self.found_rows, tf.int64) if rows is None and self.found_rows is not None else rows
+
     def has_rows(self) -> tf.Tensor | None:
         """Whether it has rows of the batch; None if it certainly has, or if that is unknown."""
         graph = current_graph()

@@ -233,6 +233,8 @@ class Exchange:
                     self._local(self.wire.lags[segment.index]).assign(self._ahead(segment, row, value))
                     continue
                 begin, end = self._range_of(segment)
+                if begin == end:
+                    continue
                 own = row[segment.offset : segment.offset + end - begin]
                 flat = tf.raw_ops.TensorStridedSliceUpdate(
                     input=tf.reshape(value, [-1]), begin=[begin], end=[end], strides=[1], value=own

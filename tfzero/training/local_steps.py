@@ -9,6 +9,7 @@ there, the others would wait for it, for instance to compare the next batch. So 
 """
 
 import contextlib
+import itertools
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfzero.collectives.group import Group
-from tfzero.rows.apart import AVERAGED, SUMMED
+from tfzero.rows.apart import ADDED, AVERAGED, EQUAL, TOTAL
 from tfzero.training.merging import Merger, cosine, distance
 
 _WINDOW = "the end of a window"
@@ -45,56 +46,63 @@ class Merge:
 
 
 class LocalSteps:
-    """The local steps of one model.
+    """The local steps of a strategy's workers, whichever models they train. When they meet, all are merged.
 
     Args:
-        model: the model.
-        strategy: its strategy.
+        strategy: the strategy.
+
+    Attributes:
+        steps: since the last merge.
+        merges: so far.
+        latest: what the latest merge was about; None before.
     """
 
-    def __init__(self, model: keras.Model, strategy: tf.distribute.Strategy) -> None:
-        self._model = weakref.ref(model)
-        self._strategy = weakref.ref(strategy)
-        self.steps = 0  # since the last merge
+    def __init__(self, strategy: tf.distribute.Strategy) -> None:
+        self._of_strategy = weakref.ref(strategy)
+        self.steps = 0
         self.merges = 0
         self.latest: Merge | None = None
-        self._wants_to_stop = False  # when workers meet
+        self._applied: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # optimizers by model
+        self._remade: weakref.WeakSet = weakref.WeakSet()  # models whose steps will be traced anew
+        self._models: list[keras.Model] = []  # those of this window, in their order
+        self._stopped: keras.Model | None = None  # the model whose training stops when workers meet
         self._takes_steps_apart = False
         self._begun = monotonic()
 
+    @property
+    def _strategy(self) -> Any:
+        return self._of_strategy()
+
+    def warms_up(self, model: keras.Model) -> bool:
+        """Whether a model's next steps are synchronous."""
+        done = int(model.optimizer.iterations) if model.optimizer is not None else 0
+        return done < self._strategy.settings.merging.warmup
+
     @contextlib.contextmanager
-    def training(self) -> Iterator[None]:
+    def training(self, model: keras.Model) -> Iterator[None]:
         """While an execution of training steps is traced or runs: this worker trains apart. Merges when it is time.
 
         Raises:
             ValueError: if a window does not end with an execution.
         """
-        model, strategy = self._model(), self._strategy()
-        every, size = strategy.settings.merging.every, model.steps_per_execution
+        apart = self._strategy.extended.apart
+        every, size = self._strategy.settings.merging.every, model.steps_per_execution
         if every % size:
             raise ValueError(
                 f"Workers merge between two executions, so `sync_every` must be a multiple of `steps_per_execution`. "
                 f"Received: sync_every={every}, steps_per_execution={size}"
             )
-        self._takes_steps_apart = not self.warms_up
-        if self.warms_up:
-            with strategy.extended.apart.training(together=True):
-                yield
-            return
-        if self.steps == 0:
-            self._begin()
-        with strategy.extended.apart.training(together=False):
+        together = self.warms_up(model)
+        self._takes_steps_apart = not together
+        if not together:
+            self._begin(model)
+        with apart.training(together, lambda optimizer: self._note(model, optimizer)):
             yield
+        if together:
+            return
         self.steps += size
         if self.steps >= every:
             self.meet(_WINDOW)
-
-    @property
-    def warms_up(self) -> bool:
-        """Whether the next execution is synchronous."""
-        optimizer = self._model().optimizer
-        done = int(optimizer.iterations) if optimizer is not None else 0
-        return done < self._strategy().settings.merging.warmup
 
     def meet(self, reason: str) -> None:
         """Meets the other workers, and merges if any has trained. [Note: meeting to merge]
@@ -104,85 +112,134 @@ class LocalSteps:
 
         Raises:
             RuntimeError: if workers are at different places of the program.
+            ValueError: if what they changed cannot be merged.
             TimeoutError: if a worker does not come.
         """
-        strategy, start = self._strategy(), monotonic()
-        apart = strategy.extended.apart
-        told = {"reason": reason, "rows": apart.take_rows(), "stop": self._wants_to_stop}
-        told |= {way: list(apart.changed(way)) for way in (AVERAGED, SUMMED)}
-        patience = strategy.settings.timeout_seconds + _PATIENCE * (start - self._begun)
-        answers = strategy.channel.all_gather("merging workers", told, patience)
-        waited = monotonic() - start
+        start, apart = monotonic(), self._strategy.extended.apart
+        self._heed_assigned()
+        told = {"reason": reason, "rows": apart.take_rows(), "stop": self._stopped is not None}
+        told |= {way: list(apart.changed(way)) for way in (ADDED, TOTAL, AVERAGED)}
+        told[EQUAL] = {key: str(each.numpy()) for key, each in apart.changed(EQUAL).items()}
+        patience = self._strategy.settings.timeout_seconds + _PATIENCE * (start - self._begun)
+        answers = self._strategy.channel.all_gather("merging workers", told, patience)
         reasons = sorted({answer["reason"] for answer in answers})
         if len(reasons) > 1:
             raise RuntimeError(f"The workers merge at different places of the program: {' and '.join(reasons)}.")
+        _check_equal([answer[EQUAL] for answer in answers])
         if sum(answer["rows"] for answer in answers):
-            self._merge(answers, waited)
-        self.steps = 0
-        self._begun = monotonic()
+            self._merge(answers, monotonic() - start)
         if any(answer["stop"] for answer in answers):
-            self._wants_to_stop, self._takes_steps_apart = False, False
-            self._model().stop_training = True
+            for model in self._models:
+                model.stop_training = True
+            self._stopped, self._takes_steps_apart = None, False
+        self.steps, self._models = 0, []
+        self._begun = monotonic()
 
-    def put_off_stop(self) -> None:
+    def put_off_stop(self, model: keras.Model) -> None:
         """After the other callbacks have seen the end of a batch: lets the worker stop when all meet."""
-        if self._takes_steps_apart and self._model().stop_training:
-            self._model().stop_training = False
-            self._wants_to_stop = True
+        if self._takes_steps_apart and model.stop_training:
+            model.stop_training, self._stopped = False, model
 
     def forget(self) -> None:
-        """After all variables have been restored: a new window begins."""
-        self.steps, self._wants_to_stop = 0, False
-        self._strategy().extended.apart.take_rows()
-        for merger in self.mergers:
-            merger.forget_lost()
+        """After the variables of a model have been restored: a new window begins."""
+        self.steps, self._models, self._stopped = 0, [], None
+        self._strategy.extended.apart.take_rows()
 
-    @property
-    def mergers(self) -> list[Merger]:
-        """Those of the model's optimizers."""
-        trained = [getattr(value, "trained", None) for _, value in sorted(vars(self._model()).items())]
-        return [each.merger for each in trained if getattr(each, "merger", None) is not None]
+    def mergers_of(self, model: keras.Model) -> list[Merger]:
+        """Those of the optimizers that a model's steps apply, in this order."""
+        return [optimizer.trained.merger for optimizer in self._applied.get(model, ())]
 
-    def _begin(self) -> None:
-        self._begun = monotonic()
-        self._strategy().extended.apart.begin()
-        for merger in self.mergers:
+    def remake(self, model: keras.Model) -> None:
+        """Notes that a model's steps will be traced anew, and may apply other optimizers."""
+        self._remade.add(model)
+
+    def _note(self, model: keras.Model, optimizer: Any) -> None:
+        """While a model's step is traced: notes an optimizer that it applies.
+
+        Raises:
+            ValueError: if another one trains the same variables.
+        """
+        former = self._applied.setdefault(model, [])
+        if model in self._remade:
+            self._remade.discard(model)
+            self._applied[model] = []
+        applied, merger = self._applied[model], optimizer.trained.merger
+        if any(each is optimizer for each in applied):
+            return
+        known = {id(variable) for each in self.mergers_of(model) for variable in each.variables}
+        if both := [variable.path for variable in merger.variables if id(variable) in known]:
+            raise ValueError(
+                f"Two optimizers train {both[:3]}, and what both do apart cannot be merged. Leave `sync_every` away."
+            )
+        applied.append(optimizer)
+        if not any(each is optimizer for each in former):
             merger.begin()
 
+    def _begin(self, model: keras.Model) -> None:
+        self._heed_assigned()
+        if not self._models:
+            self._begun = monotonic()
+            self._strategy.extended.apart.begin()
+        if not any(each is model for each in self._models):
+            self._models.append(model)
+            for merger in self.mergers_of(model):
+                merger.begin()
+
+    def _mergers(self) -> list[Merger]:
+        """Those of all models of this window."""
+        return [merger for model in self._models for merger in self.mergers_of(model)]
+
+    def _heed_assigned(self) -> None:
+        """Takes weights that a program has assigned within a window for common ones: it gave all workers the same."""
+        apart, mergers = self._strategy.extended.apart, self._mergers()
+        assigned = apart.take_assigned()
+        trained = {id(variable.value) for merger in mergers for variable in merger.variables}
+        if trained and trained <= assigned:
+            self.steps, self._models = 0, []
+            apart.take_rows()
+            return
+        for merger in mergers:
+            merger.begin(assigned)
+
     def _merge(self, answers: list[dict], waited: float) -> None:
+        mergers = self._mergers()
         rows = np.array([answer["rows"] for answer in answers], np.float64)
         weights = (rows / rows.sum()).astype(np.float32)
-        products = sum(merger.merge(weights.tolist()) for merger in self.mergers)
+        products = sum(merger.merge(weights.tolist()) for merger in mergers)
         if isinstance(products, np.ndarray):
             self.latest = Merge(self.steps, cosine(products), distance(products, weights), waited)
         self.merges += 1
-        worker = self._strategy().extended.mesh.worker
-        self._average(_in_all(answers, AVERAGED), float(weights[worker]))
-        self._add_up(_in_all(answers, SUMMED))
+        self._average(_in_all(answers, AVERAGED), float(weights[self._strategy.extended.mesh.worker]))
+        self._add_up(_in_all(answers, ADDED), ADDED)
+        self._add_up(_in_all(answers, TOTAL), TOTAL)
+        for model in self._models:
+            _constrain(model)
+        self._strategy.extended.apart.take_assigned()
 
     def _average(self, keys: list[str], weight: float) -> None:
-        """Takes the workers' weighted mean of the state of layers."""
-        changed = self._strategy().extended.apart.changed(AVERAGED)
-        variables = [changed[key] for key in keys]
+        """Takes the workers' weighted mean of the state of layers, without what optimizers train."""
+        changed = self._strategy.extended.apart.changed(AVERAGED)
+        trained = {id(variable.value) for merger in self._mergers() for variable in merger.variables}
+        variables = [changed[key] for key in keys if id(changed[key]) not in trained]
         weighted = [[weight * _wide(part) for part in variable.values] for variable in variables]
         for variable, parts in zip(variables, self._summed(weighted), strict=True):
             _assign(variable, parts)
 
-    def _add_up(self, keys: list[str]) -> None:
-        """Adds all workers' changes of the state of layers."""
-        apart = self._strategy().extended.apart
-        changed = apart.changed(SUMMED)
-        common = [[_wide(part) for part in apart.common(key)] for key in keys]
-        changes = [
-            [_wide(part) - before for part, before in zip(changed[key].values, former, strict=True)]
-            for key, former in zip(keys, common, strict=True)
+    def _add_up(self, keys: list[str], way: str) -> None:
+        """Adds all workers' changes of the state of layers, or their values."""
+        changed = self._strategy.extended.apart.changed(way)
+        variables = [changed[key] for key in keys]
+        before = [[_wide(part) for part in variable.common] for variable in variables]
+        added = [
+            [_wide(part) - former for part, former in itertools.zip_longest(variable.values, of, fillvalue=0)]
+            for variable, of in zip(variables, before, strict=True)
         ]
-        for key, before, change in zip(keys, common, self._summed(changes), strict=True):
-            _assign(changed[key], [a + b for a, b in zip(before, change, strict=True)])
+        for variable, of, sums in zip(variables, before, self._summed(added), strict=True):
+            _assign(variable, [total + former for total, former in itertools.zip_longest(sums, of, fillvalue=0)])
 
     def _summed(self, values: list[list[tf.Tensor]]) -> list[list[tf.Tensor]]:
         """Sums over workers of values that have a part on each local device, with one all-reduce for each dtype."""
-        across: Group = self._strategy().extended.all_group.across
+        across: Group = self._strategy.extended.all_group.across
         sums: list[Any] = [None] * len(values)
         for dtype in dict.fromkeys(parts[0].dtype for parts in values):
             places = [place for place, parts in enumerate(values) if parts[0].dtype == dtype]
@@ -200,11 +257,21 @@ class LocalSteps:
         return sums
 
 
-def local_steps_of(model: keras.Model, strategy: Any) -> LocalSteps:
-    """The local steps of a model of a ZeroStrategy."""
-    if model not in strategy.local_steps:
-        strategy.local_steps[model] = LocalSteps(model, strategy)
-    return strategy.local_steps[model]
+def _constrain(model: keras.Model) -> None:
+    for variable in model.trainable_variables:
+        if variable.constraint is not None:
+            variable.assign(variable.constraint(variable))
+
+
+def _check_equal(answers: list[dict]) -> None:
+    """Refuses state that is whole numbers, differs, and of which eager steps do not show how to merge it."""
+    differing = [key for key in answers[0] if len({answer.get(key, answers[0][key]) for answer in answers}) > 1]
+    if differing:
+        values = {key: [answer.get(key) for answer in answers] for key in differing[:3]}
+        raise ValueError(
+            f"Workers that train apart have other whole numbers in layers' variables, {values}. Declare what adds up: "
+            '`self.add_weight(..., aggregation="sum")`, or leave `run_eagerly=True` away, as the graph may tell.'
+        )
 
 
 def _in_all(answers: list[dict], way: str) -> list[str]:

@@ -15,7 +15,7 @@ becomes the variable.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import keras
 import numpy as np
@@ -27,7 +27,7 @@ from tfzero.collectives.group import Group
 from tfzero.host import runtime
 from tfzero.plan.merging import AVERAGE, Merging
 from tfzero.plan.placement import shard_elements
-from tfzero.training.outer import MASTER, Part, Place, checked, outside_of_scopes
+from tfzero.training.outer import MASTER, Part, Place, outside_of_scopes
 from tfzero.training.overwriting import is_overwritten
 from tfzero.training.stock_optimizers import settings_of
 from tfzero.variables.classes import ShardedParameter
@@ -56,13 +56,20 @@ class Merger:
         self._make_outer = make_outer
         self.places: list[Place] = outside_of_scopes(lambda: list(self._make_places(bucket_bytes)))
         self._merge = tf.function(self._merge_all, autograph=False)
-        self._begin = tf.function(self._begin_all, autograph=False)
         self.begin()
 
-    def begin(self) -> None:
-        """Begins a window of local steps. [Note: window]"""
-        with tf.init_scope():
-            self._begin()
+    def begin(self, assigned: Collection[int] | None = None) -> None:
+        """Begins a window of local steps. [Note: window]
+
+        Args:
+            assigned: ids of variables that a program has given other values within a window; None for all.
+        """
+        own = self.across.rank
+        for place in self.places:
+            for part in place.parts:
+                if assigned is None or id(self.variables[part.index].value) in assigned:
+                    with tf.init_scope(), tf.device(self.group.devices[place.replica]):
+                        part.begin(own(place.replica), self.across.world_size)
 
     def merge(self, weights: Sequence[float]) -> np.ndarray:
         """Ends a window of local steps: all workers get the same values.
@@ -73,16 +80,12 @@ class Merger:
         Returns:
             `[workers, workers]`: the products of the workers' differences from the last common values.
         """
-        products = self._merge(tf.constant(weights, tf.float32)).numpy()
-        for variable in self.variables:
-            if variable.constraint is not None:
-                variable.assign(variable.constraint(variable))
-        return products
+        return self._merge(tf.constant(weights, tf.float32)).numpy()
 
-    def forget_lost(self) -> None:
+    def take_up(self) -> None:
         """After masters have been restored: takes the variables for what the last merge has left."""
         for part in (part for place in self.places for part in place.parts if part.common is not None):
-            part.common.assign(tf.reshape(part.value, [-1]))
+            part.common.assign(part.flat)
 
     def kept(self, index: int) -> dict[str, dict[int, tf.Variable]]:
         """What is kept for a variable between merges, by kind and local replica."""
@@ -96,7 +99,7 @@ class Merger:
     def span(self, index: int, worker: int, replica: int) -> tuple[int, int]:
         """The flat elements `[begin, end)` of a variable that a worker owns at one of its replicas."""
         first, last = self.whole_span(index, worker, replica)
-        width = shard_elements(self._component(index).num_elements(), self.across.world_size)
+        width = shard_elements(last - first, self.across.world_size)
         return min(first + worker * width, last), min(first + (worker + 1) * width, last)
 
     def whole_span(self, index: int, worker: int, replica: int) -> tuple[int, int]:
@@ -147,7 +150,7 @@ class Merger:
                     self._make_part(index, variable, replica, f"part{number}")
                     for number, (index, variable) in enumerate(self._at(replica))
                 ]
-                optimizer = None if self._make_outer is None or not parts else checked(self._make_outer())
+                optimizer = None if self._make_outer is None or not parts else self._make_outer()
                 if optimizer is not None:
                     optimizer.build([part.master for part in parts])
                 yield Place(replica, parts, optimizer, bucket_bytes)
@@ -157,12 +160,13 @@ class Merger:
         return [
             (index, variable)
             for index, variable in enumerate(self.variables)
-            if replica == 0 or isinstance(variable.value, ShardedParameter)
+            if len(range(*self.whole_span(index, 0, replica)))
         ]
 
     def _make_part(self, index: int, variable: keras.Variable, replica: int, name: str) -> Part:
         component = variable.value.values[replica]
-        elements, workers = component.shape.num_elements(), self.across.world_size
+        begin, end = self.whole_span(index, 0, replica)
+        elements, workers = end - begin, self.across.world_size
         width = shard_elements(elements, workers)
         wide = "float64" if component.dtype == tf.float64 else "float32"
         unknown = np.full([width], np.nan, wide)
@@ -175,23 +179,9 @@ class Merger:
         common = runtime.plain_variable(tf.fill([elements], np.float32(np.nan))) if is_encoded else None
         keeps = is_encoded and self._feedback
         residual = runtime.plain_variable(tf.zeros([workers, width])) if keeps else None
-        return Part(index, component, master, common, residual)
+        return Part(index, component, elements, master, common, residual)
 
-    # The beginning and the end of a window.
-
-    def _begin_all(self) -> None:
-        for place in self.places:
-            with tf.device(self.group.devices[place.replica]):
-                own = self.across.rank(place.replica)
-                for part in place.parts:
-                    left = tf.cast(part.master.value, part.value.dtype)
-                    if part.common is not None:
-                        left = part.rows(part.common, self.across.world_size)[own]
-                        part.common.assign(tf.reshape(part.value, [-1]))
-                    now = part.rows(part.value, self.across.world_size)[own]
-                    is_left = (left == now) & ~tf.math.is_nan(part.master.value)
-                    kept = tf.where(is_left, part.master.value, tf.cast(now, part.master.value.dtype))
-                    part.master.value.assign(kept)
+    # The end of a window.
 
     def _merge_all(self, weights: tf.Tensor) -> tf.Tensor:
         self.group.keys.align()
@@ -211,12 +201,12 @@ class Merger:
         """The mean of all workers' differences in this worker's parts, and the products of these differences."""
         workers, widths = self.across.world_size, [part.width for part in bucket]
         if bucket[0].common is None:
-            sent = tf.concat([part.rows(part.value, workers) for part in bucket], 1)
+            sent = tf.concat([part.rows(part.flat, workers) for part in bucket], 1)
             received = self.across.all_to_all(sent, place.replica)
             masters = tf.concat([part.master.value for part in bucket], 0)
             differences = masters - tf.cast(received, masters.dtype)
         else:
-            changes = [part.rows(part.common - tf.reshape(part.value, [-1]), workers) for part in bucket]
+            changes = [part.rows(part.common - part.flat, workers) for part in bucket]
             payload = self._encoded(bucket, tf.concat(changes, 1))
             received = self.across.all_to_all(payload, place.replica)
             differences = self._codec.decode(received, sum(widths))
@@ -265,18 +255,19 @@ class Merger:
             flat = tf.reshape(rows, [-1])[: part.elements]
             if part.common is not None:
                 flat = part.common.assign_add(flat)
-            part.value.assign(tf.reshape(flat, part.value.shape))
-            for other in self._copies_of(part, place):
-                with tf.device(other.device):
-                    other.assign(tf.reshape(flat, part.value.shape))
-
-    def _copies_of(self, part: Part, place: Place) -> Sequence[tf.Variable]:
-        value = self.variables[part.index].value
-        return [] if isinstance(value, ShardedParameter) else value.values[1:]
+            value = self.variables[part.index].value
+            part.assign(
+                tf.convert_to_tensor(flat), [part.value] if isinstance(value, ShardedParameter) else value.values
+            )
 
 
-def make_merger(given: Sequence[keras.Variable], strategy: tf.distribute.Strategy, bucket_bytes: int) -> Merger | None:
-    """The merger of the variables that an optimizer is built for; None if workers do not train apart.
+def make_merger(
+    given: Sequence[keras.Variable],
+    optimizers: Sequence[keras.optimizers.Optimizer],
+    strategy: tf.distribute.Strategy,
+    bucket_bytes: int,
+) -> Merger | None:
+    """The merger of the variables that optimizers are built for; None if workers do not train apart.
 
     Raises:
         ValueError: for variables that cannot be merged; as `Merger`.
@@ -284,6 +275,12 @@ def make_merger(given: Sequence[keras.Variable], strategy: tf.distribute.Strateg
     settings = strategy.settings.merging
     if settings is None:
         return None
+    averaged = [type(each).__name__ for each in optimizers if each.use_ema]
+    if averaged:
+        raise ValueError(
+            f"`use_ema=True` of {averaged} keeps averages of one worker's own weights, which workers that train apart "
+            "cannot merge. Leave `use_ema` or `sync_every` away."
+        )
     if overwritten := [variable.path for variable in given if is_overwritten(variable)]:
         raise ValueError(
             f"The variables {overwritten} are overwritten by their gradients, as in float8 layers. Those of workers "
@@ -311,4 +308,4 @@ def distance(products: np.ndarray, weights: Sequence[float]) -> float:
     """Root of the weighted mean square of the workers' distances from their mean."""
     mean = np.asarray(weights) @ products @ np.asarray(weights)
     spread = float(np.dot(weights, np.diag(products)) - mean)
-    return math.sqrt(max(0.0, spread))
+    return math.sqrt(spread) if spread > 0 or math.isnan(spread) else 0.0

@@ -3,9 +3,10 @@
 [Note: merging] in `training/merging.py`
 """
 
+import copy
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,7 @@ class Part:
     Args:
         index: of the variable among those merged.
         value: the replica's component of it.
+        elements: number of elements of this component, without what pads a shard.
         master: this worker's own part of the value, `[width]`, as the outer optimizer updates it.
         common: the value of the last merge, flat; None if differences are not encoded.
         residual: what encoding has lost of this worker's differences, `[workers, width]`; None without error feedback.
@@ -37,21 +39,46 @@ class Part:
 
     index: int
     value: tf.Variable
+    elements: int
     master: keras.Variable
     common: tf.Variable | None
     residual: tf.Variable | None
 
     @property
-    def elements(self) -> int:
-        return self.value.shape.num_elements()
+    def flat(self) -> tf.Tensor:
+        """The component's elements, `[elements]`."""
+        return tf.reshape(self.value, [-1])[: self.elements]
 
     @property
     def width(self) -> int:
         return self.master.shape[0]
 
-    def rows(self, value: tf.Tensor, workers: int) -> tf.Tensor:
-        """A value of the component as `[workers, width]`: of each owner's part a row."""
-        return as_rows(tf.reshape(value, [-1]), workers)
+    def begin(self, own: int, workers: int) -> None:
+        """Begins a window of local steps. [Note: window] in `training/merging.py`
+
+        Args:
+            own: which of the parts is this worker's.
+            workers: number of parts.
+        """
+        left = tf.cast(self.master.value, self.value.dtype)
+        if self.common is not None:
+            left = self.rows(self.common, workers)[own]
+            self.common.assign(self.flat)
+        now = self.rows(self.flat, workers)[own]
+        is_left = (left == now) & ~tf.math.is_nan(self.master.value)
+        self.master.value.assign(tf.where(is_left, self.master.value, tf.cast(now, self.master.value.dtype)))
+
+    def rows(self, flat: tf.Tensor, workers: int) -> tf.Tensor:
+        """Elements of the component as `[workers, width]`: of each owner's part a row."""
+        return as_rows(tf.convert_to_tensor(flat), workers)
+
+    def assign(self, flat: tf.Tensor, components: Sequence[tf.Variable]) -> None:
+        """Assigns elements to components that are equal to this one. What pads them stays."""
+        rest = tf.reshape(self.value, [-1])[self.elements :]
+        value = tf.reshape(tf.concat([flat, rest], 0), self.value.shape)
+        for component in components:
+            with tf.device(component.device):
+                component.assign(value)
 
 
 class Place:
@@ -93,15 +120,27 @@ class Place:
 
 
 def outer_maker(outer_optimizer: Any, merging: Merging | None) -> Callable[[], keras.optimizers.Optimizer] | None:
-    """What makes an outer optimizer; None to take the mean, or if workers never train apart."""
+    """What makes an outer optimizer; None to take the mean, or if workers never train apart.
+
+    Raises:
+        ValueError: if it makes none, or one that cannot be applied to parts of variables.
+    """
     if merging is None or merging.outer == AVERAGE:
         return None
-    if outer_optimizer is None:
-        return lambda: keras.optimizers.SGD(0.7, momentum=0.9, nesterov=True)
-    return outer_optimizer if callable(outer_optimizer) else lambda: keras.optimizers.get(outer_optimizer)
+
+    def make() -> keras.optimizers.Optimizer:
+        if outer_optimizer is None:
+            return keras.optimizers.SGD(0.7, momentum=0.9, nesterov=True)
+        return outer_optimizer() if callable(outer_optimizer) else keras.optimizers.get(copy.deepcopy(outer_optimizer))
+
+    try:
+        outside_of_scopes(lambda: _check(make()))
+    except ValueError as error:
+        raise ValueError(f"{error} Received: outer_optimizer={outer_optimizer!r}") from error
+    return make
 
 
-def checked(optimizer: Any) -> keras.optimizers.Optimizer:
+def _check(optimizer: Any) -> None:
     """An outer optimizer that can be applied to parts of variables."""
     if not isinstance(optimizer, keras.optimizers.Optimizer):
         raise ValueError(f"`outer_optimizer` must make a Keras optimizer, but made {optimizer!r}.")
@@ -117,7 +156,6 @@ def checked(optimizer: Any) -> keras.optimizers.Optimizer:
             f"`outer_optimizer` is applied to parts of variables, once in each merge, which {given} of {name} does not "
             "allow. Leave them away, or set them in the optimizer of the model."
         )
-    return optimizer
 
 
 def outside_of_scopes(function: Callable[[], Any]) -> Any:

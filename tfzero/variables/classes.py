@@ -46,6 +46,7 @@ class ReplicatedVariable(distributed.VariableBase):
         # Read a sharded variable here, where it is whole, and not on each device, which has only a shard.
         if isinstance(value, tf.Variable | keras.Variable):
             value = tf.convert_to_tensor(value)
+        self.distribute_strategy.extended.apart.note_assigned(self)
         return super().update_outside(update, value, **kwargs)
 
 
@@ -60,6 +61,21 @@ class LayerVariable(ReplicatedVariable):
         if is_eager_sum(self):  # sum only the change
             return self.assign_add(tf.convert_to_tensor(value, self.dtype) - self.value(), *args, **kwargs)
         return super().assign(value, *args, **kwargs)
+
+    is_adding = False  # whether what it is given now is a change
+
+    def assign_add(self, delta: tf.types.experimental.TensorLike, *args: Any, **kwargs: Any) -> Any:
+        return self._added(super().assign_add, delta, *args, **kwargs)
+
+    def assign_sub(self, delta: tf.types.experimental.TensorLike, *args: Any, **kwargs: Any) -> Any:
+        return self._added(super().assign_sub, delta, *args, **kwargs)
+
+    def _added(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self.is_adding = True
+        try:
+            return method(*args, **kwargs)
+        finally:
+            self.is_adding = False
 
     def update_in_replica(
         self, update: Callable[..., Any], value: tf.types.experimental.TensorLike, **kwargs: Any
@@ -195,6 +211,7 @@ class ShardedVariable(ReplicatedVariable):
 
     def update_outside(self, update: Callable[..., Any], value: tf.types.experimental.TensorLike, **kwargs: Any) -> Any:
         value = self.fitting(value)
+        self.distribute_strategy.extended.apart.note_assigned(self)
         if self._held is not None:
             with tf.control_dependencies([] if tf.executing_eagerly() else [self.held_value()]):
                 update(self._held, value, **kwargs)

@@ -9,7 +9,6 @@ import tensorflow as tf
 
 from tfzero.checkpoint.state import state_of
 from tfzero.plan.settings import check_number
-from tfzero.training.local_steps import local_steps_of
 
 
 class DriftCallback(keras.callbacks.Callback):
@@ -53,7 +52,7 @@ def check_drift(model: keras.Model) -> None:
     """
     strategy = model.distribute_strategy
     items = state_of(model)
-    apart = strategy.settings.merging is not None and local_steps_of(model, strategy).steps > 0
+    apart = strategy.settings.merging is not None and strategy.local_steps.steps > 0
     equal = {item.name: item.value for item in items if item.is_equal_everywhere}
     within = set(equal) if apart else set()
     own = [item for item in items if item.is_local and not item.is_in_shards]  # equal within a worker

@@ -15,7 +15,6 @@ from tfzero.host import runtime
 from tfzero.optimizer import ZeroOptimizer
 from tfzero.plan.settings import check_number
 from tfzero.strategy import ZeroStrategy
-from tfzero.training.local_steps import local_steps_of
 from tfzero.views.gradient_time import UnmeasurableError, gradient_seconds
 from tfzero.views.picture import draw, holdings
 
@@ -168,7 +167,7 @@ class TensorBoardCallback(keras.callbacks.Callback):
             norm = optimizer.gradient_norm
             if norm is not None:
                 scalars["gradient/norm" if name == "optimizer" else f"gradient/norm_of_{name}"] = norm
-        if (merge := local_steps_of(self.model, self._strategy).latest) is not None:
+        if (merge := self._strategy.local_steps.latest) is not None:
             scalars |= {"local_steps/distance": merge.distance, "local_steps/waited_seconds": merge.waited_seconds}
             scalars |= {} if merge.cosine is None else {"local_steps/cosine": merge.cosine}
         scale = getattr(self.model.optimizer, "loss_scale_optimizer", None)
