@@ -88,3 +88,8 @@ def local_shard(
     begin = min(rank * width, flat.shape[0] - 1)
     shard = flat[begin : begin + width] if begin == rank * width else flat[begin:]
     return concatenate([shard, library.repeat(shard[-1:], width - shard.shape[0])], 0)
+
+
+def fill(variable: tf.Variable, value: tf.Tensor) -> None:
+    """Assigns a value of any shape."""
+    tf.raw_ops.AssignVariableOp(resource=variable.handle, value=value)

@@ -12,7 +12,7 @@ from tfzero.host.keras_objects import SlotKey
 from tfzero.plan.placement import Placement, Plan
 from tfzero.rows.combining import combined, is_eager_sum
 from tfzero.rows.padding import added, kept
-from tfzero.variables.allocation import local_shard
+from tfzero.variables.allocation import fill, local_shard
 from tfzero.workers.channel import Channel
 
 
@@ -65,12 +65,13 @@ class LayerVariable(ReplicatedVariable):
     is_adding = False  # whether what it is given now is a change
 
     def assign_add(self, delta: tf.types.experimental.TensorLike, *args: Any, **kwargs: Any) -> Any:
-        return self._added(super().assign_add, delta, *args, **kwargs)
+        return self.added(super().assign_add, delta, *args, **kwargs)
 
     def assign_sub(self, delta: tf.types.experimental.TensorLike, *args: Any, **kwargs: Any) -> Any:
-        return self._added(super().assign_sub, delta, *args, **kwargs)
+        return self.added(super().assign_sub, delta, *args, **kwargs)
 
-    def _added(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def added(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Calls a method that adds to the variable."""
         self.is_adding = True
         try:
             return method(*args, **kwargs)
@@ -175,7 +176,7 @@ class ShardedVariable(ReplicatedVariable):
             else:
                 if self._room is None:
                     self._room = runtime.plain_variable(whole, shape=tf.TensorShape(None))
-                _fill(self._room, whole)
+                fill(self._room, whole)
                 self._held = self._room
         self._holders += 1
 
@@ -191,7 +192,7 @@ class ShardedVariable(ReplicatedVariable):
         if self._holders:
             self._held = held
         elif held is self._room:
-            _fill(held, tf.zeros([0], held.dtype))  # which takes no memory
+            fill(held, tf.zeros([0], held.dtype))  # which takes no memory
 
     def value_here(self) -> tf.Tensor | tf.Variable:
         # Outside any scope, and while saving a SavedModel, TensorFlow takes the first component for the whole variable.
@@ -258,11 +259,6 @@ class ShardedVariable(ReplicatedVariable):
         """A local replica's component of a value of the whole variable."""
         mesh = self.distribute_strategy.extended.mesh
         return local_shard(value, self._owner, mesh.shard_rank(mesh.rank(replica)), mesh.shards)
-
-
-def _fill(variable: tf.Variable, value: tf.Tensor) -> None:
-    """Assigns a value of any shape."""
-    tf.raw_ops.AssignVariableOp(resource=variable.handle, value=value)
 
 
 def agree_on_sharded(channel: Channel, topic: str, variables: Sequence[ShardedVariable], what: str) -> None:
