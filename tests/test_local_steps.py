@@ -12,6 +12,7 @@ import pytest
 import tensorflow as tf
 
 import tfzero
+from tfzero import costs
 from tfzero.plan.merging import check_merging
 from tfzero.plan.mesh import Mesh
 from tfzero.plan.placement import split_rows
@@ -350,6 +351,15 @@ def test_workers_train_apart(devices):
             assert found["history"] == fleet[0][name]["history"]
             expected = hand.models[0].predict(x, verbose=0)
             np.testing.assert_allclose(found["predictions"], expected, **(loose or {"rtol": 1e-4, "atol": 1e-5}))
+    for name, (settings, *_) in CASES.items():
+        if "compression" in settings:  # in blocks of 256
+            continue
+        report = fleet[0][name]["report"]
+        own = {key: value for key, value in settings.items() if key != "outer_optimizer"}
+        setup = costs.Setup(2 * devices, replicas_per_worker=devices, **own)
+        merged = settings["sync_every"] * (setup.sent_bytes() - setup.of_one_worker.sent_bytes())
+        parameters = sum(np.prod(variable.shape) for variable in report.variables)
+        assert report.merge_bytes == pytest.approx(merged * parameters, rel=0.35)  # so small, they are padded by a lot
     of_two = fleet[0]["DiLoCo"]
     assert of_two["merges"] == 4 and of_two["latest"].steps == 1  # 4 batches an epoch
     assert "3 steps alone, then a merge of" in of_two["report"].options["sync_every"]

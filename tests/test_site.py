@@ -102,7 +102,6 @@ def test_the_reference_has_all_that_docstrings_tell(site):
     text = re.sub(r"<[^>]*>", "", (site / "api" / "index.html").read_text())
     assert not [name for name in tfzero.__all__ if f"tfzero.{name}" not in text]
     assert "how long a worker waits for the others before it gives up" in text  # of an argument
-    assert "agreed_randomness" not in text
 
 
 def test_a_link_to_nowhere_is_noticed(tmp_path):

@@ -7,6 +7,9 @@ prints what 8, 64, 1024 and 16384 replicas hold and send, and how long that take
 A reduce-scatter sends each of N rows to its owner. An all-gather sends each owner's row to all. In both, each replica
 sends (N-1)/N of all elements, in N-1 messages. An all-reduce in a ring is one of each
 (https://arxiv.org/abs/1910.02054, section 7). `tests/test_costs.py` compares this with the collectives of real steps.
+
+With `--sync-every` workers train apart. Each is then a small fleet by itself, and a merge, once in so many steps, sends
+between workers what an all-reduce does.
 """
 
 import argparse
@@ -29,6 +32,7 @@ class Setup:
         reshard_after_forward: as in `ZeroStrategy`.
         replicas_per_worker: how many replicas share a worker, and reach each other without the network.
         two_level: whether gradients are summed within each worker first, in float32 (`collectives/group.py`).
+        sync_every: as in `ZeroStrategy`; `compression` and `error_feedback` are then those of merges.
     """
 
     world_size: int
@@ -38,6 +42,7 @@ class Setup:
     reshard_after_forward: bool = True
     replicas_per_worker: int = 1
     two_level: bool = False
+    sync_every: int | None = None
 
     @property
     def scheme(self) -> Scheme:
@@ -52,8 +57,16 @@ class Setup:
     def workers(self) -> int:
         return self.world_size // self.replicas_per_worker
 
+    @property
+    def of_one_worker(self) -> "Setup":
+        """One worker by itself, which takes steps alone."""
+        return Setup(self.replicas_per_worker, self.stage, None, False, self.reshard_after_forward)
+
     def sent_bytes(self) -> float:
-        """Bytes that a replica sends in a step, for each parameter."""
+        """Bytes that a replica sends in a step, for each parameter. Of whole parameters the first one merges all."""
+        if self.sync_every is not None:
+            own_part = 1 / self.replicas_per_worker if self.scheme.shards_parameters else 1.0
+            return self.of_one_worker.sent_bytes() + own_part * self.network_bytes()
         item = item_bytes(self.compression)
         once = item * (self.world_size - 1) / self.world_size
         if not self.two_level:
@@ -66,6 +79,8 @@ class Setup:
 
         An all-to-all sends from each replica straight to all others. A ring crosses a worker's boundary once.
         """
+        if self.sync_every is not None:
+            return 2 * item_bytes(self.compression) * (self.workers - 1) / self.workers / self.sync_every
         inside = min(self.replicas_per_worker, self.world_size)
         if inside == self.world_size:
             return 0.0
@@ -78,12 +93,23 @@ class Setup:
 
     def messages(self, exchanges: int) -> int:
         """Messages that a replica sends in a step, if variables travel in this many exchanges (buckets, or layers)."""
+        if self.sync_every is not None:
+            of_merge = 2 * exchanges * (self.workers - 1)
+            return self.of_one_worker.messages(exchanges) + -(-of_merge // self.sync_every)
         once = self.world_size - 1
         of_gradients = self.replicas_per_worker - 1 + self.workers - 1 if self.two_level else once
         return exchanges * (of_gradients + (self.passes - 1) * once)
 
     def held_bytes(self, slots: int = 2) -> float:
-        """Bytes that a replica holds between steps, for each float32 parameter: parameter, slots, lag and residual."""
+        """Bytes that a replica holds between steps, for each float32 parameter: parameter, slots, lag and residual.
+
+        With `sync_every` that is the first replica, with what merges it: this worker's part of the outer optimizer's
+        values and of one slot, and with compression the values of the latest merge and a residual.
+        """
+        if self.sync_every is not None:
+            own_part = 1 / self.replicas_per_worker if self.scheme.shards_parameters else 1.0
+            kept = 8 / self.workers + (4 if self.compression else 0) + (4 if self.error_feedback else 0)
+            return self.of_one_worker.held_bytes(slots) + own_part * kept
         fraction, scheme = 1 / self.world_size, self.scheme
         parameter = 4 * fraction if scheme.shards_parameters else 4.0
         slot = 4 * fraction if scheme.shards_slots else 4.0
@@ -106,7 +132,11 @@ def projection(options: argparse.Namespace) -> str:
             for name in (None, "int8"):
                 here = min(options.replicas_per_worker, world_size)
                 is_two_level = 1 < here < world_size and (name is not None or not scheme_of(stage).reduces_to_all)
-                setup = Setup(world_size, stage, name, replicas_per_worker=here, two_level=is_two_level)
+                every = options.sync_every if here < world_size else None
+                is_two_level = is_two_level and every is None
+                setup = Setup(
+                    world_size, stage, name, replicas_per_worker=here, two_level=is_two_level, sync_every=every
+                )
                 sent = max(setup.sent_bytes() / options.local_speedup, setup.network_bytes()) * options.parameters
                 messages = setup.messages(options.exchanges)
                 seconds = sent * 8 / (options.gbit * 1e9) + messages * options.microseconds * 1e-6
@@ -128,6 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--exchanges", type=int, default=32, help="buckets or layers that travel one after the other")
     parser.add_argument("--replicas-per-worker", type=int, default=1)
     parser.add_argument("--local-speedup", type=float, default=10.0, help="how much faster links within a worker are")
+    parser.add_argument("--sync-every", type=int, help="steps that workers take apart before they are merged")
     print(projection(parser.parse_args(arguments)))
 
 

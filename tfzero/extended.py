@@ -237,13 +237,11 @@ class ZeroExtended(distributed.ExtendedBase):
 
     def is_fed(self) -> tf.Tensor | None:
         """Within a replica of a worker that trains apart: whether the worker has rows; None where that is unknown."""
-        rows = current_run().known_rows() if self.apart.is_on else None
-        return None if rows is None else self.replica_collective(self.group.all_reduce, rows) > 0
-
-    def update_if_fed(self, update: Callable[[], Any], depends: bool) -> Any:
-        """Within a replica: updates a layer's state, unless that depends on rows and the worker has none."""
-        fed = self.is_fed() if depends else None
-        return update() if fed is None else tf.cond(fed, lambda: (update(), None)[1], lambda: None)
+        run, graph = current_run(), current_graph()
+        rows = run.known_rows() if self.apart.is_on else None
+        if rows is not None and graph not in run.fed:
+            run.fed[graph] = self.replica_collective(self.group.all_reduce, rows) > 0
+        return None if rows is None else run.fed[graph]
 
     def dependence(self) -> Dependence:
         """Within a replica being traced: which tensors depend on its rows of the batch. [Note: kinds]"""

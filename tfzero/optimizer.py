@@ -345,7 +345,7 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
     @property
     def _trained_now(self) -> Trained:
         """What is trained, and by which replicas the current step is taken. [Note: apart]"""
-        is_together = strategy_of(self.trained_variables).extended.apart.is_together
+        is_together = tf.distribute.get_strategy().extended.apart.is_together
         return dataclasses.replace(self._trained, across=self._trained.merger.across) if is_together else self._trained
 
     def _by_index(self, grads: Sequence, variables: Iterable | None) -> dict[int, tf.Tensor]:

@@ -369,6 +369,7 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
             raise ValueError(f"`gathered` takes variables made under this strategy's scope, but received {strange}.")
         sharded = {value.number: value for value in values if isinstance(value, ShardedVariable)}
         held = [sharded[number] for number in sorted(sharded)]
+        self.merge("gathering variables")
         agree_on_sharded(self.channel, "gathering variables", held, "variables to gather")
         for value in held:
             value.hold()
@@ -384,4 +385,5 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
 
 def _counts_batches(value: Any) -> bool:
     """Whether a value tells how many replicas here have a batch (`tensorflow/python/distribute/input_lib.py`)."""
-    return tf.is_symbolic_tensor(value) and value.dtype == tf.int64 and value.shape.as_list() in ([1], [1, 1])
+    is_count = tf.is_symbolic_tensor(value) and value.dtype == tf.int64
+    return is_count and bool(value.shape.rank) and value.shape.num_elements() == 1

@@ -69,6 +69,12 @@ def whole_state_of(model: keras.Model) -> list[Item]:
     return items
 
 
+def _spans(merger: Merger, index: int, is_whole: bool) -> Callable[[int, int], tuple[int, int]]:
+    if is_whole:
+        return lambda worker, replica: merger.whole_span(index, replica)
+    return functools.partial(merger.span, index)
+
+
 def _outer_items(merger: Merger, owner: str, names: Callable[[keras.Variable], str]) -> Iterator[OuterItem]:
     """What a merger keeps.
 
@@ -86,7 +92,7 @@ def _outer_items(merger: Merger, owner: str, names: Callable[[keras.Variable], s
                 variable,
                 is_local=kind == RESIDUAL,
                 components=tuple(map(kept.get, places)),
-                spans=functools.partial(merger.whole_span if kind == RESIDUAL else merger.span, index),
+                spans=_spans(merger, index, is_whole=kind == RESIDUAL),
                 of=of,
                 unknown=math.nan if kind == MASTER else 0.0,
             )

@@ -230,6 +230,9 @@ def find_newest(directory: Path, team: Team) -> Search:
 
 def restore(model: keras.Model, folder: Path, manifest: Mapping, team: Team, only: str | None = None) -> None:
     """Restores the variables of a model from a checkpoint: all, or only those of one section."""
+    strategy = model.distribute_strategy
+    if only is None and isinstance(strategy, ZeroStrategy):
+        strategy.merge("loading a checkpoint")  # other models may be in the middle of a window
     build_optimizer(model)
     items = [item for item in whole_state_of(model) if only in (None, item.section)]
     if manifest["position"] is None or not manifest["position"]["batch"]:
@@ -244,7 +247,6 @@ def restore(model: keras.Model, folder: Path, manifest: Mapping, team: Team, onl
             read_state(folder, items, entries, team.mesh, bar.advance)
 
         together(team.channel, f"reading {folder}", read, patience(team.timeout_seconds, size_bytes))
-    strategy = model.distribute_strategy
     if only is None and isinstance(strategy, ZeroStrategy):
         strategy.local_steps.forget()
         for merger in mergers_of(model).values():
@@ -287,7 +289,7 @@ class Save:
         Raises:
             OSError: on all workers, if one of them cannot write there, there is no room, or another run holds it.
         """
-        needed = sum(item.bytes for item in whole_state_of(self._model))
+        needed = sum(item.stored_bytes(self._team.mesh) for item in whole_state_of(self._model))
 
         def take() -> None:
             directories.check_room(self._directory, needed if self._team.is_chief else 0)

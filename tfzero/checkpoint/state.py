@@ -15,7 +15,7 @@ from tfzero.variables.classes import OnReadVariable, ShardedVariable
 
 # Sections of the training state, beside "model" and the optimizers.
 LAG, RESIDUAL = "lag", "residual"  # what compression keeps for a variable (`training/exchange.py`)
-OUTER = "outer"  # what merges workers that train apart (`checkpoint/outer.py`)
+OUTER = "outer-state"  # what merges workers that train apart (`checkpoint/outer.py`)
 METRICS = "metrics"
 OPTIONAL = (LAG, RESIDUAL, OUTER)
 
@@ -69,6 +69,10 @@ class Item:
     @property
     def bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.size
+
+    def stored_bytes(self, mesh: Mesh) -> int:
+        """Bytes in a checkpoint."""
+        return self.bytes * (mesh.copies if self.is_local else 1)
 
     @property
     def is_per_replica(self) -> bool:

@@ -263,7 +263,7 @@ def together(results: list) -> list:
 
 
 def is_read_of(tensor: tf.Tensor, variable: tf.Variable) -> bool:
-    """In a graph: whether a tensor is what a variable holds, passed on as it is."""
-    while tensor.op.type in ("Identity", "EnsureShape"):
+    """In a graph: whether a tensor is what a variable holds, passed on as it is or in another dtype."""
+    while tensor.op.type in ("Identity", "EnsureShape", "Cast"):
         tensor = tensor.op.inputs[0]
     return tensor.op.type == "ReadVariableOp" and tensor.op.inputs[0] is tensor.graph.capture(variable.handle)

@@ -29,6 +29,7 @@ class _Epochs(EpochsBase):
 
     place: DataPosition | None = None  # where in the data the loop begins
     position: DataPosition | None = None  # where it is, for checkpoints
+    strategy: ZeroStrategy  # whose loop it is
     worker: str = ""  # which this is
     reads_files: bool = False  # whether the data are a `sharded_dataset`, in which it can seek
     executions: int = 0  # begun in this epoch
@@ -81,6 +82,8 @@ class _Epochs(EpochsBase):
                 if self.executions == 1 and not self.goes_on:
                     raise ValueError(_USED_UP.format(worker=self.worker)) from None
                 raise
+        # Before Keras reads metrics, for which workers that train apart would wait for each other in a collective.
+        self.strategy.merge("the end of the data")
 
 
 @contextlib.contextmanager
@@ -129,6 +132,7 @@ def _epoch_iterator(
     with agreed_randomness(distribute_strategy, position):
         original(self, distribute_strategy, *args, **kwargs)
     self.__class__, self.place, self.position = _Epochs, position, position
+    self.strategy = distribute_strategy
     self.worker = distribute_strategy.extended.name_of_worker
     if position is not None:
         given = distribute_strategy.extended.origin_of(runtime.dataset_of(self))

@@ -31,6 +31,7 @@ def _save_saved_model(
     strategies = [v.distribute_strategy for v in variables if isinstance(v.distribute_strategy, ZeroStrategy)]
     if not strategies:
         return original(obj, export_dir, *args, **kwargs)
+    strategies[0].merge("saving a SavedModel")
     channel, worker = strategies[0].channel, strategies[0].extended.mesh.worker
     sharded = [variable for variable in variables if isinstance(variable, ShardedVariable)]
     agree_on_sharded(channel, "saving a SavedModel", sharded, "variables to save")

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from tfzero.checkpoint.callback import CheckpointCallback
@@ -126,7 +125,7 @@ def _make_function(
             iterator = map(functools.partial(_cut_checked, strategy, check), iterator)
         # Steps that workers take together and apart are traced by themselves.
         warms_up = trains and strategy.settings.merging is not None and strategy.local_steps.warms_up(self)
-        with _training(self, strategy) if trains else contextlib.nullcontext():
+        with _training(self, strategy, warms_up) if trains else contextlib.nullcontext():
             logs = execute(warms_up)(iterator)
         if trains:
             strategy.extended.shares.rebalance(self.steps_per_execution)
@@ -144,10 +143,10 @@ def _execution(original: Callable[..., Any], model: keras.Model, step: Callable[
 
 
 @contextlib.contextmanager
-def _training(model: keras.Model, strategy: ZeroStrategy) -> Iterator[None]:
+def _training(model: keras.Model, strategy: ZeroStrategy, warms_up: bool) -> Iterator[None]:
     with contextlib.ExitStack() as entered:
         if strategy.settings.merging is not None:
-            entered.enter_context(strategy.local_steps.training(model))
+            entered.enter_context(strategy.local_steps.training(model, warms_up))
         entered.enter_context(strategy.extended.shares.timing())
         yield
 
@@ -255,16 +254,15 @@ for _name, _arguments in _CALLS.items():
 
 
 class _Merging(keras.callbacks.Callback):
-    """Merges workers that train apart before other callbacks see the end of an epoch."""
+    """Merges workers that train apart before they begin; averages the logs of an epoch before other callbacks."""
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         strategy_of(self.model).merge("the beginning of `fit`")
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         strategy = strategy_of(self.model)
-        strategy.merge("the end of an epoch")
         # What a `train_step` of the user's own returns is each worker's, unlike metrics.
-        own = {name: float(value) for name, value in (logs or {}).items() if np.ndim(value) == 0}
+        own = {name: value for name, value in (logs or {}).items() if isinstance(value, int | float)}
         told = strategy.channel.all_gather("comparing the logs of an epoch", own)
         for name, values in {name: [each.get(name) for each in told] for name in own}.items():
             if None not in values and len(set(values)) > 1:

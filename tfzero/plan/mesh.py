@@ -10,7 +10,7 @@ They form a mesh with three axes:
 
 The ranks of one stage are its `copies * shards` replicas. Each computes with its own rows of a batch. Splits of a batch
 and means over it go by `replicas`; splits of state go by `shards`. A strategy's mesh has only the axis `shards`, so the
-two numbers are equal.
+two numbers are equal, unless workers train apart: then each has a copy ([Note: local steps] in `plan/merging.py`).
 """
 
 from dataclasses import dataclass

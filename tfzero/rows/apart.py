@@ -16,8 +16,9 @@ from typing import Any
 
 import tensorflow as tf
 
-# How the state of layers is merged: the sum of all changes, the sum of all values, the mean, or it must be equal.
-ADDED, TOTAL, AVERAGED, EQUAL = "added", "total", "mean", "equal"
+# How the state of layers is merged: by the sum of all changes, the sum of all values, the mean, or the first worker's
+# value; or it must be equal.
+ADDED, TOTAL, AVERAGED, FIRST, EQUAL = "added", "total", "mean", "first", "equal"
 
 
 class Apart:
@@ -107,5 +108,5 @@ class Apart:
 
 
 def _keep(variable: tf.Variable) -> None:
-    """Keeps the value to which changes will be added."""
-    variable.common = [tf.identity(part) for part in variable.values] if variable.merged == ADDED else []
+    """Keeps the value by which a change is seen."""
+    variable.common = [tf.identity(part) for part in variable.values] if variable.merged in (ADDED, TOTAL) else []

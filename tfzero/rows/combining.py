@@ -78,9 +78,16 @@ def _way_to_merge(variable: tf.Variable, same: tf.Tensor | None, parts: dict[str
     """How workers that train apart merge a variable to which `same` and these parts, which depend on rows, add up."""
     if variable.aggregation != tf.VariableAggregation.SUM and set(parts) != {SUM.name}:
         return AVERAGED
+    is_sum = same is None or graphs.is_read_of(same, variable.own_component)
+    if not is_sum and not variable.dtype.is_floating:
+        raise ValueError(
+            f"The variable {variable.name!r} of dtype {variable.dtype.name} is assigned a sum over rows beside what is "
+            "not its former value. Workers that train apart cannot merge it: make it a float, or leave `sync_every` "
+            "away."
+        )
     if same is None:
-        return ADDED if variable.is_adding else TOTAL
-    if graphs.is_read_of(same, variable.own_component):
+        return ADDED if getattr(variable, "is_adding", False) else TOTAL
+    if is_sum:
         return ADDED
     warnings.warn(
         f"The variable {variable.name!r} is assigned a sum over rows beside what is not its former value. Workers that "

@@ -76,6 +76,25 @@ def added(value: tf.Tensor, extended: tf.distribute.StrategyExtended) -> tf.Tens
     return _if_any(has_rows, value) if is_of_rows else counted(value, extended)
 
 
+@tf.autograph.experimental.do_not_convert
+def updated(
+    update: Callable[[], Any], component: tf.Variable, depends: bool, extended: tf.distribute.StrategyExtended
+) -> Any:
+    """Within a replica: updates a layer's state, unless that depends on rows and a worker apart has none. [Note: apart]
+
+    Args:
+        update: does so, and returns what the caller asked for.
+        component: what is returned in its place, where the update depends on rows that may be missing.
+        depends: whether the update depends on rows.
+        extended: of the strategy.
+    """
+    fed = extended.is_fed() if depends else None
+    if fed is None:
+        return update()
+    tf.cond(fed, lambda: (update(), None)[1], lambda: None)
+    return component
+
+
 def _is_in_a_loop() -> bool:
     return graphs.is_in_a_loop(current_run().graph)
 

@@ -9,9 +9,9 @@ there, the others would wait for it, for instance to compare the next batch. So 
 """
 
 import contextlib
-import itertools
+import hashlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any
@@ -21,7 +21,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfzero.collectives.group import Group
-from tfzero.rows.apart import ADDED, AVERAGED, EQUAL, TOTAL
+from tfzero.rows.apart import ADDED, AVERAGED, EQUAL, FIRST, TOTAL
 from tfzero.training.merging import Merger, cosine, distance
 
 _WINDOW = "the end of a window"
@@ -65,8 +65,10 @@ class LocalSteps:
         self._applied: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # optimizers by model
         self._remade: weakref.WeakSet = weakref.WeakSet()  # models whose steps will be traced anew
         self._models: list[keras.Model] = []  # those of this window, in their order
-        self._stopped: keras.Model | None = None  # the model whose training stops when workers meet
-        self._takes_steps_apart = False
+        self._assigned: dict[str, tuple[str, list[tf.Tensor]]] = {}  # weights that a program gave, with their digests
+        self._former_rows = 0  # trained with before a program gave all weights
+        self._trains: Callable[[], keras.Model | None] = lambda: None
+        self._takes_steps_apart = self._wants_to_stop = False
         self._begun = monotonic()
 
     @property
@@ -74,13 +76,18 @@ class LocalSteps:
         return self._of_strategy()
 
     def warms_up(self, model: keras.Model) -> bool:
-        """Whether a model's next steps are synchronous."""
-        done = int(model.optimizer.iterations) if model.optimizer is not None else 0
-        return done < self._strategy.settings.merging.warmup
+        """Whether a model's next steps are synchronous, by the updates of the optimizers that its steps apply."""
+        warmup = self._strategy.settings.merging.warmup
+        applied = self._applied.get(model) or [model.optimizer]
+        return warmup > 0 and max((int(each.iterations) for each in applied if each is not None), default=0) < warmup
 
     @contextlib.contextmanager
-    def training(self, model: keras.Model) -> Iterator[None]:
+    def training(self, model: keras.Model, together: bool) -> Iterator[None]:
         """While an execution of training steps is traced or runs: this worker trains apart. Merges when it is time.
+
+        Args:
+            model: the model.
+            together: whether the steps are synchronous, as they warm up.
 
         Raises:
             ValueError: if a window does not end with an execution.
@@ -92,8 +99,7 @@ class LocalSteps:
                 f"Workers merge between two executions, so `sync_every` must be a multiple of `steps_per_execution`. "
                 f"Received: sync_every={every}, steps_per_execution={size}"
             )
-        together = self.warms_up(model)
-        self._takes_steps_apart = not together
+        self._takes_steps_apart, self._trains = not together, weakref.ref(model)
         if not together:
             self._begin(model)
         with apart.training(together, lambda optimizer: self._note(model, optimizer)):
@@ -112,38 +118,48 @@ class LocalSteps:
 
         Raises:
             RuntimeError: if workers are at different places of the program.
-            ValueError: if what they changed cannot be merged.
             TimeoutError: if a worker does not come.
+            ValueError: if what they changed cannot be merged.
         """
         start, apart = monotonic(), self._strategy.extended.apart
-        self._heed_assigned()
-        told = {"reason": reason, "rows": apart.take_rows(), "stop": self._stopped is not None}
-        told |= {way: list(apart.changed(way)) for way in (ADDED, TOTAL, AVERAGED)}
-        told[EQUAL] = {key: str(each.numpy()) for key, each in apart.changed(EQUAL).items()}
+        self._note_assigned()
+        changed = {way: apart.changed(way) for way in (ADDED, TOTAL, AVERAGED, FIRST)}
+        told = {
+            "reason": reason,
+            "rows": [self._former_rows, apart.take_rows()],
+            "stop": self._wants_to_stop,
+            "assigned": {key: digest for key, (digest, _) in self._assigned.items()},
+            EQUAL: {key: str(each.numpy()) for key, each in apart.changed(EQUAL).items()},
+            **{way: list(variables) for way, variables in changed.items()},
+        }
         patience = self._strategy.settings.timeout_seconds + _PATIENCE * (start - self._begun)
         answers = self._strategy.channel.all_gather("merging workers", told, patience)
+        waited = monotonic() - start
         reasons = sorted({answer["reason"] for answer in answers})
         if len(reasons) > 1:
             raise RuntimeError(f"The workers merge at different places of the program: {' and '.join(reasons)}.")
         _check_equal([answer[EQUAL] for answer in answers])
-        if sum(answer["rows"] for answer in answers):
-            self._merge(answers, monotonic() - start)
+        self._merge(answers, changed, waited)
         if any(answer["stop"] for answer in answers):
-            for model in self._models:
+            self._wants_to_stop = self._takes_steps_apart = False
+            if (model := self._trains()) is not None:
                 model.stop_training = True
-            self._stopped, self._takes_steps_apart = None, False
-        self.steps, self._models = 0, []
-        self._begun = monotonic()
+        self.forget(stops=False)
 
     def put_off_stop(self, model: keras.Model) -> None:
         """After the other callbacks have seen the end of a batch: lets the worker stop when all meet."""
         if self._takes_steps_apart and model.stop_training:
-            model.stop_training, self._stopped = False, model
+            model.stop_training, self._wants_to_stop = False, True
 
-    def forget(self) -> None:
-        """After the variables of a model have been restored: a new window begins."""
-        self.steps, self._models, self._stopped = 0, [], None
+    def forget(self, stops: bool = True) -> None:
+        """A new window begins, as all have merged or all variables have been restored."""
+        self.steps, self._models, self._former_rows = 0, [], 0
+        self._assigned.clear()
         self._strategy.extended.apart.take_rows()
+        self._strategy.extended.apart.take_assigned()
+        self._begun = monotonic()
+        if stops:
+            self._wants_to_stop = False
 
     def mergers_of(self, model: keras.Model) -> list[Merger]:
         """Those of the optimizers that a model's steps apply, in this order."""
@@ -176,66 +192,107 @@ class LocalSteps:
             merger.begin()
 
     def _begin(self, model: keras.Model) -> None:
-        self._heed_assigned()
         if not self._models:
             self._begun = monotonic()
             self._strategy.extended.apart.begin()
+        self._note_assigned()
         if not any(each is model for each in self._models):
             self._models.append(model)
             for merger in self.mergers_of(model):
                 merger.begin()
 
-    def _mergers(self) -> list[Merger]:
-        """Those of all models of this window."""
-        return [merger for model in self._models for merger in self.mergers_of(model)]
+    def _trained(self) -> dict[str, tuple[Merger, int]]:
+        """What the models of this window train: for each variable its merger, and its place there.
 
-    def _heed_assigned(self) -> None:
-        """Takes weights that a program has assigned within a window for common ones: it gave all workers the same."""
-        apart, mergers = self._strategy.extended.apart, self._mergers()
-        assigned = apart.take_assigned()
-        trained = {id(variable.value) for merger in mergers for variable in merger.variables}
-        if trained and trained <= assigned:
-            self.steps, self._models = 0, []
-            apart.take_rows()
+        Raises:
+            ValueError: if two of them train the same variables.
+        """
+        mergers = [merger for model in self._models for merger in self.mergers_of(model)]
+        variables = [variable for merger in mergers for variable in merger.variables]
+        if len({id(variable) for variable in variables}) < len(variables):
+            raise ValueError(
+                "Two optimizers train the same variables, and what both do apart cannot be merged. Leave `sync_every` "
+                "away, or call `strategy.merge()` between their steps."
+            )
+        return {
+            f"{number} {index}": (merger, index)
+            for number, merger in enumerate(mergers)
+            for index in range(len(merger.variables))
+        }
+
+    def _note_assigned(self) -> None:
+        """Notes weights that a program has assigned within a window. If all workers got the same, they are common."""
+        assigned = self._strategy.extended.apart.take_assigned()
+        if not assigned or not self._models:
             return
-        for merger in mergers:
-            merger.begin(assigned)
+        trained = self._trained()
+        for key, (merger, index) in trained.items():
+            if id(merger.variables[index].value) in assigned:
+                flats = merger.flat_parts(index)
+                digest = hashlib.blake2b(digest_size=8)
+                for flat in flats:
+                    digest.update(np.ascontiguousarray(tf.cast(flat, tf.float64).numpy()).data)
+                self._assigned[key] = digest.hexdigest(), flats
+        if len(self._assigned) == len(trained):
+            self._former_rows += self._strategy.extended.apart.take_rows()
 
-    def _merge(self, answers: list[dict], waited: float) -> None:
-        mergers = self._mergers()
-        rows = np.array([answer["rows"] for answer in answers], np.float64)
-        weights = (rows / rows.sum()).astype(np.float32)
-        products = sum(merger.merge(weights.tolist()) for merger in mergers)
-        if isinstance(products, np.ndarray):
-            self.latest = Merge(self.steps, cosine(products), distance(products, weights), waited)
-        self.merges += 1
-        self._average(_in_all(answers, AVERAGED), float(weights[self._strategy.extended.mesh.worker]))
-        self._add_up(_in_all(answers, ADDED), ADDED)
-        self._add_up(_in_all(answers, TOTAL), TOTAL)
-        for model in self._models:
-            _constrain(model)
-        self._strategy.extended.apart.take_assigned()
+    def _merge(self, answers: list[dict], changed: dict[str, dict], waited: float) -> None:
+        trained = self._trained()
+        common = [key for key in self._assigned if len({answer["assigned"].get(key) for answer in answers}) == 1]
+        for key in common:
+            merger, index = trained[key]
+            merger.begin_from(index, self._assigned[key][1])
+        # Of weights that are all given anew, only the steps since count.
+        is_given = bool(trained) and len(common) == len(trained)
+        rows = np.array([sum(answer["rows"][is_given:]) for answer in answers], np.float64)
+        all_rows = np.array([sum(answer["rows"]) for answer in answers], np.float64)
+        if rows.sum():
+            weights = (rows / rows.sum()).astype(np.float32)
+            mergers = list({id(merger): merger for merger, _ in trained.values()}.values())
+            products = sum(merger.merge(weights.tolist()) for merger in mergers)
+            if isinstance(products, np.ndarray):
+                self.latest = Merge(self.steps, cosine(products), distance(products, weights), waited)
+            self.merges += 1
+            for model in self._models:
+                _constrain(model)
+        if all_rows.sum():
+            worker, keys = self._strategy.extended.mesh.worker, {way: _in_all(answers, way) for way in changed}
+            names = {id(merger.variables[index].value) for merger, index in trained.values()}
+            averaged = {k: changed[AVERAGED][k] for k in keys[AVERAGED] if id(changed[AVERAGED][k]) not in names}
+            self._average(averaged, float(all_rows[worker] / all_rows.sum()))
+            self._average({key: changed[FIRST][key] for key in keys[FIRST]}, float(worker == 0))
+            self._add_up([changed[ADDED][key] for key in keys[ADDED]])
+            self._total([changed[TOTAL][key] for key in keys[TOTAL]])
 
-    def _average(self, keys: list[str], weight: float) -> None:
-        """Takes the workers' weighted mean of the state of layers, without what optimizers train."""
-        changed = self._strategy.extended.apart.changed(AVERAGED)
-        trained = {id(variable.value) for merger in self._mergers() for variable in merger.variables}
-        variables = [changed[key] for key in keys if id(changed[key]) not in trained]
-        weighted = [[weight * _wide(part) for part in variable.values] for variable in variables]
-        for variable, parts in zip(variables, self._summed(weighted), strict=True):
+    def _average(self, variables: dict[str, tf.Variable], weight: float) -> None:
+        """Takes the workers' weighted mean of the state of layers."""
+        wide = [[_wide(part) for part in variable.values] for variable in variables.values()]
+        weighted = [[tf.cast(weight, part.dtype) * part for part in parts] for parts in wide]
+        for variable, parts in zip(variables.values(), self._summed(weighted), strict=True):
             _assign(variable, parts)
 
-    def _add_up(self, keys: list[str], way: str) -> None:
-        """Adds all workers' changes of the state of layers, or their values."""
-        changed = self._strategy.extended.apart.changed(way)
-        variables = [changed[key] for key in keys]
+    def _add_up(self, variables: list[tf.Variable]) -> None:
+        """Adds all workers' changes of the state of layers."""
         before = [[_wide(part) for part in variable.common] for variable in variables]
-        added = [
-            [_wide(part) - former for part, former in itertools.zip_longest(variable.values, of, fillvalue=0)]
+        changes = [
+            [_wide(part) - former for part, former in zip(variable.values, of, strict=True)]
             for variable, of in zip(variables, before, strict=True)
         ]
-        for variable, of, sums in zip(variables, before, self._summed(added), strict=True):
-            _assign(variable, [total + former for total, former in itertools.zip_longest(sums, of, fillvalue=0)])
+        for variable, of, sums in zip(variables, before, self._summed(changes), strict=True):
+            _assign(variable, [total + former for total, former in zip(sums, of, strict=True)])
+
+    def _total(self, variables: list[tf.Variable]) -> None:
+        """Adds the values of the workers that have changed them; what none has changed stays."""
+        is_other = [[part != former for part, former in zip(v.values, v.common, strict=True)] for v in variables]
+        values = [
+            [tf.where(other, _wide(part), 0) for part, other in zip(variable.values, others, strict=True)]
+            for variable, others in zip(variables, is_other, strict=True)
+        ]
+        sums = self._summed(values)
+        counts = self._summed([[tf.cast(other, tf.int64) for other in others] for others in is_other])
+        for variable, total, count in zip(variables, sums, counts, strict=True):
+            kept = zip(total, count, variable.values, strict=True)
+            _assign(variable, [tf.where(number > 0, new, _wide(part)) for new, number, part in kept])
 
     def _summed(self, values: list[list[tf.Tensor]]) -> list[list[tf.Tensor]]:
         """Sums over workers of values that have a part on each local device, with one all-reduce for each dtype."""

@@ -3,7 +3,8 @@
 [Note: merging] Of each variable (at stage 3: of each replica's shard of it) every worker owns one part. All workers
 send the owner their values of its part. It takes the mean of what they have changed since the last merge, weighted by
 the rows that they trained with, as the gradient of an outer optimizer. It alone holds that optimizer's slots, and the
-`master` that the optimizer updates. Then it sends the result to all. So a merge sends as much as one step of stage 0.
+`master` that the optimizer updates. Then it sends the result to all. So a merge sends as much as one step of stage 0,
+where an all-to-all is one (not in NCCL between processes, which gathers).
 
 With compression workers send differences from the values of the last merge, which each keeps (`common`). The owner
 sends the encoded difference between its master and these values. What that encoding loses stays in the master; what the
@@ -15,7 +16,7 @@ becomes the variable.
 """
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import keras
 import numpy as np
@@ -55,21 +56,31 @@ class Merger:
         self._feedback = settings.error_feedback
         self._make_outer = make_outer
         self.places: list[Place] = outside_of_scopes(lambda: list(self._make_places(bucket_bytes)))
-        self._merge = tf.function(self._merge_all, autograph=False)
+        self._merge: Callable[[tf.Tensor], tf.Tensor] | None = None  # traced when it is first needed
         self.begin()
 
-    def begin(self, assigned: Collection[int] | None = None) -> None:
-        """Begins a window of local steps. [Note: window]
+    def begin(self) -> None:
+        """Begins a window of local steps. [Note: window]"""
+        with tf.init_scope():
+            for place in self.places:
+                for part in place.parts:
+                    self._begin_part(place, part, part.flat)
 
-        Args:
-            assigned: ids of variables that a program has given other values within a window; None for all.
-        """
-        own = self.across.rank
-        for place in self.places:
-            for part in place.parts:
-                if assigned is None or id(self.variables[part.index].value) in assigned:
-                    with tf.init_scope(), tf.device(self.group.devices[place.replica]):
-                        part.begin(own(place.replica), self.across.world_size)
+    def flat_parts(self, index: int) -> list[tf.Tensor]:
+        """What this worker's replicas hold of a variable now."""
+        return [tf.identity(part.flat) for _, part in self._parts_of(index)]
+
+    def begin_from(self, index: int, flats: Sequence[tf.Tensor]) -> None:
+        """Takes other values of a variable, of `flat_parts`, for those that all workers had when the window began."""
+        for (place, part), flat in zip(self._parts_of(index), flats, strict=True):
+            self._begin_part(place, part, flat)
+
+    def _begin_part(self, place: Place, part: Part, flat: tf.Tensor) -> None:
+        with tf.device(self.group.devices[place.replica]):
+            part.begin(flat, self.across.rank(place.replica), self.across.world_size)
+
+    def _parts_of(self, index: int) -> list[tuple[Place, Part]]:
+        return [(place, part) for place in self.places for part in place.parts if part.index == index]
 
     def merge(self, weights: Sequence[float]) -> np.ndarray:
         """Ends a window of local steps: all workers get the same values.
@@ -80,6 +91,10 @@ class Merger:
         Returns:
             `[workers, workers]`: the products of the workers' differences from the last common values.
         """
+        if self._merge is None:
+            spec = tf.TensorSpec([self.across.world_size], tf.float32)
+            traced = tf.function(self._merge_all, autograph=False)
+            self._merge = outside_of_scopes(lambda: traced.get_concrete_function(spec))
         return self._merge(tf.constant(weights, tf.float32)).numpy()
 
     def take_up(self) -> None:
@@ -90,21 +105,19 @@ class Merger:
     def kept(self, index: int) -> dict[str, dict[int, tf.Variable]]:
         """What is kept for a variable between merges, by kind and local replica."""
         found: dict[str, dict[int, tf.Variable]] = {}
-        for place in self.places:
-            for part in (part for part in place.parts if part.index == index):
-                for kind, variable in place.kept(part).items():
-                    found.setdefault(kind, {})[place.replica] = variable
+        for place, part in self._parts_of(index):
+            for kind, variable in place.kept(part).items():
+                found.setdefault(kind, {})[place.replica] = variable
         return found
 
     def span(self, index: int, worker: int, replica: int) -> tuple[int, int]:
         """The flat elements `[begin, end)` of a variable that a worker owns at one of its replicas."""
-        first, last = self.whole_span(index, worker, replica)
+        first, last = self.whole_span(index, replica)
         width = shard_elements(last - first, self.across.world_size)
         return min(first + worker * width, last), min(first + (worker + 1) * width, last)
 
-    def whole_span(self, index: int, worker: int, replica: int) -> tuple[int, int]:
+    def whole_span(self, index: int, replica: int) -> tuple[int, int]:
         """The flat elements `[begin, end)` of a variable that a worker's replica merges with those of other workers."""
-        del worker
         value = self.variables[index].value
         elements, here = value.shape.num_elements(), self._component(index).num_elements()
         if not isinstance(value, ShardedParameter):
@@ -116,8 +129,7 @@ class Merger:
 
     def held_bytes(self, index: int) -> int:
         """Bytes that the first replica holds of a variable beside the variable itself."""
-        place = self.places[0]
-        part = next(part for part in place.parts if part.index == index)
+        place, part = self._parts_of(index)[0]
         held = {**place.kept(part), MASTER: part.master.value}
         common = 0 if part.common is None else part.elements * 4
         return common + sum(math.prod(each.shape) * tf.as_dtype(each.dtype).size for each in held.values())
@@ -160,12 +172,12 @@ class Merger:
         return [
             (index, variable)
             for index, variable in enumerate(self.variables)
-            if len(range(*self.whole_span(index, 0, replica)))
+            if len(range(*self.whole_span(index, replica)))
         ]
 
     def _make_part(self, index: int, variable: keras.Variable, replica: int, name: str) -> Part:
         component = variable.value.values[replica]
-        begin, end = self.whole_span(index, 0, replica)
+        begin, end = self.whole_span(index, replica)
         elements, workers = end - begin, self.across.world_size
         width = shard_elements(elements, workers)
         wide = "float64" if component.dtype == tf.float64 else "float32"
@@ -204,7 +216,8 @@ class Merger:
             sent = tf.concat([part.rows(part.flat, workers) for part in bucket], 1)
             received = self.across.all_to_all(sent, place.replica)
             masters = tf.concat([part.master.value for part in bucket], 0)
-            differences = masters - tf.cast(received, masters.dtype)
+            begun = tf.cast(tf.cast(masters, received.dtype), masters.dtype)  # the value with which workers began
+            differences = begun - tf.cast(received, masters.dtype)
         else:
             changes = [part.rows(part.common - part.flat, workers) for part in bucket]
             payload = self._encoded(bucket, tf.concat(changes, 1))
@@ -287,6 +300,13 @@ def make_merger(
             "that train apart cannot be merged: leave `sync_every` away."
         )
     made = Merger(given, strategy.extended.all_group, settings, strategy.make_outer, bucket_bytes)
+    parts = [part for place in made.places for part in place.parts]
+    has_effect = settings.compression is None or any(part.common is not None for part in parts)
+    if strategy.extended.mesh.workers > 1 and not has_effect:
+        raise ValueError(
+            f"compression={settings.compression!r} has no effect: only float32 matrices travel encoded in merges, and "
+            "the optimizer has none. Leave `compression` away."
+        )
     outer = made.places[0].optimizer
     strategy.channel.agree(
         "making an outer optimizer", {} if outer is None else settings_of([outer]), "outer optimizers"

@@ -53,18 +53,19 @@ class Part:
     def width(self) -> int:
         return self.master.shape[0]
 
-    def begin(self, own: int, workers: int) -> None:
+    def begin(self, flat: tf.Tensor, own: int, workers: int) -> None:
         """Begins a window of local steps. [Note: window] in `training/merging.py`
 
         Args:
+            flat: the component's elements.
             own: which of the parts is this worker's.
             workers: number of parts.
         """
         left = tf.cast(self.master.value, self.value.dtype)
         if self.common is not None:
             left = self.rows(self.common, workers)[own]
-            self.common.assign(self.flat)
-        now = self.rows(self.flat, workers)[own]
+            self.common.assign(flat)
+        now = self.rows(flat, workers)[own]
         is_left = (left == now) & ~tf.math.is_nan(self.master.value)
         self.master.value.assign(tf.where(is_left, self.master.value, tf.cast(now, self.master.value.dtype)))
 
@@ -109,7 +110,7 @@ class Place:
         begin = f"{part.master.name}_"
         own = [] if self.optimizer is None else self.optimizer.variables
         found = {slot.name.removeprefix(begin): slot.value for slot in own if slot.name.startswith(begin)}
-        if part.common is not None:
+        if part.common is not None or part.value.dtype != part.master.value.dtype:
             found[MASTER] = part.master.value
         return found if part.residual is None else {**found, RESIDUAL: part.residual}
 

@@ -10,8 +10,9 @@ import tensorflow as tf
 from tfzero.host import distributed, runtime
 from tfzero.host.keras_objects import SlotKey
 from tfzero.plan.placement import Placement, Plan
+from tfzero.rows.apart import FIRST
 from tfzero.rows.combining import combined, is_eager_sum
-from tfzero.rows.padding import added, kept
+from tfzero.rows.padding import added, kept, updated
 from tfzero.variables.allocation import fill, local_shard
 from tfzero.workers.channel import Channel
 
@@ -64,13 +65,13 @@ class LayerVariable(ReplicatedVariable):
 
     is_adding = False  # whether what it is given now is a change
 
-    def assign_add(self, delta: tf.types.experimental.TensorLike, *args: Any, **kwargs: Any) -> Any:
-        return self.added(super().assign_add, delta, *args, **kwargs)
+    def assign_add(self, *args: Any, **kwargs: Any) -> Any:
+        return self.adding(super().assign_add, *args, **kwargs)
 
-    def assign_sub(self, delta: tf.types.experimental.TensorLike, *args: Any, **kwargs: Any) -> Any:
-        return self.added(super().assign_sub, delta, *args, **kwargs)
+    def assign_sub(self, *args: Any, **kwargs: Any) -> Any:
+        return self.adding(super().assign_sub, *args, **kwargs)
 
-    def added(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def adding(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Calls a method that adds to the variable."""
         self.is_adding = True
         try:
@@ -81,16 +82,18 @@ class LayerVariable(ReplicatedVariable):
     def update_in_replica(
         self, update: Callable[..., Any], value: tf.types.experimental.TensorLike, **kwargs: Any
     ) -> Any:
+        extended = self.distribute_strategy.extended
         if self.aggregation == tf.VariableAggregation.ONLY_FIRST_REPLICA or self.dtype == tf.string:
+            if self.dtype.is_floating or self.dtype.is_integer:
+                extended.apart.note(self, FIRST)
             return super().update_in_replica(update, value, **kwargs)
         if isinstance(value, tf.IndexedSlices):
             raise TypeError(
                 f"The variable {self.name!r} is updated in some rows only (`scatter_...`), which replicas cannot "
                 "combine. Assign a whole value, for example with `tf.tensor_scatter_nd_add`."
             )
-        extended = self.distribute_strategy.extended
-        value, depends = combined(self, tf.convert_to_tensor(value, self.dtype), extended)
-        return extended.update_if_fed(lambda: update(self.own_component, value, **kwargs), depends)
+        own, (value, depends) = self.own_component, combined(self, tf.convert_to_tensor(value, self.dtype), extended)
+        return updated(lambda: update(own, value, **kwargs), own, depends, extended)
 
 
 class OnReadVariable(distributed.OnReadBase):
@@ -119,12 +122,9 @@ class OnReadVariable(distributed.OnReadBase):
 
 
 def _added_to(variable: OnReadVariable, value: tf.types.experimental.TensorLike) -> tf.types.experimental.TensorLike:
-    is_outside = runtime.replica_index() is None
-    return (
-        value
-        if is_outside
-        else added(tf.convert_to_tensor(value, variable.dtype), variable.distribute_strategy.extended)
-    )
+    if runtime.replica_index() is None:
+        return value
+    return added(tf.convert_to_tensor(value, variable.dtype), variable.distribute_strategy.extended)
 
 
 class ShardedVariable(ReplicatedVariable):
@@ -318,7 +318,7 @@ class ShardedParameter(ShardedVariable):
         value, depends = combined(self, tf.convert_to_tensor(value, self.dtype), extended)
         extended.forget_gathered()
         own, shard = self.values[runtime.replica_index()], self._shard_of(value, runtime.replica_index())
-        return extended.update_if_fed(lambda: update(own, shard, **kwargs), depends)
+        return updated(lambda: update(own, shard, **kwargs), own, depends, extended)
 
 
 class VariableView(SlotKey):
