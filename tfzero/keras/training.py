@@ -221,7 +221,7 @@ def _sum_over_replicas(values: Sequence[tf.Variable], extended: ZeroExtended) ->
 def _bind(
     original: Callable[..., Any], model: keras.Model, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> inspect.BoundArguments:
-    """Binds a call's arguments by name. Only the first worker shows progress: logs are the same on all."""
+    """Binds a call's arguments by name. Only the first worker shows progress; of epochs it is that of all."""
     call = inspect.signature(original).bind(model, *args, **kwargs)
     if not strategy_of(model).extended.should_checkpoint:
         call.arguments["verbose"] = 0

@@ -43,7 +43,7 @@ class TensorBoardCallback(keras.callbacks.Callback):
     * `loss_scale/scale` and `loss_scale/skipped_steps`: with a `LossScaleOptimizer`, its scale, and the number of
       batches skipped because of an overflow.
     * `local_steps/cosine`, `local_steps/distance` and `local_steps/waited_seconds`: with `sync_every`, of the latest
-      merge: the mean cosine between what each two workers have changed (outer momentum helps while it is well above 0),
+      merge: the mean cosine between what each two workers have changed (near 0 it is mostly noise),
       their root mean square distance from their mean, and how long the first worker waited for the others.
     * `plan`: a picture of what each rank holds.
 
