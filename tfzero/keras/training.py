@@ -139,7 +139,8 @@ def _execution(original: Callable[..., Any], model: keras.Model, step: Callable[
     late = LateGathers.of(model, step, strategy_of(model))
     if late is None:
         return original(model, step)
-    return functools.partial(late.run, original(model, late.step))
+    function = original(model, late.step)
+    return lambda iterator: late.run(function, iterator)
 
 
 @contextlib.contextmanager
