@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-import keras
 import tensorflow as tf
 
 from tfzero.collectives.joining import join
@@ -137,7 +136,7 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         compare_batches: int = DEFAULT_COMPARE_BATCHES,
         rows: str | Sequence[float] = EVEN,
         sync_every: int | None = None,
-        outer_optimizer: str | dict | Callable[[], keras.optimizers.Optimizer] | None = None,
+        outer_optimizer: str | dict | Callable[[], Any] | None = None,
         sync_warmup: int = 0,
     ) -> None:
         patches.install()
