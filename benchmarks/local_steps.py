@@ -12,10 +12,7 @@ counts what TCP brings the first worker in a step. Synchronous int8 and local st
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 import time
 
 import tfzero
@@ -101,24 +98,12 @@ def measure(contestant: str) -> dict:
 
 
 def cable(options: argparse.Namespace) -> None:
-    from slow_network import two_networks
+    from slow_network import told_by_first
 
     found: dict = {name: [] for name in options.contestants}
     for _ in range(options.rounds):
         for name, figures in found.items():
-            with two_networks(options.mbit) as (names, addresses):
-                workers = []
-                for k, network in enumerate(names):
-                    cluster = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": k}}
-                    environment = {**os.environ, "TF_CONFIG": json.dumps(cluster), "TF_CPP_MIN_LOG_LEVEL": "3"}
-                    command = ["ip", "netns", "exec", network, sys.executable, __file__, "worker", name]
-                    workers.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
-                try:
-                    outputs = [worker.communicate(timeout=1200)[0] for worker in workers]
-                finally:
-                    for worker in workers:
-                        worker.kill()
-            figures.append(json.loads(outputs[0].splitlines()[-1]))
+            figures.append(told_by_first(options.mbit, [__file__, "worker", name], timeout_seconds=1200))
             print(json.dumps({"contestant": name, **figures[-1]}), flush=True)
     seconds = {name: statistics.median(each["seconds"] for each in figures) for name, figures in found.items()}
     for name, median in seconds.items():

@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import uuid
+from typing import Any
 
 from gpt_worker import Work, measure
 
@@ -51,22 +52,27 @@ def two_networks(mbit: int):
         yield names, [f"10.213.8.{k + 1}:{PORT}" for k in range(2)]
 
 
-def seconds_of_steps(contestant: str, mbit: int, steps: int, at_once: int) -> list[float]:
-    """Of the first worker."""
+def told_by_first(mbit: int, script: list[str], timeout_seconds: float) -> Any:
+    """What the first of two workers prints last, as JSON. Each runs a script with arguments at one end of a cable."""
     with two_networks(mbit) as (names, addresses):
         workers = []
         for k, name in enumerate(names):
             cluster = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": k}}
             environment = {**os.environ, "TF_CONFIG": json.dumps(cluster), "TF_CPP_MIN_LOG_LEVEL": "3"}
-            command = ["ip", "netns", "exec", name, sys.executable, __file__, "--worker", contestant]
-            command += ["--steps", str(steps), "--steps-per-execution", str(at_once)]
+            command = ["ip", "netns", "exec", name, sys.executable, *script]
             workers.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
         try:
-            outputs = [worker.communicate(timeout=600)[0] for worker in workers]
+            outputs = [worker.communicate(timeout=timeout_seconds)[0] for worker in workers]
         finally:
             for worker in workers:
                 worker.kill()
     return json.loads(outputs[0].splitlines()[-1])
+
+
+def seconds_of_steps(contestant: str, mbit: int, steps: int, at_once: int) -> list[float]:
+    """Of the first worker."""
+    options = ["--steps", str(steps), "--steps-per-execution", str(at_once)]
+    return told_by_first(mbit, [__file__, "--worker", contestant, *options], timeout_seconds=600)
 
 
 def main() -> None:

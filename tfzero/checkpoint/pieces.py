@@ -72,7 +72,7 @@ def pieces_to_write(items: Sequence[Item], mesh: Mesh, advance: Callable[[int], 
     for item in items:
         for replica, rank in enumerate(mesh.ranks):
             if item.is_per_replica:
-                row = Rectangle((mesh.replicas, *item.shape), (rank, *[0] * len(item.shape)), (1, *item.shape))
+                row = Rectangle.whole(item.shape).of(mesh.replicas, rank)
                 yield Piece(item.name, row, tf.convert_to_tensor(item.component(replica))[tf.newaxis])
             elif writers.get(item.name, mesh.worker) == mesh.worker and (item.is_in_shards or replica == 0):
                 lead = (mesh.copies, mesh.copy(rank)) if item.is_local else None
@@ -242,22 +242,19 @@ def _optional_entries(items: Sequence[Item], entries: Mapping[str, dict], manife
     """
     stored = {entry["name"]: entry for entry in manifest["variables"]}
     kept_here = {item.name for item in items if item.is_optional}
-    names = {
-        item.name.partition("/")[2]: entries[item.name]["name"].partition("/")[2]
-        for item in items
-        if item.section == "model"
-    }
+    names = {item.of: entries[item.name]["name"].partition("/")[2] for item in items if item.section == "model"}
+    names[""] = ""
     found = {}
     for item in items:
         if item.is_optional:
-            begin, _, name = item.name.rpartition(f"/{item.of}") if item.of else (item.name, "", "")
-            there = f"{begin}/{names[item.of]}" if item.of else item.name
+            there = item.name.removesuffix(item.of) + names[item.of]
             if there in stored and stored[there]["shape"] == list(item.shape):
                 found[item.name] = stored[there]
             continue
-        name = item.name.partition("/")[2]
-        if item.section == "model" and f"{LAG}/{name}" not in kept_here and f"{LAG}/{names[name]}" in stored:
-            found[item.name] = {**entries[item.name], "lag": stored[f"{LAG}/{names[name]}"]}
+        if item.section != "model" or f"{LAG}/{item.of}" in kept_here:
+            continue
+        if (lag := f"{LAG}/{names[item.of]}") in stored:
+            found[item.name] = {**entries[item.name], "lag": stored[lag]}
     return found
 
 
@@ -333,8 +330,7 @@ def _of_copies(
 
 
 def _row(entry: Mapping, replica: int) -> Rectangle:
-    shape = tuple(entry["shape"])
-    return Rectangle((entry["replicas"], *shape), (replica, *[0] * len(shape)), (1, *shape))
+    return Rectangle.whole(tuple(entry["shape"])).of(entry["replicas"], replica)
 
 
 def _read(prefix: str, entry: Mapping, wanted: Sequence[Rectangle], item: Item) -> tf.Tensor:

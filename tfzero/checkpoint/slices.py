@@ -20,6 +20,11 @@ class Rectangle:
     def elements(self) -> int:
         return math.prod(self.sizes)
 
+    @classmethod
+    def whole(cls, shape: tuple[int, ...]) -> "Rectangle":
+        """All of a variable."""
+        return cls(shape, (0,) * len(shape), shape)
+
     def of(self, copies: int, copy: int) -> "Rectangle":
         """The same slice of one of several copies that are stored one after the other."""
         return Rectangle((copies, *self.shape), (copy, *self.starts), (1, *self.sizes))

@@ -46,7 +46,7 @@ class Item:
 
     @property
     def of(self) -> str:
-        """The variable of the model that it is kept for, if it is optional; "" for none."""
+        """Its name within its section; if it is optional, that of the model's variable it is kept for, "" for none."""
         return self.name.partition("/")[2]
 
     @property

@@ -139,12 +139,10 @@ def _undecided(variable: tf.Variable) -> str:
 
 
 def _combined_eagerly(variable: tf.Variable, value: tf.Tensor, extended: tf.distribute.StrategyExtended) -> tf.Tensor:
-    if variable.aggregation == tf.VariableAggregation.SUM:  # only changes come here
-        extended.apart.note(variable, ADDED)
-    else:
-        extended.apart.note(variable, AVERAGED if value.dtype.is_floating else EQUAL)
     if variable.aggregation == tf.VariableAggregation.SUM:
+        extended.apart.note(variable, ADDED)  # as only changes come here
         return summed(counted(value, extended), extended)
+    extended.apart.note(variable, AVERAGED if value.dtype.is_floating else EQUAL)
     if value.dtype.is_floating:
         if variable.aggregation == tf.VariableAggregation.NONE:
             warnings.warn(

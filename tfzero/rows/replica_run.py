@@ -42,16 +42,19 @@ class ReplicaRun:
 
     def known_rows(self) -> tf.Tensor | None:
         """Number of its rows, or 1 for some, int64; None if that is unknown."""
-        leaves = tf.nest.flatten(self.arguments)
-        rows = next((rows for leaf in leaves if (rows := own_rows(leaf)) is not None), None)
+        rows = self._cut_rows()
         return tf.cast(self.found_rows, tf.int64) if rows is None and self.found_rows is not None else rows
+
+    def _cut_rows(self) -> tf.Tensor | None:
+        """Number of its rows of a batch that tfzero cut, int64; None if there is none."""
+        leaves = tf.nest.flatten(self.arguments)
+        return next((rows for leaf in leaves if (rows := own_rows(leaf)) is not None), None)
 
     def has_rows(self) -> tf.Tensor | None:
         """Whether it has rows of the batch; None if it certainly has, or if that is unknown."""
         graph = current_graph()
         if graph not in self._has_rows:
-            leaves = tf.nest.flatten(self.arguments)
-            rows = next((rows for leaf in leaves if (rows := own_rows(leaf)) is not None), None)
+            rows = self._cut_rows()
             static = None if rows is None else tf.get_static_value(rows)
             if self.found_rows is not None:
                 self._has_rows[graph] = tf.identity(self.found_rows)

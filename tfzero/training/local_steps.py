@@ -201,13 +201,17 @@ class LocalSteps:
             for merger in self.mergers_of(model):
                 merger.begin()
 
+    def _mergers(self) -> list[Merger]:
+        """Those of the models of this window."""
+        return [merger for model in self._models for merger in self.mergers_of(model)]
+
     def _trained(self) -> dict[str, tuple[Merger, int]]:
         """What the models of this window train: for each variable its merger, and its place there.
 
         Raises:
             ValueError: if two of them train the same variables.
         """
-        mergers = [merger for model in self._models for merger in self.mergers_of(model)]
+        mergers = self._mergers()
         variables = [variable for merger in mergers for variable in merger.variables]
         if len({id(variable) for variable in variables}) < len(variables):
             raise ValueError(
@@ -248,8 +252,7 @@ class LocalSteps:
         all_rows = np.array([sum(answer["rows"]) for answer in answers], np.float64)
         if rows.sum():
             weights = (rows / rows.sum()).astype(np.float32)
-            mergers = list({id(merger): merger for merger, _ in trained.values()}.values())
-            products = sum(merger.merge(weights.tolist()) for merger in mergers)
+            products = sum(merger.merge(weights.tolist()) for merger in self._mergers())
             if isinstance(products, np.ndarray):
                 self.latest = Merge(self.steps, cosine(products), distance(products, weights), waited)
             self.merges += 1
