@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Each package imports only packages before it, and each module of a package only modules before it: this is the design.
 LINE = {
-    "plan": ("scheme", "mesh", "shares", "placement", "formats", "merging", "settings", "file_shards"),
+    "plan": ("scheme", "mesh", "shares", "placement", "formats", "merging", "serving", "settings", "file_shards"),
     "costs": (),
     "host": (
         "versions", "notes", "backend", "registry", "tensorflow_names", "keras_names", "data_names", "runtime",
@@ -33,13 +33,17 @@ LINE = {
     ),
     "rows": (
         "kinds", "moves", "sums", "dependence", "apart", "shares", "inputs", "input_account", "unions", "raw_elements",
-        "sharded", "own_data", "replica_run", "padding", "combining",
+        "sharded", "own_data", "dealing", "replica_run", "padding", "combining",
     ),
     "variables": ("gathering", "allocation", "classes", "row_state", "creation"),
     "extended": (),
     "training": (
-        "pacing", "losses", "exchange", "overwriting", "stock_optimizers", "outer", "merging", "walk", "traffic",
-        "late_gathers", "local_steps",
+        "pacing", "losses", "exchange", "overwriting", "stock_optimizers", "outer", "merging", "clipping", "walk",
+        "traffic", "late_gathers", "local_steps",
+    ),
+    "servers": (
+        "frames", "clocks", "layer_state", "store", "server", "lines", "client", "remote", "served_steps", "serve",
+        "__main__",
     ),
     "optimizer": (),
     "report": (),

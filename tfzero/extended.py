@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import warnings
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -16,20 +15,11 @@ from tfzero.collectives.network import DEFAULT_BUCKET_BYTES, Network, measure_ne
 from tfzero.host import distributed, graphs, runtime
 from tfzero.plan.mesh import Mesh
 from tfzero.plan.settings import Choice, Settings
-from tfzero.rows import sharded, unions
 from tfzero.rows.apart import Apart
+from tfzero.rows.dealing import Dealing
 from tfzero.rows.dependence import Dependence, mark_global
 from tfzero.rows.input_account import InputAccount
-from tfzero.rows.inputs import (
-    batch_leaves,
-    check_shardable,
-    cut_batch,
-    cut_dataset,
-    describe_dataset,
-    in_order,
-    is_dealt_by_files,
-)
-from tfzero.rows.own_data import OwnData
+from tfzero.rows.inputs import batch_leaves, cut_batch
 from tfzero.rows.padding import counted, with_own_results
 from tfzero.rows.replica_run import current_graph, current_run
 from tfzero.rows.shares import RowShares
@@ -66,24 +56,26 @@ class ZeroExtended(distributed.ExtendedBase):
         resolver = None if cluster is None else distributed.resolver_of(cluster)
         with transport_choice.configured(cluster is not None):
             super().__init__(strategy, resolver, list(devices))
-        self._cut_datasets: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # what each was made from
         workers, worker = (1, 0) if cluster is None else (cluster.size, cluster.index)
         trains_apart = self._settings.merging is not None
+        is_served = self._settings.serving is not None
         self.mesh = Mesh(workers, len(devices), worker, copies=workers if trains_apart else 1)
+        # By which batches are dealt, and whose first worker writes. Workers of servers are meshes by themselves.
+        self.fleet = Mesh(strategy.fleet.size, len(devices), strategy.fleet.index) if is_served else self.mesh
         has_levels = trains_apart or strategy.levels.value
         self.all_group = Group(
             self.worker_devices, self.mesh.replicas, self.mesh.rank(0), strategy.transport, has_levels
         )
-        self.apart = Apart(self.worker_devices if trains_apart else [])
+        self.apart = Apart(self.worker_devices if trains_apart or is_served else [], keeps_all=is_served)
         self.creation = VariableCreation(strategy, self.all_group, self.mesh)
         self.gives_first_values = False
         self._network: Network | None = None
         self._told_of_eager_memory = False
-        self._name_of = _names(cluster)
+        self._name_of = _names(strategy.fleet)
         self.input_account = InputAccount()
         self.shares = RowShares(self._settings.rows, self.mesh, self._channel)
-        self.own_data = OwnData(
-            self.mesh, self._channel, self.comparison, self._name_of, self.input_account, self.shares
+        self.dealing = Dealing(
+            self.mesh, self.fleet, self._channel, self.comparison, self._name_of, self.input_account, self.shares
         )
         self._traced: list[Dependence] = []  # of the replicas being traced
         self._is_for_all: list[bool] = []  # whether all replicas get the same, by argument of the current run
@@ -95,7 +87,7 @@ class ZeroExtended(distributed.ExtendedBase):
     @property
     def own_group(self) -> Group:
         """The replicas that train together, over which state is sharded. [Note: apart]"""
-        return self.all_group.within if self.apart.is_possible else self.all_group
+        return self.all_group if self._settings.merging is None else self.all_group.within
 
     @property
     def group(self) -> Group:
@@ -228,20 +220,20 @@ class ZeroExtended(distributed.ExtendedBase):
     def has_rows(self) -> tf.Tensor | None:
         """Within a replica: whether it has rows of the batch; None if it certainly has, or if that is unknown."""
         run = current_run()
-        return None if run is None or self.mesh.replicas == 1 else run.has_rows()
+        return None if run is None or (self.mesh.replicas == 1 and not self.apart.is_on) else run.has_rows()
 
     def count_rows(self) -> None:
         """Within a replica that begins: counts its rows, if workers train apart."""
         if self.apart.is_on and batch_leaves(current_run().arguments):
             self.apart.count(current_run().own_rows(), runtime.replica_index())
 
-    def is_fed(self) -> tf.Tensor | None:
-        """Within a replica of a worker that trains apart: whether the worker has rows; None where that is unknown."""
+    def fed_rows(self) -> tf.Tensor | None:
+        """Within a replica of a worker that trains apart: the worker's rows, int64; None where they are unknown."""
         run, graph = current_run(), current_graph()
         rows = run.known_rows() if self.apart.is_on else None
-        if rows is not None and graph not in run.fed:
-            run.fed[graph] = self.replica_collective(self.group.all_reduce, rows) > 0
-        return None if rows is None else run.fed[graph]
+        if rows is not None and graph not in run.fed_rows:
+            run.fed_rows[graph] = self.replica_collective(self.group.all_reduce, rows)
+        return None if rows is None else run.fed_rows[graph]
 
     def dependence(self) -> Dependence:
         """Within a replica being traced: which tensors depend on its rows of the batch. [Note: kinds]"""
@@ -338,11 +330,16 @@ class ZeroExtended(distributed.ExtendedBase):
     @property
     def name_of_worker(self) -> str:
         """The name of this worker, for messages."""
-        return self._name_of(self.mesh.worker)
+        return self._name_of(self.fleet.worker)
+
+    @property
+    def should_checkpoint(self) -> bool:
+        """Whether this is the worker that writes files and shows progress."""
+        return self.fleet.is_chief
 
     def cut_batch(self, batch: Any) -> Any:
         """One global batch as per-replica values."""
-        return cut_batch(batch, self.mesh, self.shares.now())
+        return cut_batch(batch, self.dealing.mesh, self.shares.now())
 
     def devices_under(self, worker_device: str) -> tuple[tuple[str, ...], str]:
         return tuple(f"{worker_device}/device:{name}" for name in self._local_devices), self._settings.device_type
@@ -350,42 +347,7 @@ class ZeroExtended(distributed.ExtendedBase):
     def distribute(self, dataset: tf.data.Dataset) -> tf.data.Dataset:
         if not isinstance(dataset, tf.data.Dataset):
             raise ValueError(f"ZeroStrategy distributes a tf.data.Dataset, but received {dataset!r}.")
-        if dataset in self._cut_datasets:
-            return dataset
-        cut = self.own_part(dataset)
-        if cut is None:
-            cut = self.part_of_all(dataset)
-        self._cut_datasets[cut] = dataset
-        return cut
-
-    def origin_of(self, distributed: tf.data.Dataset) -> tf.data.Dataset | None:
-        """The dataset that a distributed one was made from; None if it came about otherwise."""
-        return self._cut_datasets.get(distributed)
-
-    def own_part(self, dataset: tf.data.Dataset) -> tf.data.Dataset | None:
-        """What this worker reads by itself of a dataset; None if every worker reads all."""
-        source, within = sharded.source_of(dataset), sharded.sources_within(dataset)
-        for each in within:
-            each.seek(each.passes, 0)  # a place that an interrupted run has left
-            self.comparison.note_reader(each)
-        # Predictions come in the order of whole batches.
-        if source is not None and not self.comparison.only_predicts:
-            return self.own_data.of_files(source, dataset)
-        if unions.is_own(dataset):
-            return self.own_data.of_own_rows(dataset)
-        if self.mesh.workers > 1 and is_dealt_by_files(dataset):
-            return self.own_data.of_dealt_files(dataset)
-        if self.mesh.workers > 1 and within and source is None:
-            warnings.warn(sharded.READ_WHOLE, stacklevel=2)
-        return None
-
-    def part_of_all(self, dataset: tf.data.Dataset) -> tf.data.Dataset:
-        """This worker's replicas' parts of batches that every worker reads."""
-        check_shardable(dataset, self.mesh.workers)
-        self._channel.agree("distributing a dataset", describe_dataset(dataset), "data sets")
-        if self.mesh.workers > 1:
-            dataset = in_order(dataset)
-        return self.input_account.watch(cut_dataset(dataset, self.mesh, self.comparison, self.shares))
+        return self.dealing.distribute(dataset)
 
 
 def _divide(total: tf.Tensor, count: int) -> tf.Tensor:

@@ -242,6 +242,7 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
             pending=make_pending(len(variables), strategy),
             overwritten=tuple((variable, choose(variable)) for variable in overwritten),
             merger=make_merger(given, optimizers, strategy, choice.value),
+            remote=strategy.served and strategy.served.add(given, variables, optimizers, plan, strategy),
         )  # fmt: skip
         strategy.optimizers.add(self)
         strategy.extended.group.lanes.iterations = runtime.iteration_counter(chained[-1]).value.values[0]
@@ -257,7 +258,7 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
             views = [VariableView(variable, plan, index) for index, variable in enumerate(variables)]
             by_variable = {id(view.variable): view for view in views}
             all_views = [by_variable.get(id(variable)) or OverwrittenView(variable) for variable in given]
-            self._wrapped.build(ViewsAtHand(all_views, strategy.extended.creation))
+            self._wrapped.build(ViewsAtHand([] if strategy.served else all_views, strategy.extended.creation))
             slots = tuple(tuple(view.slots) for view in views)
             return slots, make_wire(codec, views, plan, strategy, self.loss_scale_optimizer)
 
@@ -318,8 +319,8 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
             return
         if apart.is_possible and not (apart.is_on or apart.is_together):
             raise RuntimeError(
-                "With `sync_every` workers train apart in the steps of `fit` and `train_on_batch` only, but the "
-                "optimizer was applied in a loop of your own. Use those, or leave `sync_every` away."
+                "With `sync_every` or parameter servers workers train apart in the steps of `fit` and `train_on_batch` "
+                "only, but the optimizer was applied in a loop of your own. Use those, or leave that away."
             )
         if not self.built:
             if trainable_variables is None:
@@ -338,9 +339,9 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
         extended.end_of_gradients(gradients.values())
         gathers_late = self._trained.pending is not None and is_late()
         if tf.executing_eagerly():
-            self._apply_eagerly(replica, gradients, extended.is_fed())
+            self._apply_eagerly(replica, gradients, extended.fed_rows())
         else:
-            ReplicaStep(self._trained_now, runtime.replica_index(), gradients, gathers_late, extended.is_fed()).run()
+            ReplicaStep(self._trained_now, runtime.replica_index(), gradients, gathers_late, extended.fed_rows()).run()
 
     @property
     def _trained_now(self) -> Trained:
@@ -376,7 +377,7 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
         return {i: counted(g, extended) if i in summed else g for i, g in gradients.items()}
 
     def _apply_eagerly(self, replica: tf.distribute.ReplicaContext, gradients: dict[int, tf.Tensor],
-                       fed: tf.Tensor | None) -> None:  # fmt: skip
+                       rows: tf.Tensor | None) -> None:  # fmt: skip
         """Makes eager replicas meet here, as they run one after the other, and step together in a graph."""
         indices, trained = tuple(gradients), self._trained_now
 
@@ -387,7 +388,7 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
                 def one_replica(*tensors: tf.Tensor) -> None:
                     own = dict(zip(indices, tensors, strict=False))
                     fed = None if len(tensors) == len(own) else tensors[-1]
-                    ReplicaStep(trained, runtime.replica_index(), own, fed=fed).run()
+                    ReplicaStep(trained, runtime.replica_index(), own, rows=fed).run()
 
                 self._eager_functions[key] = tf.function(
                     lambda *tensors: strategy.run(one_replica, args=tensors), autograph=False
@@ -395,4 +396,4 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
             with strategy.extended.apart.paused():
                 self._eager_functions[key](*values)
 
-        replica.merge_call(together, args=(*gradients.values(), *([] if fed is None else [fed])))
+        replica.merge_call(together, args=(*gradients.values(), *([] if rows is None else [rows])))

@@ -17,26 +17,24 @@ from tfzero.extended import ZeroExtended
 from tfzero.host import patches
 from tfzero.host.devices import choose_devices, configure_cpu_devices, in_order
 from tfzero.plan.merging import check_merging
-from tfzero.plan.scheme import check_stage
+from tfzero.plan.serving import check_serving
 from tfzero.plan.settings import (
     DEFAULT_COMPARE_BATCHES,
     DEFAULT_MIN_SHARD_ELEMENTS,
     Settings,
-    check_bucket_bytes,
-    check_compression,
-    check_number,
-    check_overlap,
-    check_reshard,
+    check_given,
     choose_levels,
 )
 from tfzero.plan.shares import EVEN, check_length, check_rows
 from tfzero.report import Report, make_report
 from tfzero.rows.dependence import is_global
-from tfzero.rows.inputs import DataPosition, without_tuning
+from tfzero.rows.inputs import DataPosition, counts_batches, without_tuning
+from tfzero.servers.serve import serve
+from tfzero.servers.served_steps import ServedSteps
 from tfzero.training.local_steps import LocalSteps
 from tfzero.training.outer import outer_maker
 from tfzero.variables.classes import ShardedVariable, agree_on_sharded
-from tfzero.workers.cluster import Cluster, others_of
+from tfzero.workers.cluster import Cluster, others_of, sizes_of
 from tfzero.workers.device_agreement import agree_on_devices
 from tfzero.workers.digests import BatchComparison
 from tfzero.workers.resolvers import find_cluster
@@ -101,6 +99,9 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
             (local SGD, https://arxiv.org/abs/1808.07217); the name or config of an element-wise Keras optimizer, or a
             function that makes one. Its slots are sharded over workers.
         sync_warmup: with `sync_every`, how many first steps all workers take together, as without it.
+        max_staleness: with parameter servers ("ps" in `TF_CONFIG`), how many steps a worker may be ahead of the
+            slowest: at 0 all take each step together; None sets no bound. A server's own process serves within this
+            constructor, and exits when all workers have left.
 
     Raises:
         ValueError: for settings, devices or a `TF_CONFIG` that are invalid or differ between workers.
@@ -138,21 +139,26 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         sync_every: int | None = None,
         outer_optimizer: str | dict | Callable[[], Any] | None = None,
         sync_warmup: int = 0,
+        max_staleness: int | None = 0,
     ) -> None:
         patches.install()
-        check_stage(stage)
-        check_bucket_bytes(bucket_bytes)
-        check_number("min_shard_elements", min_shard_elements, int, 0)
-        check_number("timeout_seconds", timeout_seconds, (int, float), 1)
-        check_reshard(reshard_after_forward, stage)
-        check_compression(compression, error_feedback)
-        check_overlap(overlap_param_gather, stage)
-        check_number("compare_batches", compare_batches, int, 0)
+        check_given(
+            stage, bucket_bytes, min_shard_elements, timeout_seconds, reshard_after_forward, compression,
+            error_feedback, overlap_param_gather, compare_batches,
+        )  # fmt: skip
         merging = check_merging(
             sync_every, outer_optimizer, sync_warmup, compression=compression, error_feedback=error_feedback,
             rows=rows, hierarchical=hierarchical,
         )  # fmt: skip
-        cluster = others_of(find_cluster(cluster_resolver))
+        self.fleet = find_cluster(cluster_resolver)
+        serving = check_serving(
+            *sizes_of(self.fleet), max_staleness, compression=compression, error_feedback=error_feedback,
+            overlap_param_gather=overlap_param_gather, rows=rows, sync_every=sync_every,
+            outer_optimizer=outer_optimizer, sync_warmup=sync_warmup,
+        )  # fmt: skip
+        if self.fleet is not None and self.fleet.is_server:
+            raise SystemExit(serve(self.fleet))
+        cluster = None if serving else others_of(self.fleet)
         configure_cpu_devices()
         named = choose_devices(devices)
         local = in_order(named)
@@ -161,7 +167,7 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
             stage, bucket_bytes, min_shard_elements, float(timeout_seconds), len(local), local[0].split(":")[0],
             reshard_after_forward is not False, None if merging else compression, error_feedback and not merging,
             False if merging else hierarchical, overlap_param_gather, compare_batches,
-            check_rows(rows, stage, named, local), merging,
+            check_rows(rows, stage, named, local), merging, serving,
         )  # fmt: skip
         kind = self.settings.device_type
         self._surroundings = Surroundings(kind, len(local), workers)
@@ -174,6 +180,7 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         self.sharded_numbers = itertools.count()  # number its sharded variables, alike on all workers
         self._join(cluster, local)
         self.local_steps = LocalSteps(self)
+        self.served = None if serving is None else ServedSteps(self, self.fleet)
         self.make_outer = outer_maker(outer_optimizer, merging)  # as it uses TensorFlow
 
     def _join(self, cluster: Cluster | None, devices: Sequence[str]) -> None:
@@ -226,7 +233,9 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         ```
         """
         self.extended.shares.note_ready_parts()
-        return super().distribute_datasets_from_function(lambda context: without_tuning(dataset_fn(context)), options)
+        fleet = self.extended.fleet
+        context = tf.distribute.InputContext(fleet.workers, fleet.worker, fleet.replicas)
+        return super().distribute_datasets_from_function(lambda _: without_tuning(dataset_fn(context)), options)
 
     def reduce(self, reduce_op: str | tf.distribute.ReduceOp, value: Any, axis: int | None = None) -> Any:
         """Reduces the values of all replicas to one, like `tf.distribute.Strategy.reduce`. All workers call it.
@@ -254,7 +263,7 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
             if self.extended.gives_first_values:
                 return tf.nest.map_structure(lambda v: self.experimental_local_results(v)[0], value)
             return tf.nest.map_structure(lambda v: None if v is None else self.reduce(reduce_op, v, axis), value)
-        if _counts_batches(value):  # all must know whether one has a batch left, also while they train apart
+        if counts_batches(value):  # all must know whether one has a batch left, also while they train apart
             with self.extended.apart.paused():
                 return super().reduce(reduce_op, value, axis)
         first = self.experimental_local_results(value)[0]
@@ -297,6 +306,8 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
     def merge(self, reason: str = "`strategy.merge`") -> None:
         """Merges all models that workers have trained apart, with `sync_every`. All workers call it together.
 
+        With parameter servers it takes the values that the servers have now, on this worker.
+
         `fit` does so by itself: after every `sync_every` steps, at the end of an epoch, and before validation,
         predictions and saves. Call it after the last `train_on_batch`, before weights are read.
 
@@ -316,6 +327,8 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         """
         if self.settings.merging is not None:
             self.local_steps.meet(reason)
+        if self.served is not None:
+            self.served.refresh()
 
     def cut_batch(self, batch: Any) -> Any:
         """Cuts one global batch into per-replica values, as `experimental_distribute_dataset` does.
@@ -380,9 +393,3 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         finally:
             for value in held:
                 value.let_go(write_back=completed)
-
-
-def _counts_batches(value: Any) -> bool:
-    """Whether a value tells how many replicas here have a batch (`tensorflow/python/distribute/input_lib.py`)."""
-    is_count = tf.is_symbolic_tensor(value) and value.dtype == tf.int64
-    return is_count and bool(value.shape.rank) and value.shape.num_elements() == 1

@@ -278,6 +278,7 @@ ROWS = (
             "_model_variables_moving_average": "the moving average of a variable",
             "_get_variable_index(self variable)": "the place of a variable",
             "_apply_weight_decay(self variables)": "decays a part of a variable",
+            "_use_weight_decay(self variable)": "servers decay parts, and do not know the variable",
         },
     ),
     *rows(

@@ -330,6 +330,11 @@ def decay_weight(optimizer: BaseOptimizer, variable: Any) -> None:
     optimizer._apply_weight_decay([variable])
 
 
+def decays(optimizer: BaseOptimizer, variable: Any) -> bool:
+    """Whether an optimizer's weight decay applies to a variable."""
+    return optimizer.weight_decay is not None and optimizer._use_weight_decay(variable)
+
+
 def accumulator(optimizer: BaseOptimizer, variable: Any) -> keras.Variable:
     """The gradient accumulator of one variable."""
     return optimizer._accumulated_gradients[optimizer._get_variable_index(variable)]

@@ -92,17 +92,18 @@ def agreed_randomness(strategy: ZeroStrategy, position: DataPosition | None = No
 
     A position from a checkpoint restores the shuffling with which its training began. A new position records it.
     """
-    if strategy.extended.mesh.workers == 1 and position is None:
+    if strategy.extended.dealing.mesh.workers == 1 and position is None:
         yield
         return
+    tell = strategy.channel.broadcast if strategy.served is None else strategy.served.post
     position = position or DataPosition()
     unseeded = runtime.random_state()["seed"] is None
     if position.randomness is None:
-        position.randomness = strategy.channel.broadcast("preparing data", runtime.random_state())
+        position.randomness = tell("preparing data", runtime.random_state())
         unseeded = position.randomness["seed"] is None
         if unseeded:
             draw = int.from_bytes(os.urandom(4), "little")
-            position.randomness["seed"] = strategy.channel.broadcast("drawing a seed to shuffle by", draw)
+            position.randomness["seed"] = tell("drawing a seed to shuffle by", draw)
     runtime.set_random_state(position.randomness)
     try:
         yield
@@ -131,16 +132,17 @@ def _epoch_iterator(
     position, distribute_strategy.data_position = distribute_strategy.data_position, None
     with agreed_randomness(distribute_strategy, position):
         original(self, distribute_strategy, *args, **kwargs)
+    distribute_strategy.extended.dealing.end_training()
     self.__class__, self.place, self.position = _Epochs, position, position
     self.strategy = distribute_strategy
     self.worker = distribute_strategy.extended.name_of_worker
     if position is not None:
-        given = distribute_strategy.extended.origin_of(runtime.dataset_of(self))
+        given = distribute_strategy.extended.dealing.origin_of(runtime.dataset_of(self))
         source, position.sources = source_of(given), sources_within(given)
         self.reads_files, position.one_iterator = source is not None, bool(self.steps_per_epoch)
         position.note_batch_size(self.data_adapter if source is None else source.dealing)
     if distribute_strategy.extended.mesh.workers > 1:
-        given, own_data = self.data_adapter.num_batches, distribute_strategy.extended.own_data
+        given, own_data = self.data_adapter.num_batches, distribute_strategy.extended.dealing.own_data
         if (known := own_data.batches_of(runtime.dataset_of(self), given)) != given:
             self.know_batches(known)
     if self.num_batches == 0:

@@ -48,7 +48,7 @@ def _next_seed(original: Callable[..., Any], self: keras.random.SeedGenerator, *
     extended = losses.current_extended()
     if extended is None:
         return seed
-    rank = extended.mesh.rank(runtime.replica_index())
+    rank = extended.fleet.rank(runtime.replica_index())
     return mark(seed + tf.constant([rank * _FOLD % 2**31, 0], seed.dtype), OTHER)
 
 

@@ -122,7 +122,11 @@ def _make_function(
         else:
             if not trains:
                 strategy.merge(f"`{step_function.__name__}`")
-            iterator = map(functools.partial(_cut_checked, strategy, check), iterator)
+            iterator = map(functools.partial(_cut_checked, strategy, check, trains), iterator)
+        if trains and strategy.served is not None and strategy.served.is_behind():
+            next(iterator)
+            strategy.served.skip()
+            return {}
         # Steps that workers take together and apart are traced by themselves.
         warms_up = trains and strategy.settings.merging is not None and strategy.local_steps.warms_up(self)
         with _training(self, strategy, warms_up) if trains else contextlib.nullcontext():
@@ -148,14 +152,17 @@ def _training(model: keras.Model, strategy: ZeroStrategy, warms_up: bool) -> Ite
     with contextlib.ExitStack() as entered:
         if strategy.settings.merging is not None:
             entered.enter_context(strategy.local_steps.training(model, warms_up))
+        if strategy.served is not None:
+            entered.enter_context(strategy.served.training(model))
         entered.enter_context(strategy.extended.shares.timing())
         yield
 
 
-def _cut_checked(strategy: ZeroStrategy, check: Callable[[Any], None], batch: Any) -> Any:
+def _cut_checked(strategy: ZeroStrategy, check: Callable[[Any], None], trains: bool, batch: Any) -> Any:
     """One batch of `train_on_batch`, `test_on_batch` or `predict_on_batch`, for the replicas."""
     check(batch)
-    return strategy.extended.cut_batch(batch)
+    with strategy.extended.dealing.for_training(trains):
+        return strategy.extended.cut_batch(batch)
 
 
 @patch(
@@ -171,7 +178,7 @@ def _predict_on_batch(original: Callable[..., Any], self: keras.Model, x: Any) -
         return original(self, x)
     strategy.merge("`predict_on_batch`")
     with strategy.comparison.during("predict_on_batch"):
-        return original(self, _cut_checked(strategy, strategy.check_predicted, x))
+        return original(self, _cut_checked(strategy, strategy.check_predicted, False, x))
 
 
 def _flat_metrics(metrics: Iterable[keras.metrics.Metric]) -> list[keras.metrics.Metric]:
@@ -303,7 +310,10 @@ def _fit(original: Callable[..., Any], self: keras.Model, *args: Any, **kwargs: 
     call = _bind(original, self, args, kwargs)
     with one_worker_writes(_callbacks_in(call), strategy), strategy.comparison.during("fit"):
         agree_on_call(strategy, "fit", call)
-        history = _fit_bound(original, self, call)
+        with strategy.extended.dealing.for_training():  # until the first data are distributed, which are for training
+            history = _fit_bound(original, self, call)
+    if strategy.served is not None:
+        strategy.served.end_fit()
     # No worker goes on before the first worker's callbacks have written and deleted their files.
     strategy.channel.all_gather("the end of `fit`", None, SAVING_SECONDS)
     return history

@@ -31,7 +31,7 @@ def one_worker_writes(callbacks: Sequence[keras.callbacks.Callback], strategy: Z
     Raises:
         ValueError: for a callback that does not work with several workers.
     """
-    mesh = strategy.extended.mesh
+    mesh = strategy.extended.fleet
     orbax = getattr(keras.callbacks, "OrbaxCheckpoint", ())  # since Keras 3.14
     if mesh.workers > 1 and any(isinstance(callback, orbax) for callback in callbacks):
         raise ValueError(

@@ -6,7 +6,8 @@ from typing import Any
 
 from tfzero.plan.formats import FORMATS
 from tfzero.plan.merging import Merging
-from tfzero.plan.scheme import Scheme, scheme_of
+from tfzero.plan.scheme import Scheme, check_stage, scheme_of
+from tfzero.plan.serving import Serving
 from tfzero.plan.shares import EVEN
 
 DEFAULT_MIN_SHARD_ELEMENTS = 1024
@@ -31,6 +32,7 @@ class Settings:
     compare_batches: int = DEFAULT_COMPARE_BATCHES
     rows: str | tuple[float, ...] = EVEN
     merging: Merging | None = None
+    serving: Serving | None = None
 
     @property
     def scheme(self) -> Scheme:
@@ -44,6 +46,20 @@ class Choice:
 
     value: int | bool
     reason: str
+
+
+def check_given(stage: Any, bucket_bytes: Any, min_shard_elements: Any, timeout_seconds: Any,
+                reshard_after_forward: Any, compression: Any, error_feedback: Any, overlap_param_gather: Any,
+                compare_batches: Any) -> None:  # fmt: skip
+    """Raises ValueError for a setting of `ZeroStrategy` that is invalid or has no effect."""
+    check_stage(stage)
+    check_bucket_bytes(bucket_bytes)
+    check_number("min_shard_elements", min_shard_elements, int, 0)
+    check_number("timeout_seconds", timeout_seconds, (int, float), 1)
+    check_reshard(reshard_after_forward, stage)
+    check_compression(compression, error_feedback)
+    check_overlap(overlap_param_gather, stage)
+    check_number("compare_batches", compare_batches, int, 0)
 
 
 def check_number(name: str, value: Any, kinds: Any, least: float) -> None:

@@ -26,14 +26,16 @@ class Apart:
 
     Args:
         devices: of this worker; [] if workers never train apart.
+        keeps_all: whether the value before a window is kept also of what is averaged.
 
     Attributes:
         is_on: whether this is a step that workers take apart.
         is_together: whether it is a synchronous step of workers that will train apart.
     """
 
-    def __init__(self, devices: Sequence[str]) -> None:
+    def __init__(self, devices: Sequence[str], keeps_all: bool = False) -> None:
         self.is_on = self.is_together = False
+        self._kept = (ADDED, TOTAL, AVERAGED) if keeps_all else (ADDED, TOTAL)
         self._rows = []
         for device in devices:
             with tf.init_scope(), tf.device(device):
@@ -84,7 +86,7 @@ class Apart:
         if getattr(variable, "merged", None) != way:
             variable.merged = way
             with tf.init_scope():
-                _keep(variable)
+                self._keep(variable)
 
     def note_assigned(self, variable: tf.Variable) -> None:
         """Outside of steps: notes that a program gives a variable another value, the same on all workers."""
@@ -100,13 +102,12 @@ class Apart:
     def begin(self) -> None:
         """Begins a window of local steps."""
         for variable in self._changed.values():
-            _keep(variable)
+            self._keep(variable)
+
+    def _keep(self, variable: tf.Variable) -> None:
+        """Keeps the value by which a change is seen."""
+        variable.common = [tf.identity(part) for part in variable.values] if variable.merged in self._kept else []
 
     def changed(self, way: str) -> dict[str, tf.Variable]:
         """What is merged in a way, by keys that are equal on all workers, in order."""
         return {key: each for key, each in sorted(self._changed.items()) if each.merged == way}
-
-
-def _keep(variable: tf.Variable) -> None:
-    """Keeps the value by which a change is seen."""
-    variable.common = [tf.identity(part) for part in variable.values] if variable.merged in (ADDED, TOTAL) else []

@@ -143,6 +143,12 @@ def cut_batch(batch: Any, mesh: Mesh, shares: tf.Tensor | None = None) -> Any:
     return tf.nest.map_structure(of_replicas, batch)
 
 
+def counts_batches(value: Any) -> bool:
+    """Whether a value tells how many replicas here have a batch (`tensorflow/python/distribute/input_lib.py`)."""
+    is_count = tf.is_symbolic_tensor(value) and value.dtype == tf.int64
+    return is_count and bool(value.shape.rank) and value.shape.num_elements() == 1
+
+
 def batch_leaves(arguments: Any) -> list:
     """The tensors with rows of the batch among the arguments of a replica's function. [Note: batch fraction]
 

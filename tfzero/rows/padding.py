@@ -88,10 +88,10 @@ def updated(
         depends: whether the update depends on rows.
         extended: of the strategy.
     """
-    fed = extended.is_fed() if depends else None
-    if fed is None:
+    rows = extended.fed_rows() if depends else None
+    if rows is None:
         return update()
-    tf.cond(fed, lambda: (update(), None)[1], lambda: None)
+    tf.cond(rows > 0, lambda: (update(), None)[1], lambda: None)
     return component
 
 

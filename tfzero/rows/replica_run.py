@@ -31,7 +31,7 @@ class ReplicaRun:
         self.gathers_late = False  # whether it is a step that begins by gathering parameters
         self.gatherers: dict = {}  # of sharded parameters, by graph
         self.fractions: dict = {}  # batch fractions, by graph
-        self.fed: dict = {}  # whether its worker has rows, by graph
+        self.fed_rows: dict = {}  # that its worker has, by graph
         self.beginning: tf.Tensor | None = None  # of what is timed, if anything is
         self.dependence: Dependence | None = None
         self._has_rows: dict = {}  # by graph

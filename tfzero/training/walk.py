@@ -13,15 +13,17 @@ vote takes place only with a loss scale, once per micro-step, as in Keras.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import keras
 import tensorflow as tf
 
 from tfzero.collectives.group import Group
 from tfzero.collectives.packing import pack_row
-from tfzero.host import runtime
+from tfzero.host import keras_objects, runtime
 from tfzero.plan.placement import Bucket, Placement, Plan, Segment
 from tfzero.plan.settings import Choice
+from tfzero.training.clipping import Clipper
 from tfzero.training.exchange import Exchange, Wire
 from tfzero.training.merging import Merger
 from tfzero.training.overwriting import Overwriting
@@ -52,6 +54,7 @@ class Trained:
         overwritten: variables that their gradients overwrite, each with its optimizer. [Note: overwriting]
         merger: merges what workers have trained apart; None if they never do.
         across: as in `Exchange`.
+        remote: the servers' part, which update in place of the replicas; None without servers.
     """
 
     variables: tuple[keras.Variable, ...]
@@ -70,6 +73,7 @@ class Trained:
     overwritten: tuple[tuple[keras.Variable, keras.optimizers.Optimizer], ...] = ()
     merger: Merger | None = None
     across: Group | None = None
+    remote: Any = None
 
     def exchange(self, replica: int) -> Exchange:
         """A local replica's part in the exchanges."""
@@ -92,11 +96,11 @@ class ReplicaStep:
         gradients: by variable index, followed by those of `trained.overwritten`; a variable without gradient is missing
             and stays as it is.
         gathers_late: whether parameters are kept until the next step gathers them. [Note: late gathers]
-        fed: whether the worker has rows of the batch; None if that makes no difference. [Note: apart]
+        rows: that the worker has of the batch; None if that makes no difference. [Note: apart]
     """
 
     def __init__(self, trained: Trained, replica: int, gradients: Mapping[int, tf.Tensor], gathers_late: bool = False,
-                 fed: tf.Tensor | None = None) -> None:  # fmt: skip
+                 rows: tf.Tensor | None = None) -> None:  # fmt: skip
         self.trained = trained
         self.plan = trained.plan
         self.group = trained.group
@@ -108,7 +112,7 @@ class ReplicaStep:
         nexts = {i - count: value for i, value in gradients.items() if i >= count}
         self.overwriting = Overwriting(trained.overwritten, nexts, trained.group, replica)
         self.gathers_late = gathers_late
-        self.fed = fed
+        self.rows = rows
         self.buckets = [b for b in self.plan.buckets if any(s.index in self.gradients for s in b.segments)]
 
     def run(self) -> None:
@@ -124,10 +128,10 @@ class ReplicaStep:
 
     def _if_fed(self, advance: Callable[[], object]) -> None:
         """Advances, except where a worker that trains apart has no rows: there only the step counts."""
-        if self.fed is None or any(optimizer.gradient_accumulation_steps for optimizer in self.trained.optimizers):
+        if self.rows is None or any(optimizer.gradient_accumulation_steps for optimizer in self.trained.optimizers):
             advance()
         else:
-            tf.cond(self.fed, lambda: (advance(), None)[1], self._count)
+            tf.cond(self.rows > 0, lambda: (advance(), None)[1], self._count)
 
     @property
     def _exchanges_first(self) -> bool:
@@ -231,46 +235,6 @@ class ReplicaStep:
         shards = {s.index: tf.reshape(self._accumulator(s.index), [-1]) for s in self._mine(bucket)}
         return pack_row(bucket, self.rank, shards)
 
-    # Clip.
-
-    def _clipper(self, optimizer: keras.optimizers.Optimizer, rows: Mapping[Bucket, tf.Tensor]) -> Callable:
-        """A function of a gradient's shard and its variable's index that clips as Keras does, by the true norm."""
-        by_norm = any(limit and limit > 0 for limit in (optimizer.clipnorm, optimizer.global_clipnorm))
-        if by_norm or self.trained.squared_norms:
-            squares = self._squared_norms(rows)
-            self._note_norm(optimizer, squares)
-        if optimizer.clipnorm and optimizer.clipnorm > 0:
-            norms = tf.sqrt(squares)
-            places = {index: place for place, index in enumerate(self._indices(rows))}
-            scales = optimizer.clipnorm / tf.maximum(norms, optimizer.clipnorm)
-            return lambda shard, index: shard * tf.cast(scales[places[index]], shard.dtype)
-        if optimizer.global_clipnorm and optimizer.global_clipnorm > 0:
-            limit = optimizer.global_clipnorm
-            norm = tf.sqrt(tf.reduce_sum(squares))
-            # As in keras/src/optimizers/base_optimizer.py: a norm that is not finite makes everything NaN.
-            scale = limit * tf.minimum(1.0 / norm, 1.0 / limit) + (norm - norm)
-            return lambda shard, index: shard * tf.cast(scale, shard.dtype)
-        if optimizer.clipvalue and optimizer.clipvalue > 0:
-            return lambda shard, index: tf.clip_by_value(shard, -optimizer.clipvalue, optimizer.clipvalue)
-        return lambda shard, index: shard
-
-    def _note_norm(self, optimizer: keras.optimizers.Optimizer, squares: tf.Tensor) -> None:
-        if self.trained.squared_norms:
-            noted = self.trained.squared_norms[self.trained.optimizers.index(optimizer)]
-            self._local(noted).assign(tf.reduce_sum(squares))
-
-    def _squared_norms(self, rows: Mapping[Bucket, tf.Tensor]) -> tf.Tensor:
-        """`[variables]`: the sum of squares of each variable over all ranks; whole variables count on rank 0 only."""
-        indices = self._indices(rows)
-        squares = {index: tf.zeros([], tf.float32) for index in indices}
-        for bucket, row in rows.items():
-            if bucket.placement is Placement.WHOLE and self.rank != 0:
-                continue
-            for segment in self._mine(bucket):
-                shard = tf.cast(row[segment.offset : segment.offset + segment.width], tf.float32)
-                squares[segment.index] = tf.reduce_sum(tf.square(shard))
-        return self.group.all_reduce(tf.stack([squares[index] for index in indices]), self.replica)
-
     # Update, gather, assign.
 
     def _update(
@@ -280,7 +244,10 @@ class ReplicaStep:
         learning_rate = None
         clip = None
         if buckets:
-            clip = self._clipper(optimizer, rows)
+            clip = Clipper(self.trained, self.replica, optimizer, self.gradients).of(rows)
+            if self.trained.remote is not None:
+                self._push(optimizer, rows, clip)
+                return
             rate = optimizer.learning_rate
             learning_rate = tf.convert_to_tensor(rate.value if isinstance(rate, keras.Variable) else rate)
             runtime.begin_update(optimizer, learning_rate)
@@ -304,6 +271,14 @@ class ReplicaStep:
             for place, bucket in enumerate(batch):
                 if (bucket in rows or optimizer.ema_overwrite_frequency) and not self._is_updated_in_place(bucket):
                     self._gather_or_keep(bucket, updated[place])
+
+    def _push(self, optimizer: keras.optimizers.Optimizer, rows: Mapping[Bucket, tf.Tensor], clip: Callable) -> None:
+        """Leaves the update to the servers. [Note: servers] in `plan/serving.py`"""
+        rate = keras_objects.rate_without_schedule(optimizer)
+        for bucket, row in rows.items():
+            parts = [clip(row[s.offset : s.offset + s.width], s.index) for s in bucket.segments]
+            updated = [s.index for s in bucket.segments if s.index in self.gradients]
+            self.trained.remote.push(self.replica, bucket, tf.concat(parts, 0), updated, self.rows, rate)
 
     def _gather_or_keep(self, bucket: Bucket, row: tf.Tensor) -> None:
         if not (self.gathers_late and self.exchange.can_wait(bucket)):

@@ -1,4 +1,4 @@
-"""The workers of a run, from TF_CONFIG or CLUSTER_SPEC."""
+"""The workers of a run, and its parameter servers if it has some, from TF_CONFIG or CLUSTER_SPEC."""
 
 import itertools
 import json
@@ -16,12 +16,9 @@ _SPARSE = (
     'The "sparseCluster" of TF_CONFIG names this worker alone, and workers must know each other. A TFJob writes it for '
     "`enableDynamicWorker: true`: leave that away."
 )
-_NO_SERVERS = (
-    'tfzero is synchronous: all processes are workers. List them under "worker" and leave "ps" out; in SageMaker, take '
-    "`multi_worker_mirrored_strategy` in place of `parameter_server`."
-)
 # Vertex AI numbers its pools; the third may hold servers that sum gradients for NCCL, and run no program of the user's.
 _POOLS = {"workerpool0": "chief", "workerpool1": "worker", "workerpool2": "ps", "workerpool3": "evaluator"}
+_SERVER = "ps"  # TensorFlow's word for a parameter server
 _CHIEFS = ("chief", "master")  # two words for the first worker; TensorFlow 2 knows the former only
 
 
@@ -31,7 +28,9 @@ class Cluster:
 
     addresses: tuple[str, ...]  # "host:port"
     names: tuple[str, ...]  # as in TF_CONFIG: "chief 0", "worker 0", "worker 1"; a "master" is called chief, too
-    index: int  # this process's place in that order
+    index: int  # this process's place in that order; of a server, among the servers
+    servers: tuple[str, ...] = ()  # "host:port" of each parameter server
+    is_server: bool = False  # whether this process is one of these
 
     @property
     def size(self) -> int:
@@ -39,7 +38,12 @@ class Cluster:
 
     @property
     def name(self) -> str:
-        return self.names[self.index]
+        return f"ps {self.index}" if self.is_server else self.names[self.index]
+
+    @property
+    def address(self) -> str:
+        """Of this process."""
+        return (self.servers if self.is_server else self.addresses)[self.index]
 
     @property
     def tasks(self) -> list[tuple[str, int]]:
@@ -81,7 +85,9 @@ def read_tf_config(environ: Mapping[str, str] = os.environ) -> Cluster | None:
         return cluster_from_spec(config["cluster"], task["type"], task["index"])
     try:  # a task without a cluster
         _require(not config.get("sparseCluster"), _SPARSE)
-        _check_role(task.get("type") if isinstance(task, dict) else None)
+        role = task.get("type") if isinstance(task, dict) else None
+        _check_role(role)
+        _require(role != _SERVER, "This process is a parameter server (ps), but nothing names the workers.")
     except ValueError as error:
         raise ValueError(f"{error} Received: TF_CONFIG {text!r}.") from None
     return None
@@ -100,14 +106,22 @@ def cluster_from_spec(spec: dict[str, Any], task_type: str, task_id: int | str) 
             for number, address in _list_tasks(job, spec[job])
         }
         names, addresses = tuple(f"{job} {number}" for job, number in tasks), tuple(tasks.values())
-        unique = len(set(addresses)) == len(addresses)
-        _require(unique, "Two workers have the same address. Give each its own host or port.")
+        _require(tasks, 'There is no worker. List at least one under "worker".')
+        numbered = _list_tasks(_SERVER, spec[_SERVER]) if spec.get(_SERVER) else []
+        servers = {(_SERVER, number): address for number, address in numbered}
+        all_addresses = (*addresses, *servers.values())
+        what = "Two tasks have the same address" if servers else "Two workers have the same address"
+        _require(len(set(all_addresses)) == len(all_addresses), f"{what}. Give each its own host or port.")
         task = (_job_in_tensorflow(task_type), _read_index(task_id))
-        advice = f"The cluster has only {', '.join(names)}. Correct the task, or add its address."
-        _require(task in tasks, f"The index is out of range: this process is {task[0]} {task[1]}. {advice}")
+        known = ", ".join([*names, *(f"{job} {number}" for job, number in servers)])
+        advice = f"The cluster has only {known}. Correct the task, or add its address."
+        is_known = task in tasks or task in servers
+        _require(is_known, f"The index is out of range: this process is {task[0]} {task[1]}. {advice}")
     except ValueError as error:
         raise ValueError(f"{error} Received: cluster {spec}, task {task_type!r} {task_id!r}.") from None
-    return Cluster(addresses, names, list(tasks).index(task))
+    is_server = task in servers
+    index = list(servers if is_server else tasks).index(task)
+    return Cluster(addresses, names, index, tuple(servers.values()), is_server)
 
 
 def read_cluster_spec(environ: Mapping[str, str] = os.environ) -> Cluster | None:
@@ -134,6 +148,8 @@ def read_cluster_spec(environ: Mapping[str, str] = os.environ) -> Cluster | None
         jobs = {_POOLS[job]: tasks for job, tasks in spec.items()} if is_pool else spec
         kept = {job: tasks for job, tasks in jobs.items() if not (is_pool and job == "ps")}
         kind = str(task.get("type")).lower()
+        is_reducer = is_pool and _POOLS.get(kind) == _SERVER
+        _require(not is_reducer, "This process is a parameter server (ps) of Vertex AI, which runs no program of ours.")
         return cluster_from_spec(kept, _POOLS.get(kind, kind), task.get("index"))  # type: ignore[arg-type]
     except ValueError as error:
         advice = "Set TF_CONFIG to say who the workers are, or to '{}' to train in one process."
@@ -143,6 +159,11 @@ def read_cluster_spec(environ: Mapping[str, str] = os.environ) -> Cluster | None
 def others_of(cluster: Cluster | None) -> Cluster | None:
     """The cluster if it has other workers, else None: a single process needs no server and no name resolution."""
     return None if cluster is None or cluster.size == 1 else cluster
+
+
+def sizes_of(cluster: Cluster | None) -> tuple[int, int]:
+    """Numbers of servers and of workers."""
+    return (0, 1) if cluster is None else (len(cluster.servers), cluster.size)
 
 
 def _require(condition: object, advice: str) -> None:
@@ -158,18 +179,16 @@ def _check_role(task_type: Any) -> None:
     """Raises ValueError for a task that takes no part in training."""
     advice = "Run `model.evaluate` on checkpoints, in a process without TF_CONFIG or with a plain strategy."
     _require(task_type != "evaluator", f"An evaluator task takes no part in training. {advice}")
-    _require(task_type != "ps", f"There is a parameter server (ps): this process. {_NO_SERVERS}")
 
 
 def _check_jobs(spec: Any, task_type: str) -> None:
     _check_role(task_type)
-    advice = 'The cluster must be an object with lists of addresses, "worker" and perhaps "chief".'
-    _require(isinstance(spec, dict) and set(spec) <= {*_CHIEFS, "worker", "evaluator", "ps"}, advice)
-    _require(not spec.get("ps"), f"There is a parameter server (ps). {_NO_SERVERS}")
+    advice = 'The cluster must be an object with lists of addresses, "worker" and perhaps "chief" and "ps".'
+    _require(isinstance(spec, dict) and set(spec) <= {*_CHIEFS, "worker", "evaluator", _SERVER}, advice)
     both = 'There is a "chief" beside a "master", and both mean the first worker. Leave one, and list the other under'
     _require(not all(job in spec for job in _CHIEFS), f'{both} "worker".')
-    advice = 'The task type is unknown. Make it "worker", or "chief" for the first worker.'
-    _require(task_type in (*_CHIEFS, "worker"), advice)
+    advice = 'The task type is unknown. Make it "worker", "chief" for the first worker, or "ps" for a server.'
+    _require(task_type in (*_CHIEFS, "worker", _SERVER), advice)
 
 
 def _list_tasks(job: str, tasks: Any) -> list[tuple[int, str]]:

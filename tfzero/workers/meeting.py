@@ -68,7 +68,7 @@ def listen(cluster: Cluster) -> socket.socket:
     Raises:
         OSError: if it cannot listen.
     """
-    own = cluster.addresses[cluster.index]
+    own = cluster.address
     host, port = host_of(own), port_of(own)
     both = socket.has_dualstack_ipv6()
     try:
@@ -79,7 +79,7 @@ def listen(cluster: Cluster) -> socket.socket:
         return socket.create_server(("", port), family=family, dualstack_ipv6=both, backlog=2 * MOST_CALLERS)
     except OSError as error:
         text = error.strerror if error.errno is None or error.errno < 0 else os.strerror(error.errno)
-        reason = f"{cluster.describe(cluster.index)} cannot listen on its port: {text}."
+        reason = f"{cluster.name} at {own} cannot listen on its port: {text}."
         advice = "Stop the process that uses it (another with the same task index?), or change the port."
         raise OSError(error.errno, f"{reason} {advice}") from None
 

@@ -1,0 +1,188 @@
+"""A worker's connections to all servers. No TensorFlow.
+
+[Note: pulse of servers] A second connection to each server carries a beat in each second: how long ago this worker was
+busy with a step, and the server's answer. So either side notices that the other is lost or stopped, also where no
+connection ends. Then this worker's first connection is closed, and whatever waits for it raises the reason.
+"""
+
+import contextlib
+import secrets
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from time import monotonic, sleep
+from typing import Any
+
+import numpy as np
+
+from tfzero.servers.frames import FOREVER, receive_arrays, receive_message, send_frame
+from tfzero.workers import handshake
+from tfzero.workers.cluster import Cluster
+from tfzero.workers.meeting import CALL_SECONDS, RETRY_SECONDS, dial, error_of
+from tfzero.workers.messages import seconds_left
+
+WORK, PULSE = 0, 1  # what a worker calls for
+_BEAT_SECONDS = 1.0
+
+
+class Peer:
+    """One server, as a worker sees it.
+
+    Args:
+        cluster: the workers and servers.
+        number: of the server.
+        wanted: how this worker wants to be served.
+        timeout_seconds: for the server to come, and of silence after which it is lost.
+
+    Raises:
+        ConnectionError: if it cannot be reached.
+        ValueError: if it serves other workers otherwise.
+    """
+
+    def __init__(self, cluster: Cluster, number: int, wanted: dict[str, Any], timeout_seconds: float) -> None:
+        self.name = f"ps {number} at {cluster.servers[number]}"
+        self._seconds = timeout_seconds
+        self._life = secrets.token_hex(8)
+        self._lost = ""  # why
+        self._in_use = threading.Lock()
+        secret = handshake.read_secret()
+        deadline = monotonic() + timeout_seconds
+        self._work = self._call(cluster, number, WORK, secret, deadline)
+        send_frame(self._work, {"wanted": wanted, "life": self._life}, (), timeout_seconds)
+        self._receive()
+        self._pulse = self._call(cluster, number, PULSE, secret, deadline)
+
+    def _call(self, cluster: Cluster, number: int, kind: int, secret: bytes, deadline: float) -> socket.socket:
+        reason, is_last = "", False
+        while not is_last:
+            is_last = monotonic() >= deadline
+            try:
+                connection = dial(cluster.servers[number], min(CALL_SECONDS, seconds_left(deadline)))
+            except (OSError, ValueError) as error:
+                reason = str(error)
+            else:
+                try:
+                    handshake.call(connection, secret, (cluster.index, kind), monotonic() + CALL_SECONDS)
+                    return connection
+                except OSError as error:
+                    connection.close()
+                    reason = str(error)
+            sleep(RETRY_SECONDS)
+        raise ConnectionError(
+            f"{cluster.name} cannot reach the parameter server {self.name} within {self._seconds:g} s: {reason}. Start "
+            'it with the same TF_CONFIG and its own task, by `python -m tfzero.servers`, or leave "ps" out.'
+        )
+
+    def tell(self, message: dict[str, Any], arrays: Sequence[np.ndarray] = ()) -> None:
+        """Sends what has no answer."""
+        with self._in_use:
+            self._send(message, arrays)
+
+    def ask(self, message: dict[str, Any], arrays: Sequence[np.ndarray] = (),
+            into: Callable[[dict[str, Any]], Sequence[np.ndarray]] = lambda answer: ()) -> dict[str, Any]:  # fmt: skip
+        """Sends something, and returns the answer.
+
+        Args:
+            message: a JSON object.
+            arrays: that follow it.
+            into: for an answer, the arrays that are filled from what follows it.
+        """
+        with self._in_use:
+            self._send(message, arrays)
+            return self._receive(into)
+
+    def beat(self, idle_seconds: float) -> None:
+        """One beat of the pulse. If the server does not answer, it is lost. [Note: pulse of servers]"""
+        try:
+            send_frame(self._pulse, {"idle": idle_seconds, "life": self._life}, (), self._seconds)
+            receive_message(self._pulse, self._seconds, self._seconds)
+        except TimeoutError:
+            self.close(f"it has not answered for {self._seconds:g} s")
+        except OSError as error:
+            self.close(f"its connection has ended ({error})")
+
+    def close(self, reason: str) -> None:
+        """Ends both connections; whatever waits for an answer raises the reason."""
+        self._lost = self._lost or reason
+        for connection in (self._work, self._pulse):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def leave(self) -> None:
+        """Takes leave, as this worker has ended well."""
+        with contextlib.suppress(OSError), self._in_use:
+            send_frame(self._work, {"do": "leave"}, (), CALL_SECONDS)
+        self.close("this worker has left")
+
+    def _send(self, message: dict[str, Any], arrays: Sequence[np.ndarray]) -> None:
+        try:
+            send_frame(self._work, message, arrays, self._seconds)
+        except OSError as error:
+            with contextlib.suppress(OSError):  # it may have said why before it hung up
+                self._receive()
+            raise self._loss(error) from None
+
+    def _receive(self, into: Callable[[dict[str, Any]], Sequence[np.ndarray]] = lambda answer: ()) -> dict[str, Any]:
+        try:
+            answer, size = receive_message(self._work, FOREVER, self._seconds)
+            if "error" not in answer:
+                receive_arrays(self._work, size, into(answer), self._seconds)
+                return answer
+        except OSError as error:
+            raise self._loss(error) from None
+        raise error_of(answer)
+
+    def _loss(self, error: OSError) -> ConnectionError:
+        reason = self._lost or f"its connection has ended ({error})"
+        return ConnectionError(
+            f"The parameter server {self.name} was lost: {reason}. Look at its output, then start all workers and "
+            "servers again; they go on from the last checkpoint."
+        )
+
+
+class Peers:
+    """All servers.
+
+    Args:
+        cluster: the workers and servers.
+        wanted: how this worker wants to be served; the same on all workers.
+        timeout_seconds: as in `Peer`.
+    """
+
+    def __init__(self, cluster: Cluster, wanted: dict[str, Any], timeout_seconds: float) -> None:
+        self._all = [Peer(cluster, number, wanted, timeout_seconds) for number in range(len(cluster.servers))]
+        self._is_busy = 0
+        self._busy_at = monotonic()
+        self._closed = threading.Event()
+        for peer in self._all:
+            threading.Thread(target=self._beat, args=(peer,), daemon=True, name="tfzero pulse of servers").start()
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def __getitem__(self, number: int) -> Peer:
+        return self._all[number]
+
+    @contextlib.contextmanager
+    def busy(self) -> Any:
+        """While this worker takes steps: others wait for it."""
+        self._is_busy += 1
+        try:
+            yield
+        finally:
+            self._is_busy -= 1
+            self._busy_at = monotonic()
+
+    def ask_all(self, message: dict[str, Any]) -> list[dict[str, Any]]:
+        """Asks all servers the same, one after the other."""
+        return [peer.ask(message) for peer in self._all]
+
+    def leave(self) -> None:
+        """Takes leave of all servers."""
+        self._closed.set()
+        for peer in self._all:
+            peer.leave()
+
+    def _beat(self, peer: Peer) -> None:
+        while not self._closed.wait(_BEAT_SECONDS):
+            peer.beat(0.0 if self._is_busy else monotonic() - self._busy_at)

@@ -1,0 +1,122 @@
+"""A worker's line to a server: what it asks, and the answers."""
+
+import contextlib
+import socket
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from tfzero.servers.frames import FOREVER, receive_arrays, receive_message, send_frame
+from tfzero.servers.layer_state import Change
+from tfzero.servers.server import Push, Server
+from tfzero.servers.store import Definition
+from tfzero.workers.meeting import told
+
+
+class Line:
+    """One worker's connection to a server: reads what it asks, and answers.
+
+    Args:
+        server: the server.
+        connection: to the worker.
+        worker: its index.
+        life: of the worker's process; its pulse tells the same.
+    """
+
+    def __init__(self, server: Server, connection: socket.socket, worker: int, life: str) -> None:
+        self._server, self._connection, self._worker, self.life = server, connection, worker, life
+        self._seconds = server.clocks.timeout_seconds
+        self.is_lost = False
+
+    def close(self) -> None:
+        """Ends the connection: the worker is lost."""
+        self.is_lost = True
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RDWR)
+
+    def serve(self) -> bool:
+        """Answers until the worker leaves or is lost. Returns whether it has taken leave."""
+        with self._connection:
+            while True:
+                try:
+                    message, size = receive_message(self._connection, FOREVER, self._seconds)
+                except OSError:
+                    return False
+                if message.get("do") == "leave":
+                    return True
+                try:
+                    self._answer(message, size)
+                except OSError:
+                    return False
+                except Exception as error:  # of whatever kind: the worker is told, and raises it
+                    with contextlib.suppress(OSError):
+                        send_frame(self._connection, told(error), (), self._seconds)
+                    return False
+
+    def _answer(self, message: dict[str, Any], size: int) -> None:
+        server, worker = self._server, self._worker
+        match message:
+            case {"do": "push", "key": int(key), "message": int(number), "step": int(step), "rows": int(rows)}:
+                definition = server.models[key].store.definition
+                active = tuple(message.get("active") or range(len(definition.messages[number])))
+                gradient = definition.empty(number, active)
+                self._read(size, [gradient])
+                rates = {int(index): float(rate) for index, rate in message["rates"].items()}
+                server.push(worker, key, number, step, Push(active, gradient, rows, rates))
+            case {"do": "end", "step": int(step), "rows": int(rows), "state": list(specs)}:
+                changes = dict(map(Change.empty, specs))
+                self._read(size, [array for each in changes.values() for array in (each.before, each.change)])
+                server.end(worker, step, rows, changes)
+            case {"do": "pull", "keys": list(keys), "ahead": ahead}:
+                if ahead is not None:
+                    server.wait_for_others(worker, int(ahead), lambda: self.is_lost)
+                steps, names, arrays = server.values(worker, keys)
+                self._send({"steps": steps, "state": names}, arrays)
+            case {"do": "define", "key": int(key), "definition": dict(definition)}:
+                is_first = worker == 0
+
+                def read(known: Definition) -> list[np.ndarray]:
+                    values = [known.empty(number) for number in range(len(known.messages))]
+                    self._read(size, values)
+                    return values
+
+                was_known = key in server.models
+                server.define(key, definition, read if is_first else None, lambda: self.is_lost)
+                if is_first and was_known:
+                    self._read(size, [np.empty(size, np.uint8)])
+                self._send({"known": was_known})
+            case {"do": "assign", "key": int(key), "message": int(number), "place": int(place)}:
+                part = server.models[key].store.definition.empty(number, [place])
+                self._read(size, [part])
+                server.assign(key, number, place, part)
+            case {"do": "share", "name": str(name), "specs": list(specs)}:
+                shapes = [(tuple(map(int, shape)), np.dtype(str(dtype))) for shape, dtype in specs]
+                own = [np.empty(shape, dtype) for shape, dtype in shapes] if worker == 0 else None
+                self._read(size, own or [])
+                shared = server.share(name, own, lambda: self.is_lost)
+                if [(array.shape, array.dtype) for array in shared] != shapes and not self.is_lost:
+                    raise ValueError(
+                        f"The first worker has other variables that are not trained in the model {name}. Make the same "
+                        "model on every worker."
+                    )
+                self._send({}, shared)
+            case {"do": "enter"}:
+                self._send(server.enter(worker))
+            case {"do": "begin", "step": int(step)}:
+                server.begin(worker, step)
+            case {"do": "post", "name": str(name), "value": value}:
+                self._send({"value": server.post(name, value)})
+            case {"do": "tell"}:
+                counts = {str(age): count for age, count in sorted(server.staleness.items())}
+                held = sum(model.store.held_bytes for model in server.models.values())
+                self._send({"staleness": counts, "most_ahead": server.most_ahead, "dropped": server.dropped,
+                            "held_bytes": held, "done": server.clocks.done})  # fmt: skip
+            case _:
+                raise ConnectionError(f"A worker sent something that no server knows: {str(message)[:200]}.")
+
+    def _read(self, size: int, arrays: Sequence[np.ndarray]) -> None:
+        receive_arrays(self._connection, size, arrays, self._seconds)
+
+    def _send(self, message: dict[str, Any], arrays: Sequence[np.ndarray] = ()) -> None:
+        send_frame(self._connection, message, arrays, self._seconds)

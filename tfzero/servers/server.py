@@ -1,0 +1,298 @@
+"""A parameter server: it holds its part of every model, and answers its workers. [Note: servers] in `plan/serving.py`
+
+[Note: numbered pushes] Each push carries its worker's number of the step, and the server keeps the last number of each
+worker and message. So a push counts once, also when a worker that was started again repeats a step that its
+predecessor has pushed in part.
+
+[Note: a synchronous step] With `max_staleness=0` the server takes the gradients of a message in the order of ranks, as
+they come, and updates when all workers that are awaited have pushed it or ended the step. So sums do not depend on who
+came first. A push for a step that was taken without its worker is dropped.
+"""
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from tfzero.servers.clocks import Clocks
+from tfzero.servers.layer_state import Change, LayerState
+from tfzero.servers.store import Definition, Store
+
+_CHECK_SECONDS = 0.2  # between two looks at the clocks while a worker waits
+
+
+@dataclass
+class Push:
+    """One worker's gradients for a message, in a synchronous step."""
+
+    active: tuple[int, ...]
+    gradient: np.ndarray
+    rows: int
+    rates: dict[int, float]
+
+
+@dataclass
+class Model:
+    """The variables of one optimizer, and who has pushed what.
+
+    Args:
+        definition: as the first worker gave it, as JSON.
+        store: masters and slots.
+        pushed: by worker and message, the number of the next step that counts.
+        waiting: by message, the pushes of the current synchronous step by worker.
+        is_updated: whether the current step, of a worker or of all, has changed it.
+        updates: how often it was updated, by any worker.
+        pulled: by worker, `updates` when it pulled last.
+    """
+
+    definition: dict
+    store: Store
+    pushed: dict[tuple[int, int], int] = field(default_factory=dict)
+    waiting: dict[int, dict[int, Push]] = field(default_factory=dict)
+    is_updated: set[int] = field(default_factory=set)
+    updates: int = 0
+    pulled: dict[int, int] = field(default_factory=dict)
+
+
+class Server:
+    """What workers ask of a server, whatever line they use. One lock guards all of it.
+
+    Args:
+        workers: number of workers.
+        max_staleness: as in `Serving`.
+        timeout_seconds: of silence, after which a worker counts as lost.
+    """
+
+    def __init__(self, workers: int, max_staleness: int | None, timeout_seconds: float) -> None:
+        self.clocks = Clocks(workers, max_staleness, timeout_seconds)
+        self.models: dict[int, Model] = {}
+        self.board: dict[str, Any] = {}  # what the first worker that came has told the others
+        self.layers = LayerState()
+        self.shared: dict[str, list[np.ndarray]] = {}  # first values of variables that are not trained, by model
+        self.staleness: Counter[int] = Counter()  # updates by others between a worker's pull and its push
+        self.most_ahead = 0  # steps that a worker was ever ahead of the slowest when it went on
+        self.dropped = 0  # pushes that did not count, as they came twice or too late
+        self._synchronous_step = 0
+        self._changed = threading.Condition()
+
+    @property
+    def is_synchronous(self) -> bool:
+        return self.clocks.max_staleness == 0
+
+    def come(self, worker: int) -> None:
+        with self._changed:
+            self.clocks.come(worker)
+
+    def lose(self, worker: int) -> None:
+        """A worker is lost or has left: others do not wait for it."""
+        with self._changed:
+            self.clocks.lose(worker)
+            self._changed.notify_all()
+
+    def beat(self, worker: int, idle_seconds: float) -> None:
+        with self._changed:
+            self.clocks.trains(worker, idle_seconds)
+
+    def enter(self, worker: int) -> dict[str, int]:
+        """How many steps a worker has ended in a former life, and the slowest of the others."""
+        with self._changed:
+            return {"done": self.clocks.done[worker], "floor": self.clocks.floor(worker)}
+
+    def begin(self, worker: int, step: int) -> None:
+        """A worker's next step is this one."""
+        with self._changed:
+            self.clocks.done[worker] = max(self.clocks.done[worker], step)
+            self.clocks.trains(worker)
+            self._changed.notify_all()
+
+    def define(self, key: int, definition: dict, values: Callable[[Definition], list[np.ndarray]] | None,
+               is_lost: Callable[[], bool]) -> None:  # fmt: skip
+        """Makes the store of an optimizer's variables, or checks that it is the one that a worker means.
+
+        Args:
+            key: number of the optimizer.
+            definition: of the store, as JSON.
+            values: reads the first worker's first values; None from the others, which wait for them.
+            is_lost: whether the worker that asks is gone.
+
+        Raises:
+            ValueError: for another model, or one that cannot be served.
+            TimeoutError: if the first worker does not define it.
+        """
+        with self._changed:
+            if values is not None and key not in self.models:
+                read = Definition.read(definition)
+                self.models[key] = Model(definition, Store(read, values(read)))
+                self._changed.notify_all()
+            if not self._await_first_worker(lambda: key in self.models, is_lost):
+                return
+            if self.models[key].definition != definition:
+                raise ValueError(
+                    f"The servers hold another model: {_difference(self.models[key].definition, definition)}. Start "
+                    "all workers and servers again, with the same program on every worker."
+                )
+
+    def share(self, name: str, values: list[np.ndarray] | None, is_lost: Callable[[], bool]) -> list[np.ndarray]:
+        """The first worker's values of variables that are not trained.
+
+        Args:
+            name: of the model.
+            values: the first worker's; None from the others, which wait for them.
+            is_lost: whether the worker that asks is gone.
+
+        Raises:
+            TimeoutError: if the first worker does not tell them.
+        """
+        with self._changed:
+            if values is not None and name not in self.shared:
+                self.shared[name] = values
+                self._changed.notify_all()
+            self._await_first_worker(lambda: name in self.shared, is_lost)
+            return self.shared.get(name, [])
+
+    def _await_first_worker(self, has_told: Callable[[], bool], is_lost: Callable[[], bool]) -> bool:
+        """Waits until the first worker has told something. Returns whether the worker that waits is still here."""
+        while not has_told():
+            if is_lost():
+                return False
+            if self.clocks.was_here[0] and not self.clocks.is_here[0]:
+                raise TimeoutError("The first worker was lost before it told the servers what to train.")
+            if 0 not in self.clocks.awaited():
+                raise TimeoutError(
+                    f"The first worker has not come within {self.clocks.timeout_seconds:g} s to tell the servers what "
+                    "to train."
+                )
+            self._changed.wait(_CHECK_SECONDS)
+        return True
+
+    def assign(self, key: int, message: int, place: int, part: np.ndarray) -> None:
+        """The first worker's program has given parameters other values."""
+        with self._changed:
+            self.models[key].store.assign(message, place, part)
+
+    def push(self, worker: int, key: int, message: int, step: int, push: Push) -> None:
+        """A worker's gradients for a message. [Note: numbered pushes]"""
+        with self._changed:
+            model = self.models[key]
+            is_late = self.is_synchronous and step < self._synchronous_step
+            if step < model.pushed.get((worker, message), 0) or is_late:
+                self.dropped += 1
+                return
+            model.pushed[worker, message] = step + 1
+            model.is_updated.add(worker)
+            if self.is_synchronous:
+                model.waiting.setdefault(message, {})[worker] = push
+                self._update_if_complete(model, message, step)
+            else:
+                model.store.update(message, push.active, push.gradient, push.rates)
+
+    def end(self, worker: int, step: int, rows: int, changes: Mapping[str, Change]) -> None:
+        """A worker has pushed all of a step.
+
+        Args:
+            worker: the worker.
+            step: its number.
+            rows: that it trained with.
+            changes: of the state of layers, by name.
+        """
+        with self._changed:
+            if not self.clocks.end(worker, step):
+                return
+            self.layers.note(worker, rows, changes)
+            if self.is_synchronous:
+                self._end_step_if_all_have(step)
+            else:
+                self.layers.merge(self.clocks.workers)
+                for model in self.models.values():
+                    if worker in model.is_updated:
+                        model.is_updated.discard(worker)
+                        model.store.count()
+                        self.staleness[model.updates - model.pulled.get(worker, model.updates)] += 1
+                        model.updates += 1
+            self._changed.notify_all()
+
+    def wait_for_others(self, worker: int, ahead: int, is_lost: Callable[[], bool]) -> None:
+        """Waits until a worker is so many steps ahead of the slowest at most."""
+        with self._changed:
+            while not is_lost():
+                if self.is_synchronous:
+                    self._end_step_if_all_have(self.clocks.done[worker] - 1)
+                if self.clocks.lead(worker) <= ahead:
+                    return
+                self._changed.wait(_CHECK_SECONDS)
+
+    def values(self, worker: int, keys: Sequence[int]) -> tuple[list[list[int]], list[list], list[np.ndarray]]:
+        """For each of these models: how many updates its optimizers have made. Then names and shapes of the state of
+        layers. Then all values: parameters by model and message, and that state.
+        """
+        with self._changed:
+            self.most_ahead = max(self.most_ahead, self.clocks.lead(worker))
+            steps, arrays = [], []
+            for model in (self.models[key] for key in keys):
+                model.pulled[worker] = model.updates
+                steps.append(model.store.steps)
+                arrays += [model.store.values(n) for n in range(len(model.store.definition.messages))]
+            names, state = self.layers.in_order()
+            return steps, names, [*arrays, *state]
+
+    def post(self, name: str, value: Any) -> Any:
+        """The value that the first to come has told under a name."""
+        with self._changed:
+            return self.board.setdefault(name, value)
+
+    def _update_if_complete(self, model: Model, message: int, step: int) -> None:
+        """Updates a message as soon as nobody's gradient is missing. [Note: a synchronous step]"""
+        pushes = model.waiting[message]
+        missing = [w for w in self.clocks.awaited() if w not in pushes and self.clocks.done[w] <= step]
+        if missing:
+            return
+        del model.waiting[message]
+        rows = sum(push.rows for push in pushes.values())
+        if not rows:
+            return
+        first = pushes[min(pushes)]
+        places = sorted({place for push in pushes.values() for place in push.active})
+        total: np.ndarray | None = None
+        for worker in sorted(pushes):
+            share = _spread(model.store.definition, message, places, pushes[worker]) * (pushes[worker].rows / rows)
+            total = share if total is None else total + share
+        dtype = first.gradient.dtype
+        model.store.update(message, places, np.asarray(total).astype(dtype), first.rates)
+
+    def _end_step_if_all_have(self, step: int) -> None:
+        """Ends a synchronous step, if all that are awaited have."""
+        if step < self._synchronous_step or not self.clocks.have_ended(step):
+            return
+        self._synchronous_step = step + 1
+        self.layers.merge()
+        for model in self.models.values():
+            for message in list(model.waiting):
+                self._update_if_complete(model, message, step)
+            if model.is_updated:
+                model.is_updated.clear()
+                model.store.count()
+                model.updates += 1
+                self.staleness[0] += 1
+        self._changed.notify_all()
+
+
+def _spread(definition: Definition, message: int, places: Sequence[int], push: Push) -> np.ndarray:
+    """A gradient, with zeros for the parts that only other workers have, in float32 at least."""
+    wide = np.promote_types(np.float32, push.gradient.dtype)
+    if list(push.active) == list(places):
+        return push.gradient.astype(wide)
+    widths = definition.widths(message)
+    ends = np.cumsum([widths[place] for place in push.active])
+    parts = dict(zip(push.active, np.split(push.gradient, ends[:-1]), strict=True))
+    return np.concatenate([parts.get(place, np.zeros(widths[place])).astype(wide) for place in places])
+
+
+def _difference(ours: dict, theirs: dict) -> str:
+    """What differs first between two definitions."""
+    for what in sorted({*ours, *theirs}):
+        if ours.get(what) != theirs.get(what):
+            return f"its {what} are {str(ours.get(what))[:200]}, and this worker's {str(theirs.get(what))[:200]}"
+    return "nothing differs"

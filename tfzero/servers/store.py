@@ -1,0 +1,217 @@
+"""What one server holds of one optimizer's variables: masters and slots, and Keras's own updates of them."""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tfzero.host import runtime
+from tfzero.training.stock_optimizers import is_elementwise
+
+# Configs come over the network, and Keras imports the modules that they name.
+_MODULES = ("keras.optimizers", "keras.optimizers.schedules")
+
+
+@dataclass(frozen=True)
+class Held:
+    """A part of a variable that the server holds and updates by itself.
+
+    Args:
+        variable: index of the variable among those of the optimizer.
+        begin, end: its flat elements.
+        optimizer: index of the inner optimizer.
+        decays: whether the optimizer's weight decay applies.
+    """
+
+    variable: int
+    begin: int
+    end: int
+    optimizer: int
+    decays: bool
+
+    @classmethod
+    def read(cls, value: Any) -> "Held":
+        """From JSON."""
+        variable, begin, end, optimizer, decays = map(int, value)
+        return cls(variable, begin, end, optimizer, bool(decays))
+
+
+@dataclass(frozen=True)
+class Definition:
+    """What all workers must define alike.
+
+    Args:
+        optimizers: Keras's configs of the inner optimizers.
+        messages: the parts that each message holds, in its order. A message has one dtype.
+        dtypes: of the messages.
+        names: of the variables, for messages.
+    """
+
+    optimizers: list[dict]
+    messages: list[list[Held]]
+    dtypes: list[str]
+    names: list[str]
+
+    @classmethod
+    def read(cls, value: Any) -> "Definition":
+        """From JSON.
+
+        Raises:
+            ValueError: if it is none.
+        """
+        try:
+            messages = [[Held.read(held) for held in message] for message in value["messages"]]
+            dtypes = [tf.as_dtype(name).name for name in value["dtypes"]]
+            read = cls(list(value["optimizers"]), messages, dtypes, list(map(str, value["names"])))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"A worker defines nothing that can be read ({type(error).__name__}: {error}).") from None
+        whole = all(0 <= held.begin <= held.end for message in messages for held in message)
+        if not whole or len(dtypes) != len(messages) or not all(tf.as_dtype(dtype).is_floating for dtype in dtypes):
+            raise ValueError("A worker defines messages that do not fit together.")
+        return read
+
+    def widths(self, message: int) -> list[int]:
+        """Number of elements of each part."""
+        return [held.end - held.begin for held in self.messages[message]]
+
+    def empty(self, message: int, active: Sequence[int] | None = None) -> np.ndarray:
+        """An array for the parts of a message, or for some of them."""
+        widths = self.widths(message)
+        elements = sum(widths if active is None else [widths[place] for place in active])
+        return np.empty(elements, tf.as_dtype(self.dtypes[message]).as_numpy_dtype)
+
+
+class Store:
+    """Masters and slots of one optimizer's variables on one server.
+
+    Args:
+        definition: what it holds.
+        values: the first values of each message.
+
+    Raises:
+        ValueError: for optimizers that cannot be made, or are not known to be element-wise.
+    """
+
+    def __init__(self, definition: Definition, values: Sequence[np.ndarray]) -> None:
+        self.definition = definition
+        self.optimizers = [_make(config) for config in definition.optimizers]
+        self._masters: list[list[keras.Variable]] = []
+        for number, (message, flat) in enumerate(zip(definition.messages, values, strict=True)):
+            parts = np.split(flat, np.cumsum(definition.widths(number))[:-1]) if message else []
+            self._masters.append(
+                [
+                    keras.Variable(part, dtype=definition.dtypes[number], name=f"{number}_{place}")
+                    for place, part in enumerate(parts)
+                ]
+            )
+        for index, optimizer in enumerate(self.optimizers):
+            optimizer.build([master for master, held in self._all() if held.optimizer == index])
+        self._functions: dict[Any, Callable] = {}
+        self._has_begun = [False] * len(self.optimizers)
+
+    def _all(self) -> list[tuple[keras.Variable, Held]]:
+        return [
+            pair
+            for masters, message in zip(self._masters, self.definition.messages, strict=True)
+            for pair in zip(masters, message, strict=True)
+        ]
+
+    @property
+    def steps(self) -> list[int]:
+        """How many updates each optimizer has made."""
+        return [int(runtime.iteration_counter(each).numpy()) for each in self.optimizers]
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of masters and slots."""
+        variables = [master for master, _ in self._all()] + [v for each in self.optimizers for v in each.variables]
+        return sum(variable.value.shape.num_elements() * variable.value.dtype.size for variable in variables)
+
+    def values(self, message: int) -> np.ndarray:
+        """The parameters of a message now, `[elements]`."""
+        parts = [master.numpy() for master in self._masters[message]]
+        return np.concatenate(parts) if parts else self.definition.empty(message)
+
+    def assign(self, message: int, place: int, part: np.ndarray) -> None:
+        """Gives a part of a message other values."""
+        self._masters[message][place].assign(part)
+
+    def update(self, message: int, active: Sequence[int], gradient: np.ndarray, rates: Mapping[int, float]) -> None:
+        """Updates parts of a message.
+
+        Args:
+            message: its number.
+            active: the parts that have a gradient, in their order.
+            gradient: their gradients, `[elements]`.
+            rates: learning rates by inner optimizer; one that follows a schedule is missing.
+        """
+        used = sorted({self.definition.messages[message][place].optimizer for place in active})
+        for index in used:
+            optimizer = self.optimizers[index]
+            if index in rates:
+                optimizer.learning_rate = rates[index]
+            if not self._has_begun[index]:
+                self._has_begun[index] = True
+                runtime.begin_update(optimizer, self._rate(optimizer))
+        key = message, tuple(active)
+        if key not in self._functions:
+            self._functions[key] = tf.function(
+                lambda *given: self._update(message, active, *given), autograph=False, jit_compile=True
+            )
+        given_rates = [self._rate(self.optimizers[index]) for index in used]
+        self._functions[key](tf.constant(gradient), *given_rates)
+
+    def _update(self, message: int, active: Sequence[int], gradient: tf.Tensor, *rates: tf.Tensor) -> None:
+        held, masters = self.definition.messages[message], self._masters[message]
+        widths = [held[place].end - held[place].begin for place in active]
+        used = sorted({held[place].optimizer for place in active})
+        for place, part in zip(active, tf.split(gradient, widths), strict=True):
+            index = held[place].optimizer
+            optimizer, master, rate = self.optimizers[index], masters[place], rates[used.index(index)]
+            if held[place].decays:
+                runtime.decay_weight(optimizer, master)
+            if optimizer.clipvalue:
+                part = tf.clip_by_value(part, -optimizer.clipvalue, optimizer.clipvalue)
+            optimizer.update_step(part, master, rate)
+
+    def count(self) -> None:
+        """Ends an update of all messages."""
+        for index, optimizer in enumerate(self.optimizers):
+            counter = runtime.iteration_counter(optimizer)
+            counter.assign(counter + 1)
+            self._has_begun[index] = False
+
+    def _rate(self, optimizer: keras.optimizers.Optimizer) -> tf.Tensor:
+        rate = optimizer.learning_rate
+        return tf.convert_to_tensor(rate.value if isinstance(rate, keras.Variable) else rate)
+
+
+def _make(config: Any) -> keras.optimizers.Optimizer:
+    """An optimizer from its config, which must name Keras's own classes."""
+    strange = [module for module in _modules(config) if module not in _MODULES]
+    if strange:
+        raise ValueError(
+            f"Servers make Keras's own optimizers and learning-rate schedules, but this one has classes of {strange}. "
+            "Use one of Keras's own, or leave the servers away."
+        )
+    optimizer = keras.saving.deserialize_keras_object(copy.deepcopy(config))  # which changes what it is given
+    if not isinstance(optimizer, keras.optimizers.Optimizer) or not is_elementwise(optimizer):
+        raise ValueError(
+            f"Servers hold parts of variables, and {type(optimizer).__name__} is not known to treat every element by "
+            "itself. Use SGD, Adam or another element-wise optimizer of Keras, or leave the servers away."
+        )
+    return optimizer
+
+
+def _modules(config: Any) -> list[str]:
+    """The modules that a config names, and whatever else in it is no class of Keras's own."""
+    if isinstance(config, dict):
+        own = []
+        if "class_name" in config:
+            own = [str(config.get("registered_name") or config.get("module"))]
+        return own + [module for value in config.values() for module in _modules(value)]
+    return [module for value in config for module in _modules(value)] if isinstance(config, list) else []
