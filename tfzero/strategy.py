@@ -154,7 +154,6 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         serving = check_serving(
             *sizes_of(self.fleet), max_staleness, compression=compression, error_feedback=error_feedback,
             overlap_param_gather=overlap_param_gather, rows=rows, sync_every=sync_every,
-            outer_optimizer=outer_optimizer, sync_warmup=sync_warmup,
         )  # fmt: skip
         if self.fleet is not None and self.fleet.is_server:
             raise SystemExit(serve(self.fleet))
@@ -169,11 +168,7 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
             False if merging else hierarchical, overlap_param_gather, compare_batches,
             check_rows(rows, stage, named, local), merging, serving,
         )  # fmt: skip
-        kind = self.settings.device_type
-        self._surroundings = Surroundings(kind, len(local), workers)
-        self.transport = choose(self._surroundings)  # chosen again when the workers have met
-        self.levels = choose_levels(self.settings, workers, self.transport.obstacle_of_levels(kind))
-        self.transport.check(self.settings, workers)
+        self._choose_transport(len(local), workers)
         self.optimizers: weakref.WeakSet = weakref.WeakSet()  # those built for its variables
         self.announced: weakref.WeakSet = weakref.WeakSet()  # those whose report `fit` has printed
         self.data_position: DataPosition | None = None  # where the next training data begin
@@ -182,6 +177,13 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         self.local_steps = LocalSteps(self)
         self.served = None if serving is None else ServedSteps(self, self.fleet)
         self.make_outer = outer_maker(outer_optimizer, merging)  # as it uses TensorFlow
+
+    def _choose_transport(self, devices: int, workers: int) -> None:
+        kind = self.settings.device_type
+        self._surroundings = Surroundings(kind, devices, workers)
+        self.transport = choose(self._surroundings)  # chosen again when the workers have met
+        self.levels = choose_levels(self.settings, workers, self.transport.obstacle_of_levels(kind))
+        self.transport.check(self.settings, workers)
 
     def _join(self, cluster: Cluster | None, devices: Sequence[str]) -> None:
         """Meets the other workers, agrees with them on the settings, and forms the group of all replicas."""

@@ -96,12 +96,17 @@ def _save_together(
         writer = _exchange(strategy, path).index(path)
         result = None
         with _gathers_shown(strategy, model), _called_before_gathering(strategy.extended, before_gathering):
-            if path is None or writer == strategy.extended.mesh.worker:
+            if path is None or (writer == strategy.extended.mesh.worker and _claims(strategy, path)):
                 result = save()
             else:
                 keras_objects.walk_as_saving(model, _Discarded(), [id(each) for each in skipped])
         _agree_on_place(strategy, "the end")
     return result
+
+
+def _claims(strategy: ZeroStrategy, path: str) -> bool:
+    """Whether this worker writes a file; workers of servers, which do not save together, ask a server."""
+    return strategy.served is None or strategy.served.claims(path)
 
 
 def _agree_on_place(strategy: ZeroStrategy, place: str) -> None:
@@ -248,4 +253,4 @@ def _save_backup(original: Callable[..., Any], self: keras.callbacks.BackupAndRe
 
 def _is_chief(model: keras.Model) -> bool:
     strategy = strategy_of(model)
-    return strategy is None or strategy.extended.mesh.worker == 0
+    return strategy is None or strategy.extended.should_checkpoint

@@ -76,7 +76,7 @@ def check_serving(servers: int, workers: int, max_staleness: Any, **others: Any)
             )
         return None
     defaults = {"compression": None, "error_feedback": False, "overlap_param_gather": False, "rows": EVEN,
-                "sync_every": None, "outer_optimizer": None, "sync_warmup": 0}  # fmt: skip
+                "sync_every": None}  # fmt: skip
     given = {name: value for name, value in others.items() if value != defaults[name]}
     if given:
         text = ", ".join(f"{name}={value!r}" for name, value in given.items())

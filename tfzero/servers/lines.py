@@ -25,7 +25,7 @@ class Line:
     """
 
     def __init__(self, server: Server, connection: socket.socket, worker: int, life: str) -> None:
-        self._server, self._connection, self._worker, self.life = server, connection, worker, life
+        self.server, self._connection, self._worker, self.life = server, connection, worker, life
         self._seconds = server.clocks.timeout_seconds
         self.is_lost = False
 
@@ -55,7 +55,12 @@ class Line:
                     return False
 
     def _answer(self, message: dict[str, Any], size: int) -> None:
-        server, worker = self._server, self._worker
+        if not (self._take_step(message, size) or self._prepare(message, size) or self._tell(message)):
+            raise ConnectionError(f"A worker sent something that no server knows: {str(message)[:200]}.")
+
+    def _take_step(self, message: dict[str, Any], size: int) -> bool:
+        """What a worker asks in each step. Returns whether it was that."""
+        server, worker = self.server, self._worker
         match message:
             case {"do": "push", "key": int(key), "message": int(number), "step": int(step), "rows": int(rows)}:
                 definition = server.models[key].store.definition
@@ -73,23 +78,22 @@ class Line:
                     server.wait_for_others(worker, int(ahead), lambda: self.is_lost)
                 steps, names, arrays = server.values(worker, keys)
                 self._send({"steps": steps, "state": names}, arrays)
+            case _:
+                return False
+        return True
+
+    def _prepare(self, message: dict[str, Any], size: int) -> bool:
+        """What a worker asks before it trains, or when its program assigns values. Returns whether it was that."""
+        server, worker = self.server, self._worker
+        match message:
             case {"do": "define", "key": int(key), "definition": dict(definition)}:
-                is_first = worker == 0
-
-                def read(known: Definition) -> list[np.ndarray]:
-                    values = [known.empty(number) for number in range(len(known.messages))]
-                    self._read(size, values)
-                    return values
-
-                was_known = key in server.models
-                server.define(key, definition, read if is_first else None, lambda: self.is_lost)
-                if is_first and was_known:
+                if worker == 0 and key not in server.models:
+                    values = self._values(Definition.read(definition), size)
+                else:
                     self._read(size, [np.empty(size, np.uint8)])
-                self._send({"known": was_known})
-            case {"do": "assign", "key": int(key), "message": int(number), "place": int(place)}:
-                part = server.models[key].store.definition.empty(number, [place])
-                self._read(size, [part])
-                server.assign(key, number, place, part)
+                    values = None
+                server.define(key, definition, values, lambda: self.is_lost)
+                self._send({})
             case {"do": "share", "name": str(name), "specs": list(specs)}:
                 shapes = [(tuple(map(int, shape)), np.dtype(str(dtype))) for shape, dtype in specs]
                 own = [np.empty(shape, dtype) for shape, dtype in shapes] if worker == 0 else None
@@ -101,19 +105,35 @@ class Line:
                         "model on every worker."
                     )
                 self._send({}, shared)
+            case {"do": "assign", "key": int(key), "message": int(number), "place": int(place)}:
+                part = server.models[key].store.definition.empty(number, [place])
+                self._read(size, [part])
+                server.assign(key, number, place, part)
             case {"do": "enter"}:
                 self._send(server.enter(worker))
             case {"do": "begin", "step": int(step)}:
                 server.begin(worker, step)
-            case {"do": "post", "name": str(name), "value": value}:
-                self._send({"value": server.post(name, value)})
-            case {"do": "tell"}:
-                counts = {str(age): count for age, count in sorted(server.staleness.items())}
-                held = sum(model.store.held_bytes for model in server.models.values())
-                self._send({"staleness": counts, "most_ahead": server.most_ahead, "dropped": server.dropped,
-                            "held_bytes": held, "done": server.clocks.done})  # fmt: skip
             case _:
-                raise ConnectionError(f"A worker sent something that no server knows: {str(message)[:200]}.")
+                return False
+        return True
+
+    def _tell(self, message: dict[str, Any]) -> bool:
+        """What workers tell each other by a server, and what it tells of itself. Returns whether it was that."""
+        match message:
+            case {"do": "post", "name": str(name), "value": value}:
+                self._send({"value": self.server.post(name, value)})
+            case {"do": "claim", "name": str(name)}:
+                self._send({"value": self.server.claim(name, self._worker)})
+            case {"do": "tell"}:
+                self._send(self.server.tell())
+            case _:
+                return False
+        return True
+
+    def _values(self, definition: Definition, size: int) -> list[np.ndarray]:
+        values = [definition.empty(number) for number in range(len(definition.messages))]
+        self._read(size, values)
+        return values
 
     def _read(self, size: int, arrays: Sequence[np.ndarray]) -> None:
         receive_arrays(self._connection, size, arrays, self._seconds)

@@ -138,9 +138,8 @@ class _Host:
             else:
                 text = f"has lost {self._cluster.describe(worker)}; others go on without it"
                 print(f"tfzero: {self._cluster.name} {text}.", file=sys.stderr, flush=True)
-            assert self._server is not None
-            self._server.lose(worker)
             self._changed.notify_all()
+        line.server.lose(worker)
 
     def _watch(self, connection: socket.socket, worker: int) -> None:
         """The thread of a worker's pulse. When it stops, the worker is lost."""

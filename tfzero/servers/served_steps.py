@@ -76,6 +76,10 @@ class ServedSteps:
         answer = self.peers[0].ask({"do": "post", "name": f"{self._posts} {topic}", "value": value})
         return answer["value"]
 
+    def claims(self, path: str) -> bool:
+        """Whether this worker writes a file, as the first that asked and is still here."""
+        return bool(self.peers[0].ask({"do": "claim", "name": path})["value"])
+
     def add(self, *arguments: Any) -> Remote:
         """The remote of an optimizer's variables, which are pulled. The arguments are those of `make_remote`."""
         remote = make_remote(len(self.remotes), *arguments)

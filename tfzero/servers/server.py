@@ -72,6 +72,7 @@ class Server:
         self.board: dict[str, Any] = {}  # what the first worker that came has told the others
         self.layers = LayerState()
         self.shared: dict[str, list[np.ndarray]] = {}  # first values of variables that are not trained, by model
+        self._files: dict[str, int] = {}  # by name, the worker that writes it
         self.staleness: Counter[int] = Counter()  # updates by others between a worker's pull and its push
         self.most_ahead = 0  # steps that a worker was ever ahead of the slowest when it went on
         self.dropped = 0  # pushes that did not count, as they came twice or too late
@@ -108,14 +109,13 @@ class Server:
             self.clocks.trains(worker)
             self._changed.notify_all()
 
-    def define(self, key: int, definition: dict, values: Callable[[Definition], list[np.ndarray]] | None,
-               is_lost: Callable[[], bool]) -> None:  # fmt: skip
+    def define(self, key: int, definition: dict, values: list[np.ndarray] | None, is_lost: Callable[[], bool]) -> None:
         """Makes the store of an optimizer's variables, or checks that it is the one that a worker means.
 
         Args:
             key: number of the optimizer.
             definition: of the store, as JSON.
-            values: reads the first worker's first values; None from the others, which wait for them.
+            values: the first worker's first values; None from the others, which wait for them.
             is_lost: whether the worker that asks is gone.
 
         Raises:
@@ -124,8 +124,7 @@ class Server:
         """
         with self._changed:
             if values is not None and key not in self.models:
-                read = Definition.read(definition)
-                self.models[key] = Model(definition, Store(read, values(read)))
+                self.models[key] = Model(definition, Store(Definition.read(definition), values))
                 self._changed.notify_all()
             if not self._await_first_worker(lambda: key in self.models, is_lost):
                 return
@@ -242,6 +241,25 @@ class Server:
         """The value that the first to come has told under a name."""
         with self._changed:
             return self.board.setdefault(name, value)
+
+    def claim(self, name: str, worker: int) -> bool:
+        """Whether a worker writes the file of this name: the first to claim it that is still here."""
+        with self._changed:
+            owner = self._files.get(name)
+            if owner is None or not self.clocks.is_here[owner]:
+                self._files[name] = worker
+            return self._files[name] == worker
+
+    def tell(self) -> dict[str, Any]:
+        """What there is to know about the run so far."""
+        with self._changed:
+            return {
+                "staleness": {str(age): count for age, count in sorted(self.staleness.items())},
+                "most_ahead": self.most_ahead,
+                "dropped": self.dropped,
+                "held_bytes": sum(model.store.held_bytes for model in self.models.values()),
+                "done": self.clocks.done,
+            }
 
     def _update_if_complete(self, model: Model, message: int, step: int) -> None:
         """Updates a message as soon as nobody's gradient is missing. [Note: a synchronous step]"""
