@@ -23,7 +23,7 @@ LINE = {
     ),
     "workers": (
         "progress", "differences", "addresses", "slurm", "tasks", "cluster", "resolvers", "host_names", "stopping",
-        "messages", "handshake", "meeting", "rendezvous", "channel", "fleet", "gpus", "job_worker", "options",
+        "messages", "handshake", "meeting", "rendezvous", "channel", "fleet", "gpus", "job_worker", "options", "runs",
         "cuda_devices", "agreement", "digests", "device_agreement", "links",
     ),
     "launch": (),

@@ -18,6 +18,7 @@ from tfzero.workers.fleet import LineSplitter
 
 LIMIT_SECONDS = 100  # of each launch here; most take half a second
 FACTOR = 10
+IMPORTS = "import os, sys; from tfzero import launch; from tfzero.workers import runs"
 
 
 def start(*arguments, **options):
@@ -312,7 +313,7 @@ def test_a_script_that_crashes_at_once_is_restarted_after_pauses_that_grow(scrip
 
 
 def test_a_fleet_that_ran_for_a_while_is_restarted_without_a_pause(script):
-    code = "import sys; from tfzero import launch; launch._AT_ONCE_SECONDS = 0; sys.exit(launch.main(sys.argv[1:]))"
+    code = f"{IMPORTS}; runs._AT_ONCE_SECONDS = 0; sys.exit(launch.main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "--workers", "1", "--max-restarts", "2", str(script("sys.exit(9)"))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_SECONDS)
     assert done.returncode == 9
@@ -333,7 +334,7 @@ def test_a_signal_in_the_pause_before_a_restart_ends_the_launcher(script):
 def test_a_signal_between_two_fleets_ends_the_launcher_too(script):
     """Before the pause has begun: while the launcher says that there will be one."""
     told = "lambda text, **options: (print(text, **options), 'restart 1' in text and os.kill(os.getpid(), 15))"
-    code = f"import os, sys; from tfzero import launch; launch.print = {told}; sys.exit(launch.main(sys.argv[1:]))"
+    code = f"{IMPORTS}; runs.print = {told}; sys.exit(launch.main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "--workers", "1", "--max-restarts", "2", str(script("sys.exit(9)"))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_SECONDS)
     assert done.returncode == 128 + signal.SIGTERM

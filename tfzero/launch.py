@@ -5,8 +5,9 @@
     losses = tfzero.run_local(train, workers=2, args=(3,))      # a function, like a call
 
 Each worker gets its `TF_CONFIG` and GPUs of its own. Its output is passed on line by line, and the first failure ends
-all the others. With `--max-restarts` all are then started again, and resume from their last checkpoint. Only the
-workers import TensorFlow, never the launcher. Linux and macOS.
+all the others. With `--max-restarts` all are then started again, and resume from their last checkpoint. With parameter
+servers (`--servers`) a worker that fails is started again by itself. The launcher itself never imports TensorFlow.
+Linux and macOS.
 """
 
 import argparse
@@ -16,36 +17,25 @@ import json
 import os
 import pickle
 import signal
-import socket
 import sys
 import sysconfig
 import tempfile
-import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import cloudpickle
 
-from tfzero.workers.fleet import Fleet, Worker
+from tfzero.workers.fleet import Fleet, Member, lateness
 from tfzero.workers.gpus import divide_gpus
-from tfzero.workers.handshake import SECRET_VARIABLE, make_secret
 from tfzero.workers.job_worker import become, worker_environment
 from tfzero.workers.options import check_settings, parse
-from tfzero.workers.progress import asking
-from tfzero.workers.stopping import BLAME_VARIABLE, EXIT_STOPPED, EXIT_WORKER_LOST, read_blame
+from tfzero.workers.runs import CPU_DEVICES_VARIABLE, SERVE, environments_of_servers, held_ports, number_of, run_fleets
+from tfzero.workers.runs import environments_of_workers as _environments
+from tfzero.workers.stopping import take_leave
 
-CPU_DEVICES_VARIABLE = "TFZERO_CPU_DEVICES"
-RESTARTS_VARIABLE = "TFZERO_RESTARTS"  # how often the fleet was restarted, for scripts that want to know
-# A worker that is lost again within this time after a restart has not come back.
-_COME_BACK_SECONDS = 60.0
-# A fleet that fails within this time is started again after a pause. The pause doubles with each such failure in a row.
-_AT_ONCE_SECONDS = 10.0
-_PAUSE_SECONDS = 0.5
-_LONGEST_PAUSE_SECONDS = 60.0
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 _SERVE_CALL = (
@@ -55,7 +45,7 @@ _SERVE_CALL = (
 
 
 class WorkerError(RuntimeError):
-    """A worker of `run_local` failed. The message names it and shows the last lines of every worker, its own last.
+    """A worker of `run_local` failed, or a server. The message names it and shows the last lines of all, its own last.
 
     Example:
 
@@ -71,22 +61,7 @@ class WorkerError(RuntimeError):
     """
 
 
-@contextlib.contextmanager
-def held_ports(count: int) -> Iterator[list[int]]:
-    """Holds `count` TCP ports of 127.0.0.1: meanwhile the system gives each only to a process that asks for that port.
-
-    They are bound, but nobody listens. So servers with SO_REUSEADDR, such as those of workers and TensorFlow, may use
-    them.
-    """
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            each.bind(("127.0.0.1", 0))
-        yield [each.getsockname()[1] for each in sockets]
-
-
-def run_local(fn: Callable[..., Any], workers: int = 2, *, args: Sequence[Any] = (),
+def run_local(fn: Callable[..., Any], workers: int = 2, *, servers: int = 0, args: Sequence[Any] = (),
               timeout_seconds: float | None = 600, env: dict[str, str] | None = None, cpu_devices: int | None = None,
               gpus_per_worker: int | None = None, echo: bool = False) -> list[Any]:  # fmt: skip
     """Calls `fn(*args)` in `workers` fresh local processes; returns their results in worker order.
@@ -98,22 +73,23 @@ def run_local(fn: Callable[..., Any], workers: int = 2, *, args: Sequence[Any] =
     Args:
         fn: the function. It makes its own strategy and model.
         workers: number of processes, each with its `TF_CONFIG`.
+        servers: number of parameter servers beside them, which call nothing.
         args: arguments of `fn`, the same for all.
         timeout_seconds: time for all results.
         env: environment variables to add.
         cpu_devices: logical CPU devices of each worker; by default one.
         gpus_per_worker: GPUs of each worker, which no other worker sees; 0 for CPUs only. By default all GPUs that
             `CUDA_VISIBLE_DEVICES` names, or that the machine has, are divided evenly.
-        echo: whether to print the workers' output as it comes.
+        echo: whether to print the output of workers and servers as it comes.
 
     Returns:
         What `fn` returned in each worker.
 
     Raises:
-        WorkerError: if a worker ended without a result; its traceback is in the message.
+        WorkerError: if a worker ended without a result, or a server failed; its traceback is in the message.
         TimeoutError: if a result was missing after `timeout_seconds`.
         TypeError: if `fn` or `args` cannot be pickled.
-        ValueError: for a number that is not above 0, or too few GPUs.
+        ValueError: for a number that is not above 0, `servers` below 0, or too few GPUs.
 
     Example:
 
@@ -126,14 +102,15 @@ def run_local(fn: Callable[..., Any], workers: int = 2, *, args: Sequence[Any] =
     assert tfzero.run_local(task_of, workers=2, args=(10,)) == [10, 11]
     ```
     """
-    check_settings(workers, timeout_seconds, cpu_devices)
+    check_settings(workers, timeout_seconds, cpu_devices, servers)
     gpus = divide_gpus(workers, gpus_per_worker, {**os.environ, **(env or {})})
-    with tempfile.TemporaryDirectory(prefix="tfzero_") as folder, held_ports(workers) as ports:
+    with tempfile.TemporaryDirectory(prefix="tfzero_") as folder, held_ports(workers + servers) as ports:
         environments = _environments(ports, env or {}, cpu_devices, gpus)
         Path(folder, "call").write_bytes(_pickle_call(fn, tuple(args)))
         results = [Path(folder, f"result_{index}") for index in range(workers)]
         serve = [sys.executable, "-c", _SERVE_CALL, json.dumps([str(entry) for entry in sys.path]), folder]
         with contextlib.closing(Fleet(echo=echo)) as fleet:
+            fleet.start_servers(SERVE, environments_of_servers(environments[0]))
             fleet.start([[*serve, each.name] for each in results], environments, hold=True)
             _wait_for_results(fleet, results, timeout_seconds)
             fleet.let_go()
@@ -163,13 +140,21 @@ def _pickle_call(fn: Callable[..., Any], args: tuple[Any, ...]) -> bytes:
 
 
 def _wait_for_results(fleet: Fleet, results: Sequence[Path], timeout_seconds: float, which: str = "") -> None:
-    """Waits until each worker has delivered its result. If one fails or is late, it ends all and raises an error."""
-    failed, late = fleet.wait(lambda worker: results[worker.index].exists(), timeout_seconds)
+    """Waits until each worker has delivered its result. If one fails or is late, it ends all and raises an error.
+
+    A server that ends with exit code 0 has not failed: all workers have taken leave of it.
+    """
+
+    def is_done(member: Member) -> bool:
+        return member.exit_code == 0 if member.is_server else results[member.index].exists()
+
+    failed, late = fleet.wait(is_done, timeout_seconds)
     if failed:
-        reason = f"{failed.verdict(len(fleet.workers))}, before it delivered a result{which}"
+        when = "before all workers delivered a result" if failed.is_server else "before it delivered a result"
+        reason = f"{fleet.verdict(failed)}, {when}{which}"
         raise WorkerError(f"{reason}; all have ended. Last lines:\n{_logs(fleet, [failed])}")
     if late:
-        reason = f"{_lateness(late, timeout_seconds)}. Raise timeout_seconds, or see where each waits"
+        reason = f"{lateness(late, timeout_seconds)}. Raise timeout_seconds, or see where each waits"
         raise TimeoutError(f"{reason}. Last lines:\n{_logs(fleet, late)}")
 
 
@@ -198,6 +183,7 @@ def _serve(work: Callable[[int], object]) -> None:
     exit_code = 0
     try:
         work(line)
+        take_leave()
     except BaseException as error:  # also SystemExit: the work is not done
         traceback.print_exc()
         exit_code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
@@ -207,43 +193,9 @@ def _serve(work: Callable[[int], object]) -> None:
     os._exit(exit_code)  # without TensorFlow's shutdown, which may hang or abort
 
 
-def _logs(fleet: Fleet, shown_last: list[Worker], kept_lines: int = 60) -> str:
-    order = sorted(fleet.workers, key=lambda worker: worker in shown_last)
-    return "\n".join(worker.show(list(worker.lines)[-kept_lines:]) for worker in order)
-
-
-def _lateness(late: list[Worker], timeout_seconds: float) -> str:
-    numbers = ", ".join(str(worker.index) for worker in late)
-    return f"still running after {timeout_seconds:g} seconds: worker {numbers}; all have ended now"
-
-
-def _environments(
-    ports: list[int], env: dict[str, str], cpu_devices: int | None, gpus: list[dict[str, str]]
-) -> list[dict[str, str]]:
-    """The environment of each worker: ours, a secret, unbuffered output, `env`, its place and its GPUs.
-
-    Only the leader is asked to report progress.
-    """
-    shared = {"TF_CPP_MIN_LOG_LEVEL": "2", SECRET_VARIABLE: make_secret(), **os.environ, "PYTHONUNBUFFERED": "1", **env}
-    if cpu_devices is not None:
-        shared[CPU_DEVICES_VARIABLE] = str(cpu_devices)
-    cluster = {"worker": [f"127.0.0.1:{port}" for port in ports]}
-    configs = [{"cluster": cluster, "task": {"type": "worker", "index": index}} for index in range(len(ports))]
-    environments = [
-        {**shared, "TF_CONFIG": json.dumps(config), **own} for config, own in zip(configs, gpus, strict=True)
-    ]
-    environments[0] |= asking()
-    return environments
-
-
-@dataclass(frozen=True)
-class _Outcome:
-    """How one fleet of the command line ended; `lost` is the worker to blame, if there is one."""
-
-    exit_code: int = 0
-    message: str = ""
-    lost: int | None = None
-    seconds: float = 0.0
+def _logs(fleet: Fleet, shown_last: list[Member], kept_lines: int = 60) -> str:
+    order = sorted(fleet.members, key=lambda member: member in shown_last)
+    return "\n".join(member.show(list(member.lines)[-kept_lines:]) for member in order)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -258,9 +210,9 @@ def main(arguments: list[str] | None = None) -> int:
         if signal.getsignal(number) != signal.SIG_IGN:  # ignored, as under nohup
             signal.signal(number, _stop)
     try:
-        return _run_fleets(options) if options.task is None else _become_worker(options)
+        return run_fleets(options, _command(options)) if options.task is None else _become_worker(options)
     except KeyboardInterrupt as stop:
-        number = _number_of(stop)
+        number = number_of(stop)
         print(f"tfzero.launch: received {number.name}; no worker was running.", file=sys.stderr, flush=True)
         return 128 + number
 
@@ -278,82 +230,14 @@ def _become_worker(options: argparse.Namespace) -> int:
     shared = {"TF_CPP_MIN_LOG_LEVEL": "2", **os.environ, "PYTHONUNBUFFERED": "1"}
     if options.cpu_devices is not None:
         shared[CPU_DEVICES_VARIABLE] = str(options.cpu_devices)
-    become([sys.executable, *_target(options), *options.script_args], {**shared, **own}, held)
+    become(_command(options), {**shared, **own}, held)
     return 1
 
 
-def _target(options: argparse.Namespace) -> list[str]:
-    return ["-m", options.script] if options.module else [options.script]
-
-
-def _run_fleets(options: argparse.Namespace) -> int:
-    """Runs fleet after fleet, until one ends well or no restart is left. Returns the last one's exit code."""
-    former, quick = _Outcome(), 0  # fleets in a row that failed at once
-    gpus = options.gpus  # one for each worker that is left
-    for restarts in range(options.max_restarts + 1):
-        with held_ports(len(gpus)) as ports, tempfile.TemporaryDirectory(prefix="tfzero_") as folder:
-            outcome = _run_fleet(options, _environments_of(options, ports, gpus, restarts), Path(folder))
-        if outcome.message:
-            print(f"tfzero.launch: {outcome.message}", file=sys.stderr, flush=True)
-        if outcome.lost is None or restarts == options.max_restarts:
-            break
-        again = f"restart {restarts + 1} of {options.max_restarts}"
-        if outcome.lost == former.lost and outcome.seconds < _COME_BACK_SECONDS and len(gpus) > options.min_workers:
-            gpus = [*gpus[: outcome.lost], *gpus[outcome.lost + 1 :]]  # its GPUs may be the reason
-            again = f"worker {outcome.lost} does not come back; {again}"
-        quick = quick + 1 if outcome.seconds < _AT_ONCE_SECONDS else 0
-        pause_seconds = min(_LONGEST_PAUSE_SECONDS, _PAUSE_SECONDS * 2 ** (quick - 1)) if quick else 0.0
-        when = f" in {pause_seconds:g} s" if pause_seconds else ""
-        print(f"tfzero.launch: {again}{when}, with {len(gpus)} workers.", file=sys.stderr, flush=True)
-        time.sleep(pause_seconds)
-        former = outcome
-    return outcome.exit_code
-
-
-def _number_of(stop: KeyboardInterrupt) -> signal.Signals:
-    return signal.Signals((*stop.args, signal.SIGINT)[0])
-
-
-def _environments_of(
-    options: argparse.Namespace, ports: list[int], gpus: list[dict[str, str]], restarts: int
-) -> list[dict[str, str]]:
-    return _environments(ports, {RESTARTS_VARIABLE: str(restarts)}, options.cpu_devices, gpus)
-
-
-def _run_fleet(options: argparse.Namespace, environments: list[dict[str, str]], folder: Path) -> _Outcome:
-    count = len(environments)
-    commands = [[sys.executable, *_target(options), *options.script_args]] * count
-    for index, environment in enumerate(environments):
-        environment[BLAME_VARIABLE] = str(folder / str(index))
-    fleet = Fleet(echo=True)
-    start = time.monotonic()
-    try:
-        fleet.start(commands, environments)
-        failed, late = fleet.wait(lambda worker: worker.exit_code == 0, options.timeout_seconds)
-    except KeyboardInterrupt as stop:
-        number = _number_of(stop)
-        if number == signal.SIGTERM:  # workers may save before they end
-            fleet.close(options.grace_seconds)
-        else:
-            fleet.close()
-        saved = {worker.exit_code for worker in fleet.workers} == {EXIT_STOPPED}
-        message = f"received {number.name}; all workers have {'saved and ' * saved}ended."
-        return _Outcome(EXIT_STOPPED if saved else 128 + number, message)
-    except BrokenPipeError:  # the reader of our output has left, as in `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _Outcome(128 + signal.SIGPIPE)
-    finally:
-        fleet.close()
-    if late:
-        return _Outcome(124, f"timeout: {_lateness(late, options.timeout_seconds)}.")
-    if not failed:
-        return _Outcome()
-    exit_code = failed.exit_code if failed.exit_code > 0 else 128 - failed.exit_code
-    again = failed.show(failed.last_traceback())
-    blamed = read_blame(folder / str(failed.index), count) if exit_code == EXIT_WORKER_LOST else None
-    verdict = failed.verdict(count) + ("" if blamed is None else f", because of worker {blamed}")
-    message = f"{verdict}; all have ended. Its last output again:\n{again}"
-    return _Outcome(exit_code, message, fleet.culprit(failed, blamed).index, time.monotonic() - start)
+def _command(options: argparse.Namespace) -> list[str]:
+    """What each worker runs."""
+    target = ["-m", options.script] if options.module else [options.script]
+    return [sys.executable, *target, *options.script_args]
 
 
 def _stop(number: int, _: FrameType | None) -> None:

@@ -10,6 +10,7 @@ from tfzero.collectives.group import Group
 from tfzero.plan.merging import Merging
 from tfzero.plan.mesh import Mesh
 from tfzero.plan.placement import Placement
+from tfzero.plan.serving import Serving
 from tfzero.plan.settings import Choice, Settings
 from tfzero.training import traffic
 from tfzero.training.walk import Trained
@@ -87,7 +88,7 @@ class Report:
                 f"  each sends {text_of(self.sent_bytes)} a step, in {self.messages} messages",
             ]
         shown = ("algorithm", "bucket_bytes", "hierarchical", "compression", "error_feedback", "overlap_param_gather",
-                 "accumulation", "sync_every")  # fmt: skip
+                 "accumulation", "sync_every", "max_staleness")  # fmt: skip
         effects = {name: self.options[name] for name in shown if self.options.get(name, "off") not in ("off", "none")}
         lines += [f"  {name}: {effect}" for name, effect in effects.items()]
         return "\n".join(lines[:MOST_LINES])
@@ -131,6 +132,7 @@ def make_report(settings: Settings, group: Group, levels: Choice, mesh: Mesh, tr
     """
     sent = [exchange for each in trained for exchange in traffic.sent(settings, group, each)]
     merged = [each.merger.sent() for each in trained if each.merger is not None]
+    sent += [each.remote.sent() for each in trained if each.remote is not None]
     every = 1 if settings.merging is None else settings.merging.every
     merge_bytes = sum(size for size, _ in merged)
     return Report(
@@ -163,6 +165,7 @@ def _effects(settings: Settings, group: Group, levels: Choice, mesh: Mesh, train
         "hierarchical": f"{'two levels' if levels.value else 'one level'}: {levels.reason}",
         "overlap_param_gather": _LATE if settings.overlap_param_gather else "off",
         **_merging(settings.merging, trained),
+        "max_staleness": _serving(settings.serving),
         "compare_batches": f"the first {settings.compare_batches} batches of every pass are compared between workers",
     }
     if settings.compare_batches == 0:
@@ -196,6 +199,17 @@ def _merging(merging: Merging | None, trained: Sequence[Trained]) -> dict:
             "of the latest merge, 4 bytes a parameter"
         )
     return {**effects, "error_feedback": feedback} if merging.error_feedback else effects
+
+
+def _serving(serving: Serving | None) -> str:
+    if serving is None:
+        return "off"
+    bounds = {None: "any number of steps", 0: "no step: synchronous", 1: "one step"}
+    ahead = bounds.get(serving.max_staleness, f"{serving.max_staleness} steps")
+    return (
+        f"{serving.servers} servers hold masters and slots, and update; each of {serving.workers} workers trains "
+        f"alone, and may be ahead of the slowest by {ahead}"
+    )
 
 
 def _resharding(settings: Settings) -> str:

@@ -324,6 +324,8 @@ def _fit_bound(
 ) -> keras.callbacks.History:
     strategy = strategy_of(self)
     given = call.arguments.get("callbacks")
+    if strategy.served is not None:
+        _check_callbacks(_flat_callbacks(given))
     trains_apart = strategy.settings.merging is not None
     first: list[keras.callbacks.Callback] = [_Merging()] if trains_apart else []
     last: list[keras.callbacks.Callback] = [_Stopping()] if trains_apart else []
@@ -350,6 +352,16 @@ def _fit_bound(
         callback.leave()
         strategy.data_position = None
     return history
+
+
+def _check_callbacks(callbacks: Sequence[keras.callbacks.Callback]) -> None:
+    """Refuses callbacks that resume a run, with servers."""
+    resuming = (CheckpointCallback, keras.callbacks.BackupAndRestore)
+    if names := [type(each).__name__ for each in callbacks if isinstance(each, resuming)]:
+        raise ValueError(
+            f"{names[0]} cannot save what parameter servers hold, and with it resume a run. Save the model, by "
+            "`keras.callbacks.ModelCheckpoint`, or leave the servers away."
+        )
 
 
 def _callbacks_in(call: inspect.BoundArguments) -> list:

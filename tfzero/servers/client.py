@@ -47,10 +47,12 @@ class Peer:
         self._in_use = threading.Lock()
         secret = handshake.read_secret()
         deadline = monotonic() + timeout_seconds
-        self._work = self._call(cluster, number, WORK, secret, deadline)
-        send_frame(self._work, {"wanted": wanted, "life": self._life}, (), timeout_seconds)
-        self._receive()
-        self._pulse = self._call(cluster, number, PULSE, secret, deadline)
+        with contextlib.ExitStack() as opened:
+            self._work = opened.enter_context(self._call(cluster, number, WORK, secret, deadline))
+            self._send({"wanted": wanted, "life": self._life}, ())
+            self._receive()
+            self.pulse = opened.enter_context(self._call(cluster, number, PULSE, secret, deadline))
+            opened.pop_all()
 
     def _call(self, cluster: Cluster, number: int, kind: int, secret: bytes, deadline: float) -> socket.socket:
         reason, is_last = "", False
@@ -94,8 +96,8 @@ class Peer:
     def beat(self, idle_seconds: float) -> None:
         """One beat of the pulse. If the server does not answer, it is lost. [Note: pulse of servers]"""
         try:
-            send_frame(self._pulse, {"idle": idle_seconds, "life": self._life}, (), self._seconds)
-            receive_message(self._pulse, self._seconds, self._seconds)
+            send_frame(self.pulse, {"idle": idle_seconds, "life": self._life}, (), self._seconds)
+            receive_message(self.pulse, self._seconds, self._seconds)
         except TimeoutError:
             self.close(f"it has not answered for {self._seconds:g} s")
         except OSError as error:
@@ -104,15 +106,18 @@ class Peer:
     def close(self, reason: str) -> None:
         """Ends both connections; whatever waits for an answer raises the reason."""
         self._lost = self._lost or reason
-        for connection in (self._work, self._pulse):
+        for connection in (self._work, self.pulse):
             with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
+                connection.shutdown(socket.SHUT_RDWR)  # wakes a thread that waits for it
 
     def leave(self) -> None:
         """Takes leave, as this worker has ended well."""
         with contextlib.suppress(OSError), self._in_use:
             send_frame(self._work, {"do": "leave"}, (), CALL_SECONDS)
+            receive_message(self._work, CALL_SECONDS, CALL_SECONDS)  # it knows: an end alone would be a loss
         self.close("this worker has left")
+        with self._in_use:
+            self._work.close()
 
     def _send(self, message: dict[str, Any], arrays: Sequence[np.ndarray]) -> None:
         try:
@@ -150,7 +155,14 @@ class Peers:
     """
 
     def __init__(self, cluster: Cluster, wanted: dict[str, Any], timeout_seconds: float) -> None:
-        self._all = [Peer(cluster, number, wanted, timeout_seconds) for number in range(len(cluster.servers))]
+        self._all: list[Peer] = []
+        try:
+            for number in range(len(cluster.servers)):
+                self._all.append(Peer(cluster, number, wanted, timeout_seconds))
+        except BaseException:
+            for peer in self._all:
+                peer.leave()
+            raise
         self._is_busy = 0
         self._busy_at = monotonic()
         self._closed = threading.Event()
@@ -179,10 +191,11 @@ class Peers:
 
     def leave(self) -> None:
         """Takes leave of all servers."""
-        self._closed.set()
         for peer in self._all:
             peer.leave()
+        self._closed.set()  # now only: a pulse that ends is a loss
 
     def _beat(self, peer: Peer) -> None:
-        while not self._closed.wait(_BEAT_SECONDS):
-            peer.beat(0.0 if self._is_busy else monotonic() - self._busy_at)
+        with peer.pulse:
+            while not self._closed.wait(_BEAT_SECONDS):
+                peer.beat(0.0 if self._is_busy else monotonic() - self._busy_at)

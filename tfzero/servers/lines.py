@@ -44,6 +44,8 @@ class Line:
                 except OSError:
                     return False
                 if message.get("do") == "leave":
+                    with contextlib.suppress(OSError):
+                        self._send({})
                     return True
                 try:
                     self._answer(message, size)

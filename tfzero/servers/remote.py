@@ -154,15 +154,15 @@ class Remote:
         """Whether a variable is one of these."""
         return any(each.value is variable for each in self._variables)
 
-    @property
-    def pushed_bytes(self) -> int:
-        """Bytes that this worker pushes in a step, and pulls."""
-        return sum(
-            (held.end - held.begin) * tf.as_dtype(dtype).size
-            for of_message, dtype in zip(self._layout, self._dtypes, strict=True)
-            for parts in of_message
-            for held, _ in parts
-        )
+    def sent(self) -> tuple[int, int]:
+        """Bytes and messages that the first replica pushes in a step, by formula."""
+        size_bytes = messages = 0
+        for (replica, _), number in self._numbers.items():
+            parts = [part for of_server in self._layout[number] for part in of_server] if replica == 0 else []
+            item_bytes = tf.as_dtype(self._dtypes[number]).size
+            size_bytes += sum((held.end - held.begin) * item_bytes for held, _ in parts)
+            messages += sum(bool(of_server) for of_server in self._layout[number]) if replica == 0 else 0
+        return size_bytes, messages
 
     def _held(self, server: int) -> list[Held]:
         return [held for of_message in self._layout for held, _ in of_message[server]]

@@ -39,7 +39,11 @@ def serve(cluster: Cluster) -> int:
     host = _Host(cluster, handshake.read_secret())
     with listen(cluster) as listener:
         threading.Thread(target=host.hear, args=(listener,), daemon=True, name="tfzero listening").start()
-        return host.wait()
+        exit_code = host.wait()
+        host.is_over = True
+        with contextlib.suppress(OSError):
+            listener.shutdown(socket.SHUT_RDWR)  # wakes the thread
+        return exit_code
 
 
 class _Host:
@@ -52,14 +56,19 @@ class _Host:
         self._lines: dict[int, Line] = {}  # by worker
         self._left: set[int] = set()
         self._changed = threading.Condition()
+        self.is_over = False
 
     def hear(self, listener: socket.socket) -> None:
-        """Hears callers, for ever."""
-        while True:
-            with contextlib.closing(callers(listener, self._greet, monotonic() + _LISTENING_SECONDS, [])) as heard:
-                for connection, (worker, kind) in heard:
-                    target = self._work if kind == WORK else self._watch
-                    threading.Thread(target=target, args=(connection, worker), daemon=True).start()
+        """Hears callers until the run is over."""
+        while not self.is_over:
+            try:
+                with contextlib.closing(callers(listener, self._greet, monotonic() + _LISTENING_SECONDS, [])) as heard:
+                    for connection, (worker, kind) in heard:
+                        target = self._work if kind == WORK else self._watch
+                        threading.Thread(target=target, args=(connection, worker), daemon=True).start()
+            except (OSError, ValueError):  # the listener has been closed
+                if not self.is_over:
+                    raise
 
     def wait(self) -> int:
         """Waits until the run is over. Returns the exit code."""

@@ -9,12 +9,11 @@ draws the batches of the steps that its predecessor has ended, and trains with n
 also leaves out those that the slowest of the others has ended meanwhile.
 """
 
-import atexit
 import contextlib
-import sys
 import weakref
 from collections.abc import Iterator
 from dataclasses import asdict
+from time import monotonic
 from typing import Any
 
 import keras
@@ -27,6 +26,7 @@ from tfzero.servers.client import Peers
 from tfzero.servers.remote import Remote, make_remote
 from tfzero.workers.agreement import versions
 from tfzero.workers.cluster import Cluster
+from tfzero.workers.stopping import at_farewell
 
 
 class ServedSteps:
@@ -39,6 +39,7 @@ class ServedSteps:
     Attributes:
         step: number of the next step.
         remotes: of the optimizers built so far.
+        waited_seconds: how long the latest step waited for its turn and the new parameters.
 
     Raises:
         ConnectionError: if a server cannot be reached.
@@ -59,22 +60,34 @@ class ServedSteps:
         self._serving: Serving = settings.serving
         self.remotes: list[Remote] = []
         self.step = 0
+        self.waited_seconds = 0.0
         self._first: int | None = None  # the first step that it trains with; None until it has entered
         self._posts = 0
         self._shared: weakref.WeakSet = (
             weakref.WeakSet()
         )  # models of which the first worker has told what is not trained
-        atexit.register(self._leave)
-
-    def _leave(self) -> None:
-        if getattr(sys, "last_exc", None) is None and getattr(sys, "last_value", None) is None:
-            self.peers.leave()
+        at_farewell(self.peers.leave)
 
     def post(self, topic: str, value: Any) -> Any:
         """The value of the worker that has come here first; the same on all. All workers call it in the same order."""
         self._posts += 1
         answer = self.peers[0].ask({"do": "post", "name": f"{self._posts} {topic}", "value": value})
         return answer["value"]
+
+    def scalars(self) -> dict[str, float]:
+        """What there is to see of the run, for TensorBoard."""
+        told = self.peers[0].ask({"do": "tell"})
+        ages = {int(age): count for age, count in told["staleness"].items()}
+        updates = sum(ages.values())
+        mean = sum(age * count for age, count in ages.items()) / max(updates, 1)
+        return {
+            "servers/staleness_mean": mean,
+            "servers/staleness_most": float(max(ages, default=0)),
+            "servers/steps_ahead_most": float(told["most_ahead"]),
+            "servers/updates": float(updates),
+            "servers/dropped_pushes": float(told["dropped"]),
+            "servers/waited_seconds": self.waited_seconds,
+        }
 
     def claims(self, path: str) -> bool:
         """Whether this worker writes a file, as the first that asked and is still here."""
@@ -177,7 +190,9 @@ class ServedSteps:
         for number in range(len(self.peers)):
             message = {"do": "end", "step": self.step, "rows": rows, "state": specs if number == 0 else []}
             self.peers[number].tell(message, arrays if number == 0 else [])
+        start = monotonic()
         self._pull(self.remotes, self._serving.max_staleness)
+        self.waited_seconds = monotonic() - start
 
     def _state(self) -> dict[str, tf.Variable]:
         """The state of layers that steps change, and servers merge."""

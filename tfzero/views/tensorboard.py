@@ -170,6 +170,8 @@ class TensorBoardCallback(keras.callbacks.Callback):
         if (merge := self._strategy.local_steps.latest) is not None:
             scalars |= {"local_steps/distance": merge.distance, "local_steps/waited_seconds": merge.waited_seconds}
             scalars |= {} if merge.cosine is None else {"local_steps/cosine": merge.cosine}
+        if (served := self._strategy.served) is not None:
+            scalars |= served.scalars()
         scale = getattr(self.model.optimizer, "loss_scale_optimizer", None)
         if scale is not None:
             scalars["loss_scale/scale"] = float(scale.dynamic_scale.numpy())

@@ -11,12 +11,14 @@ _GRACE_SECONDS = 30.0
 _OF_A_FLEET = ("timeout_seconds", "max_restarts", "min_workers", "grace_seconds")
 
 
-def check_settings(workers: int, timeout_seconds: float | None, cpu_devices: int | None) -> None:
-    """Raises ValueError for a number that is not above 0."""
+def check_settings(workers: int, timeout_seconds: float | None, cpu_devices: int | None, servers: int = 0) -> None:
+    """Raises ValueError for a number that is not above 0; of servers there may be none."""
     settings = {"workers": workers, "timeout_seconds": timeout_seconds, "cpu_devices": cpu_devices}
     for name, value in settings.items():
         if value is not None and not value > 0:
             raise ValueError(f"{name} must be above 0. Received: {value}")
+    if not isinstance(servers, int) or isinstance(servers, bool) or servers < 0:
+        raise ValueError(f"servers must be an integer of at least 0. Received: {servers!r}")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -46,6 +48,12 @@ def _check_in_job(options: argparse.Namespace) -> None:
         )
     if os.environ.get("TF_CONFIG", "").strip() not in ("", "{}"):
         raise ValueError("TF_CONFIG names the workers already. Start the script without the launcher.")
+    if options.servers is not None:
+        raise ValueError(
+            f"--servers {options.servers} has no effect without --workers: {options.task.launcher} starts the tasks. "
+            'Name servers under "ps" in the TF_CONFIG of every worker and server, and start the script without the '
+            "launcher, and each server with `python -m tfzero.servers`."
+        )
     given = [f"--{name.replace('_', '-')}" for name in _OF_A_FLEET if getattr(options, name) is not None]
     if given:
         site = options.task.launcher
@@ -56,7 +64,14 @@ def _check_in_job(options: argparse.Namespace) -> None:
 
 def _check_fleet(options: argparse.Namespace, task: Task | None) -> None:
     """Raises ValueError for options that no fleet of local workers can have, and fills in the others."""
-    check_settings(options.workers, options.timeout_seconds, options.cpu_devices)
+    options.servers = 0 if options.servers is None else options.servers
+    check_settings(options.workers, options.timeout_seconds, options.cpu_devices, options.servers)
+    if options.servers and options.min_workers is not None:
+        raise ValueError(
+            "--min-workers has no effect with --servers: a worker that fails is replaced, as --max-restarts allows, "
+            "and the others go on meanwhile. Leave it away. Received: "
+            f"--min-workers {options.min_workers} --servers {options.servers}"
+        )
     options.gpus = divide_gpus(options.workers, options.gpus_per_worker)
     options.min_workers = options.workers if options.min_workers is None else options.min_workers
     options.max_restarts = options.max_restarts or 0
@@ -81,6 +96,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser = argparse.ArgumentParser("python -m tfzero.launch", description=about, allow_abbrev=False)
     parser.add_argument("--workers", type=int, metavar="N", help="number of processes on this machine")
+    about = "number of parameter servers beside them; a worker that fails is then replaced by itself (default: 0)"
+    parser.add_argument("--servers", type=int, metavar="S", help=about)
     parser.add_argument("--timeout-seconds", type=float, metavar="S", help="end everything after S seconds")
     about = "start the workers again after a failure, so often; they go on from their last checkpoint"
     parser.add_argument("--max-restarts", type=int, metavar="R", help=about)

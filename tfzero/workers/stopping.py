@@ -6,12 +6,14 @@ which goes on meanwhile. A worker that hears of it begins no further step until 
 steps they have begun. The largest of these numbers is the last step for all.
 """
 
+import atexit
 import contextlib
 import json
 import os
 import signal
+import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
@@ -47,6 +49,26 @@ def _take_sigterm_back() -> None:
 
 
 _children_end = False
+_farewells: list[Callable[[], object]] = []
+
+
+def at_farewell(function: Callable[[], object]) -> None:
+    """Has a function called when this process ends well, also where it ends without Python's `atexit`."""
+    if not _farewells:
+        atexit.register(_take_leave_at_exit)
+    _farewells.append(function)
+
+
+def take_leave() -> None:
+    """Calls what `at_farewell` was given, once."""
+    while _farewells:
+        _farewells.pop()()
+
+
+def _take_leave_at_exit() -> None:
+    # After an error that nobody has caught the process has not ended well (`last_value`: before Python 3.12).
+    if getattr(sys, "last_exc", None) is None and getattr(sys, "last_value", None) is None:
+        take_leave()
 
 
 def blaming(error: _Error, indexes: Iterable[int]) -> _Error:
