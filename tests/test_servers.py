@@ -111,6 +111,20 @@ def test_a_worker_is_waited_for_until_it_is_lost_or_idle():
     assert clocks.awaited() == [0, 1, 2]
 
 
+def test_at_the_end_of_fit_nobody_waits_for_one_that_has_ended_earlier():
+    server = Server(2, None, timeout_seconds=60)
+    for worker in (0, 1):
+        server.come(worker)
+    for step in range(3):
+        server.end(0, step, 1, {})
+    server.end(1, 0, 1, {})
+    server.wait_for_others(1, 0, True, lambda: False)
+    server.wait_for_others(0, 0, True, lambda: False)
+    assert server.clocks.lead(0) == 0
+    server.end(1, 1, 1, {})  # it trains again
+    assert server.clocks.lead(0) == 1
+
+
 # What a server updates.
 
 
@@ -236,7 +250,7 @@ def test_a_synchronous_step_ends_without_a_worker_that_is_lost():
     push(server, 0, 0, 2.0)
     server.end(0, 0, 1, {})
     server.lose(1)
-    server.wait_for_others(0, 0, lambda: False)
+    server.wait_for_others(0, 0, False, lambda: False)
     assert value(server) == [-2.0, -2.0, -2.0]
     server.come(1)
     push(server, 1, 0, 5.0)  # too late
@@ -319,7 +333,9 @@ def test_a_stranger_is_turned_away(monkeypatch):
         peers.leave()
 
 
-@pytest.mark.parametrize("message", [{"do": "push"}, {"do": "pull", "keys": [9], "ahead": 0}, {"do": 5}, {}])
+@pytest.mark.parametrize(
+    "message", [{"do": "push"}, {"do": "pull", "keys": [9], "ahead": 0, "ends": False}, {"do": 5}, {}]
+)
 def test_nonsense_is_an_error_on_the_worker(message):
     with server_here() as cluster:
         peers = Peers(cluster, wanted(), 5)

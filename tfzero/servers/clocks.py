@@ -23,6 +23,7 @@ class Clocks:
         self.done = [0] * workers  # steps that each has ended
         self.is_here = [False] * workers
         self.was_here = [False] * workers
+        self.at_end: set[int] = set()  # workers that have come to the end of `fit`
         self._trained_at = [monotonic()] * workers
         self._is_lost = [False] * workers
 
@@ -57,6 +58,7 @@ class Clocks:
         """A worker has ended a step. Returns whether this is new."""
         is_new = self.done[worker] <= step
         self.done[worker] = max(self.done[worker], step + 1)
+        self.at_end.discard(worker)
         self.trains(worker)
         return is_new
 
@@ -69,5 +71,6 @@ class Clocks:
         return min((self.done[each] for each in self.awaited(but=worker) if self.is_here[each]), default=0)
 
     def lead(self, worker: int) -> int:
-        """How many steps a worker is ahead of the slowest that is awaited."""
-        return self.done[worker] - min((self.done[each] for each in self.awaited()), default=self.done[worker])
+        """How many steps a worker is ahead of the slowest that is awaited; at the end of `fit`, and still trains."""
+        others = set(self.awaited()) - (self.at_end if worker in self.at_end else set())
+        return self.done[worker] - min((self.done[each] for each in others), default=self.done[worker])

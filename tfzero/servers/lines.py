@@ -75,9 +75,9 @@ class Line:
                 changes = dict(map(Change.empty, specs))
                 self._read(size, [array for each in changes.values() for array in (each.before, each.change)])
                 server.end(worker, step, rows, changes)
-            case {"do": "pull", "keys": list(keys), "ahead": ahead}:
+            case {"do": "pull", "keys": list(keys), "ahead": ahead, "ends": bool(ends)}:
                 if ahead is not None:
-                    server.wait_for_others(worker, int(ahead), lambda: self.is_lost)
+                    server.wait_for_others(worker, int(ahead), ends, lambda: self.is_lost)
                 steps, names, arrays = server.values(worker, keys)
                 self._send({"steps": steps, "state": names}, arrays)
             case _:

@@ -110,7 +110,7 @@ class ServedSteps:
     def end_fit(self) -> None:
         """Waits until all that are awaited have taken as many steps, and takes what the servers have then."""
         if self.remotes:
-            self._pull(self.remotes, ahead=0)
+            self._pull(self.remotes, ahead=0, ends=True)
 
     def is_behind(self) -> bool:
         """Whether the next step was taken before this process began. [Note: a worker in place of another]"""
@@ -199,11 +199,11 @@ class ServedSteps:
         changed = {**self._extended.apart.changed(AVERAGED), **self._extended.apart.changed(ADDED)}
         return {k: v for k, v in changed.items() if not any(remote.is_trained(v) for remote in self.remotes)}
 
-    def _pull(self, remotes: list[Remote], ahead: int | None = None) -> None:
+    def _pull(self, remotes: list[Remote], ahead: int | None = None, ends: bool = False) -> None:
         """Pulls all parameters; before, waits until this worker is so many steps ahead of the slowest at most."""
         flats = [remote.empty() for remote in remotes]
         state: list[tuple[str, np.ndarray]] = []
-        request = {"do": "pull", "keys": [remote.key for remote in remotes], "ahead": ahead}
+        request = {"do": "pull", "keys": [remote.key for remote in remotes], "ahead": ahead, "ends": ends}
         steps: list[list[int]] = []
         for number in range(len(self.peers)):
 

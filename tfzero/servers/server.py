@@ -213,9 +213,19 @@ class Server:
                         model.updates += 1
             self._changed.notify_all()
 
-    def wait_for_others(self, worker: int, ahead: int, is_lost: Callable[[], bool]) -> None:
-        """Waits until a worker is so many steps ahead of the slowest at most."""
+    def wait_for_others(self, worker: int, ahead: int, ends: bool, is_lost: Callable[[], bool]) -> None:
+        """Waits until a worker is so many steps ahead of the slowest at most.
+
+        Args:
+            worker: the worker.
+            ahead: that many steps.
+            ends: whether it is at the end of `fit`.
+            is_lost: whether it is gone.
+        """
         with self._changed:
+            if ends:
+                self.clocks.at_end.add(worker)
+                self._changed.notify_all()
             while not is_lost():
                 if self.is_synchronous:
                     self._end_step_if_all_have(self.clocks.done[worker] - 1)
