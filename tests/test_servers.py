@@ -21,6 +21,7 @@ from marks import FLEET_SECONDS
 
 import tfzero
 from tfzero import launch
+from tfzero.plan.mesh import Mesh
 from tfzero.plan.serving import Piece, check_serving, deal
 from tfzero.servers.client import Peers
 from tfzero.servers.clocks import Clocks
@@ -258,6 +259,33 @@ def test_a_synchronous_step_ends_without_a_worker_that_is_lost():
     assert value(server) == [-2.0, -2.0, -2.0] and server.dropped == 1
 
 
+def test_what_comes_after_a_synchronous_step_changes_nothing():
+    server = served(2, 0)
+    change = {"m": Change("mean", np.array(1.0), np.array(8.0))}
+    push(server, 0, 0, 2.0)
+    server.end(0, 0, 1, {"m": Change("mean", np.array(1.0), np.array(2.0))})
+    server.lose(1)
+    server.wait_for_others(0, 0, False, lambda: False)
+    server.come(1)
+    server.end(1, 0, 1, change)
+    push(server, 0, 1, 2.0)
+    push(server, 1, 2, 100.0)  # of the next step already
+    server.end(0, 1, 1, {})
+    server.end(1, 1, 0, {})
+    assert server.layers.values["m"] == 3.0
+    assert value(server) == [-4.0, -4.0, -4.0]
+
+
+def test_values_that_a_program_assigns_count_once():
+    server = served(1, 0)
+    for number, given in ((1, 5.0), (1, 7.0), (2, 9.0)):
+        server.assign(number, 0, 0, 0, np.full(2, given, "float32"))
+        server.end_assignments(number, {})
+        if given == 7.0:
+            assert value(server) == [5.0, 5.0, 0.0]
+    assert value(server) == [9.0, 9.0, 0.0]
+
+
 def test_staleness_is_counted():
     server = served(2, 1)
     for worker in (0, 1):
@@ -339,7 +367,7 @@ def test_a_stranger_is_turned_away(monkeypatch):
 def test_nonsense_is_an_error_on_the_worker(message):
     with server_here() as cluster:
         peers = Peers(cluster, wanted(), 5)
-        with pytest.raises((ConnectionError, RuntimeError)):
+        with pytest.raises((ConnectionError, RuntimeError, ValueError)):
             peers.ask_all(message)
         Peers(cluster, wanted(), 5).leave()
 
@@ -421,6 +449,75 @@ def test_what_a_program_assigns_reaches_the_servers(monkeypatch):
         model.optimizer.learning_rate = 0.5
         model.train_on_batch(x[:8], y[:8])
         assert any((ours != given).any() for ours, given in zip(model.get_weights(), weights, strict=True))
+        model.set_weights([7 * np.ones_like(weight) for weight in weights])
+        model.evaluate(x, y, verbose=0)
+        assert all((weight == 7).all() for weight in model.get_weights())
+
+
+def test_weights_that_a_callback_restores_stay(monkeypatch):
+    with strategy_here(monkeypatch, devices=["CPU:0"]) as strategy:
+        with strategy.scope():
+            model = wide_model()
+        model.compile(keras.optimizers.SGD(0.1), "categorical_crossentropy")
+        x, y = DATA.arrays()
+        stop = keras.callbacks.EarlyStopping("val_loss", mode="max", restore_best_weights=True)
+        history = model.fit(x, y, batch_size=15, epochs=5, validation_data=(x, y), verbose=0, callbacks=[stop]).history
+        assert history["val_loss"][0] > history["val_loss"][-1]
+        assert model.evaluate(x, y, verbose=0) == pytest.approx(history["val_loss"][0], rel=1e-5)
+
+
+def test_another_optimizer_goes_on_and_the_former_is_refused(monkeypatch):
+    x, y = DATA.arrays()
+    with strategy_here(monkeypatch, devices=["CPU:0", "CPU:1"], stage=3, min_shard_elements=16) as strategy:
+        with strategy.scope():
+            model, frozen = oracle.dense_model(), oracle.dense_model()
+        plain = oracle.dense_model()
+        plain.set_weights(model.get_weights())
+        former = keras.optimizers.SGD(0.1)
+        rates = {former: 0.1, keras.optimizers.SGD(0.2): 0.2}
+        for optimizer, rate in rates.items():
+            for each, own in ((model, optimizer), (plain, keras.optimizers.SGD(rate))):
+                each.compile(own, "categorical_crossentropy", jit_compile=False) if each is plain else each.compile(
+                    own, "categorical_crossentropy")  # fmt: skip
+                each.fit(x, y, batch_size=15, epochs=2, shuffle=False, verbose=0)
+        for ours, theirs in zip(model.get_weights(), plain.get_weights(), strict=True):
+            np.testing.assert_allclose(ours, theirs, **CLOSE)
+        model.compile(former, "categorical_crossentropy")
+        with pytest.raises(RuntimeError, match="Another optimizer has trained"):
+            model.train_on_batch(x[:8], y[:8])
+        before = frozen.get_weights()
+        frozen.layers[0].trainable = False
+        frozen.compile(keras.optimizers.SGD(0.1), "categorical_crossentropy")
+        frozen.fit(x, y, batch_size=15, verbose=0)
+        np.testing.assert_array_equal(frozen.get_weights()[0], before[0])
+
+
+def test_clipping_by_norm_where_a_variable_has_no_gradient(monkeypatch):
+    with strategy_here(monkeypatch, devices=["CPU:0"], max_staleness=None) as strategy:
+        with strategy.scope():
+            used, unused = keras.layers.Dense(3), keras.layers.Dense(3)
+            inputs = keras.Input((8,))
+            model = keras.Model(inputs, used(inputs) + 0 * keras.ops.stop_gradient(unused(inputs)))
+        model.compile(keras.optimizers.SGD(1.0, clipnorm=0.01), "mse")
+        weights = [used.kernel, used.bias, unused.kernel, unused.bias]
+        before = [weight.numpy() for weight in weights]
+        with pytest.warns(UserWarning, match="Gradients do not exist"):
+            model.train_on_batch(*(array[:8] for array in DATA.arrays()))
+        norms = [np.linalg.norm(now.numpy() - former) for now, former in zip(weights, before, strict=True)]
+        np.testing.assert_allclose(norms, [0.01, 0.01, 0, 0], rtol=1e-3)
+
+
+def test_data_distributed_before_are_refused(monkeypatch):
+    with server_here(workers=1) as cluster:
+        spec = {"worker": list(cluster.addresses), "ps": list(cluster.servers)}
+        monkeypatch.setenv("TF_CONFIG", json.dumps({"cluster": spec, "task": {"type": "worker", "index": 0}}))
+        strategy = tfzero.ZeroStrategy(devices=["CPU:0"], timeout_seconds=20)
+        other = Mesh(2, 1, 0)
+        data = strategy.experimental_distribute_dataset(tf.data.Dataset.from_tensor_slices(DATA.arrays()).batch(8))
+        strategy.extended.dealing.mesh = other
+        with pytest.raises(ValueError, match="distributed before `fit`"):
+            strategy.extended.dealing.distribute(data)
+        strategy.served.peers.leave()
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ def test_servers_are_named_beside_the_workers():
         ({"task": {"type": "evaluator", "index": 0}, "cluster": {}}, "An evaluator task takes no part in training"),
         ({"cluster": {**TFJOB_HOSTS, "evaluator": ["e:1"]}, "task": {"type": "evaluator", "index": 0}}, "An evaluator"),
         (TFJOB_DYNAMIC, "enableDynamicWorker"),
-        ({"task": {"type": "ps", "index": 0}}, "This process is a parameter server (ps), but nothing names the workers"),
+        ({"task": {"type": "ps", "index": 0}}, "This process is a parameter server (ps), but nothing"),
         ({"cluster": {"chief": ["a:1"], "master": ["b:2"]}, "task": {"type": "chief", "index": 0}}, "beside a"),
         ({"cluster": {"master": ["a:1", "b:2"]}, "task": {"type": "master", "index": 0}}, "more than one chief"),
     ],

@@ -172,6 +172,9 @@ def _effects(settings: Settings, group: Group, levels: Choice, mesh: Mesh, train
         effects["compare_batches"] = "off: that workers read the same batches is taken on trust"
     if workers == 1:
         effects |= dict.fromkeys(("timeout_seconds", "compare_batches"), "no effect in a single process")
+    if settings.serving is not None:
+        effects["timeout_seconds"] = f"a worker or server is lost after {settings.timeout_seconds:g} s of silence"
+        effects["compare_batches"] = "no effect: workers of servers do not compare batches"
     steps = {s for each in trained for o in each.optimizers if (s := o.gradient_accumulation_steps)}
     if steps and settings.scheme.exchanges_when_accumulated:
         effects["accumulation"] = f"gradients are sent once in {max(steps)} steps; each replica keeps them whole"

@@ -125,7 +125,7 @@ def _make_function(
             iterator = map(functools.partial(_cut_checked, strategy, check, trains), iterator)
         if trains and strategy.served is not None and strategy.served.is_behind():
             next(iterator)
-            strategy.served.skip()
+            strategy.served.skip(self)
             return {}
         # Steps that workers take together and apart are traced by themselves.
         warms_up = trains and strategy.settings.merging is not None and strategy.local_steps.warms_up(self)

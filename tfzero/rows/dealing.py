@@ -20,6 +20,10 @@ _READ_BY_EACH = (
     "Workers of parameter servers do not agree on who reads which file, as `sharded_dataset` needs. Give every worker "
     "the same data, of which each takes its rows, or its own with `tfzero.own_rows`."
 )
+_CUT_BEFORE = (
+    "The data were distributed before `fit`. Workers of parameter servers train with their rows of each batch, and "
+    "evaluate all: give `fit` the data set itself."
+)
 
 
 class Dealing:
@@ -46,6 +50,7 @@ class Dealing:
         self._account, self._shares = account, shares
         self.own_data = OwnData(of_group, channel, comparison, name_of, account, shares)
         self._cut_datasets: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # what each was made from
+        self._cut_by: weakref.WeakKeyDictionary[tf.data.Dataset, Mesh] = weakref.WeakKeyDictionary()
 
     @contextlib.contextmanager
     def for_training(self, is_wanted: bool = True) -> Iterator[None]:
@@ -63,11 +68,13 @@ class Dealing:
     def distribute(self, dataset: tf.data.Dataset) -> tf.data.Dataset:
         """A dataset of each local replica's part of another's batches."""
         if dataset in self._cut_datasets:
+            if self._cut_by[dataset] != self.mesh:
+                raise ValueError(_CUT_BEFORE)
             return dataset
         cut = self._own_part(dataset)
         if cut is None:
             cut = self._part_of_all(dataset)
-        self._cut_datasets[cut] = dataset
+        self._cut_datasets[cut], self._cut_by[cut] = dataset, self.mesh
         return cut
 
     def origin_of(self, distributed: tf.data.Dataset) -> tf.data.Dataset | None:

@@ -141,7 +141,7 @@ class Peer:
         reason = self._lost or f"its connection has ended ({error})"
         return ConnectionError(
             f"The parameter server {self.name} was lost: {reason}. Look at its output, then start all workers and "
-            "servers again; they go on from the last checkpoint."
+            "servers again."
         )
 
 
@@ -156,18 +156,17 @@ class Peers:
 
     def __init__(self, cluster: Cluster, wanted: dict[str, Any], timeout_seconds: float) -> None:
         self._all: list[Peer] = []
-        try:
-            for number in range(len(cluster.servers)):
-                self._all.append(Peer(cluster, number, wanted, timeout_seconds))
-        except BaseException:
-            for peer in self._all:
-                peer.leave()
-            raise
         self._is_busy = 0
         self._busy_at = monotonic()
         self._closed = threading.Event()
-        for peer in self._all:
-            threading.Thread(target=self._beat, args=(peer,), daemon=True, name="tfzero pulse of servers").start()
+        try:
+            for number in range(len(cluster.servers)):
+                peer = Peer(cluster, number, wanted, timeout_seconds)
+                self._all.append(peer)
+                threading.Thread(target=self._beat, args=(peer,), daemon=True, name="tfzero pulse of servers").start()
+        except BaseException:
+            self.leave()
+            raise
 
     def __len__(self) -> int:
         return len(self._all)
@@ -197,5 +196,7 @@ class Peers:
 
     def _beat(self, peer: Peer) -> None:
         with peer.pulse:
-            while not self._closed.wait(_BEAT_SECONDS):
+            while True:
                 peer.beat(0.0 if self._is_busy else monotonic() - self._busy_at)
+                if self._closed.wait(_BEAT_SECONDS):
+                    return

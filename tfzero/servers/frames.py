@@ -1,5 +1,6 @@
 """Messages with arrays between workers and servers: a JSON object as workers send it, then the arrays' bytes."""
 
+import math
 import socket
 from collections.abc import Iterable, Sequence
 from time import monotonic
@@ -68,6 +69,35 @@ def receive_arrays(connection: socket.socket, size: int, arrays: Sequence[np.nda
             if not count:
                 raise ConnectionError("the connection was closed")
             view = view[count:]
+
+
+def discard_arrays(connection: socket.socket, size: int, seconds: float) -> None:
+    """Reads the bytes that follow a message, and drops them.
+
+    Raises:
+        OSError: as `receive_arrays`.
+    """
+    scratch = np.empty(min(size, _PART_BYTES), np.uint8)
+    while size:
+        part = scratch[: min(size, len(scratch))]
+        receive_arrays(connection, len(part), [part], seconds)
+        size -= len(part)
+
+
+def check_sizes(specs: Iterable[Any], size: int) -> None:
+    """Checks, before memory is taken, that arrays have as many bytes as were announced.
+
+    Args:
+        specs: shape and dtype of each, from the other side.
+        size: number of bytes.
+
+    Raises:
+        ValueError: if they have not.
+    """
+    given = [(list(map(int, shape)), np.dtype(str(dtype))) for shape, dtype in specs]
+    expected = sum(math.prod(shape) * dtype.itemsize for shape, dtype in given)
+    if expected != size or any(side < 0 for shape, _ in given for side in shape):
+        raise ValueError(f"The arrays of a message have {expected:,} bytes, but {size:,} were announced.")
 
 
 def _bytes(array: np.ndarray) -> memoryview:

@@ -7,7 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from tfzero.servers.frames import FOREVER, receive_arrays, receive_message, send_frame
+from tfzero.servers.frames import (
+    FOREVER,
+    check_sizes,
+    discard_arrays,
+    receive_arrays,
+    receive_message,
+    send_frame,
+)
 from tfzero.servers.layer_state import Change
 from tfzero.servers.server import Push, Server
 from tfzero.servers.store import Definition
@@ -58,7 +65,7 @@ class Line:
 
     def _answer(self, message: dict[str, Any], size: int) -> None:
         if not (self._take_step(message, size) or self._prepare(message, size) or self._tell(message)):
-            raise ConnectionError(f"A worker sent something that no server knows: {str(message)[:200]}.")
+            raise ValueError(f"A worker sent something that no server knows: {str(message)[:200]}.")
 
     def _take_step(self, message: dict[str, Any], size: int) -> bool:
         """What a worker asks in each step. Returns whether it was that."""
@@ -66,12 +73,13 @@ class Line:
         match message:
             case {"do": "push", "key": int(key), "message": int(number), "step": int(step), "rows": int(rows)}:
                 definition = server.models[key].store.definition
-                active = tuple(message.get("active") or range(len(definition.messages[number])))
+                active = definition.places(number, message.get("active"))
                 gradient = definition.empty(number, active)
                 self._read(size, [gradient])
                 rates = {int(index): float(rate) for index, rate in message["rates"].items()}
                 server.push(worker, key, number, step, Push(active, gradient, rows, rates))
             case {"do": "end", "step": int(step), "rows": int(rows), "state": list(specs)}:
+                check_sizes([(shape, "float64") for _, _, shape in specs] * 2, size)
                 changes = dict(map(Change.empty, specs))
                 self._read(size, [array for each in changes.values() for array in (each.before, each.change)])
                 server.end(worker, step, rows, changes)
@@ -92,13 +100,16 @@ class Line:
                 if worker == 0 and key not in server.models:
                     values = self._values(Definition.read(definition), size)
                 else:
-                    self._read(size, [np.empty(size, np.uint8)])
+                    discard_arrays(self._connection, size, self._seconds)
                     values = None
                 server.define(key, definition, values, lambda: self.is_lost)
                 self._send({})
             case {"do": "share", "name": str(name), "specs": list(specs)}:
                 shapes = [(tuple(map(int, shape)), np.dtype(str(dtype))) for shape, dtype in specs]
-                own = [np.empty(shape, dtype) for shape, dtype in shapes] if worker == 0 else None
+                own = None
+                if worker == 0:
+                    check_sizes(specs, size)
+                    own = [np.empty(shape, dtype) for shape, dtype in shapes]
                 self._read(size, own or [])
                 shared = server.share(name, own, lambda: self.is_lost)
                 if [(array.shape, array.dtype) for array in shared] != shapes and not self.is_lost:
@@ -107,10 +118,16 @@ class Line:
                         "model on every worker."
                     )
                 self._send({}, shared)
-            case {"do": "assign", "key": int(key), "message": int(number), "place": int(place)}:
-                part = server.models[key].store.definition.empty(number, [place])
+            case {"do": "assign", "number": int(number), "key": int(key), "message": int(of), "place": int(place)}:
+                known = server.models[key].store.definition
+                part = known.empty(of, known.places(of, [place]))
                 self._read(size, [part])
-                server.assign(key, number, place, part)
+                server.assign(number, key, of, place, part)
+            case {"do": "end of assignments", "number": int(number), "state": list(specs)}:
+                check_sizes([(shape, "float64") for _, shape in specs], size)
+                state = {str(name): np.empty(tuple(map(int, shape)), np.float64) for name, shape in specs}
+                self._read(size, list(state.values()))
+                server.end_assignments(number, state)
             case {"do": "enter"}:
                 self._send(server.enter(worker))
             case {"do": "begin", "step": int(step)}:
@@ -133,6 +150,7 @@ class Line:
         return True
 
     def _values(self, definition: Definition, size: int) -> list[np.ndarray]:
+        check_sizes([([sum(definition.widths(n))], dtype) for n, dtype in enumerate(definition.dtypes)], size)
         values = [definition.empty(number) for number in range(len(definition.messages))]
         self._read(size, values)
         return values

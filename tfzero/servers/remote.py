@@ -46,6 +46,8 @@ class Remote:
                 self._dtypes.append(bucket.dtype)
                 self._layout.append([self._parts(bucket, replica, of_server) for of_server in pieces])
         self._pushed: set[int] = set()  # messages of this step
+        self._failure: Exception | None = None  # of a push
+        self._given_up: set[int] = set()  # variables that another optimizer trains now
         self.step = 0
 
     def _parts(self, bucket: Bucket, replica: int, pieces: dict[int, Piece]) -> list[tuple[Held, int]]:
@@ -66,8 +68,10 @@ class Remote:
         configs = [keras.saving.serialize_keras_object(optimizer) for optimizer in self._optimizers]
         for config in configs:
             config["config"]["name"] = "served"  # names are counted up in each process
+            if not isinstance(config["config"]["learning_rate"], dict):
+                config["config"]["learning_rate"] = 0.0  # the rate of the moment comes with each push
         names = [variable.path for variable in self._variables]
-        values = [self._flat(index) for index in range(len(self._variables))] if worker == 0 else []
+        values = [whole_of(variable.value) for variable in self._variables] if worker == 0 else []
         for number in range(len(self._peers)):
             messages = [[_as_json(held) for held, _ in of_message[number]] for of_message in self._layout]
             definition = {"optimizers": configs, "messages": messages, "dtypes": self._dtypes, "names": names}
@@ -93,7 +97,10 @@ class Remote:
 
         def send(row: np.ndarray, rows: np.ndarray, rate: np.ndarray) -> None:
             rates = {} if rate < 0 else {str(bucket.optimizer): float(rate)}
-            self._send(number, chosen, row, int(rows), rates)
+            try:
+                self._send(number, chosen, row, int(rows), rates)
+            except (OSError, RuntimeError, ValueError) as error:  # TensorFlow would make another of it
+                self._failure = self._failure or error
 
         rows = tf.ones([], tf.int64) if rows is None else rows
         rate = tf.constant(-1.0) if rate is None else tf.cast(rate, tf.float32)
@@ -104,6 +111,12 @@ class Remote:
             raise RuntimeError(
                 "An optimizer was applied twice in one step. Servers take one gradient of each worker in a step: apply "
                 "it once, or leave the servers away."
+            )
+        if self._given_up:
+            names = [self._variables[index].path for index in sorted(self._given_up)]
+            raise RuntimeError(
+                f"Another optimizer has trained {names[:3]} since, and servers hold what that has made of them. Make a "
+                "new optimizer, or train each variable with one optimizer only."
             )
         self._pushed.add(number)
         for server, parts in enumerate(self._layout[number]):
@@ -116,6 +129,12 @@ class Remote:
             if len(active) < len(parts):
                 message["active"] = active
             self._peers[server].tell(message, arrays)
+
+    def check(self) -> None:
+        """Raises what has failed in a push of this step."""
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
 
     def end_step(self, step: int) -> None:
         """The next step is this one."""
@@ -136,19 +155,44 @@ class Remote:
         """Takes pulled values, and the numbers of updates that the optimizers have made."""
         with tf.init_scope():
             for index, flat in enumerate(flats):
-                self._assign(index, flat)
+                if index not in self._given_up:
+                    assign_whole(self._variables[index].value, flat)
             for optimizer, count in zip(self._optimizers, steps, strict=True):
                 runtime.iteration_counter(optimizer).assign(count)
 
-    def assign(self, assigned: set[int]) -> None:
-        """Gives the servers the values of variables that the program has assigned, by the ids of these."""
+    def give_up(self, variables: Sequence[keras.Variable]) -> None:
+        """Leaves variables to another optimizer, from now on."""
+        ids = {id(variable.value) for variable in variables}
+        self._given_up |= {index for index, each in enumerate(self._variables) if id(each.value) in ids}
+
+    @property
+    def variables(self) -> tuple[keras.Variable, ...]:
+        return self._variables
+
+    @property
+    def has_pushed(self) -> bool:
+        """Whether something of this step has been pushed."""
+        return bool(self._pushed)
+
+    @property
+    def is_in_use(self) -> bool:
+        """Whether it trains variables that no other optimizer does."""
+        return len(self._given_up) < len(self._variables)
+
+    def assign(self, number: int, assigned: set[int]) -> None:
+        """Gives the servers values that the program has assigned.
+
+        Args:
+            number: how often the program has assigned values.
+            assigned: ids of the variables.
+        """
         for server in range(len(self._peers)):
-            for number, of_message in enumerate(self._layout):
+            for of, of_message in enumerate(self._layout):
                 for place, (held, _) in enumerate(of_message[server]):
-                    if id(self._variables[held.variable].value) in assigned:
-                        flat = self._flat(held.variable)[held.begin : held.end]
-                        message = {"do": "assign", "key": self.key, "message": number, "place": place}
-                        self._peers[server].tell(message, [flat])
+                    value = self._variables[held.variable].value
+                    if id(value) in assigned and held.variable not in self._given_up:
+                        message = {"do": "assign", "number": number, "key": self.key, "message": of, "place": place}
+                        self._peers[server].tell(message, [whole_of(value)[held.begin : held.end]])
 
     def is_trained(self, variable: tf.Variable) -> bool:
         """Whether a variable is one of these."""
@@ -167,23 +211,24 @@ class Remote:
     def _held(self, server: int) -> list[Held]:
         return [held for of_message in self._layout for held, _ in of_message[server]]
 
-    def _flat(self, index: int) -> np.ndarray:
-        """The whole value of a variable here."""
-        value, elements = self._variables[index].value, self._variables[index].shape.num_elements()
-        if not isinstance(value, ShardedParameter):
-            return value.values[0].numpy().reshape(-1)
-        return np.concatenate([part.numpy().reshape(-1) for part in value.values])[:elements]
 
-    def _assign(self, index: int, flat: np.ndarray) -> None:
-        value = self._variables[index].value
-        for replica, part in enumerate(value.values):
-            own = flat
-            if isinstance(value, ShardedParameter):
-                width = part.shape.num_elements()
-                own = flat[replica * width : (replica + 1) * width]
-                own = np.pad(own, (0, width - len(own)))
-            with tf.device(part.device):
-                part.assign(own.reshape(part.shape))
+def whole_of(value: tf.Variable) -> np.ndarray:
+    """The whole value of a variable of this worker's replicas, flat."""
+    if not isinstance(value, ShardedParameter):
+        return value.values[0].numpy().reshape(-1)
+    return np.concatenate([part.numpy().reshape(-1) for part in value.values])[: value.shape.num_elements()]
+
+
+def assign_whole(value: tf.Variable, flat: np.ndarray) -> None:
+    """Gives all components of a variable their part of a whole value."""
+    for replica, part in enumerate(value.values):
+        own = flat
+        if isinstance(value, ShardedParameter):
+            width = part.shape.num_elements()
+            own = flat[replica * width : (replica + 1) * width]
+            own = np.pad(own, (0, width - len(own)))
+        with tf.device(part.device):
+            part.assign(own.reshape(part.shape))
 
 
 def _as_json(held: Held) -> list[int]:

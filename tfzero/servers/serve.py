@@ -110,7 +110,7 @@ class _Host:
                 self._lines[worker].close()  # its predecessor
             self._lines[worker] = line
             self._left.discard(worker)
-        server.come(worker)
+            server.come(worker)
         has_left = False
         try:
             send_frame(connection, {"server": self._cluster.name}, (), CALL_SECONDS)
@@ -147,8 +147,8 @@ class _Host:
             else:
                 text = f"has lost {self._cluster.describe(worker)}; others go on without it"
                 print(f"tfzero: {self._cluster.name} {text}.", file=sys.stderr, flush=True)
+            line.server.lose(worker)
             self._changed.notify_all()
-        line.server.lose(worker)
 
     def _watch(self, connection: socket.socket, worker: int) -> None:
         """The thread of a worker's pulse. When it stops, the worker is lost."""

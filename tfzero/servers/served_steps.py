@@ -23,7 +23,7 @@ import tensorflow as tf
 from tfzero.plan.serving import Serving
 from tfzero.rows.apart import ADDED, AVERAGED
 from tfzero.servers.client import Peers
-from tfzero.servers.remote import Remote, make_remote
+from tfzero.servers.remote import Remote, assign_whole, make_remote, whole_of
 from tfzero.workers.agreement import versions
 from tfzero.workers.cluster import Cluster
 from tfzero.workers.stopping import at_farewell
@@ -62,10 +62,9 @@ class ServedSteps:
         self.step = 0
         self.waited_seconds = 0.0
         self._first: int | None = None  # the first step that it trains with; None until it has entered
-        self._posts = 0
-        self._shared: weakref.WeakSet = (
-            weakref.WeakSet()
-        )  # models of which the first worker has told what is not trained
+        self._posts = self._assignments = self._models = 0
+        self._shared: weakref.WeakSet = weakref.WeakSet()  # models whose untrained values are those of the first worker
+        self._layers: weakref.WeakValueDictionary = weakref.WeakValueDictionary()  # their variables, by name
         at_farewell(self.peers.leave)
 
     def post(self, topic: str, value: Any) -> Any:
@@ -96,21 +95,24 @@ class ServedSteps:
     def add(self, *arguments: Any) -> Remote:
         """The remote of an optimizer's variables, which are pulled. The arguments are those of `make_remote`."""
         remote = make_remote(len(self.remotes), *arguments)
+        self._extended.apart.take_assigned()  # the first worker's values are what it defines
         remote.define(self._worker)
         remote.end_step(self.step)
+        for each in self.remotes:
+            each.give_up(remote.variables)
         self.remotes.append(remote)
-        self._pull([remote])
+        self._pull()
         return remote
 
     def refresh(self) -> None:
         """Takes what the servers have now."""
-        if self.remotes:
-            self._pull(self.remotes)
+        self._give_assigned()
+        self._pull()
 
     def end_fit(self) -> None:
         """Waits until all that are awaited have taken as many steps, and takes what the servers have then."""
-        if self.remotes:
-            self._pull(self.remotes, ahead=0, ends=True)
+        self._give_assigned()
+        self._pull(ahead=0, ends=True)
 
     def is_behind(self) -> bool:
         """Whether the next step was taken before this process began. [Note: a worker in place of another]"""
@@ -118,8 +120,12 @@ class ServedSteps:
             self._first = self._enter()
         return self.step < self._first
 
-    def skip(self) -> None:
-        """Leaves out a step."""
+    def skip(self, model: keras.Model) -> None:
+        """Leaves out a step; what the servers have of the model is taken nevertheless."""
+        self._share(model)
+        self._take_assigned()
+        if model.built and model.optimizer is not None and not model.optimizer.built:
+            model.optimizer.build(model.trainable_variables)
         self.step += 1
 
     @contextlib.contextmanager
@@ -135,38 +141,65 @@ class ServedSteps:
                 "Workers of parameter servers pull after each step, so `steps_per_execution` must be 1. Received: "
                 f"steps_per_execution={model.steps_per_execution}"
             )
-        if model not in self._shared:
-            self._share(model)
-        apart = self._extended.apart
-        assigned = apart.take_assigned()
-        if assigned and self._worker == 0:
-            for remote in self.remotes:
-                remote.assign(assigned)
+        self._share(model)
+        self._give_assigned()
         for remote in self.remotes:
             remote.end_step(self.step)
+        apart = self._extended.apart
         apart.begin()
         with self.peers.busy():
-            with apart.training(False, lambda optimizer: None):
-                yield
-            self._end()
-        self.step += 1
+            try:
+                with apart.training(False, lambda optimizer: None):
+                    yield
+                for remote in self.remotes:
+                    remote.check()
+            except BaseException:
+                self._leave_step()
+                raise
+            self._end_step()
+
+    def _give_assigned(self) -> None:
+        """Gives the servers what the program has assigned on the first worker. Others take what the servers have.
+
+        A first worker that was started again assigns the same values once more; their number tells the servers.
+        """
+        assigned = self._take_assigned()
+        if not assigned or self._worker > 0:
+            return
+        for remote in self.remotes:
+            remote.assign(self._assignments, assigned)
+        layers = {name: value for name, value in self._layers.items() if id(value) in assigned}
+        arrays = [np.asarray(value.values[0], np.float64) for value in layers.values()]
+        for number in range(len(self.peers)):
+            specs = [[name, list(array.shape)] for name, array in zip(layers, arrays, strict=True)]
+            message = {"do": "end of assignments", "number": self._assignments, "state": specs if number == 0 else []}
+            self.peers[number].tell(message, arrays if number == 0 else [])
+
+    def _take_assigned(self) -> set[int]:
+        """Ids of the variables, of those that servers hold, that the program has assigned since this was last asked."""
+        held = [variable.value for remote in self.remotes for variable in remote.variables] + [*self._layers.values()]
+        assigned = self._extended.apart.take_assigned() & set(map(id, held))
+        self._assignments += bool(assigned)
+        return assigned
 
     def _share(self, model: keras.Model) -> None:
-        """Takes the first worker's values of variables that are not trained, such as frozen weights and seeds."""
+        """Takes the first worker's values of variables that are not trained, such as frozen weights and seeds, once."""
+        if model in self._shared or not model.built:
+            return
         self._shared.add(model)
-        variables = [v.value for v in model.non_trainable_variables if v.value.dtype != tf.string]
-        own = [variable.values[0].numpy() for variable in variables]
+        self._models += 1
+        values = [v.value for v in model.non_trainable_variables if v.value.dtype != tf.string]
+        self._layers.update({_name_of(value): value for value in values if value.dtype.is_floating or
+                             value.dtype.is_integer})  # fmt: skip
+        own = [whole_of(value) for value in values]
         arrays = [array.view(np.uint8) if array.dtype == bool else array for array in own]
-        message = {
-            "do": "share", "name": f"number {len(self._shared)}",
-            "specs": [[list(array.shape), array.dtype.name] for array in arrays],
-        }  # fmt: skip
+        specs = [[list(array.shape), array.dtype.name] for array in arrays]
         told = [np.empty_like(array) for array in arrays]
+        message = {"do": "share", "name": f"number {self._models}", "specs": specs}
         self.peers[0].ask(message, arrays if self._worker == 0 else [], lambda answer: told)
-        for variable, array, value in zip(variables, own, told, strict=True):
-            for part in variable.values:
-                with tf.device(part.device):
-                    part.assign(value.view(array.dtype))
+        with tf.init_scope():
+            for value, array, received in zip(values, own, told, strict=True):
+                assign_whole(value, received.view(array.dtype))
 
     def _enter(self) -> int:
         """Tells the servers from which step on this worker trains, and returns it."""
@@ -178,7 +211,16 @@ class ServedSteps:
             self.peers[number].tell({"do": "begin", "step": first})
         return int(first)
 
-    def _end(self) -> None:
+    def _leave_step(self) -> None:
+        """After an error within a step: if a part was pushed, the step counts as taken."""
+        self._extended.apart.take_rows()
+        if any(remote.has_pushed for remote in self.remotes):
+            with contextlib.suppress(ConnectionError):  # the error that is raised tells more
+                for number in range(len(self.peers)):
+                    self.peers[number].tell({"do": "end", "step": self.step, "rows": 0, "state": []})
+            self.step += 1
+
+    def _end_step(self) -> None:
         """Ends a step that was taken."""
         rows = self._extended.apart.take_rows()
         specs, arrays = [], []
@@ -190,8 +232,9 @@ class ServedSteps:
         for number in range(len(self.peers)):
             message = {"do": "end", "step": self.step, "rows": rows, "state": specs if number == 0 else []}
             self.peers[number].tell(message, arrays if number == 0 else [])
+        self.step += 1
         start = monotonic()
-        self._pull(self.remotes, self._serving.max_staleness)
+        self._pull(self._serving.max_staleness)
         self.waited_seconds = monotonic() - start
 
     def _state(self) -> dict[str, tf.Variable]:
@@ -199,12 +242,20 @@ class ServedSteps:
         changed = {**self._extended.apart.changed(AVERAGED), **self._extended.apart.changed(ADDED)}
         return {k: v for k, v in changed.items() if not any(remote.is_trained(v) for remote in self.remotes)}
 
-    def _pull(self, remotes: list[Remote], ahead: int | None = None, ends: bool = False) -> None:
-        """Pulls all parameters; before, waits until this worker is so many steps ahead of the slowest at most."""
+    def _pull(self, ahead: int | None = None, ends: bool = False) -> None:
+        """Pulls all parameters and the state of layers.
+
+        Args:
+            ahead: waits before, until this worker is so many steps ahead of the slowest at most; None: it does not.
+            ends: whether it is at the end of `fit`.
+        """
+        remotes = [remote for remote in self.remotes if remote.is_in_use]
+        if not remotes:
+            return
         flats = [remote.empty() for remote in remotes]
         state: list[tuple[str, np.ndarray]] = []
         request = {"do": "pull", "keys": [remote.key for remote in remotes], "ahead": ahead, "ends": ends}
-        steps: list[list[int]] = []
+        steps: list[list[list[int]]] = []  # by server, optimizer and inner optimizer
         for number in range(len(self.peers)):
 
             def places(answer: dict[str, Any], number: int = number) -> list[np.ndarray]:
@@ -213,12 +264,19 @@ class ServedSteps:
                 parts = [part for r, f in zip(remotes, flats, strict=True) for part in r.places(f, number)]
                 return [*parts, *(array for _, array in own)]
 
-            steps = self.peers[number].ask(request, (), places)["steps"]
-        for remote, of_remote, counts in zip(remotes, flats, steps, strict=True):
-            remote.take(of_remote, counts)
-        known = self._state()
+            steps.append(self.peers[number].ask(request, (), places)["steps"])
+        # A server that holds nothing of an optimizer counts no step of it.
+        counts = [[max(inner) for inner in zip(*of_remote, strict=True)] for of_remote in zip(*steps, strict=True)]
+        for remote, of_remote, each in zip(remotes, flats, counts, strict=True):
+            remote.take(of_remote, each)
+        known = {**self._layers, **self._state()}
         with tf.init_scope():
             for name, value in state:
                 for part in known[name].values if name in known else ():
                     with tf.device(part.device):
                         part.assign(tf.cast(tf.reshape(value, part.shape), part.dtype))
+
+
+def _name_of(variable: tf.Variable) -> str:
+    """The name of a layer's variable among workers and servers, as in `Apart.note`."""
+    return f"{type(variable).__name__} {variable.number}"

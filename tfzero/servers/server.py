@@ -42,7 +42,7 @@ class Model:
         definition: as the first worker gave it, as JSON.
         store: masters and slots.
         pushed: by worker and message, the number of the next step that counts.
-        waiting: by message, the pushes of the current synchronous step by worker.
+        waiting: by message and synchronous step, the pushes by worker.
         is_updated: whether the current step, of a worker or of all, has changed it.
         updates: how often it was updated, by any worker.
         pulled: by worker, `updates` when it pulled last.
@@ -51,7 +51,7 @@ class Model:
     definition: dict
     store: Store
     pushed: dict[tuple[int, int], int] = field(default_factory=dict)
-    waiting: dict[int, dict[int, Push]] = field(default_factory=dict)
+    waiting: dict[tuple[int, int], dict[int, Push]] = field(default_factory=dict)
     is_updated: set[int] = field(default_factory=set)
     updates: int = 0
     pulled: dict[int, int] = field(default_factory=dict)
@@ -77,6 +77,7 @@ class Server:
         self.most_ahead = 0  # steps that a worker was ever ahead of the slowest when it went on
         self.dropped = 0  # pushes that did not count, as they came twice or too late
         self._synchronous_step = 0
+        self._assignments = 0  # that the first worker's program has made
         self._changed = threading.Condition()
 
     @property
@@ -120,7 +121,7 @@ class Server:
 
         Raises:
             ValueError: for another model, or one that cannot be served.
-            TimeoutError: if the first worker does not define it.
+            RuntimeError: if the first worker does not define it.
         """
         with self._changed:
             if values is not None and key not in self.models:
@@ -143,7 +144,7 @@ class Server:
             is_lost: whether the worker that asks is gone.
 
         Raises:
-            TimeoutError: if the first worker does not tell them.
+            RuntimeError: if the first worker does not tell them.
         """
         with self._changed:
             if values is not None and name not in self.shared:
@@ -158,19 +159,27 @@ class Server:
             if is_lost():
                 return False
             if self.clocks.was_here[0] and not self.clocks.is_here[0]:
-                raise TimeoutError("The first worker was lost before it told the servers what to train.")
+                raise RuntimeError("The first worker was lost before it told the servers what to train.")
             if 0 not in self.clocks.awaited():
-                raise TimeoutError(
+                raise RuntimeError(
                     f"The first worker has not come within {self.clocks.timeout_seconds:g} s to tell the servers what "
                     "to train."
                 )
             self._changed.wait(_CHECK_SECONDS)
         return True
 
-    def assign(self, key: int, message: int, place: int, part: np.ndarray) -> None:
-        """The first worker's program has given parameters other values."""
+    def assign(self, number: int, key: int, message: int, place: int, part: np.ndarray) -> None:
+        """The first worker's program has given parameters other values, for the time of this number."""
         with self._changed:
-            self.models[key].store.assign(message, place, part)
+            if number > self._assignments:
+                self.models[key].store.assign(message, place, part)
+
+    def end_assignments(self, number: int, state: Mapping[str, np.ndarray]) -> None:
+        """All values of this number have come; also those of the state of layers. A number counts once."""
+        with self._changed:
+            if number > self._assignments:
+                self._assignments = number
+                self.layers.values.update({name: value for name, value in state.items() if name in self.layers.values})
 
     def push(self, worker: int, key: int, message: int, step: int, push: Push) -> None:
         """A worker's gradients for a message. [Note: numbered pushes]"""
@@ -183,7 +192,7 @@ class Server:
             model.pushed[worker, message] = step + 1
             model.is_updated.add(worker)
             if self.is_synchronous:
-                model.waiting.setdefault(message, {})[worker] = push
+                model.waiting.setdefault((message, step), {})[worker] = push
                 self._update_if_complete(model, message, step)
             else:
                 model.store.update(message, push.active, push.gradient, push.rates)
@@ -198,7 +207,9 @@ class Server:
             changes: of the state of layers, by name.
         """
         with self._changed:
-            if not self.clocks.end(worker, step):
+            is_late = self.is_synchronous and step < self._synchronous_step
+            if not self.clocks.end(worker, step) or is_late:
+                self._changed.notify_all()
                 return
             self.layers.note(worker, rows, changes)
             if self.is_synchronous:
@@ -273,11 +284,11 @@ class Server:
 
     def _update_if_complete(self, model: Model, message: int, step: int) -> None:
         """Updates a message as soon as nobody's gradient is missing. [Note: a synchronous step]"""
-        pushes = model.waiting[message]
+        pushes = model.waiting[message, step]
         missing = [w for w in self.clocks.awaited() if w not in pushes and self.clocks.done[w] <= step]
         if missing:
             return
-        del model.waiting[message]
+        del model.waiting[message, step]
         rows = sum(push.rows for push in pushes.values())
         if not rows:
             return
@@ -297,8 +308,9 @@ class Server:
         self._synchronous_step = step + 1
         self.layers.merge()
         for model in self.models.values():
-            for message in list(model.waiting):
-                self._update_if_complete(model, message, step)
+            for message, of_step in list(model.waiting):
+                if of_step == step:
+                    self._update_if_complete(model, message, step)
             if model.is_updated:
                 model.is_updated.clear()
                 model.store.count()

@@ -78,6 +78,20 @@ class Definition:
         """Number of elements of each part."""
         return [held.end - held.begin for held in self.messages[message]]
 
+    def places(self, message: int, chosen: Any) -> tuple[int, ...]:
+        """The parts of a message that another process names; None for all.
+
+        Raises:
+            ValueError: if there are no such parts, or not in this order.
+        """
+        if not 0 <= message < len(self.messages):
+            raise ValueError(f"There is no message {message}, only {len(self.messages)} of them.")
+        parts = range(len(self.messages[message]))
+        places = tuple(parts) if chosen is None else tuple(map(int, chosen))
+        if list(places) != sorted(set(places) & set(parts)):
+            raise ValueError(f"The message {message} has {len(parts)} parts. Received: {places}")
+        return places
+
     def empty(self, message: int, active: Sequence[int] | None = None) -> np.ndarray:
         """An array for the parts of a message, or for some of them."""
         widths = self.widths(message)
@@ -212,6 +226,7 @@ def _modules(config: Any) -> list[str]:
     if isinstance(config, dict):
         own = []
         if "class_name" in config:
-            own = [str(config.get("registered_name") or config.get("module"))]
+            own = [str(config.get("module"))]
+            own += [str(config["registered_name"])] if config.get("registered_name") else []
         return own + [module for value in config.values() for module in _modules(value)]
     return [module for value in config for module in _modules(value)] if isinstance(config, list) else []

@@ -276,9 +276,10 @@ class ReplicaStep:
         """Leaves the update to the servers. [Note: servers] in `plan/serving.py`"""
         rate = keras_objects.rate_without_schedule(optimizer)
         for bucket, row in rows.items():
-            parts = [clip(row[s.offset : s.offset + s.width], s.index) for s in bucket.segments]
             updated = [s.index for s in bucket.segments if s.index in self.gradients]
-            self.trained.remote.push(self.replica, bucket, tf.concat(parts, 0), updated, self.rows, rate)
+            parts = {s.index: row[s.offset : s.offset + s.width] for s in bucket.segments}
+            clipped = [clip(part, index) if index in updated else part for index, part in parts.items()]
+            self.trained.remote.push(self.replica, bucket, tf.concat(clipped, 0), updated, self.rows, rate)
 
     def _gather_or_keep(self, bucket: Bucket, row: tf.Tensor) -> None:
         if not (self.gathers_late and self.exchange.can_wait(bucket)):
