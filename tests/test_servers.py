@@ -20,7 +20,7 @@ import tensorflow as tf
 from marks import FLEET_SECONDS
 
 import tfzero
-from tfzero import launch
+from tfzero import costs, launch
 from tfzero.plan.mesh import Mesh
 from tfzero.plan.serving import Piece, check_serving, deal
 from tfzero.servers.client import Peers
@@ -432,6 +432,31 @@ def test_a_worker_holds_no_slots(monkeypatch):
         told = strategy.served.peers.ask_all({"do": "tell"})[0]
         trained = sum(int(np.prod(variable.shape)) for variable in model.trainable_variables)
         assert 4 * 4 * trained <= told["held_bytes"] <= 4 * 4 * trained + 64  # the parameter and Adam's three slots
+
+
+@pytest.mark.parametrize(("stage", "devices", "servers"), [(0, 2, 2), (2, 2, 1), (3, 2, 2)])
+def test_costs_are_those_of_real_workers(monkeypatch, stage, devices, servers):
+    local = [f"CPU:{index}" for index in range(devices)]
+    with strategy_here(monkeypatch, servers, stage=stage, devices=local, min_shard_elements=1) as strategy:
+        with strategy.scope():
+            layers = [keras.layers.Dense(64, use_bias=False), keras.layers.Dense(4, use_bias=False)]
+            model = keras.Sequential([keras.Input((8,)), *layers])
+        model.compile("adam", "mse")
+        model.optimizer.build(model.trainable_variables)
+        report, parameters = strategy.report(), model.count_params()
+        setup = costs.Setup(devices, stage, replicas_per_worker=devices, servers=servers)
+        assert report.sent_bytes == setup.sent_bytes() * parameters
+        held = sum(variable.parameter_bytes + variable.slot_bytes for variable in report.variables)
+        assert held == setup.held_bytes() * parameters
+
+
+def test_costs_of_servers_are_told(capsys):
+    costs.main(["--parameters", "1e9", "--gbit", "10", "--microseconds", "50", "--servers", "4"])
+    lines = capsys.readouterr().out.splitlines()
+    # 8 workers push 4 GB each; each of 4 servers gets 8 GB, and 32 buckets of each worker.
+    assert lines[1].split() == ["8", "0", "f32", "4.00", "4.00", "128", "6.406"] and len(lines) == 17
+    with pytest.raises(SystemExit):
+        costs.main(["--parameters", "1e9", "--gbit", "10", "--microseconds", "50", "--servers", "0"])
 
 
 def test_what_a_program_assigns_reaches_the_servers(monkeypatch):
