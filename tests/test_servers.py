@@ -63,6 +63,9 @@ def test_small_variables_go_to_the_server_with_the_least():
         (1, -1, {}, "at least 0"),
         (1, True, {}, "at least 0"),
         (1, 1.5, {}, "at least 0"),
+        (1, 0, {"staleness_aware": True}, "not 0 only"),
+        (0, 0, {"staleness_aware": True}, "0 servers"),
+        (1, 2, {"staleness_aware": 1}, "staleness_aware=1"),
         (0, 2, {}, "the cluster has none"),
         (0, None, {}, "the cluster has none"),
         (1, 0, {"compression": "int8"}, "compression='int8'"),
@@ -72,7 +75,7 @@ def test_small_variables_go_to_the_server_with_the_least():
 )
 def test_settings_that_servers_cannot_serve_are_refused(servers, staleness, others, problem):
     with pytest.raises(ValueError, match="Received|cannot use") as raised:
-        check_serving(servers, 2, staleness, **others)
+        check_serving(servers, 2, staleness, **{"staleness_aware": False, **others})
     assert problem in str(raised.value)
 
 
@@ -198,9 +201,9 @@ def test_only_element_wise_optimizers_of_keras_are_made(change, problem):
         Store(changed, values_of(definition))
 
 
-def served(workers, max_staleness):
+def served(workers, max_staleness, **settings):
     """A server that holds a model of SGD with a rate of 1, of two parts with the value 0."""
-    server = Server(workers, max_staleness, timeout_seconds=60)
+    server = Server(workers, max_staleness, timeout_seconds=60, **settings)
     for worker in range(workers):
         server.come(worker)
     config = keras.saving.serialize_keras_object(keras.optimizers.SGD(1.0))
@@ -297,6 +300,17 @@ def test_staleness_is_counted():
             server.values(worker, [0])
     assert server.tell()["staleness"] == {"0": 2, "1": 1}
     assert server.tell()["most_ahead"] == 1
+
+
+def test_an_update_that_knows_its_staleness_is_smaller():
+    server = served(2, None, staleness_aware=True)
+    server.values(1, [0])
+    for step in range(3):
+        server.values(0, [0])
+        push(server, 0, step, 1.0)
+        server.end(0, step, 1, {})
+    push(server, 1, 0, 1.0)
+    np.testing.assert_allclose(value(server), [-3 - 1 / 3] * 3, rtol=1e-6)
 
 
 def test_state_of_layers_is_merged():

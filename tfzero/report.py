@@ -212,6 +212,7 @@ def _serving(serving: Serving | None) -> str:
     return (
         f"{serving.servers} servers hold masters and slots, and update; each of {serving.workers} workers trains "
         f"alone, and may be ahead of the slowest by {ahead}"
+        f"{'; stale updates have a smaller learning rate' if serving.staleness_aware else ''}"
     )
 
 

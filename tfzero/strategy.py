@@ -100,8 +100,10 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
             function that makes one. Its slots are sharded over workers.
         sync_warmup: with `sync_every`, how many first steps all workers take together, as without it.
         max_staleness: with parameter servers ("ps" in `TF_CONFIG`), how many steps a worker may be ahead of the
-            slowest: at 0 all take each step together; None sets no bound. A server's own process serves within this
+            slowest: at 0 all take each step together; None sets no bound. A server's process serves within this
             constructor, and exits when all workers have left.
+        staleness_aware: with `max_staleness` above 0, whether servers divide the learning rate of an update by its
+            staleness, the number of other updates since its worker pulled (https://arxiv.org/abs/1511.05950).
 
     Raises:
         ValueError: for settings, devices or a `TF_CONFIG` that are invalid or differ between workers.
@@ -140,6 +142,7 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         outer_optimizer: str | dict | Callable[[], Any] | None = None,
         sync_warmup: int = 0,
         max_staleness: int | None = 0,
+        staleness_aware: bool = False,
     ) -> None:
         patches.install()
         check_given(
@@ -152,8 +155,8 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         )  # fmt: skip
         self.fleet = find_cluster(cluster_resolver)
         serving = check_serving(
-            *sizes_of(self.fleet), max_staleness, compression=compression, error_feedback=error_feedback,
-            overlap_param_gather=overlap_param_gather, rows=rows, sync_every=sync_every,
+            *sizes_of(self.fleet), max_staleness, staleness_aware, compression=compression, rows=rows,
+            error_feedback=error_feedback, overlap_param_gather=overlap_param_gather, sync_every=sync_every,
         )  # fmt: skip
         if self.fleet is not None and self.fleet.is_server:
             raise SystemExit(serve(self.fleet))
@@ -308,10 +311,9 @@ class ZeroStrategy(tf.distribute.MultiWorkerMirroredStrategy):
     def merge(self, reason: str = "`strategy.merge`") -> None:
         """Merges all models that workers have trained apart, with `sync_every`. All workers call it together.
 
-        With parameter servers it takes the values that the servers have now, on this worker.
-
         `fit` does so by itself: after every `sync_every` steps, at the end of an epoch, and before validation,
-        predictions and saves. Call it after the last `train_on_batch`, before weights are read.
+        predictions and saves. Call it after the last `train_on_batch`, before weights are read. With parameter servers
+        this worker takes what they have now.
 
         Args:
             reason: what for; in messages.

@@ -25,11 +25,13 @@ class Serving:
         servers: number of servers.
         workers: number of workers.
         max_staleness: how many steps a worker may be ahead of the slowest; None for any number.
+        staleness_aware: whether the learning rate of an update is divided by its staleness.
     """
 
     servers: int
     workers: int
     max_staleness: int | None
+    staleness_aware: bool = False
 
     @property
     def is_synchronous(self) -> bool:
@@ -50,13 +52,15 @@ class Piece:
         return self.end - self.begin
 
 
-def check_serving(servers: int, workers: int, max_staleness: Any, **others: Any) -> Serving | None:
+def check_serving(
+    servers: int, workers: int, max_staleness: Any, staleness_aware: Any, **others: Any
+) -> Serving | None:
     """The settings of training with servers; None without servers.
 
     Args:
         servers: number of servers of the cluster.
         workers: number of its workers.
-        max_staleness: as given.
+        max_staleness, staleness_aware: as given.
         others: settings that servers cannot serve unless they are as the default, by name.
 
     Raises:
@@ -66,6 +70,12 @@ def check_serving(servers: int, workers: int, max_staleness: Any, **others: Any)
     if max_staleness is not None and not is_number:
         raise ValueError(
             f"`max_staleness` must be None or an integer of at least 0. Received: max_staleness={max_staleness!r}"
+        )
+    if not isinstance(staleness_aware, bool) or (staleness_aware and (max_staleness == 0 or not servers)):
+        raise ValueError(
+            "`staleness_aware` must be True or False, and has an effect with parameter servers and a `max_staleness` "
+            f"that is not 0 only. Received: staleness_aware={staleness_aware!r}, max_staleness={max_staleness!r}, "
+            f"{servers} servers"
         )
     if not servers:
         if max_staleness != 0:
@@ -84,7 +94,7 @@ def check_serving(servers: int, workers: int, max_staleness: Any, **others: Any)
             f"Workers of parameter servers exchange nothing with each other, and so cannot use {text}. Leave that "
             'away, or leave "ps" out of TF_CONFIG.'
         )
-    return Serving(servers, workers, max_staleness)
+    return Serving(servers, workers, max_staleness, staleness_aware)
 
 
 def deal(elements: Sequence[int], servers: int, min_shard_elements: int) -> list[list[Piece]]:

@@ -128,7 +128,7 @@ class _Host:
                 if not is_bound or not is_seconds(seconds) or not seconds:
                     raise ValueError(f"A worker wants to be served in a way that nobody can: {str(wanted)[:200]}.")
                 self._wanted = wanted
-                self._server = Server(self._cluster.size, staleness, seconds)
+                self._server = Server(self._cluster.size, staleness, seconds, bool(wanted.get("staleness_aware")))
             difference = differences_of([self._wanted, wanted], lambda places: ("the first", "this worker")[places[0]])
             if difference:
                 raise ValueError(

@@ -52,6 +52,7 @@ class ServedSteps:
         wanted = {
             "settings": asdict(settings),
             "max_staleness": settings.serving.max_staleness,
+            "staleness_aware": settings.serving.staleness_aware,
             "timeout_seconds": settings.timeout_seconds,
             "cluster": [list(cluster.addresses), list(cluster.servers)],
             "versions": versions(),

@@ -56,6 +56,10 @@ class Model:
     updates: int = 0
     pulled: dict[int, int] = field(default_factory=dict)
 
+    def staleness_of(self, worker: int) -> int:
+        """The number of updates since a worker has pulled."""
+        return self.updates - self.pulled.get(worker, self.updates)
+
 
 class Server:
     """What workers ask of a server, whatever line they use. One lock guards all of it.
@@ -64,9 +68,12 @@ class Server:
         workers: number of workers.
         max_staleness: as in `Serving`.
         timeout_seconds: of silence, after which a worker counts as lost.
+        staleness_aware: as in `Serving`.
     """
 
-    def __init__(self, workers: int, max_staleness: int | None, timeout_seconds: float) -> None:
+    def __init__(
+        self, workers: int, max_staleness: int | None, timeout_seconds: float, staleness_aware: bool = False
+    ) -> None:
         self.clocks = Clocks(workers, max_staleness, timeout_seconds)
         self.models: dict[int, Model] = {}
         self.board: dict[str, Any] = {}  # what the first worker that came has told the others
@@ -76,6 +83,7 @@ class Server:
         self.staleness: Counter[int] = Counter()  # updates by others between a worker's pull and its push
         self.most_ahead = 0  # steps that a worker was ever ahead of the slowest when it went on
         self.dropped = 0  # pushes that did not count, as they came twice or too late
+        self._is_aware = staleness_aware
         self._synchronous_step = 0
         self._assignments = 0  # that the first worker's program has made
         self._changed = threading.Condition()
@@ -195,7 +203,8 @@ class Server:
                 model.waiting.setdefault((message, step), {})[worker] = push
                 self._update_if_complete(model, message, step)
             else:
-                model.store.update(message, push.active, push.gradient, push.rates)
+                divisor = max(1, model.staleness_of(worker)) if self._is_aware else 1
+                model.store.update(message, push.active, push.gradient, push.rates, divisor)
 
     def end(self, worker: int, step: int, rows: int, changes: Mapping[str, Change]) -> None:
         """A worker has pushed all of a step.
@@ -220,7 +229,7 @@ class Server:
                     if worker in model.is_updated:
                         model.is_updated.discard(worker)
                         model.store.count()
-                        self.staleness[model.updates - model.pulled.get(worker, model.updates)] += 1
+                        self.staleness[model.staleness_of(worker)] += 1
                         model.updates += 1
             self._changed.notify_all()
 

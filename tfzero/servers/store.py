@@ -154,7 +154,8 @@ class Store:
         """Gives a part of a message other values."""
         self._masters[message][place].assign(part)
 
-    def update(self, message: int, active: Sequence[int], gradient: np.ndarray, rates: Mapping[int, float]) -> None:
+    def update(self, message: int, active: Sequence[int], gradient: np.ndarray, rates: Mapping[int, float],
+               divisor: int = 1) -> None:  # fmt: skip
         """Updates parts of a message.
 
         Args:
@@ -162,6 +163,7 @@ class Store:
             active: the parts that have a gradient, in their order.
             gradient: their gradients, `[elements]`.
             rates: learning rates by inner optimizer; one that follows a schedule is missing.
+            divisor: of the learning rates, in this update.
         """
         used = sorted({self.definition.messages[message][place].optimizer for place in active})
         for index in used:
@@ -176,7 +178,7 @@ class Store:
             self._functions[key] = tf.function(
                 lambda *given: self._update(message, active, *given), autograph=False, jit_compile=True
             )
-        given_rates = [self._rate(self.optimizers[index]) for index in used]
+        given_rates = [self._rate(self.optimizers[index]) / divisor for index in used]
         self._functions[key](tf.constant(gradient), *given_rates)
 
     def _update(self, message: int, active: Sequence[int], gradient: tf.Tensor, *rates: tf.Tensor) -> None:
