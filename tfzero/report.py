@@ -165,7 +165,7 @@ def _effects(settings: Settings, group: Group, levels: Choice, mesh: Mesh, train
         "hierarchical": f"{'two levels' if levels.value else 'one level'}: {levels.reason}",
         "overlap_param_gather": _LATE if settings.overlap_param_gather else "off",
         **_merging(settings.merging, trained),
-        "max_staleness": _serving(settings.serving),
+        **_serving(settings.serving),
         "compare_batches": f"the first {settings.compare_batches} batches of every pass are compared between workers",
     }
     if settings.compare_batches == 0:
@@ -204,16 +204,18 @@ def _merging(merging: Merging | None, trained: Sequence[Trained]) -> dict:
     return {**effects, "error_feedback": feedback} if merging.error_feedback else effects
 
 
-def _serving(serving: Serving | None) -> str:
+def _serving(serving: Serving | None) -> dict[str, str]:
     if serving is None:
-        return "off"
+        return dict.fromkeys(("max_staleness", "staleness_aware"), "off")
     bounds = {None: "any number of steps", 0: "no step: synchronous", 1: "one step"}
     ahead = bounds.get(serving.max_staleness, f"{serving.max_staleness} steps")
-    return (
-        f"{serving.servers} servers hold masters and slots, and update; each of {serving.workers} workers trains "
-        f"alone, and may be ahead of the slowest by {ahead}"
-        f"{'; stale updates have a smaller learning rate' if serving.staleness_aware else ''}"
-    )
+    return {
+        "max_staleness": (
+            f"{serving.servers} servers hold masters and slots, and update; each of {serving.workers} workers trains "
+            f"alone, and may be ahead of the slowest by {ahead}"
+        ),
+        "staleness_aware": "stale updates have a smaller learning rate" if serving.staleness_aware else "off",
+    }
 
 
 def _resharding(settings: Settings) -> str:
