@@ -493,6 +493,15 @@ def test_what_a_program_assigns_reaches_the_servers(monkeypatch):
         assert all((weight == 7).all() for weight in model.get_weights())
 
 
+def test_steps_are_counted_where_servers_hold_nothing(monkeypatch):
+    with strategy_here(monkeypatch, servers=3, devices=["CPU:0"]) as strategy:
+        with strategy.scope():
+            model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(1)])
+        model.compile("sgd", "mse")
+        model.fit(np.ones((12, 8)), np.ones((12, 1)), batch_size=4, verbose=0)
+        assert int(model.optimizer.iterations) == 3
+
+
 def test_weights_that_a_callback_restores_stay(monkeypatch):
     with strategy_here(monkeypatch, devices=["CPU:0"]) as strategy:
         with strategy.scope():
