@@ -74,6 +74,12 @@ def own_rate(optimizer: keras.optimizers.Optimizer) -> Any:
     return vars(optimizer).get("_learning_rate")
 
 
+def rate_now(optimizer: keras.optimizers.Optimizer) -> tf.Tensor:
+    """The learning rate of the moment, also of a schedule."""
+    rate = optimizer.learning_rate
+    return tf.convert_to_tensor(rate.value if isinstance(rate, keras.Variable) else rate)
+
+
 def rate_without_schedule(optimizer: keras.optimizers.Optimizer) -> tf.Tensor | None:
     """The learning rate as it is now; None if it follows a schedule."""
     rate = own_rate(optimizer)

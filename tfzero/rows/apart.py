@@ -21,6 +21,11 @@ import tensorflow as tf
 ADDED, TOTAL, AVERAGED, FIRST, EQUAL = "added", "total", "mean", "first", "equal"
 
 
+def name_of(variable: tf.Variable) -> str:
+    """The name of a layer's variable, the same on all workers."""
+    return f"{type(variable).__name__} {variable.number}"
+
+
 class Apart:
     """Whether replicas train apart now, what rows they take, and which state of layers they change.
 
@@ -82,7 +87,7 @@ class Apart:
         """In a replica: notes that a step that workers take apart changes a layer's state, and how that is merged."""
         if not self.is_on:
             return
-        self._changed[f"{type(variable).__name__} {variable.number}"] = variable
+        self._changed[name_of(variable)] = variable
         if getattr(variable, "merged", None) != way:
             variable.merged = way
             with tf.init_scope():

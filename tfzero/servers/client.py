@@ -10,7 +10,7 @@ import secrets
 import socket
 import threading
 from collections.abc import Callable, Sequence
-from time import monotonic, sleep
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,7 @@ import numpy as np
 from tfzero.servers.frames import FOREVER, receive_arrays, receive_message, send_frame
 from tfzero.workers import handshake
 from tfzero.workers.cluster import Cluster
-from tfzero.workers.meeting import CALL_SECONDS, RETRY_SECONDS, dial, error_of
-from tfzero.workers.messages import seconds_left
+from tfzero.workers.meeting import CALL_SECONDS, error_of, reach
 
 WORK, PULSE = 0, 1  # what a worker calls for
 _BEAT_SECONDS = 1.0
@@ -55,25 +54,13 @@ class Peer:
             opened.pop_all()
 
     def _call(self, cluster: Cluster, number: int, kind: int, secret: bytes, deadline: float) -> socket.socket:
-        reason, is_last = "", False
-        while not is_last:
-            is_last = monotonic() >= deadline
-            try:
-                connection = dial(cluster.servers[number], min(CALL_SECONDS, seconds_left(deadline)))
-            except (OSError, ValueError) as error:
-                reason = str(error)
-            else:
-                try:
-                    handshake.call(connection, secret, (cluster.index, kind), monotonic() + CALL_SECONDS)
-                    return connection
-                except OSError as error:
-                    connection.close()
-                    reason = str(error)
-            sleep(RETRY_SECONDS)
-        raise ConnectionError(
-            f"{cluster.name} cannot reach the parameter server {self.name} within {self._seconds:g} s: {reason}. Start "
-            'it with the same TF_CONFIG and its own task, by `python -m tfzero.servers`, or leave "ps" out.'
-        )
+        try:
+            return reach(cluster.servers[number], secret, (cluster.index, kind), deadline, CALL_SECONDS)
+        except ConnectionError as error:
+            raise ConnectionError(
+                f"{cluster.name} cannot reach the parameter server {self.name} within {self._seconds:g} s: {error}. "
+                'Start it with the same TF_CONFIG and its own task, by `python -m tfzero.servers`, or leave "ps" out.'
+            ) from None
 
     def tell(self, message: dict[str, Any], arrays: Sequence[np.ndarray] = ()) -> None:
         """Sends what has no answer."""
@@ -183,6 +170,11 @@ class Peers:
         finally:
             self._is_busy -= 1
             self._busy_at = monotonic()
+
+    def tell_all(self, message: dict[str, Any]) -> None:
+        """Tells all servers the same."""
+        for peer in self._all:
+            peer.tell(message)
 
     def ask_all(self, message: dict[str, Any]) -> list[dict[str, Any]]:
         """Asks all servers the same, one after the other."""

@@ -22,10 +22,9 @@ class Clocks:
         self.max_staleness, self.timeout_seconds = max_staleness, timeout_seconds
         self.done = [0] * workers  # steps that each has ended
         self.is_here = [False] * workers
-        self.was_here = [False] * workers
+        self._was_here = [False] * workers
         self.at_end: set[int] = set()  # workers that have come to the end of `fit`
         self._trained_at = [monotonic()] * workers
-        self._is_lost = [False] * workers
 
     @property
     def workers(self) -> int:
@@ -33,13 +32,16 @@ class Clocks:
 
     def come(self, worker: int) -> None:
         """A worker has connected, perhaps again."""
-        self.is_here[worker] = self.was_here[worker] = True
-        self._is_lost[worker] = False
+        self.is_here[worker] = self._was_here[worker] = True
         self._trained_at[worker] = monotonic()
 
     def lose(self, worker: int) -> None:
         """A worker is lost, or has left."""
-        self.is_here[worker], self._is_lost[worker] = False, True
+        self.is_here[worker] = False
+
+    def is_lost(self, worker: int) -> bool:
+        """Whether a worker has come, and is here no more."""
+        return self._was_here[worker] and not self.is_here[worker]
 
     def trains(self, worker: int, idle_seconds: float = 0.0) -> None:
         """A worker says how long ago it was busy with a step."""
@@ -51,7 +53,7 @@ class Clocks:
         return [
             worker
             for worker in range(self.workers)
-            if worker != but and not self._is_lost[worker] and now - self._trained_at[worker] < self.timeout_seconds
+            if worker != but and not self.is_lost(worker) and now - self._trained_at[worker] < self.timeout_seconds
         ]
 
     def end(self, worker: int, step: int) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from tfzero.workers.links import bytes_of
 from tfzero.workers.messages import receive, seconds_left, send
 
 FOREVER = 3e7  # seconds: until the other side ends the connection
@@ -29,7 +30,7 @@ def send_frame(
     Raises:
         OSError: if the connection ends, or a part takes too long.
     """
-    views = [_bytes(array) for array in arrays if array.size]
+    views = [bytes_of(np.ascontiguousarray(array)) for array in arrays if array.size]
     send(connection, {**message, _SIZE: sum(map(len, views))}, monotonic() + seconds)
     for view in views:
         for begin in range(0, len(view), _PART_BYTES):
@@ -61,7 +62,7 @@ def receive_arrays(connection: socket.socket, size: int, arrays: Sequence[np.nda
     expected = sum(array.nbytes for array in arrays)
     if size != expected:
         raise ConnectionError(f"the process there sends {size:,} bytes of arrays, and {expected:,} were expected")
-    for view in (_bytes(array) for array in arrays if array.size):
+    for view in (bytes_of(array) for array in arrays if array.size):
         while view:
             deadline = monotonic() + seconds
             connection.settimeout(seconds_left(deadline))
@@ -98,7 +99,3 @@ def check_sizes(specs: Iterable[Any], size: int) -> None:
     expected = sum(math.prod(shape) * dtype.itemsize for shape, dtype in given)
     if expected != size or any(side < 0 for shape, _ in given for side in shape):
         raise ValueError(f"The arrays of a message have {expected:,} bytes, but {size:,} were announced.")
-
-
-def _bytes(array: np.ndarray) -> memoryview:
-    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))  # type: ignore[arg-type]

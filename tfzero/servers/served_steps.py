@@ -11,7 +11,7 @@ also leaves out those that the slowest of the others has ended meanwhile.
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from time import monotonic
 from typing import Any
@@ -21,7 +21,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfzero.plan.serving import Serving
-from tfzero.rows.apart import ADDED, AVERAGED
+from tfzero.rows.apart import ADDED, AVERAGED, name_of
 from tfzero.servers.client import Peers
 from tfzero.servers.remote import Remote, assign_whole, make_remote, whole_of
 from tfzero.workers.agreement import versions
@@ -171,10 +171,14 @@ class ServedSteps:
             remote.assign(self._assignments, assigned)
         layers = {name: value for name, value in self._layers.items() if id(value) in assigned}
         arrays = [np.asarray(value.values[0], np.float64) for value in layers.values()]
+        specs = [[name, list(array.shape)] for name, array in zip(layers, arrays, strict=True)]
+        self._tell_all({"do": "end of assignments", "number": self._assignments}, specs, arrays)
+
+    def _tell_all(self, message: dict[str, Any], specs: Sequence[list], arrays: Sequence[np.ndarray]) -> None:
+        """Tells all servers something, and the first one also what belongs to the state of layers."""
         for number in range(len(self.peers)):
-            specs = [[name, list(array.shape)] for name, array in zip(layers, arrays, strict=True)]
-            message = {"do": "end of assignments", "number": self._assignments, "state": specs if number == 0 else []}
-            self.peers[number].tell(message, arrays if number == 0 else [])
+            is_first = number == 0
+            self.peers[number].tell({**message, "state": specs if is_first else []}, arrays if is_first else [])
 
     def _take_assigned(self) -> set[int]:
         """Ids of the variables, of those that servers hold, that the program has assigned since this was last asked."""
@@ -190,7 +194,7 @@ class ServedSteps:
         self._shared.add(model)
         self._models += 1
         values = [v.value for v in model.non_trainable_variables if v.value.dtype != tf.string]
-        self._layers.update({_name_of(value): value for value in values if value.dtype.is_floating or
+        self._layers.update({name_of(value): value for value in values if value.dtype.is_floating or
                              value.dtype.is_integer})  # fmt: skip
         own = [whole_of(value) for value in values]
         arrays = [array.view(np.uint8) if array.dtype == bool else array for array in own]
@@ -208,8 +212,7 @@ class ServedSteps:
         first = max(each["done"] for each in told)
         if self._serving.max_staleness is not None:
             first = max(first, *(each["floor"] for each in told))
-        for number in range(len(self.peers)):
-            self.peers[number].tell({"do": "begin", "step": first})
+        self.peers.tell_all({"do": "begin", "step": first})
         return int(first)
 
     def _leave_step(self) -> None:
@@ -217,8 +220,7 @@ class ServedSteps:
         self._extended.apart.take_rows()
         if any(remote.has_pushed for remote in self.remotes):
             with contextlib.suppress(ConnectionError):  # the error that is raised tells more
-                for number in range(len(self.peers)):
-                    self.peers[number].tell({"do": "end", "step": self.step, "rows": 0, "state": []})
+                self._tell_all({"do": "end", "step": self.step, "rows": 0}, [], [])
             self.step += 1
 
     def _end_step(self) -> None:
@@ -230,9 +232,7 @@ class ServedSteps:
             before, now = (np.asarray(each, np.float64) for each in (variable.common[0], variable.values[0]))
             specs.append([name, variable.merged, list(before.shape)])
             arrays += [before, np.zeros_like(before) if is_first_of_successor else now - before]
-        for number in range(len(self.peers)):
-            message = {"do": "end", "step": self.step, "rows": rows, "state": specs if number == 0 else []}
-            self.peers[number].tell(message, arrays if number == 0 else [])
+        self._tell_all({"do": "end", "step": self.step, "rows": rows}, specs, arrays)
         self.step += 1
         start = monotonic()
         self._pull(self._serving.max_staleness)
@@ -276,8 +276,3 @@ class ServedSteps:
                 for part in known[name].values if name in known else ():
                     with tf.device(part.device):
                         part.assign(tf.cast(tf.reshape(value, part.shape), part.dtype))
-
-
-def _name_of(variable: tf.Variable) -> str:
-    """The name of a layer's variable among workers and servers, as in `Apart.note`."""
-    return f"{type(variable).__name__} {variable.number}"

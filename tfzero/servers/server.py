@@ -166,7 +166,7 @@ class Server:
         while not has_told():
             if is_lost():
                 return False
-            if self.clocks.was_here[0] and not self.clocks.is_here[0]:
+            if self.clocks.is_lost(0):
                 raise RuntimeError("The first worker was lost before it told the servers what to train.")
             if 0 not in self.clocks.awaited():
                 raise RuntimeError(

@@ -9,8 +9,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfzero.host import runtime
-from tfzero.training.stock_optimizers import is_elementwise
+from tfzero.host import keras_objects, runtime
+from tfzero.training.stock_optimizers import is_elementwise, update_part
 
 # Configs come over the network, and Keras imports the modules that they name.
 _MODULES = ("keras.optimizers", "keras.optimizers.schedules")
@@ -172,13 +172,13 @@ class Store:
                 optimizer.learning_rate = rates[index]
             if not self._has_begun[index]:
                 self._has_begun[index] = True
-                runtime.begin_update(optimizer, self._rate(optimizer))
+                runtime.begin_update(optimizer, keras_objects.rate_now(optimizer))
         key = message, tuple(active)
         if key not in self._functions:
             self._functions[key] = tf.function(
                 lambda *given: self._update(message, active, *given), autograph=False, jit_compile=True
             )
-        given_rates = [self._rate(self.optimizers[index]) / divisor for index in used]
+        given_rates = [keras_objects.rate_now(self.optimizers[index]) / divisor for index in used]
         self._functions[key](tf.constant(gradient), *given_rates)
 
     def _update(self, message: int, active: Sequence[int], gradient: tf.Tensor, *rates: tf.Tensor) -> None:
@@ -187,12 +187,8 @@ class Store:
         used = sorted({held[place].optimizer for place in active})
         for place, part in zip(active, tf.split(gradient, widths), strict=True):
             index = held[place].optimizer
-            optimizer, master, rate = self.optimizers[index], masters[place], rates[used.index(index)]
-            if held[place].decays:
-                runtime.decay_weight(optimizer, master)
-            if optimizer.clipvalue:
-                part = tf.clip_by_value(part, -optimizer.clipvalue, optimizer.clipvalue)
-            optimizer.update_step(part, master, rate)
+            rate = rates[used.index(index)]
+            update_part(self.optimizers[index], masters[place], part, rate, held[place].decays)
 
     def count(self) -> None:
         """Ends an update of all messages."""
@@ -200,10 +196,6 @@ class Store:
             counter = runtime.iteration_counter(optimizer)
             counter.assign(counter + 1)
             self._has_begun[index] = False
-
-    def _rate(self, optimizer: keras.optimizers.Optimizer) -> tf.Tensor:
-        rate = optimizer.learning_rate
-        return tf.convert_to_tensor(rate.value if isinstance(rate, keras.Variable) else rate)
 
 
 def _make(config: Any) -> keras.optimizers.Optimizer:

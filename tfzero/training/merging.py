@@ -25,12 +25,12 @@ import tensorflow as tf
 from tfzero.collectives import ways
 from tfzero.collectives.codec import Codec
 from tfzero.collectives.group import Group
-from tfzero.host import runtime
+from tfzero.host import keras_objects, runtime
 from tfzero.plan.merging import AVERAGE, Merging
 from tfzero.plan.placement import shard_elements
 from tfzero.training.outer import MASTER, Part, Place, outside_of_scopes
 from tfzero.training.overwriting import is_overwritten
-from tfzero.training.stock_optimizers import settings_of
+from tfzero.training.stock_optimizers import settings_of, update_part
 from tfzero.variables.classes import ShardedParameter
 
 
@@ -243,14 +243,10 @@ class Merger:
             for part, mean in means.items():
                 part.master.value.assign_sub(mean)
             return
-        rate = optimizer.learning_rate
-        rate = tf.convert_to_tensor(rate.value if isinstance(rate, keras.Variable) else rate)
+        rate = keras_objects.rate_now(optimizer)
         runtime.begin_update(optimizer, rate)
         for part, mean in means.items():
-            runtime.decay_weight(optimizer, part.master)
-            if optimizer.clipvalue:
-                mean = tf.clip_by_value(mean, -optimizer.clipvalue, optimizer.clipvalue)
-            optimizer.update_step(mean, part.master, rate)
+            update_part(optimizer, part.master, mean, rate)
         counter = runtime.iteration_counter(optimizer)
         counter.value.assign_add(tf.ones_like(counter.value))
 

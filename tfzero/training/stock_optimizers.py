@@ -141,6 +141,24 @@ def is_compiled(optimizer: ko.Optimizer) -> bool:
     return type(optimizer).update_step in _COMPILED_STEPS
 
 
+def update_part(optimizer: ko.Optimizer, part: keras.Variable, gradient: tf.Tensor, rate: tf.Tensor,
+                decays: bool = True) -> None:  # fmt: skip
+    """Updates a part of a variable by an element-wise optimizer, as Keras's `apply` updates the whole.
+
+    Args:
+        optimizer: one that is built for the part.
+        part: the part.
+        gradient: of the part, in its shape.
+        rate: the learning rate.
+        decays: whether the optimizer's weight decay applies.
+    """
+    if decays:
+        runtime.decay_weight(optimizer, part)
+    if optimizer.clipvalue:
+        gradient = tf.clip_by_value(gradient, -optimizer.clipvalue, optimizer.clipvalue)
+    optimizer.update_step(gradient, part, rate)
+
+
 def strategy_of(variables: Sequence[keras.Variable]) -> tf.distribute.Strategy:
     """The one ZeroStrategy of all variables; without variables, the current strategy.
 

@@ -248,8 +248,7 @@ class ReplicaStep:
             if self.trained.remote is not None:
                 self._push(optimizer, rows, clip)
                 return
-            rate = optimizer.learning_rate
-            learning_rate = tf.convert_to_tensor(rate.value if isinstance(rate, keras.Variable) else rate)
+            learning_rate = keras_objects.rate_now(optimizer)
             runtime.begin_update(optimizer, learning_rate)
         compiled = self.trained.compiled[self.trained.optimizers.index(optimizer)]
         for batch in self.plan.coalesced(self._buckets_to_visit(optimizer, buckets), self.trained.bucket_bytes.value):

@@ -17,16 +17,15 @@ import socket
 import struct
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from time import monotonic, sleep
+from time import monotonic
 from typing import Any
 
 import numpy as np
 
 from tfzero.workers.channel import Channel
 from tfzero.workers.cluster import Cluster
-from tfzero.workers.handshake import call, hear, make_secret, read_secret
-from tfzero.workers.meeting import HELLO_SECONDS, RETRY_SECONDS, callers, dial, listen
-from tfzero.workers.messages import seconds_left
+from tfzero.workers.handshake import hear, make_secret, read_secret
+from tfzero.workers.meeting import HELLO_SECONDS, callers, listen, reach
 
 _HEADER = struct.Struct("!QQI")  # number of the exchange, bytes, key
 _CHUNK_BYTES = 2**21  # received before they are added
@@ -185,8 +184,8 @@ class _Flow:
         self.connection = connection
         self._rank = rank
         number, key = place
-        self._out = [_HEADER.pack(number, sent.nbytes, key), _bytes(sent)] if sent.size else []
-        self._in = [memoryview(bytearray(_HEADER.size)), _bytes(received)] if received.size else []
+        self._out = [_HEADER.pack(number, sent.nbytes, key), bytes_of(sent)] if sent.size else []
+        self._in = [memoryview(bytearray(_HEADER.size)), bytes_of(received)] if received.size else []
         self._expected = _HEADER.pack(number, received.nbytes, key)
         self._header = self._in[0] if self._in else None
 
@@ -232,7 +231,8 @@ def _pass(views: list[Any], count: int) -> None:
         del views[0]
 
 
-def _bytes(array: np.ndarray) -> memoryview:
+def bytes_of(array: np.ndarray) -> memoryview:
+    """The memory of a contiguous array."""
     return memoryview(array.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
 
 
@@ -259,26 +259,13 @@ def link(cluster: Cluster, channel: Channel, count: int, timeout_seconds: float)
 
 def _dial(cluster: Cluster, rank: int, secret: bytes, number: int, timeout_seconds: float) -> socket.socket:
     """Connects to a worker and completes the handshake. A worker that found this one too slow is dialled again."""
-    deadline = monotonic() + timeout_seconds
-    reason, is_last = "", False
-    while not is_last:
-        is_last = monotonic() >= deadline
-        try:
-            connection = dial(cluster.addresses[rank], seconds_left(deadline))
-        except (OSError, ValueError) as error:
-            reason = str(error)
-            break
-        try:
-            call(connection, secret, (cluster.index, number), deadline)
-            return connection
-        except OSError as error:
-            connection.close()
-            reason = str(error)
-        sleep(RETRY_SECONDS)
-    raise ConnectionError(
-        f"{cluster.describe(cluster.index)} cannot reach {cluster.describe(rank)}: {reason}. Every two workers "
-        "connect: let each reach the addresses of all in TF_CONFIG."
-    )
+    try:
+        return reach(cluster.addresses[rank], secret, (cluster.index, number), monotonic() + timeout_seconds)
+    except ConnectionError as error:
+        raise ConnectionError(
+            f"{cluster.describe(cluster.index)} cannot reach {cluster.describe(rank)}: {error}. Every two workers "
+            "connect: let each reach the addresses of all in TF_CONFIG."
+        ) from None
 
 
 def _callers(

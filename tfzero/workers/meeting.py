@@ -100,6 +100,44 @@ def dial(address: str, seconds: float) -> socket.socket:
     return connection
 
 
+def reach(
+    address: str, secret: bytes, claim: tuple[int, int], deadline: float, each_seconds: float | None = None
+) -> socket.socket:
+    """Connects to "host:port" and completes the handshake. One that found this caller too slow is called again.
+
+    Args:
+        address: of the listener.
+        secret: the key of the handshake.
+        claim: as in `handshake.call`.
+        deadline: by the monotonic clock.
+        each_seconds: for each step of a call to a process that may not be listening yet; None if it is: then it is an
+            error that nobody listens.
+
+    Raises:
+        ConnectionError: if it cannot be reached; the text is the last reason.
+    """
+    reason, is_last = "", False
+    while not is_last:
+        is_last = monotonic() >= deadline
+        try:
+            seconds = seconds_left(deadline)
+            connection = dial(address, seconds if each_seconds is None else min(each_seconds, seconds))
+        except (OSError, ValueError) as error:
+            reason = str(error)
+            if each_seconds is None:
+                break
+        else:
+            try:
+                until = deadline if each_seconds is None else monotonic() + each_seconds
+                handshake.call(connection, secret, claim, until)
+                return connection
+            except OSError as error:
+                connection.close()
+                reason = str(error)
+        sleep(RETRY_SECONDS)
+    raise ConnectionError(reason)
+
+
 def _connect(found: list[tuple[Any, ...]], deadline: float) -> socket.socket:
     """Connects to the first of these endpoints that answers."""
     failure: OSError = ConnectionError("its name has no address")
