@@ -225,7 +225,6 @@ def test_a_worker_that_is_slow_to_answer_is_called_again(monkeypatch):
     assert on_each(channels, lambda i, c: c.all_gather("x", i)) == [[0, 1]] * 2
     late.append(1.0)
     monkeypatch.setattr(links_module, "HELLO_SECONDS", 0.3)
-    monkeypatch.setattr(links_module, "call", answer_late)
     made = run_all([lambda c=c, k=k: links_module.link(c, k, 2, 5) for c, k in zip(clusters, channels, strict=True)])
     assert not late
     for links in (*made[0], *made[1]):

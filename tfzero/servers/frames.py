@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tfzero.workers.links import bytes_of
-from tfzero.workers.messages import receive, seconds_left, send
+from tfzero.workers.messages import bytes_of, receive, seconds_left, send
 
 FOREVER = 3e7  # seconds: until the other side ends the connection
 _PART_BYTES = 2**21  # moved within one time limit

@@ -26,6 +26,7 @@ from tfzero.workers.channel import Channel
 from tfzero.workers.cluster import Cluster
 from tfzero.workers.handshake import hear, make_secret, read_secret
 from tfzero.workers.meeting import HELLO_SECONDS, callers, listen, reach
+from tfzero.workers.messages import bytes_of
 
 _HEADER = struct.Struct("!QQI")  # number of the exchange, bytes, key
 _CHUNK_BYTES = 2**21  # received before they are added
@@ -229,11 +230,6 @@ def _pass(views: list[Any], count: int) -> None:
     views[0] = views[0][count:]
     if not views[0]:
         del views[0]
-
-
-def bytes_of(array: np.ndarray) -> memoryview:
-    """The memory of a contiguous array."""
-    return memoryview(array.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
 
 
 def link(cluster: Cluster, channel: Channel, count: int, timeout_seconds: float) -> tuple[Links, ...]:

@@ -10,6 +10,8 @@ import zlib
 from time import monotonic
 from typing import Any
 
+import numpy as np
+
 MAGIC = b"tfzero message 2\n"
 STRANGER_BYTES = 2**16  # the longest text that is accepted from strangers
 MESSAGE_BYTES = 2**28  # the longest text between workers
@@ -88,3 +90,8 @@ def read_bytes(connection: socket.socket, count: int, deadline: float) -> bytes:
         if len(data) < count and monotonic() > deadline:  # even if data trickle in
             raise TimeoutError("timed out")
     return bytes(data)
+
+
+def bytes_of(array: np.ndarray) -> memoryview:
+    """The memory of a contiguous array."""
+    return memoryview(array.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
