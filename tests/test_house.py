@@ -35,15 +35,15 @@ LINE = {
         "kinds", "moves", "sums", "dependence", "apart", "shares", "inputs", "input_account", "unions", "raw_elements",
         "sharded", "own_data", "dealing", "replica_run", "padding", "combining",
     ),
-    "variables": ("gathering", "allocation", "classes", "row_state", "creation"),
+    "variables": ("gathering", "allocation", "classes", "remote_slots", "row_state", "creation"),
     "extended": (),
     "training": (
         "pacing", "losses", "exchange", "overwriting", "stock_optimizers", "outer", "merging", "clipping", "walk",
         "traffic", "late_gathers", "local_steps",
     ),
     "servers": (
-        "frames", "clocks", "layer_state", "store", "server", "lines", "client", "remote", "served_steps", "serve",
-        "__main__",
+        "frames", "clocks", "layer_state", "store", "models", "server", "lines", "client", "parts",
+        "remote", "keeping", "served_steps", "serve", "__main__",
     ),
     "optimizer": (),
     "report": (),

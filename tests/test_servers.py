@@ -26,8 +26,9 @@ from tfzero.plan.serving import Piece, check_serving, deal
 from tfzero.servers.client import Peers
 from tfzero.servers.clocks import Clocks
 from tfzero.servers.layer_state import Change, LayerState
+from tfzero.servers.models import Assignments, Push
 from tfzero.servers.serve import serve
-from tfzero.servers.server import Push, Server
+from tfzero.servers.server import Server
 from tfzero.servers.store import Definition, Held, Store
 from tfzero.workers.cluster import Cluster, cluster_from_spec
 
@@ -282,8 +283,8 @@ def test_what_comes_after_a_synchronous_step_changes_nothing():
 def test_values_that_a_program_assigns_count_once():
     server = served(1, 0)
     for number, given in ((1, 5.0), (1, 7.0), (2, 9.0)):
-        server.assign(number, 0, 0, 0, np.full(2, given, "float32"))
-        server.end_assignments(number, {})
+        server.assign(number, 0, (0, 0, 0), np.full(2, given, "float32"))
+        server.end_assignments(number, Assignments({}, {}, None))
         if given == 7.0:
             assert value(server) == [5.0, 5.0, 0.0]
     assert value(server) == [9.0, 9.0, 0.0]

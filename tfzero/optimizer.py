@@ -32,12 +32,13 @@ from tfzero.training.stock_optimizers import (
     chooser,
     counting,
     is_compiled,
+    make_views,
     settings_of,
     spec,
     strategy_of,
 )
 from tfzero.training.walk import ReplicaStep, Trained, with_norms
-from tfzero.variables.classes import ShardedParameter, VariableView
+from tfzero.variables.classes import ShardedParameter
 
 # Settings of Keras's optimizer base class that would hide those of the inner optimizer.
 _INNER_SETTINGS = (
@@ -242,7 +243,7 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
             pending=make_pending(len(variables), strategy),
             overwritten=tuple((variable, choose(variable)) for variable in overwritten),
             merger=make_merger(given, optimizers, strategy, choice.value),
-            remote=strategy.served and strategy.served.add(given, variables, optimizers, plan, strategy),
+            remote=strategy.served and strategy.served.add(given, variables, optimizers, slots, plan),
         )  # fmt: skip
         strategy.optimizers.add(self)
         strategy.extended.group.lanes.iterations = runtime.iteration_counter(chained[-1]).value.values[0]
@@ -255,12 +256,11 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
         """Slots of `variables`, which are those of `given` that are not overwritten; and how variables travel."""
         codec = Codec.of(strategy.settings.compression) if strategy.extended.own_group.world_size > 1 else None
         with strategy.extended.creation.of_optimizer_state():
-            views = [VariableView(variable, plan, index) for index, variable in enumerate(variables)]
-            by_variable = {id(view.variable): view for view in views}
-            all_views = [by_variable.get(id(variable)) or OverwrittenView(variable) for variable in given]
-            self._wrapped.build(ViewsAtHand([] if strategy.served else all_views, strategy.extended.creation))
-            slots = tuple(tuple(view.slots) for view in views)
-            return slots, make_wire(codec, views, plan, strategy, self.loss_scale_optimizer)
+            views = {id(view.variable): view for view in make_views(variables, plan, strategy.served is not None)}
+            all_views = [views.get(id(variable)) or OverwrittenView(variable) for variable in given]
+            self._wrapped.build(ViewsAtHand(all_views, strategy.extended.creation))
+            wire = make_wire(codec, list(views.values()), plan, strategy, self.loss_scale_optimizer)
+            return tuple(tuple(view.slots) for view in views.values()), wire
 
     def watch_norm(self) -> bool:
         """Makes steps traced from now on compute the gradient's norm. All workers call it together.

@@ -3,7 +3,7 @@
 from tfzero.host import backend  # noqa: F401, isort: skip. It refuses other backends before Keras imports them.
 
 import contextlib
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Any
 
 import keras
@@ -78,6 +78,13 @@ def rate_now(optimizer: keras.optimizers.Optimizer) -> tf.Tensor:
     """The learning rate of the moment, also of a schedule."""
     rate = optimizer.learning_rate
     return tf.convert_to_tensor(rate.value if isinstance(rate, keras.Variable) else rate)
+
+
+def counters_of(
+    optimizer: keras.optimizers.Optimizer, is_slot: Callable[[keras.Variable], bool]
+) -> list[keras.Variable]:
+    """Variables of an optimizer beside its slots and its learning rate: what it counts."""
+    return [each for each in optimizer.variables if not is_slot(each) and each is not own_rate(optimizer)]
 
 
 def rate_without_schedule(optimizer: keras.optimizers.Optimizer) -> tf.Tensor | None:

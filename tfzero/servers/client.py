@@ -9,7 +9,7 @@ import contextlib
 import secrets
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from time import monotonic
 from typing import Any
 
@@ -155,6 +155,9 @@ class Peers:
             self.leave()
             raise
 
+    def __iter__(self) -> Iterator[Peer]:
+        return iter(self._all)
+
     def __len__(self) -> int:
         return len(self._all)
 
@@ -171,10 +174,17 @@ class Peers:
             self._is_busy -= 1
             self._busy_at = monotonic()
 
-    def tell_all(self, message: dict[str, Any]) -> None:
-        """Tells all servers the same."""
-        for peer in self._all:
-            peer.tell(message)
+    def tell_all(self, message: dict[str, Any], specs: Sequence[list] = (), arrays: Sequence[np.ndarray] = ()) -> None:
+        """Tells all servers something, and the first one also what belongs to the state of layers.
+
+        Args:
+            message: a JSON object.
+            specs: of that state, as the message names it.
+            arrays: its values.
+        """
+        for number, peer in enumerate(self._all):
+            is_first = number == 0
+            peer.tell({**message, "state": list(specs) if is_first else []}, arrays if is_first else ())
 
     def ask_all(self, message: dict[str, Any]) -> list[dict[str, Any]]:
         """Asks all servers the same, one after the other."""

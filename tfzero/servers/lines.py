@@ -3,6 +3,7 @@
 import contextlib
 import socket
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,8 @@ from tfzero.servers.frames import (
     send_frame,
 )
 from tfzero.servers.layer_state import Change
-from tfzero.servers.server import Push, Server
+from tfzero.servers.models import Assignments, Flight, Push
+from tfzero.servers.server import Server
 from tfzero.servers.store import Definition
 from tfzero.workers.meeting import told
 
@@ -64,7 +66,8 @@ class Line:
                     return False
 
     def _answer(self, message: dict[str, Any], size: int) -> None:
-        if not (self._take_step(message, size) or self._prepare(message, size) or self._tell(message)):
+        kinds = (self._take_step, self._prepare, self._keep, self._tell)
+        if not any(answer(message, size) for answer in kinds):
             raise ValueError(f"A worker sent something that no server knows: {str(message)[:200]}.")
 
     def _take_step(self, message: dict[str, Any], size: int) -> bool:
@@ -93,7 +96,7 @@ class Line:
         return True
 
     def _prepare(self, message: dict[str, Any], size: int) -> bool:
-        """What a worker asks before it trains, or when its program assigns values. Returns whether it was that."""
+        """What a worker asks before it trains. Returns whether it was that."""
         server, worker = self.server, self._worker
         match message:
             case {"do": "define", "key": int(key), "definition": dict(definition)}:
@@ -118,16 +121,6 @@ class Line:
                         "model on every worker."
                     )
                 self._send({}, shared)
-            case {"do": "assign", "number": int(number), "key": int(key), "message": int(of), "place": int(place)}:
-                known = server.models[key].store.definition
-                part = known.empty(of, known.places(of, [place]))
-                self._read(size, [part])
-                server.assign(number, key, of, place, part)
-            case {"do": "end of assignments", "number": int(number), "state": list(specs)}:
-                check_sizes([(shape, "float64") for _, shape in specs], size)
-                state = {str(name): np.empty(tuple(map(int, shape)), np.float64) for name, shape in specs}
-                self._read(size, list(state.values()))
-                server.end_assignments(number, state)
             case {"do": "enter"}:
                 self._send(server.enter(worker))
             case {"do": "begin", "step": int(step)}:
@@ -136,11 +129,49 @@ class Line:
                 return False
         return True
 
-    def _tell(self, message: dict[str, Any]) -> bool:
+    def _keep(self, message: dict[str, Any], size: int) -> bool:
+        """What a worker assigns, saves and restores. Returns whether it was that."""
+        server = self.server
+        match message:
+            case {"do": "assign", "number": int(number), "key": int(key), "part": list(part)}:
+                where, elements = self._place(key, part)
+                self._read(size, [elements])
+                server.assign(number, key, where, elements)
+            case {"do": "end of assignments", "number": int(number), "state": list(specs), "scalars": dict(scalars)}:
+                check_sizes([(shape, "float64") for _, shape in specs], size)
+                state = {str(name): np.empty(tuple(map(int, shape)), np.float64) for name, shape in specs}
+                self._read(size, list(state.values()))
+                flight = Flight.read(message.get("flight"), server.clocks.workers)
+                server.end_assignments(number, Assignments(state, {int(k): v for k, v in scalars.items()}, flight))
+            case {"do": "snapshot", "keys": list(keys)}:
+                taken = server.snapshot(keys)
+                facts = {"flight": asdict(taken.flight), "scalars": taken.scalars, "state": taken.names}
+                self._send(facts, taken.state)
+            case {"do": "read", "key": int(key), "part": list(part), "is_copied": bool(is_copied)}:
+                where, _ = self._place(key, part)
+                self._send({}, [server.read(key, where, is_copied)])
+            case {"do": "drop copies"}:
+                server.drop_copies()
+            case _:
+                return False
+        return True
+
+    def _place(self, key: int, part: list) -> tuple[tuple[int, int, int], np.ndarray]:
+        """Message, place and slot that another process names, and an array of that size."""
+        of, place, slot = map(int, part)
+        known = self.server.models[key].store.definition
+        return (of, place, slot), known.empty(of, known.places(of, [place]))
+
+    def _tell(self, message: dict[str, Any], size: int) -> bool:
         """What workers tell each other by a server, and what it tells of itself. Returns whether it was that."""
         match message:
             case {"do": "post", "name": str(name), "value": value}:
                 self._send({"value": self.server.post(name, value)})
+            case {"do": "announce", "name": str(name), "value": value}:
+                self.server.announce(name, value)
+                self._send({})
+            case {"do": "hear", "name": str(name), "step": step}:
+                self._send({"told": self.server.hear(name, step, lambda: self.is_lost)})
             case {"do": "claim", "name": str(name)}:
                 self._send({"value": self.server.claim(name, self._worker)})
             case {"do": "tell"}:

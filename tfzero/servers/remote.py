@@ -11,8 +11,10 @@ from tfzero.host import keras_objects, runtime
 from tfzero.plan.placement import Bucket, Placement, Plan
 from tfzero.plan.serving import Piece, deal, within
 from tfzero.servers.client import Peers
+from tfzero.servers.parts import RemotePart
 from tfzero.servers.store import Held
 from tfzero.variables.classes import ShardedParameter
+from tfzero.variables.remote_slots import RemoteSlot
 
 
 class Remote:
@@ -158,7 +160,7 @@ class Remote:
                 if index not in self._given_up:
                     assign_whole(self._variables[index].value, flat)
             for optimizer, count in zip(self._optimizers, steps, strict=True):
-                runtime.iteration_counter(optimizer).assign(count)
+                assign_whole(runtime.iteration_counter(optimizer).value, np.array([count]))
 
     def give_up(self, variables: Sequence[keras.Variable]) -> None:
         """Leaves variables to another optimizer, from now on."""
@@ -179,20 +181,44 @@ class Remote:
         """Whether it trains variables that no other optimizer does."""
         return len(self._given_up) < len(self._variables)
 
+    def parts(self, index: int, slot: int) -> list[RemotePart]:
+        """The parts of a variable, in their order.
+
+        Args:
+            index: of the variable.
+            slot: 0 for the parameters, from 1 on for the optimizer's slots.
+        """
+        dtype = self._variables[index].value.dtype.as_numpy_dtype
+        parts = [
+            RemotePart(self._peers[server], self.key, (of, place, slot), held.begin, held.end, dtype)
+            for of, of_message in enumerate(self._layout)
+            for server, of_server in enumerate(of_message)
+            for place, (held, _) in enumerate(of_server)
+            if held.variable == index
+        ]
+        return sorted(parts, key=lambda part: part.begin)
+
     def assign(self, number: int, assigned: set[int]) -> None:
-        """Gives the servers values that the program has assigned.
+        """Gives the servers parameters that the program has assigned.
 
         Args:
             number: how often the program has assigned values.
             assigned: ids of the variables.
         """
-        for server in range(len(self._peers)):
-            for of, of_message in enumerate(self._layout):
-                for place, (held, _) in enumerate(of_message[server]):
-                    value = self._variables[held.variable].value
-                    if id(value) in assigned and held.variable not in self._given_up:
-                        message = {"do": "assign", "number": number, "key": self.key, "message": of, "place": place}
-                        self._peers[server].tell(message, [whole_of(value)[held.begin : held.end]])
+        for index, variable in enumerate(self._variables):
+            if id(variable.value) in assigned and index not in self._given_up:
+                flat = whole_of(variable.value)
+                for part in self.parts(index, 0):
+                    part.write(number, flat[part.begin : part.end])
+
+    def trains(self, index: int) -> bool:
+        """Whether no other optimizer trains a variable since."""
+        return index not in self._given_up
+
+    @property
+    def counters(self) -> list[list[keras.Variable]]:
+        """What each inner optimizer counts (`keras_objects.counters_of`)."""
+        return [keras_objects.counters_of(each, lambda v: isinstance(v.value, RemoteSlot)) for each in self._optimizers]
 
     def is_trained(self, variable: tf.Variable) -> bool:
         """Whether a variable is one of these."""

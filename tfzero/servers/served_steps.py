@@ -11,7 +11,8 @@ also leaves out those that the slowest of the others has ended meanwhile.
 
 import contextlib
 import weakref
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from time import monotonic
 from typing import Any
@@ -20,12 +21,17 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tfzero.plan.placement import Plan
 from tfzero.plan.serving import Serving
 from tfzero.rows.apart import ADDED, AVERAGED, name_of
 from tfzero.servers.client import Peers
+from tfzero.servers.keeping import Keeping, take_state
 from tfzero.servers.remote import Remote, assign_whole, make_remote, whole_of
+from tfzero.variables.remote_slots import RemoteSlot
 from tfzero.workers.agreement import versions
 from tfzero.workers.cluster import Cluster
+from tfzero.workers.meeting import error_of
+from tfzero.workers.meeting import told as told_of
 from tfzero.workers.stopping import at_farewell
 
 
@@ -38,7 +44,7 @@ class ServedSteps:
 
     Attributes:
         step: number of the next step.
-        remotes: of the optimizers built so far.
+        keeping: the variables that servers hold.
         waited_seconds: how long the latest step waited for its turn and the new parameters.
 
     Raises:
@@ -48,7 +54,7 @@ class ServedSteps:
 
     def __init__(self, strategy: tf.distribute.Strategy, cluster: Cluster) -> None:
         settings = strategy.settings
-        self._extended, self._worker = strategy.extended, cluster.index
+        self._strategy, self._extended, self._worker = weakref.ref(strategy), strategy.extended, cluster.index
         wanted = {
             "settings": asdict(settings),
             "max_staleness": settings.serving.max_staleness,
@@ -59,13 +65,14 @@ class ServedSteps:
         }
         self.peers = Peers(cluster, wanted, settings.timeout_seconds)
         self._serving: Serving = settings.serving
-        self.remotes: list[Remote] = []
+        self.keeping = Keeping(self.peers, strategy.extended.apart, cluster.index == 0, self.is_behind)
         self.step = 0
         self.waited_seconds = 0.0
         self._first: int | None = None  # the first step that it trains with; None until it has entered
-        self._posts = self._assignments = self._models = 0
+        self._restored: int | None = None  # the number of the next step as a checkpoint has it
+        self._posts = self._models = 0
+        self._firsts: Counter[str] = Counter()  # what the first worker has done for all, by topic
         self._shared: weakref.WeakSet = weakref.WeakSet()  # models whose untrained values are those of the first worker
-        self._layers: weakref.WeakValueDictionary = weakref.WeakValueDictionary()  # their variables, by name
         at_farewell(self.peers.leave)
 
     def post(self, topic: str, value: Any) -> Any:
@@ -93,17 +100,89 @@ class ServedSteps:
         """Whether this worker writes a file, as the first that asked and is still here."""
         return bool(self.peers[0].ask({"do": "claim", "name": path})["value"])
 
-    def add(self, *arguments: Any) -> Remote:
-        """The remote of an optimizer's variables, which are pulled. The arguments are those of `make_remote`."""
-        remote = make_remote(len(self.remotes), *arguments)
+    def add(self, given: Sequence[keras.Variable], variables: Sequence[keras.Variable],
+            optimizers: Sequence[keras.optimizers.Optimizer], slots: Sequence[Sequence[RemoteSlot]],
+            plan: Plan) -> Remote:  # fmt: skip
+        """The remote of an optimizer's variables, which are pulled.
+
+        Args:
+            given: the variables that it is built for.
+            variables: those that it updates.
+            optimizers: the inner optimizers.
+            slots: of each variable.
+            plan: of the local replicas.
+        """
+        remote = make_remote(len(self.keeping.remotes), given, variables, optimizers, plan, self._strategy())
         self._extended.apart.take_assigned()  # the first worker's values are what it defines
         remote.define(self._worker)
         remote.end_step(self.step)
-        for each in self.remotes:
-            each.give_up(remote.variables)
-        self.remotes.append(remote)
+        self.keeping.add(remote, slots)
         self._pull()
         return remote
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the first worker, which saves and restores for all."""
+        return self._worker == 0
+
+    def first_does(self, topic: str, function: Callable[[], Any]) -> Any:
+        """What the first worker gets from a function, as JSON, on all workers. All call it alike, between steps.
+
+        If the first worker was started again, and has called the function in a former life, it does not call it again.
+
+        Returns:
+            Its value; None if the first worker is past this place of the program, where it has not called it.
+
+        Raises:
+            Exception: on all workers, what the function has raised.
+            RuntimeError: if the first worker is lost before.
+        """
+        self._firsts[topic] += 1
+        request = {"do": "hear", "name": self._name_of(topic), "step": None if self.is_first else self.step}
+        told = self.peers[0].ask(request)["told"]
+        if not told and self.is_first and not self.is_behind():
+            with self.peers.busy():
+                try:
+                    told = [{"value": function()}]
+                except Exception as error:
+                    self._announce(topic, told_of(error))
+                    raise
+                self._announce(topic, told[0])
+        if told and "error" in told[0]:
+            raise error_of(told[0])
+        return told[0]["value"] if told else None
+
+    def tell_anew(self, topic: str, value: Any) -> None:
+        """On the first worker: workers that are started again hear this, in place of what `first_does` has told."""
+        self._announce(topic, {"value": value})
+
+    def _announce(self, topic: str, told: dict[str, Any]) -> None:
+        self.peers[0].ask({"do": "announce", "name": self._name_of(topic), "value": told})
+
+    def _name_of(self, topic: str) -> str:
+        return f"{topic} {self._firsts[topic]}"
+
+    def go_on_at(self, step: int, done: Sequence[int] | None) -> None:
+        """The next step is this one. All workers call it, where a run resumes.
+
+        Args:
+            step: its number.
+            done: by worker, how many steps have ended, if the servers were restored; None if they were not.
+        """
+        self.step, self._first = step, None
+        if done is not None:
+            self._restored = done[self._worker]
+            self.take_restored()
+
+    def take_restored(self) -> None:
+        """Takes what the first worker has restored."""
+        self._shared.clear()
+        self._pull()
+
+    def snapshot(self) -> list[dict[str, Any]]:
+        """Has the servers copy what they hold (`Keeping.snapshot`)."""
+        with self.peers.busy():
+            return self.keeping.snapshot(self._known())
 
     def refresh(self) -> None:
         """Takes what the servers have now."""
@@ -124,7 +203,7 @@ class ServedSteps:
     def skip(self, model: keras.Model) -> None:
         """Leaves out a step; what the servers have of the model is taken nevertheless."""
         self._share(model)
-        self._take_assigned()
+        self.keeping.take_assigned()
         if model.built and model.optimizer is not None and not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
         self.step += 1
@@ -144,7 +223,7 @@ class ServedSteps:
             )
         self._share(model)
         self._give_assigned()
-        for remote in self.remotes:
+        for remote in self.keeping.remotes:
             remote.end_step(self.step)
         apart = self._extended.apart
         apart.begin()
@@ -152,7 +231,7 @@ class ServedSteps:
             try:
                 with apart.training(False, lambda optimizer: None):
                     yield
-                for remote in self.remotes:
+                for remote in self.keeping.remotes:
                     remote.check()
             except BaseException:
                 self._leave_step()
@@ -160,32 +239,11 @@ class ServedSteps:
             self._end_step()
 
     def _give_assigned(self) -> None:
-        """Gives the servers what the program has assigned on the first worker. Others take what the servers have.
-
-        A first worker that was started again assigns the same values once more; their number tells the servers.
-        """
-        assigned = self._take_assigned()
-        if not assigned or self._worker > 0:
-            return
-        for remote in self.remotes:
-            remote.assign(self._assignments, assigned)
-        layers = {name: value for name, value in self._layers.items() if id(value) in assigned}
-        arrays = [np.asarray(value.values[0], np.float64) for value in layers.values()]
-        specs = [[name, list(array.shape)] for name, array in zip(layers, arrays, strict=True)]
-        self._tell_all({"do": "end of assignments", "number": self._assignments}, specs, arrays)
-
-    def _tell_all(self, message: dict[str, Any], specs: Sequence[list], arrays: Sequence[np.ndarray]) -> None:
-        """Tells all servers something, and the first one also what belongs to the state of layers."""
-        for number in range(len(self.peers)):
-            is_first = number == 0
-            self.peers[number].tell({**message, "state": specs if is_first else []}, arrays if is_first else [])
-
-    def _take_assigned(self) -> set[int]:
-        """Ids of the variables, of those that servers hold, that the program has assigned since this was last asked."""
-        held = [variable.value for remote in self.remotes for variable in remote.variables] + [*self._layers.values()]
-        assigned = self._extended.apart.take_assigned() & set(map(id, held))
-        self._assignments += bool(assigned)
-        return assigned
+        """Gives the servers what the program has assigned, if it has not done so in a former life."""
+        if self.is_behind():
+            self.keeping.take_assigned()
+        else:
+            self.keeping.give_assigned()
 
     def _share(self, model: keras.Model) -> None:
         """Takes the first worker's values of variables that are not trained, such as frozen weights and seeds, once."""
@@ -194,7 +252,7 @@ class ServedSteps:
         self._shared.add(model)
         self._models += 1
         values = [v.value for v in model.non_trainable_variables if v.value.dtype != tf.string]
-        self._layers.update({name_of(value): value for value in values if value.dtype.is_floating or
+        self.keeping.layers.update({name_of(value): value for value in values if value.dtype.is_floating or
                              value.dtype.is_integer})  # fmt: skip
         own = [whole_of(value) for value in values]
         arrays = [array.view(np.uint8) if array.dtype == bool else array for array in own]
@@ -209,30 +267,34 @@ class ServedSteps:
     def _enter(self) -> int:
         """Tells the servers from which step on this worker trains, and returns it."""
         told = self.peers.ask_all({"do": "enter"})
-        first = max(each["done"] for each in told)
+        first = min(each["done"] for each in told)  # a server drops what it has of later steps
         if self._serving.max_staleness is not None:
-            first = max(first, *(each["floor"] for each in told))
-        self.peers.tell_all({"do": "begin", "step": first})
+            # In a bounded run others are ahead by the bound, and by the step after which they wait.
+            behind = self._serving.max_staleness and self._serving.max_staleness + 1
+            first = max(first, *(each["floor"] - behind for each in told))
+        for peer in self.peers:
+            peer.tell({"do": "begin", "step": first})
         return int(first)
 
     def _leave_step(self) -> None:
         """After an error within a step: if a part was pushed, the step counts as taken."""
         self._extended.apart.take_rows()
-        if any(remote.has_pushed for remote in self.remotes):
+        if any(remote.has_pushed for remote in self.keeping.remotes):
             with contextlib.suppress(ConnectionError):  # the error that is raised tells more
-                self._tell_all({"do": "end", "step": self.step, "rows": 0}, [], [])
+                self.peers.tell_all({"do": "end", "step": self.step, "rows": 0})
             self.step += 1
 
     def _end_step(self) -> None:
         """Ends a step that was taken."""
         rows = self._extended.apart.take_rows()
         specs, arrays = [], []
-        is_first_of_successor = self.step == self._first and self.step > 0  # its layers have not seen the others' state
+        # Its layers have not seen the others' state.
+        is_first_of_successor = self.step == self._first and self.step > 0 and self.step != self._restored
         for name, variable in self._state().items():
             before, now = (np.asarray(each, np.float64) for each in (variable.common[0], variable.values[0]))
             specs.append([name, variable.merged, list(before.shape)])
             arrays += [before, np.zeros_like(before) if is_first_of_successor else now - before]
-        self._tell_all({"do": "end", "step": self.step, "rows": rows}, specs, arrays)
+        self.peers.tell_all({"do": "end", "step": self.step, "rows": rows}, specs, arrays)
         self.step += 1
         start = monotonic()
         self._pull(self._serving.max_staleness)
@@ -241,7 +303,7 @@ class ServedSteps:
     def _state(self) -> dict[str, tf.Variable]:
         """The state of layers that steps change, and servers merge."""
         changed = {**self._extended.apart.changed(AVERAGED), **self._extended.apart.changed(ADDED)}
-        return {k: v for k, v in changed.items() if not any(remote.is_trained(v) for remote in self.remotes)}
+        return {k: v for k, v in changed.items() if not any(remote.is_trained(v) for remote in self.keeping.remotes)}
 
     def _pull(self, ahead: int | None = None, ends: bool = False) -> None:
         """Pulls all parameters and the state of layers.
@@ -250,7 +312,7 @@ class ServedSteps:
             ahead: waits before, until this worker is so many steps ahead of the slowest at most; None: it does not.
             ends: whether it is at the end of `fit`.
         """
-        remotes = [remote for remote in self.remotes if remote.is_in_use]
+        remotes = [remote for remote in self.keeping.remotes if remote.is_in_use]
         if not remotes:
             return
         flats = [remote.empty() for remote in remotes]
@@ -270,9 +332,7 @@ class ServedSteps:
         counts = [[max(inner) for inner in zip(*of_remote, strict=True)] for of_remote in zip(*steps, strict=True)]
         for remote, of_remote, each in zip(remotes, flats, counts, strict=True):
             remote.take(of_remote, each)
-        known = {**self._layers, **self._state()}
-        with tf.init_scope():
-            for name, value in state:
-                for part in known[name].values if name in known else ():
-                    with tf.device(part.device):
-                        part.assign(tf.cast(tf.reshape(value, part.shape), part.dtype))
+        take_state(self._known(), dict(state))
+
+    def _known(self) -> dict[str, tf.Variable]:
+        return {**self.keeping.layers, **self._state()}

@@ -12,53 +12,16 @@ came first. A push for a step that was taken without its worker is dropped.
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from tfzero.servers.clocks import Clocks
 from tfzero.servers.layer_state import Change, LayerState
+from tfzero.servers.models import Assignments, Flight, Model, Push, Snapshot, difference_of, spread
 from tfzero.servers.store import Definition, Store
 
 _CHECK_SECONDS = 0.2  # between two looks at the clocks while a worker waits
-
-
-@dataclass
-class Push:
-    """One worker's gradients for a message, in a synchronous step."""
-
-    active: tuple[int, ...]
-    gradient: np.ndarray
-    rows: int
-    rates: dict[int, float]
-
-
-@dataclass
-class Model:
-    """The variables of one optimizer, and who has pushed what.
-
-    Args:
-        definition: as the first worker gave it, as JSON.
-        store: masters and slots.
-        pushed: by worker and message, the number of the next step that counts.
-        waiting: by message and synchronous step, the pushes by worker.
-        is_updated: whether the current step, of a worker or of all, has changed it.
-        updates: how often it was updated, by any worker.
-        pulled: by worker, `updates` when it pulled last.
-    """
-
-    definition: dict
-    store: Store
-    pushed: dict[tuple[int, int], int] = field(default_factory=dict)
-    waiting: dict[tuple[int, int], dict[int, Push]] = field(default_factory=dict)
-    is_updated: set[int] = field(default_factory=set)
-    updates: int = 0
-    pulled: dict[int, int] = field(default_factory=dict)
-
-    def staleness_of(self, worker: int) -> int:
-        """The number of updates since a worker has pulled."""
-        return self.updates - self.pulled.get(worker, self.updates)
 
 
 class Server:
@@ -79,6 +42,7 @@ class Server:
         self.board: dict[str, Any] = {}  # what the first worker that came has told the others
         self.layers = LayerState()
         self.shared: dict[str, list[np.ndarray]] = {}  # first values of variables that are not trained, by model
+        self._copies: dict[int, dict[tuple[int, int, int], np.ndarray]] = {}  # of the latest snapshot, by model
         self._files: dict[str, int] = {}  # by name, the worker that writes it
         self.staleness: Counter[int] = Counter()  # updates by others between a worker's pull and its push
         self.most_ahead = 0  # steps that a worker was ever ahead of the slowest when it went on
@@ -139,7 +103,7 @@ class Server:
                 return
             if self.models[key].definition != definition:
                 raise ValueError(
-                    f"The servers hold another model: {_difference(self.models[key].definition, definition)}. Start "
+                    f"The servers hold another model: {difference_of(self.models[key].definition, definition)}. Start "
                     "all workers and servers again, with the same program on every worker."
                 )
 
@@ -176,18 +140,49 @@ class Server:
             self._changed.wait(_CHECK_SECONDS)
         return True
 
-    def assign(self, number: int, key: int, message: int, place: int, part: np.ndarray) -> None:
-        """The first worker's program has given parameters other values, for the time of this number."""
+    def assign(self, number: int, key: int, where: tuple[int, int, int], part: np.ndarray) -> None:
+        """The first worker's program has given parameters or slots other values, for the time of this number."""
         with self._changed:
             if number > self._assignments:
-                self.models[key].store.assign(message, place, part)
+                self.models[key].store.part(*where).assign(part)
 
-    def end_assignments(self, number: int, state: Mapping[str, np.ndarray]) -> None:
-        """All values of this number have come; also those of the state of layers. A number counts once."""
+    def end_assignments(self, number: int, ended: Assignments) -> None:
+        """All values of this number have come; also those that are no parts of variables. A number counts once."""
         with self._changed:
-            if number > self._assignments:
-                self._assignments = number
-                self.layers.values.update({name: value for name, value in state.items() if name in self.layers.values})
+            if number <= self._assignments:
+                return
+            self._assignments = number
+            self.layers.values |= {name: value for name, value in ended.state.items() if name in self.layers.values}
+            for key, scalars in ended.scalars.items():
+                self.models[key].store.scalars = scalars
+            if ended.flight is not None:
+                self.clocks.done[:] = ended.flight.done
+                self.clocks.at_end.clear()
+                self._synchronous_step = min(ended.flight.done)
+                for key, model in self.models.items():
+                    model.resume(key, ended.flight)
+            self._changed.notify_all()
+
+    def snapshot(self, keys: Sequence[int]) -> Snapshot:
+        """Copies all that is held of these models, for `read`, and tells what else belongs to it."""
+        with self._changed:
+            models = {key: self.models[key] for key in keys}
+            flight = Flight(list(self.clocks.done))
+            if self.is_synchronous:  # what has come of the next step waits, and is not in the copies
+                flight.done[:] = [min(count, self._synchronous_step) for count in flight.done]
+            else:
+                flight.pushed.extend(each for key, model in models.items() for each in model.in_flight(key, flight))
+            self._copies = {key: model.store.copy() for key, model in models.items()}
+            return Snapshot(flight, [model.store.scalars for model in models.values()], *self.layers.in_order())
+
+    def read(self, key: int, where: tuple[int, int, int], is_copied: bool) -> np.ndarray:
+        """A parameter's or slot's part, as it was when it was copied, or now."""
+        with self._changed:
+            return self._copies[key][where] if is_copied else self.models[key].store.part(*where).numpy()
+
+    def drop_copies(self) -> None:
+        """Nobody reads the copies of the latest `snapshot` any more."""
+        self._copies.clear()
 
     def push(self, worker: int, key: int, message: int, step: int, push: Push) -> None:
         """A worker's gradients for a message. [Note: numbered pushes]"""
@@ -272,6 +267,29 @@ class Server:
         with self._changed:
             return self.board.setdefault(name, value)
 
+    def announce(self, name: str, value: Any) -> None:
+        """The first worker tells something under a name, perhaps anew."""
+        with self._changed:
+            self.board[name] = value
+            self._changed.notify_all()
+
+    def hear(self, name: str, step: int | None, is_lost: Callable[[], bool]) -> Any:
+        """What the first worker has announced, in a list; [] if it has not.
+
+        Args:
+            name: of it.
+            step: waits for it, until the first worker has ended this step, as it has passed that place of the program
+                without; None does not wait.
+            is_lost: whether the worker that asks is gone.
+
+        Raises:
+            RuntimeError: if the first worker is lost before.
+        """
+        with self._changed:
+            if step is not None:
+                self._await_first_worker(lambda: name in self.board or self.clocks.done[0] > step, is_lost)
+            return [self.board[name]] if name in self.board else []
+
     def claim(self, name: str, worker: int) -> bool:
         """Whether a worker writes the file of this name: the first to claim it that is still here."""
         with self._changed:
@@ -305,7 +323,7 @@ class Server:
         places = sorted({place for push in pushes.values() for place in push.active})
         total: np.ndarray | None = None
         for worker in sorted(pushes):
-            share = _spread(model.store.definition, message, places, pushes[worker]) * (pushes[worker].rows / rows)
+            share = spread(model.store.definition, message, places, pushes[worker]) * (pushes[worker].rows / rows)
             total = share if total is None else total + share
         dtype = first.gradient.dtype
         model.store.update(message, places, np.asarray(total).astype(dtype), first.rates)
@@ -326,22 +344,3 @@ class Server:
                 model.updates += 1
                 self.staleness[0] += 1
         self._changed.notify_all()
-
-
-def _spread(definition: Definition, message: int, places: Sequence[int], push: Push) -> np.ndarray:
-    """A gradient, with zeros for the parts that only other workers have, in float32 at least."""
-    wide = np.promote_types(np.float32, push.gradient.dtype)
-    if list(push.active) == list(places):
-        return push.gradient.astype(wide)
-    widths = definition.widths(message)
-    ends = np.cumsum([widths[place] for place in push.active])
-    parts = dict(zip(push.active, np.split(push.gradient, ends[:-1]), strict=True))
-    return np.concatenate([parts.get(place, np.zeros(widths[place])).astype(wide) for place in places])
-
-
-def _difference(ours: dict, theirs: dict) -> str:
-    """What differs first between two definitions."""
-    for what in sorted({*ours, *theirs}):
-        if ours.get(what) != theirs.get(what):
-            return f"its {what} are {str(ours.get(what))[:200]}, and this worker's {str(theirs.get(what))[:200]}"
-    return "nothing differs"

@@ -124,6 +124,12 @@ class Store:
             )
         for index, optimizer in enumerate(self.optimizers):
             optimizer.build([master for master, held in self._all() if held.optimizer == index])
+        made = [variable for optimizer in self.optimizers for variable in optimizer.variables]
+        self._parts = {  # by message and place: the master, and its slots in the order of their creation
+            (number, place): [master, *(v for v in made if v.name.startswith(f"{master.name}_"))]
+            for number, masters in enumerate(self._masters)
+            for place, master in enumerate(masters)
+        }
         self._functions: dict[Any, Callable] = {}
         self._has_begun = [False] * len(self.optimizers)
 
@@ -150,9 +156,42 @@ class Store:
         parts = [master.numpy() for master in self._masters[message]]
         return np.concatenate(parts) if parts else self.definition.empty(message)
 
-    def assign(self, message: int, place: int, part: np.ndarray) -> None:
-        """Gives a part of a message other values."""
-        self._masters[message][place].assign(part)
+    def part(self, message: int, place: int, slot: int) -> keras.Variable:
+        """What is held for a part of a message.
+
+        Args:
+            message: its number.
+            place: of the part in it.
+            slot: 0 for the parameters, from 1 on for the optimizer's slots.
+
+        Raises:
+            ValueError: if there is no such slot.
+        """
+        parts = self._parts[message, place]
+        if not 0 <= slot < len(parts):
+            raise ValueError(f"There is no slot {slot} of a variable, only {len(parts) - 1} of them.")
+        return parts[slot]
+
+    def copy(self) -> dict[tuple[int, int, int], np.ndarray]:
+        """Copies of all that `part` gives, by message, place and slot."""
+        return {(*where, slot): part.numpy() for where, parts in self._parts.items() for slot, part in enumerate(parts)}
+
+    @property
+    def scalars(self) -> list[list[float]]:
+        """By optimizer, what it counts (`keras_objects.counters_of`), and whether an update has begun."""
+        counted = [[float(each.numpy()) for each in self._counters(index)] for index in range(len(self.optimizers))]
+        return [[*values, float(begun)] for values, begun in zip(counted, self._has_begun, strict=True)]
+
+    @scalars.setter
+    def scalars(self, values: Sequence[Sequence[float]]) -> None:
+        for index, (*counted, begun) in enumerate(values):
+            for variable, value in zip(self._counters(index), counted, strict=True):
+                variable.assign(value)
+            self._has_begun[index] = bool(begun)
+
+    def _counters(self, index: int) -> list[keras.Variable]:
+        slots = {id(slot) for parts in self._parts.values() for slot in parts[1:]}
+        return keras_objects.counters_of(self.optimizers[index], lambda variable: id(variable) in slots)
 
     def update(self, message: int, active: Sequence[int], gradient: np.ndarray, rates: Mapping[int, float],
                divisor: int = 1) -> None:  # fmt: skip

@@ -10,9 +10,10 @@ from keras import optimizers as ko
 
 from tfzero.collectives.codec import Codec
 from tfzero.host import keras_objects, keras_optimizers, runtime, versions
-from tfzero.plan.placement import VariableSpec
+from tfzero.plan.placement import Plan, VariableSpec
 from tfzero.variables.classes import ShardedParameter, VariableView
 from tfzero.variables.creation import VariableCreation
+from tfzero.variables.remote_slots import RemoteSlotsView
 from tfzero.workers.agreement import by_path, describe
 
 # Optimizers whose `update_step` treats every element separately; each was checked by reading it. A subclass that keeps
@@ -197,6 +198,12 @@ class Home:
         if args and args[0] is None:  # a variable without a moving average; Keras would assign it anyway
             return None
         return function(variable, *args, **(kwargs or {}))
+
+
+def make_views(variables: Sequence[keras.Variable], plan: Plan, is_served: bool) -> list[VariableView]:
+    """Variables as an optimizer sees them that makes its slots, here or for parameter servers."""
+    view = RemoteSlotsView if is_served else VariableView
+    return [view(variable, plan, index) for index, variable in enumerate(variables)]
 
 
 class ViewsAtHand(list):

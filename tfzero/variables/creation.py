@@ -27,6 +27,7 @@ from tfzero.variables.classes import (
     ShardedVariable,
     VariableView,
 )
+from tfzero.variables.remote_slots import SERVERS, RemoteSlot
 from tfzero.variables.row_state import RowsVariable
 
 
@@ -182,7 +183,8 @@ class VariableCreation:
             slot = self._replicate(next_creator, value, kwargs)
         else:
             components = self._make_components(next_creator, value, view.owner, kwargs)
-            slot = ShardedVariable(self._strategy, components, tf.TensorShape(value.shape), view.owner)
+            kind = RemoteSlot if view.owner == SERVERS else ShardedVariable
+            slot = kind(self._strategy, components, tf.TensorShape(value.shape), view.owner)
         view.slots.append(slot)
         return slot
 
