@@ -49,7 +49,8 @@ LINE = {
     "report": (),
     "strategy": (),
     "checkpoint": (
-        "slices", "manifests", "commits", "directories", "teamwork", "state", "outer", "pieces", "saving", "callback",
+        "slices", "manifests", "commits", "directories", "teamwork", "state", "outer", "served", "pieces", "opening",
+        "saving", "resuming", "callback",
     ),
     "keras": (
         "model_building", "best_weights", "writing_callbacks", "training", "data", "losses", "layers", "files",

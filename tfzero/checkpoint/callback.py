@@ -9,8 +9,9 @@ from typing import Any
 import keras
 
 from tfzero.checkpoint.directories import local_path
-from tfzero.checkpoint.saving import Save, Team, find_newest, restore
-from tfzero.checkpoint.state import METRICS
+from tfzero.checkpoint.opening import Team
+from tfzero.checkpoint.resuming import Resume
+from tfzero.checkpoint.saving import Save
 from tfzero.host import runtime
 from tfzero.plan.settings import check_number
 from tfzero.rows.inputs import DataPosition
@@ -89,22 +90,15 @@ class CheckpointCallback(keras.callbacks.Callback):
         names = ("directory", "save_every_steps", "save_every_epochs", "keep", "asynchronous")
         settings = {name: str(getattr(self, name)) for name in names}
         self._team.channel.agree("preparing checkpoints", settings, "settings of CheckpointCallback")
-        search = find_newest(self.directory, self._team)
-        self._found, self._damaged = search.found, search.damaged
-        self.step = 0
+        self._resume = Resume.of(self._team, self.directory)
+        self.step = self._resume.step
         self._position: dict[str, Any] = dict.fromkeys(("epoch", "batch", "epoch_batches"), 0)
         self._position |= dict.fromkeys(("first_epoch", "finished", "randomness", "passes", "steps", "batch_size"))
         self._data = DataPosition()
         self._saved: tuple | None = None
         self._due = False
-        if self._found is not None:
-            folder, manifest = self._found
-            if manifest["position"] is None:
-                raise ValueError(
-                    f"{folder} was saved with `tfzero.save_checkpoint` and does not know its place in the data. "
-                    "Load it with `tfzero.load_checkpoint`, and give the callback another directory."
-                )
-            self._position = manifest["position"]
+        if self._resume.position is not None:
+            self._position = dict(self._resume.position)
             self._data = DataPosition(
                 epochs=self._position["epoch"] - (self._position["first_epoch"] or 0),
                 batches=self._position["batch"],
@@ -112,7 +106,6 @@ class CheckpointCallback(keras.callbacks.Callback):
                 passes=self._position.get("passes"),
                 epoch_batches=self._position["epoch_batches"],
             )
-            self.step = manifest["step"]
             self._saved = self._mark()
         model.distribute_strategy.data_position = self._data
 
@@ -142,18 +135,18 @@ class CheckpointCallback(keras.callbacks.Callback):
         if not isinstance(strategy, ZeroStrategy):
             raise ValueError("CheckpointCallback needs a model of a ZeroStrategy; with others use BackupAndRestore.")
         self._stop = strategy.stop
-        self._save = Save(self._team, self.model, self.directory, self.keep, self._damaged)
+        self._save = Save(self._team, self.model, self.directory, self.keep, self._resume.damaged)
         self._save.open()
         if threading.current_thread() is threading.main_thread():
             self._former_handler = signal.signal(signal.SIGTERM, lambda *_: self._stop.request())
-        if self._found is None:
+        if self._resume.position is None:
             return
-        folder, manifest = self._found
-        restore(self.model, folder, manifest, self._team)
+        self._resume.restore(self.model)
         is_over = (self._position["finished"] or 0) >= self.params["epochs"]
         epoch = self.params["epochs"] if is_over else self._position["epoch"]
         runtime.set_initial_epoch(self.model, epoch)
-        if self._team.is_chief:
+        if self._team.is_chief and self._resume.found is not None:
+            folder, _ = self._resume.found
             place = f"epoch {self._position['epoch'] + 1}, after {self._position['batch']} batches"
             print(f"Going on from {folder}: step {self.step}, {place}.", flush=True)
             if told := self._describe_other_data():
@@ -181,10 +174,10 @@ class CheckpointCallback(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         if self._position["first_epoch"] is None:
             self._position["first_epoch"] = epoch
-        if self._found is not None and self._position["batch"]:
-            restore(self.model, *self._found, self._team, only=METRICS)  # Keras has just reset them
-        self._found = None
+        self._resume.restore_metrics(self.model, epoch)
         self._position["epoch"] = epoch
+        begun = (self._position.get("epoch_steps") or [])[: epoch - self._position["first_epoch"]]
+        self._position["epoch_steps"] = [*begun, self.step - self._position["batch"]]
         self._save_if_due()
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
@@ -192,7 +185,8 @@ class CheckpointCallback(keras.callbacks.Callback):
             self._due = True
             self._save_if_due()
             self._save.wait()
-            print(f"Told to stop: saved step {self.step} in {self.directory}, and exits.", flush=True)
+            saved = f"saved step {self.step} in {self.directory}, and " * self._team.takes_part
+            print(f"Told to stop: {saved}exits.", flush=True)
             raise SystemExit(EXIT_STOPPED)
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
@@ -219,11 +213,11 @@ class CheckpointCallback(keras.callbacks.Callback):
         A save at an epoch's end waits until all other callbacks are done with the epoch, as they may change what is
         saved.
         """
-        if self._due and self._mark() != self._saved:
+        if self._due and self._mark() != self._saved and not self._resume.is_repeating:
             self._position |= {"randomness": self._data.randomness, "batch_size": self._data.batch_size}
             self._position["passes"] = self._data.passes_at(self._position["batch"])
             self._position["steps"] = self.params["steps"]
-            self._save.start(self.step, dict(self._position), self.asynchronous)
+            self._resume.note_saved(self._save.start(self.step, dict(self._position), self.asynchronous))
             self._saved = self._mark()
         self._due = False
 

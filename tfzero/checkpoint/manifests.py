@@ -8,6 +8,7 @@ The manifest of a checkpoint, as JSON:
     variables                  list of `{"name", "shape", "dtype", "replicas"}`, and "copies" of what each worker has
     optimizers, bucket_bytes   by the model's attribute that holds the optimizer
     position                   the position in the data, or null (`checkpoint/callback.py`)
+    servers                    for each parameter server, `{"done", "pushed", "layout"}` (`servers/models.py`); or null
 """
 
 import re
@@ -61,6 +62,15 @@ def _is_randomness(value: Any) -> bool:
     return version == 3 and are_words and (gauss is None or type(gauss) is float)
 
 
+def _is_of_server(value: Any) -> bool:
+    """Whether a value says which steps a parameter server has (`Flight` in `servers/models.py`), and its layout."""
+    if not isinstance(value, dict) or not all(isinstance(value.get(key), list) for key in ("done", "pushed")):
+        return False
+    are_three = all(isinstance(each, list) and len(each) == 3 and all(map(_is_count, each)) for each in value["pushed"])
+    of_worker = are_three and all(each[1] < len(value["done"]) for each in value["pushed"])
+    return of_worker and value["done"] != [] and all(map(_is_count, value["done"])) and _is_text(value.get("layout"))
+
+
 _VARIABLE: dict[str, Check] = {
     "name": lambda value: _is_text(value) and value != "",
     "shape": _is_shape,
@@ -78,6 +88,7 @@ _POSITION: dict[str, Check] = {
     "passes": _or_none(lambda value: isinstance(value, list) and all(map(_is_count, value))),
     "steps": _or_none(_is_count),
     "batch_size": _or_none(_is_count),
+    "epoch_steps": _or_none(lambda value: isinstance(value, list) and all(map(_is_count, value))),
 }
 _WHOLE: dict[str, Check] = {
     "step": _is_count,
@@ -90,9 +101,10 @@ _WHOLE: dict[str, Check] = {
     "optimizers": lambda value: _is_table(value, _is_text, _is_text),
     "bucket_bytes": lambda value: _is_table(value, _is_text, lambda size: _is_count(size, 1)),
     "position": _or_none(lambda value: isinstance(value, dict)),
+    "servers": _or_none(lambda value: isinstance(value, list) and all(map(_is_of_server, value)) and value != []),
 }
 # Keys that older versions of tfzero did not write.
-_LATER = {"copies", "bucket_bytes", "passes", "steps", "batch_size"}
+_LATER = {"copies", "bucket_bytes", "passes", "steps", "batch_size", "epoch_steps", "servers"}
 
 
 def _fault_of(value: Any, checks: dict[str, Check], where: str) -> str:
@@ -125,12 +137,17 @@ def find_fault(content: Any) -> str:
         names.add(variable["name"])
     if len(names) != len(content["variables"]):
         return "two variables have one name"
+    if len({len(each["done"]) for each in content.get("servers") or []}) > 1:
+        return "its servers know other numbers of workers"
     return "" if content["position"] is None else _fault_of_position(content["position"], content["step"])
 
 
 def _fault_of_position(position: Any, step: int) -> str:
     if fault := _fault_of(position, _POSITION, "position: "):
         return fault
+    steps = position.get("epoch_steps") or []
+    if steps != sorted(steps) or (steps and steps[-1] > step):
+        return f"position: epochs that begin after the steps {_short(steps)} cannot be reached in {step} steps"
     begun = position["epoch"] - (position["first_epoch"] or 0)
     if not 0 <= begun <= step or max(position["batch"], position["epoch_batches"]) > step:
         place = ", ".join(f"{key} {position[key]}" for key in ("first_epoch", "epoch", "epoch_batches", "batch"))

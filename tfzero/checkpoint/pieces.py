@@ -16,7 +16,7 @@ import tensorflow as tf
 
 from tfzero.checkpoint import commits
 from tfzero.checkpoint.slices import Rectangle, rectangles
-from tfzero.checkpoint.state import LAG, OUTER, Item
+from tfzero.checkpoint.state import LAG, OUTER, HeldPart, Item
 from tfzero.checkpoint.teamwork import together
 from tfzero.plan.mesh import Mesh
 from tfzero.variables.allocation import on_host, placed
@@ -70,25 +70,24 @@ def pieces_to_write(items: Sequence[Item], mesh: Mesh, advance: Callable[[int], 
     """
     writers = _writers(items, mesh)
     for item in items:
-        for replica, rank in enumerate(mesh.ranks):
+        for held in item.held(mesh):
             if item.is_per_replica:
-                row = Rectangle.whole(item.shape).of(mesh.replicas, rank)
-                yield Piece(item.name, row, tf.convert_to_tensor(item.component(replica))[tf.newaxis])
-            elif writers.get(item.name, mesh.worker) == mesh.worker and (item.is_in_shards or replica == 0):
-                lead = (mesh.copies, mesh.copy(rank)) if item.is_local else None
-                yield from _cut(item, item.component(replica), *item.span(rank, mesh), lead)
+                row = Rectangle.whole(item.shape).of(mesh.replicas, held.rank)
+                yield Piece(item.name, row, tf.convert_to_tensor(held.component)[tf.newaxis])
+            elif writers.get(item.name, mesh.worker) == mesh.worker and (
+                item.is_in_shards or held.rank == mesh.ranks[0]
+            ):
+                yield from _cut(item, held, (mesh.copies, mesh.copy(held.rank)) if item.is_local else None)
         advance(item.bytes)
 
 
-def _cut(
-    item: Item, component: tf.Variable, begin: int, end: int, lead: tuple[int, int] | None = None
-) -> Iterator[Piece]:
-    """The pieces of the flat elements `[begin, end)`; `lead` is how many copies are stored, and which this is."""
-    if begin >= end:
+def _cut(item: Item, held: HeldPart, lead: tuple[int, int] | None) -> Iterator[Piece]:
+    """The pieces of a part; `lead` is how many copies are stored, and which this is."""
+    if held.begin >= held.end:
         return
-    flat = tf.reshape(tf.convert_to_tensor(component), [-1])
+    flat = tf.reshape(tf.convert_to_tensor(held.component), [-1])
     offset = 0
-    for rectangle in rectangles(item.shape, begin, end):
+    for rectangle in rectangles(item.shape, held.begin, held.end):
         values = tf.slice(flat, [offset], [rectangle.elements])
         offset += rectangle.elements
         stored = rectangle if lead is None else rectangle.of(*lead)
@@ -280,26 +279,26 @@ def read_state(
 
 
 def _read_item(prefix: str, item: Item, entry: Mapping | None, mesh: Mesh) -> None:
-    for replica, rank in enumerate(mesh.ranks):
-        component = item.component(replica)
+    for held in item.held(mesh):
+        component = held.component
         if component is None or (entry is None and not item.of):
             continue  # what this replica does not hold, and settings of an optimizer that the checkpoint does not know
         if entry is None:  # what is optional, and the checkpoint does not hold it
             value = tf.fill(component.shape, tf.cast(item.unknown, item.dtype))
         else:
-            value = _value_for(prefix, item, entry, rank, mesh, component)
+            value = _value_for(prefix, item, entry, held, mesh)
         value = on_host(value)
         with tf.device(component.device):
             component.assign(placed(value, component.device) if isinstance(value, np.ndarray) else value)
 
 
-def _value_for(prefix: str, item: Item, entry: Mapping, rank: int, mesh: Mesh, component: tf.Variable) -> tf.Tensor:
+def _value_for(prefix: str, item: Item, entry: Mapping, held: HeldPart, mesh: Mesh) -> tf.Tensor:
+    rank, begin, end = held.rank, held.begin, held.end
     stored_by = entry["replicas"]
     if item.is_per_replica and stored_by == mesh.replicas:
         return tf.reshape(_read(prefix, entry, [_row(entry, rank)], item), item.shape)
     if item.is_per_replica and rank != 0:
         return tf.zeros(item.shape, item.dtype)
-    begin, end = item.span(rank, mesh)
     copies = entry.get("copies")
     if copies:
         flat = _of_copies(prefix, item, entry, rectangles(item.shape, begin, end), mesh.copy(rank), mesh.copies)
@@ -310,13 +309,13 @@ def _value_for(prefix: str, item: Item, entry: Mapping, rank: int, mesh: Mesh, c
         flat = _read(prefix, entry, rectangles(item.shape, begin, end), item)
         if "lag" in entry:
             flat += _read(prefix, entry["lag"], rectangles(item.shape, begin, end), item)
-    elements = component.shape.num_elements()
+    elements = held.component.shape.num_elements()
     if begin < end and end - begin < elements:
         last = tf.zeros_like(flat[-1:]) if item.section == OUTER else flat[-1:]  # as `as_rows` and `local_shard` pad
         flat = tf.concat([flat, tf.repeat(last, elements - (end - begin))], 0)
     if begin == end and elements:
         flat = tf.zeros([elements], item.dtype)
-    return tf.reshape(flat, component.shape)
+    return tf.reshape(flat, held.component.shape)
 
 
 def _of_copies(

@@ -1,38 +1,26 @@
 """Saves and loads checkpoints, by all workers together."""
 
 import contextlib
-import json
+import itertools
 import os
 import sys
-import warnings
-import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from threading import Lock, Thread
-from typing import Any
 
 import keras
 
 from tfzero.checkpoint import commits, directories
+from tfzero.checkpoint.opening import Search, Team, find_newest, open_checkpoint, writing
 from tfzero.checkpoint.outer import mergers_of, whole_state_of
 from tfzero.checkpoint.pieces import Writer, check_fits, patience, pieces_to_write, read_state, snapshot
-from tfzero.checkpoint.state import METRICS, Item, bucket_bytes_of, build_optimizer, mesh_of, optimizers_of
+from tfzero.checkpoint.served import ServedItem, items_on_servers, restore_for_all
+from tfzero.checkpoint.state import METRICS, Item, bucket_bytes_of, build_optimizer, optimizers_of
 from tfzero.checkpoint.teamwork import together
-from tfzero.collectives.joining import channel_of_one
-from tfzero.host import notes, versions
-from tfzero.plan.mesh import Mesh
+from tfzero.host import notes
 from tfzero.strategy import ZeroStrategy
-from tfzero.workers.channel import Channel
 from tfzero.workers.progress import progress
-
-_SAVE_SECONDS = 60.0  # for workers without a strategy's timeout
-
-# [Note: one thread] Two threads cannot use one control channel at a time: which of them speaks first may differ between
-# workers. So whoever needs the channel for saving waits for the thread that writes in the background. All workers begin
-# both at the same places of the program.
-_writing: weakref.WeakKeyDictionary[Channel, Thread] = weakref.WeakKeyDictionary()
 
 
 def save_checkpoint(model: keras.Model, directory: str | os.PathLike[str]) -> Path:
@@ -63,11 +51,16 @@ def save_checkpoint(model: keras.Model, directory: str | os.PathLike[str]) -> Pa
     directory = directories.local_path(directory)
     team = Team.of(model)
     build_optimizer(model)
-    step = int(model.optimizer.iterations) if model.optimizer else 0
-    with contextlib.closing(Save(team, model, directory)) as save:
-        save.open()
-        save.start(step, None, asynchronous=False)
-    return directories.step_folder(directory, step)
+
+    def save_all() -> int:
+        step = int(model.optimizer.iterations) if model.optimizer else 0
+        with contextlib.closing(Save(team, model, directory)) as save:
+            save.open()
+            save.start(step, None, asynchronous=False)
+        return step
+
+    step = save_all() if team.served is None else team.served.first_does("saving a checkpoint", save_all)
+    return directories.step_folder(directory, int(model.optimizer.iterations) if step is None else step)
 
 
 def load_checkpoint(model: keras.Model, directory: str | os.PathLike[str]) -> int:
@@ -98,138 +91,48 @@ def load_checkpoint(model: keras.Model, directory: str | os.PathLike[str]) -> in
     directory = directories.local_path(directory)
     team = Team.of(model)
 
+    def load(number: int | None = None) -> tuple[int, None]:
+        folder, manifest = _find(directory, team)
+        restore(model, folder, manifest, team, number=number)
+        return manifest["step"], None
+
+    if team.served is None:
+        return load()[0]
+    step = restore_for_all(model, team.served, "loading a checkpoint", load)
+    team.served.take_restored()
+    return int(model.optimizer.iterations) if step is None else step
+
+
+def _find(directory: Path, team: Team) -> tuple[Path, dict]:
+    """The checkpoint that a user means by a directory, and its manifest."""
+
     def is_one() -> bool:
         is_named_so = directories.step_of(directory) is not None and directory.is_dir()
         return commits.is_checkpoint(directory) or (is_named_so and not directories.checkpoints(directory))
 
     if team.together("looking for a checkpoint", is_one):
-        found = directory, open_checkpoint(directory, team)
-    else:
-        search = find_newest(directory, team)
-        if search.found is None and search.damaged:
-            names = ", ".join(search.damaged)
-            raise commits.DamagedCheckpointError(f"Every checkpoint in {directory} is damaged: {names}.")
-        if search.found is None:
-            raise FileNotFoundError(f"There is no complete checkpoint in {directory}.")
-        found = search.found
-    restore(model, *found, team)
-    return found[1]["step"]
+        return directory, open_checkpoint(directory, team)
+    search: Search = find_newest(directory, team)
+    if search.found is None and search.damaged:
+        names = ", ".join(search.damaged)
+        raise commits.DamagedCheckpointError(f"Every checkpoint in {directory} is damaged: {names}.")
+    if search.found is None:
+        raise FileNotFoundError(f"There is no complete checkpoint in {directory}.")
+    return search.found
 
 
-@dataclass(frozen=True)
-class Team:
-    """The workers that save and load together.
+def restore(model: keras.Model, folder: Path, manifest: Mapping, team: Team, only: str | None = None,
+            number: int | None = None) -> None:  # fmt: skip
+    """Restores the variables of a model from a checkpoint.
 
     Args:
-        channel: between them.
-        mesh: the mesh of the workers.
-        stage: of their strategy; None for plain Keras.
-        timeout_seconds: how long they wait for each other.
+        model: the model.
+        folder: of the checkpoint.
+        manifest: of it.
+        team: the workers that restore.
+        only: the section of variables to restore; None for all.
+        number: under which servers are assigned what they hold; None without servers.
     """
-
-    channel: Channel
-    mesh: Mesh
-    stage: int | None
-    timeout_seconds: float
-
-    @classmethod
-    def of(cls, model: keras.Model) -> "Team":
-        """The team of a model, with its control channel for saving. [Note: one thread]"""
-        versions.refuse_keras_2(model)
-        strategy = model.distribute_strategy
-        if isinstance(strategy, ZeroStrategy):
-            settings = strategy.settings
-            if (writing := _writing.get(strategy.saving_channel)) is not None:
-                writing.join()
-            return cls(strategy.saving_channel, mesh_of(strategy), settings.stage, settings.timeout_seconds)
-        if strategy.num_replicas_in_sync > 1:
-            raise ValueError(
-                f"tfzero's checkpoints are for models of a ZeroStrategy or of one device. Received: {strategy!r}"
-            )
-        return cls(channel_of_one(), mesh_of(strategy), None, _SAVE_SECONDS)
-
-    @property
-    def is_chief(self) -> bool:
-        return self.mesh.is_chief
-
-    def together(self, what: str, function: Callable[[], Any]) -> Any:
-        """Calls `function` on all workers, and returns the leader's result. It fails on all if it fails on one.
-
-        For short work.
-        """
-        return together(self.channel, what, function)[0]
-
-
-def open_checkpoint(folder: Path, team: Team) -> dict:
-    """Checks every file of a checkpoint, and returns its manifest. The workers share the work.
-
-    Raises:
-        DamagedCheckpointError: on all workers; the message names what is damaged.
-        OSError: on all workers, if one of them cannot read what is there, or sees another checkpoint.
-        ValueError: if a newer tfzero wrote it.
-    """
-    read: dict = {}
-
-    def check() -> list:
-        try:
-            read.update(commits.read_manifest(folder))
-        except commits.NewerFormatError as error:
-            return ["", [], str(error)]
-        except commits.DamagedCheckpointError as error:
-            return ["", [str(error)], ""]
-        step = directories.step_of(folder)
-        if step not in (None, read["step"]):
-            return ["", [f"its manifest is of step {read['step']}, so it was renamed or copied"], ""]
-        damages = commits.find_damage(folder, read, team.mesh.worker, team.mesh.workers)
-        return [json.dumps(read["files"], sort_keys=True), damages, ""]
-
-    answers = together(team.channel, f"opening {folder}", check, _seconds_to_check(folder, team))
-    newer = next((text for _, _, text in answers if text), "")
-    if newer:
-        raise ValueError(newer)
-    found = list(dict.fromkeys(damage for _, damages, _ in answers for damage in damages))
-    if found:
-        raise commits.DamagedCheckpointError(f"The checkpoint {folder} is damaged: {'; '.join(found)}.")
-    if len({files for files, _, _ in answers}) > 1:
-        raise OSError(f"The workers see different checkpoints at {folder}. They need one file system that all share.")
-    return read
-
-
-def _seconds_to_check(folder: Path, team: Team) -> float:
-    try:
-        sizes = [path.stat().st_size for path in folder.iterdir()]
-    except OSError:
-        sizes = []
-    return patience(team.timeout_seconds, sum(sizes))
-
-
-@dataclass(frozen=True)
-class Search:
-    """The result of a search for checkpoints in a directory.
-
-    Args:
-        found: the last checkpoint that is not damaged, and its manifest; None if there is none.
-        damaged: the names of the damaged ones after it.
-    """
-
-    found: tuple[Path, dict] | None
-    damaged: tuple[str, ...]
-
-
-def find_newest(directory: Path, team: Team) -> Search:
-    """Finds the last checkpoint that is not damaged. It warns of damaged ones."""
-    names = team.together("looking for checkpoints", lambda: [path.name for path in directories.checkpoints(directory)])
-    for place, name in enumerate(names):
-        try:
-            return Search((directory / name, open_checkpoint(directory / name, team)), tuple(names[:place]))
-        except commits.DamagedCheckpointError as error:
-            rest = "The one before it is used." if place + 1 < len(names) else "There is none before it."
-            warnings.warn(f"{error} {rest}", stacklevel=2)
-    return Search(None, tuple(names))
-
-
-def restore(model: keras.Model, folder: Path, manifest: Mapping, team: Team, only: str | None = None) -> None:
-    """Restores the variables of a model from a checkpoint: all, or only those of one section."""
     strategy = model.distribute_strategy
     if only is None and isinstance(strategy, ZeroStrategy):
         strategy.merge("loading a checkpoint")  # other models may be in the middle of a window
@@ -239,6 +142,8 @@ def restore(model: keras.Model, folder: Path, manifest: Mapping, team: Team, onl
         items = [item for item in items if item.section != METRICS]  # they begin anew, and may be others
     elif any(not getattr(metric, "built", True) for metric in model.metrics):
         items = [item for item in items if item.section != METRICS]  # Keras makes them in the first step, at zero
+    if number is not None:
+        items = items_on_servers(team.served, items, number)
     entries = check_fits(items, manifest, folder, optimizers_of(model))
     size_bytes = sum(item.bytes for item in items)
     with progress("restoring", size_bytes, unit="bytes", shown=team.is_chief) as bar:
@@ -251,7 +156,7 @@ def restore(model: keras.Model, folder: Path, manifest: Mapping, team: Team, onl
         strategy.local_steps.forget()
         for merger in mergers_of(model).values():
             merger.take_up()
-    if only is None and manifest["world_size"] == team.mesh.replicas:
+    if only is None and number is None and manifest["world_size"] == team.mesh.replicas:
         for name in bucket_bytes_of(model):
             if name in manifest.get("bucket_bytes", {}):
                 getattr(model, name).repeat_bucket_bytes(manifest["bucket_bytes"][name])
@@ -289,6 +194,8 @@ class Save:
         Raises:
             OSError: on all workers, if one of them cannot write there, there is no room, or another run holds it.
         """
+        if not self._team.takes_part:
+            return
         needed = sum(item.stored_bytes(self._team.mesh) for item in whole_state_of(self._model))
 
         def take() -> None:
@@ -299,14 +206,19 @@ class Save:
 
         self._team.together("opening the directory of checkpoints", take)
 
-    def start(self, step: int, position: Mapping | None, asynchronous: bool) -> None:
+    def start(self, step: int, position: Mapping | None, asynchronous: bool) -> dict | None:
         """Begins to write the checkpoint of a step, once the one before is written.
 
         Args:
             step: the number of the step.
             position: the position in the data, if there is one.
             asynchronous: whether to return as soon as all is copied, and write in the background.
+
+        Returns:
+            The manifest; None if this worker does not save.
         """
+        if not self._team.takes_part:
+            return None
         self.wait()
         if isinstance(strategy := self._model.distribute_strategy, ZeroStrategy):
             strategy.merge("saving a checkpoint")
@@ -319,18 +231,27 @@ class Save:
             "optimizers": optimizers_of(self._model),
             "bucket_bytes": bucket_bytes_of(self._model),
         }
+        if self._team.served is not None:
+            manifest["servers"] = self._team.served.snapshot()
+            items = items_on_servers(self._team.served, items)
         title, size_bytes = "copying" if asynchronous else "saving", sum(item.bytes for item in items)
         with progress(title, size_bytes, unit="bytes", shown=self._team.is_chief) as bar:
-            pieces: Iterator = pieces_to_write(items, self._team.mesh, bar.advance)
             if not asynchronous:
-                self._write(pieces, items, manifest)
-                return self.wait()
+                self._write(pieces_to_write(items, self._team.mesh, bar.advance), items, manifest)
+                self.wait()
+                return manifest
+            copied = [item for item in items if not isinstance(item, ServedItem)]  # servers have copies of the others
             copies: deque = deque()
+            pieces = pieces_to_write(copied, self._team.mesh, bar.advance)
             self._team.together("copying", lambda: copies.extend(snapshot(pieces)))
+        others = [item for item in items if isinstance(item, ServedItem)]
+        rest = pieces_to_write(others, self._team.mesh, lambda size_bytes: None)
         self._is_writing = True
-        self._thread = Thread(target=self._write, args=(_drain(copies), items, manifest), name="tfzero save")
-        _writing[self._team.channel] = self._thread
+        arguments = itertools.chain(_drain(copies), rest), items, manifest
+        self._thread = Thread(target=self._write, args=arguments, name="tfzero save")
+        writing[self._team.channel] = self._thread
         self._thread.start()
+        return manifest
 
     def wait(self) -> None:
         """Waits until nothing is being written any more.
@@ -365,6 +286,8 @@ class Save:
         team, folder = self._team, directories.step_folder(self._directory, manifest["step"])
         try:
             Writer(team.channel, team.mesh, folder, team.timeout_seconds).write(pieces, items, manifest)
+            if team.served is not None:
+                team.served.keeping.drop_copies()
             if self._keep is not None:
                 self._damaged.discard(folder.name)
                 team.together("deleting old checkpoints", self._prune if team.is_chief else lambda: None)

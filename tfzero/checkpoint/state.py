@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -12,12 +13,29 @@ from tfzero.plan.mesh import Mesh
 from tfzero.plan.placement import shard_elements
 from tfzero.training.exchange import Wire
 from tfzero.variables.classes import OnReadVariable, ShardedVariable
+from tfzero.variables.remote_slots import RemoteSlot
 
 # Sections of the training state, beside "model" and the optimizers.
 LAG, RESIDUAL = "lag", "residual"  # what compression keeps for a variable (`training/exchange.py`)
 OUTER = "outer-state"  # what merges workers that train apart (`checkpoint/outer.py`)
 METRICS = "metrics"
 OPTIONAL = (LAG, RESIDUAL, OUTER)
+
+
+@dataclass(frozen=True)
+class HeldPart:
+    """The flat elements `[begin, end)` of a variable, where this process reads and assigns them.
+
+    Args:
+        rank: of the replica.
+        component: a variable of this replica, or what can be read and assigned like one; None if it holds nothing.
+        begin, end: its elements.
+    """
+
+    rank: int
+    component: Any
+    begin: int
+    end: int
 
 
 @dataclass(frozen=True)
@@ -103,6 +121,11 @@ class Item:
         width = shard_elements(elements, mesh.shards)
         return min(shard * width, elements), min((shard + 1) * width, elements)
 
+    def held(self, mesh: Mesh) -> Iterator[HeldPart]:
+        """What this process holds of it: a part for each local replica."""
+        for replica, rank in enumerate(mesh.ranks):
+            yield HeldPart(rank, self.component(replica), *self.span(rank, mesh))
+
     def describe(self, mesh: Mesh) -> dict:
         """Its entry in the manifest of a checkpoint."""
         stored_by = mesh.replicas if self.is_per_replica else None
@@ -183,6 +206,12 @@ def bucket_bytes_of(model: keras.Model) -> dict[str, int]:
     """The bucket sizes chosen for a model's optimizers, by the attribute that holds each optimizer."""
     choices = {name: getattr(optimizer, "bucket_bytes", None) for name, optimizer in _optimizers(model).items()}
     return {name: choice.value for name, choice in choices.items() if choice is not None}
+
+
+def scalars_of(model: keras.Model) -> list[keras.Variable]:
+    """What a model's optimizers hold beside slots: steps, learning rates, loss scales."""
+    variables = [variable for optimizer in _optimizers(model).values() for variable in optimizer.variables]
+    return [variable for variable in variables if not isinstance(variable.value, RemoteSlot)]
 
 
 def _optimizers(model: keras.Model) -> dict[str, keras.optimizers.Optimizer]:

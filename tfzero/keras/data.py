@@ -98,10 +98,12 @@ def agreed_randomness(strategy: ZeroStrategy, position: DataPosition | None = No
     tell = strategy.channel.broadcast if strategy.served is None else strategy.served.post
     position = position or DataPosition()
     unseeded = runtime.random_state()["seed"] is None
-    if position.randomness is None:
-        position.randomness = tell("preparing data", runtime.random_state())
-        unseeded = position.randomness["seed"] is None
-        if unseeded:
+    resumed = position.randomness
+    if resumed is None or strategy.served is not None:  # workers of servers count what they are told
+        position.randomness = tell("preparing data", resumed or runtime.random_state())
+        is_drawn = position.randomness["seed"] is None
+        unseeded = is_drawn if resumed is None else unseeded
+        if is_drawn:
             draw = int.from_bytes(os.urandom(4), "little")
             position.randomness["seed"] = tell("drawing a seed to shuffle by", draw)
     runtime.set_random_state(position.randomness)

@@ -312,8 +312,6 @@ def _fit(original: Callable[..., Any], self: keras.Model, *args: Any, **kwargs: 
         agree_on_call(strategy, "fit", call)
         with strategy.extended.dealing.for_training():  # until the first data are distributed, which are for training
             history = _fit_bound(original, self, call)
-    if strategy.served is not None:
-        strategy.served.end_fit()
     # No worker goes on before the first worker's callbacks have written and deleted their files.
     strategy.channel.all_gather("the end of `fit`", None, SAVING_SECONDS)
     return history
@@ -340,13 +338,13 @@ def _fit_bound(
         call.arguments["callbacks"] = [*first, *_flat_callbacks(given), *ours, *last]
     callbacks = [each for each in _flat_callbacks(given) if isinstance(each, CheckpointCallback)]
     if not callbacks:
-        return original(*call.args, **call.kwargs)
+        return _to_the_end(original, strategy, call)
     if len(callbacks) > 1:
         raise ValueError(f"`fit` takes one CheckpointCallback. Received: {len(callbacks)} of them.")
     (callback,) = callbacks
     callback.prepare(self)
     try:
-        history = original(*call.args, **call.kwargs)
+        history = _to_the_end(original, strategy, call)
         callback.finish()
     finally:
         callback.leave()
@@ -354,13 +352,21 @@ def _fit_bound(
     return history
 
 
+def _to_the_end(
+    original: Callable[..., Any], strategy: ZeroStrategy, call: inspect.BoundArguments
+) -> keras.callbacks.History:
+    history = original(*call.args, **call.kwargs)
+    if strategy.served is not None:
+        strategy.served.end_fit()
+    return history
+
+
 def _check_callbacks(callbacks: Sequence[keras.callbacks.Callback]) -> None:
-    """Refuses callbacks that resume a run, with servers."""
-    resuming = (CheckpointCallback, keras.callbacks.BackupAndRestore)
-    if names := [type(each).__name__ for each in callbacks if isinstance(each, resuming)]:
+    """Refuses Keras's callback that resumes a run, with servers."""
+    if any(isinstance(each, keras.callbacks.BackupAndRestore) for each in callbacks):
         raise ValueError(
-            f"{names[0]} cannot save what parameter servers hold, and with it resume a run. Save the model, by "
-            "`keras.callbacks.ModelCheckpoint`, or leave the servers away."
+            "BackupAndRestore does not know the steps of workers of parameter servers, and cannot resume their run. "
+            "Use `tfzero.CheckpointCallback`."
         )
 
 

@@ -5,9 +5,10 @@ before its next step, under a number: how often the program has assigned values.
 runs the program once more, and the servers know the numbers that they have.
 """
 
-import contextlib
+import hashlib
+import json
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,20 +99,22 @@ class Keeping:
             message = {"do": "end of assignments", "number": self._number, "scalars": scalars, "flight": flight}
             peer.tell({**message, "state": specs if server == 0 else []}, arrays if server == 0 else ())
 
-    @contextlib.contextmanager
-    def restoring(self, flights: Sequence[dict] | None) -> Iterator[int]:
-        """While the first worker restores the variables of its models and, under the number given, slots.
+    def restore(self, read: Callable[[int], tuple[Any, list[dict] | None]]) -> Any:
+        """On the first worker: restores what servers hold.
 
         Args:
-            flights: by server, which steps it has (`Flight`); None if workers go on where they are.
+            read: assigns parameters and slots on the servers, under the number that it is given, and all else here.
+                Returns a value, and by server, which steps it has (`Flight`); None if workers go on where they are.
+
+        Returns:
+            The value.
         """
-        self.take_assigned()
-        self._number += 1
-        yield self._number
-        trained = [variable.value for remote in self.remotes for variable in remote.variables]
+        self.count_restored()
+        value, flights = read(self._number)
         counters = [each.value for remote in self.remotes for of_one in remote.counters for each in of_one]
-        self._give(set(map(id, [*trained, *counters, *self.layers.values()])), flights)
+        self._give(set(map(id, [*counters, *self.layers.values()])), flights)
         self._peers.ask_all({"do": "tell"})  # they have all of it
+        return value
 
     def count_restored(self) -> None:
         """Counts what the first worker has restored, also where it has done so in a former life."""
@@ -125,7 +128,7 @@ class Keeping:
             known: the state of layers, by name.
 
         Returns:
-            By server, which steps it has (`Flight`).
+            By server, which steps it has (`Flight`), and the digest of what it holds.
         """
         request = {"do": "snapshot", "keys": [remote.key for remote in self.remotes]}
         answers: list[dict[str, Any]] = []
@@ -145,7 +148,12 @@ class Keeping:
                 for variable, value in zip(counters, most, strict=False):
                     assign_whole(variable.value, np.array([value], variable.value.dtype.as_numpy_dtype))
         take_state(known, state)
-        return [answer["flight"] for answer in answers]
+        return [{**a["flight"], "layout": layout} for a, layout in zip(answers, self.layouts(), strict=True)]
+
+    def layouts(self) -> list[str]:
+        """For each server, a digest of what it holds."""
+        held = [json.dumps([remote.layout(server) for remote in self.remotes]) for server in range(len(self._peers))]
+        return [hashlib.sha256(text.encode()).hexdigest()[:16] for text in held]
 
     def drop_copies(self) -> None:
         """The copies of the latest snapshot are not read any more."""

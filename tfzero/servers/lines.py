@@ -166,7 +166,7 @@ class Line:
         """What workers tell each other by a server, and what it tells of itself. Returns whether it was that."""
         match message:
             case {"do": "post", "name": str(name), "value": value}:
-                self._send({"value": self.server.post(name, value)})
+                self._send({"value": self.server.post(self._worker, name, value, lambda: self.is_lost)})
             case {"do": "announce", "name": str(name), "value": value}:
                 self.server.announce(name, value)
                 self._send({})

@@ -75,8 +75,12 @@ class Remote:
         names = [variable.path for variable in self._variables]
         values = [whole_of(variable.value) for variable in self._variables] if worker == 0 else []
         for number in range(len(self._peers)):
-            messages = [[_as_json(held) for held, _ in of_message[number]] for of_message in self._layout]
-            definition = {"optimizers": configs, "messages": messages, "dtypes": self._dtypes, "names": names}
+            definition = {
+                "optimizers": configs,
+                "messages": self.layout(number),
+                "dtypes": self._dtypes,
+                "names": names,
+            }
             arrays = [values[held.variable][held.begin : held.end] for held in self._held(number)] if values else []
             self._peers[number].ask({"do": "define", "key": self.key, "definition": definition}, arrays)
 
@@ -219,6 +223,10 @@ class Remote:
     def counters(self) -> list[list[keras.Variable]]:
         """What each inner optimizer counts (`keras_objects.counters_of`)."""
         return [keras_objects.counters_of(each, lambda v: isinstance(v.value, RemoteSlot)) for each in self._optimizers]
+
+    def layout(self, server: int) -> list:
+        """What a server holds, as JSON."""
+        return [[_as_json(held) for held, _ in of_message[server]] for of_message in self._layout]
 
     def is_trained(self, variable: tf.Variable) -> bool:
         """Whether a variable is one of these."""

@@ -76,7 +76,7 @@ class ServedSteps:
         at_farewell(self.peers.leave)
 
     def post(self, topic: str, value: Any) -> Any:
-        """The value of the worker that has come here first; the same on all. All workers call it in the same order."""
+        """The first worker's value, on all. All workers call it in the same order."""
         self._posts += 1
         answer = self.peers[0].ask({"do": "post", "name": f"{self._posts} {topic}", "value": value})
         return answer["value"]
@@ -119,6 +119,11 @@ class ServedSteps:
         self.keeping.add(remote, slots)
         self._pull()
         return remote
+
+    @property
+    def workers(self) -> int:
+        """Number of workers."""
+        return self._serving.workers
 
     @property
     def is_first(self) -> bool:

@@ -262,9 +262,19 @@ class Server:
             names, state = self.layers.in_order()
             return steps, names, [*arrays, *state]
 
-    def post(self, name: str, value: Any) -> Any:
-        """The value that the first to come has told under a name."""
+    def post(self, worker: int, name: str, value: Any, is_lost: Callable[[], bool]) -> Any:
+        """The value that the first worker tells under a name; without it, that of the first to come.
+
+        Args:
+            worker: that asks.
+            name: of the value.
+            value: this worker's.
+            is_lost: whether this worker is gone.
+        """
         with self._changed:
+            while worker > 0 and name not in self.board and not is_lost() and 0 in self.clocks.awaited():
+                self._changed.wait(_CHECK_SECONDS)
+            self._changed.notify_all()
             return self.board.setdefault(name, value)
 
     def announce(self, name: str, value: Any) -> None:
