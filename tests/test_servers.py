@@ -174,7 +174,7 @@ def test_parts_are_updated_as_keras_updates_the_whole(name):
     found = np.concatenate([store.values(0)[:5], store.values(1)]), store.values(0)[5:]
     for ours, theirs in zip(found, whole, strict=True):
         np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-6, atol=1e-7)
-    assert store.steps == [4]
+    assert store.scalars[0][0] == 4
 
 
 def test_a_part_without_a_gradient_stays():
@@ -235,7 +235,7 @@ def test_a_push_counts_once():
     push(server, 1, 0, 1.0)
     server.end(1, 0, 1, {})
     assert value(server) == [-1.0, -1.0, -1.0]
-    assert server.dropped == 2 and server.models[0].store.steps == [1]
+    assert server.dropped == 2 and server.models[0].store.scalars[0][0] == 1
 
 
 def test_a_synchronous_step_is_the_mean_by_rows_whoever_comes_first():
@@ -247,7 +247,7 @@ def test_a_synchronous_step_is_the_mean_by_rows_whoever_comes_first():
     assert value(server) == [0.0, 0.0, 0.0]
     server.end(1, 0, 0, {})  # without rows
     assert value(server) == [-7 / 4, -7 / 4, -1.0]
-    assert server.models[0].store.steps == [1]
+    assert server.models[0].store.scalars[0][0] == 1
 
 
 def test_a_synchronous_step_ends_without_a_worker_that_is_lost():

@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -122,11 +123,17 @@ class CheckpointCallback(keras.callbacks.Callback):
         if self._save is not None:
             self._save.close()
             self._save = None
+            self._hear_servers(None)
         if self._former_handler is not None:
             signal.signal(signal.SIGTERM, self._former_handler)
             self._former_handler = None
         if self.model is not None:
             runtime.set_initial_epoch(self.model, None)
+
+    def _hear_servers(self, stop: Callable[[], None] | None) -> None:
+        """Says what to do when a parameter server is told to end."""
+        if self._team.served is not None:
+            self._team.served.peers.stop = stop
 
     # While `fit` runs.
 
@@ -137,6 +144,7 @@ class CheckpointCallback(keras.callbacks.Callback):
         self._stop = strategy.stop
         self._save = Save(self._team, self.model, self.directory, self.keep, self._resume.damaged)
         self._save.open()
+        self._hear_servers(self._stop.request)
         if threading.current_thread() is threading.main_thread():
             self._former_handler = signal.signal(signal.SIGTERM, lambda *_: self._stop.request())
         if self._resume.position is None:

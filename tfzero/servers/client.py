@@ -1,8 +1,9 @@
 """A worker's connections to all servers. No TensorFlow.
 
 [Note: pulse of servers] A second connection to each server carries a beat in each second: how long ago this worker was
-busy with a step, and the server's answer. So either side notices that the other is lost or stopped, also where no
-connection ends. Then this worker's first connection is closed, and whatever waits for it raises the reason.
+busy with a step, and the server's answer, perhaps that it is told to end. So either side notices that the other is lost
+or stopped, also where no connection ends. Then this worker's first connection is closed, and whatever waits for it
+raises the reason.
 """
 
 import contextlib
@@ -80,15 +81,25 @@ class Peer:
             self._send(message, arrays)
             return self._receive(into)
 
-    def beat(self, idle_seconds: float) -> None:
-        """One beat of the pulse. If the server does not answer, it is lost. [Note: pulse of servers]"""
+    def beat(self, idle_seconds: float, can_stop: bool) -> bool:
+        """One beat of the pulse. If the server does not answer, it is lost. [Note: pulse of servers]
+
+        Args:
+            idle_seconds: how long ago this worker was busy with a step.
+            can_stop: whether it saves and ends when it is told to stop.
+
+        Returns:
+            Whether the server tells it to stop.
+        """
         try:
-            send_frame(self.pulse, {"idle": idle_seconds, "life": self._life}, (), self._seconds)
-            receive_message(self.pulse, self._seconds, self._seconds)
+            send_frame(self.pulse, {"idle": idle_seconds, "life": self._life, "can_stop": can_stop}, (), self._seconds)
+            answer, _ = receive_message(self.pulse, self._seconds, self._seconds)
+            return bool(answer.get("stop"))
         except TimeoutError:
             self.close(f"it has not answered for {self._seconds:g} s")
         except OSError as error:
             self.close(f"its connection has ended ({error})")
+        return False
 
     def close(self, reason: str) -> None:
         """Ends both connections; whatever waits for an answer raises the reason."""
@@ -139,9 +150,13 @@ class Peers:
         cluster: the workers and servers.
         wanted: how this worker wants to be served; the same on all workers.
         timeout_seconds: as in `Peer`.
+
+    Attributes:
+        stop: is called when a server is told to end; None if this worker then just loses it.
     """
 
     def __init__(self, cluster: Cluster, wanted: dict[str, Any], timeout_seconds: float) -> None:
+        self.stop: Callable[[], None] | None = None
         self._all: list[Peer] = []
         self._is_busy = 0
         self._busy_at = monotonic()
@@ -199,6 +214,8 @@ class Peers:
     def _beat(self, peer: Peer) -> None:
         with peer.pulse:
             while True:
-                peer.beat(0.0 if self._is_busy else monotonic() - self._busy_at)
+                stop = self.stop
+                if peer.beat(0.0 if self._is_busy else monotonic() - self._busy_at, stop is not None) and stop:
+                    stop()
                 if self._closed.wait(_BEAT_SECONDS):
                     return

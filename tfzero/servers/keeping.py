@@ -18,7 +18,7 @@ import tensorflow as tf
 from tfzero.rows.apart import Apart
 from tfzero.servers.client import Peers
 from tfzero.servers.parts import RemoteValue
-from tfzero.servers.remote import Remote, assign_whole
+from tfzero.servers.remote import Remote
 from tfzero.variables.remote_slots import RemoteSlot
 
 
@@ -143,10 +143,7 @@ class Keeping:
             answers.append(peer.ask(request, (), places))
             state |= own
         for place, remote in enumerate(self.remotes):
-            for index, counters in enumerate(remote.counters):
-                most = max(answer["scalars"][place][index] for answer in answers)  # who holds nothing counts nothing
-                for variable, value in zip(counters, most, strict=False):
-                    assign_whole(variable.value, np.array([value], variable.value.dtype.as_numpy_dtype))
+            remote.take_counters([answer["scalars"][place] for answer in answers])
         take_state(known, state)
         return [{**a["flight"], "layout": layout} for a, layout in zip(answers, self.layouts(), strict=True)]
 

@@ -89,8 +89,8 @@ class Line:
             case {"do": "pull", "keys": list(keys), "ahead": ahead, "ends": bool(ends)}:
                 if ahead is not None:
                     server.wait_for_others(worker, int(ahead), ends, lambda: self.is_lost)
-                steps, names, arrays = server.values(worker, keys)
-                self._send({"steps": steps, "state": names}, arrays)
+                scalars, names, arrays = server.values(worker, keys)
+                self._send({"scalars": scalars, "state": names}, arrays)
             case _:
                 return False
         return True

@@ -157,14 +157,20 @@ class Remote:
         """The parts of the arrays of `empty` that a server gives, in its order."""
         return [flats[held.variable][held.begin : held.end] for held in self._held(server)]
 
-    def take(self, flats: Sequence[np.ndarray], steps: Sequence[int]) -> None:
-        """Takes pulled values, and the numbers of updates that the optimizers have made."""
+    def take(self, flats: Sequence[np.ndarray]) -> None:
+        """Takes pulled values."""
         with tf.init_scope():
             for index, flat in enumerate(flats):
                 if index not in self._given_up:
                     assign_whole(self._variables[index].value, flat)
-            for optimizer, count in zip(self._optimizers, steps, strict=True):
-                assign_whole(runtime.iteration_counter(optimizer).value, np.array([count]))
+
+    def take_counters(self, told: Sequence[Sequence[Sequence[float]]]) -> None:
+        """Takes what the inner optimizers count, as each server has it (`Store.scalars`)."""
+        with tf.init_scope():
+            for variables, values in zip(self.counters, zip(*told, strict=True), strict=True):
+                # A server that holds nothing of an optimizer counts nothing. The last value is no counter.
+                for variable, value in zip(variables, max(values), strict=False):
+                    assign_whole(variable.value, np.array([value], variable.value.dtype.as_numpy_dtype))
 
     def give_up(self, variables: Sequence[keras.Variable]) -> None:
         """Leaves variables to another optimizer, from now on."""

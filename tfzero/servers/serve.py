@@ -3,9 +3,13 @@
 A worker calls twice: for what it pushes and pulls, and for its pulse. It says first how it wants to be served, which
 must be the same for all. The server ends when all workers have taken leave; or when none has been there for
 `timeout_seconds`, as they are lost. It waits without limit for the first to come.
+
+[Note: told to end] On SIGTERM a server tells the workers that can save and end (those with a `CheckpointCallback`) to do
+so, and serves them until they are gone. If there are none, it ends at once.
 """
 
 import contextlib
+import signal
 import socket
 import sys
 import threading
@@ -20,7 +24,7 @@ from tfzero.workers import handshake
 from tfzero.workers.cluster import Cluster
 from tfzero.workers.differences import differences_of
 from tfzero.workers.meeting import CALL_SECONDS, HELLO_SECONDS, callers, is_seconds, listen, told
-from tfzero.workers.stopping import EXIT_WORKER_LOST
+from tfzero.workers.stopping import EXIT_STOPPED, EXIT_WORKER_LOST
 
 _LISTENING_SECONDS = 3600.0  # before it listens anew
 _LOOK_SECONDS = 0.2  # between two looks whether it is over
@@ -30,13 +34,15 @@ def serve(cluster: Cluster) -> int:
     """Serves the workers of a cluster, of which this process is a server, until they have left.
 
     Returns:
-        The exit code: 0, or 76 if workers were lost and did not come back.
+        The exit code: 0; 75 after SIGTERM, if workers could save; 76 if workers were lost and did not come back.
 
     Raises:
         OSError: if it cannot listen on its port.
         ValueError: if `TFZERO_SECRET` is too short.
     """
     host = _Host(cluster, handshake.read_secret())
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, host.stop)
     with listen(cluster) as listener:
         threading.Thread(target=host.hear, args=(listener,), daemon=True, name="tfzero listening").start()
         exit_code = host.wait()
@@ -55,8 +61,14 @@ class _Host:
         self._wanted: dict[str, Any] = {}  # how the first worker wants to be served
         self._lines: dict[int, Line] = {}  # by worker
         self._left: set[int] = set()
+        self._can_stop: set[int] = set()  # workers that save and end when they are told to stop
+        self._is_told = False  # to end
         self._changed = threading.Condition()
         self.is_over = False
+
+    def stop(self, number: int, frame: Any) -> None:
+        """The handler of SIGTERM. [Note: told to end]"""
+        self._is_told = True
 
     def hear(self, listener: socket.socket) -> None:
         """Hears callers until the run is over."""
@@ -78,6 +90,8 @@ class _Host:
                 self._changed.wait(_LOOK_SECONDS)
                 if self._lines or self._server is None:
                     alone_since = monotonic()
+                if self._is_told and not self._lines.keys() & self._can_stop:
+                    return EXIT_STOPPED if self._can_stop and not self._lines else 128 + signal.SIGTERM
                 if len(self._left) == self._cluster.size:
                     return 0
                 seconds = 0.0 if self._server is None else self._server.clocks.timeout_seconds
@@ -160,7 +174,8 @@ class _Host:
                 life, idle = message.get("life"), message.get("idle")
                 if self._server is not None and idle is not None and is_seconds(idle):
                     self._server.beat(worker, idle)
-                send_frame(connection, {"here": True}, (), CALL_SECONDS)
+                (self._can_stop.add if message.get("can_stop") else self._can_stop.discard)(worker)
+                send_frame(connection, {"stop": self._is_told}, (), CALL_SECONDS)
         with self._changed:
             line = self._lines.get(worker)
         if line is not None and line.life == life:

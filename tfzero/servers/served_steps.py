@@ -323,7 +323,7 @@ class ServedSteps:
         flats = [remote.empty() for remote in remotes]
         state: list[tuple[str, np.ndarray]] = []
         request = {"do": "pull", "keys": [remote.key for remote in remotes], "ahead": ahead, "ends": ends}
-        steps: list[list[list[int]]] = []  # by server, optimizer and inner optimizer
+        scalars: list[list[list[list[float]]]] = []  # by server, and as they tell it
         for number in range(len(self.peers)):
 
             def places(answer: dict[str, Any], number: int = number) -> list[np.ndarray]:
@@ -332,11 +332,10 @@ class ServedSteps:
                 parts = [part for r, f in zip(remotes, flats, strict=True) for part in r.places(f, number)]
                 return [*parts, *(array for _, array in own)]
 
-            steps.append(self.peers[number].ask(request, (), places)["steps"])
-        # A server that holds nothing of an optimizer counts no step of it.
-        counts = [[max(inner) for inner in zip(*of_remote, strict=True)] for of_remote in zip(*steps, strict=True)]
-        for remote, of_remote, each in zip(remotes, flats, counts, strict=True):
-            remote.take(of_remote, each)
+            scalars.append(self.peers[number].ask(request, (), places)["scalars"])
+        for remote, of_remote, counted in zip(remotes, flats, zip(*scalars, strict=True), strict=True):
+            remote.take(of_remote)
+            remote.take_counters(counted)
         take_state(self._known(), dict(state))
 
     def _known(self) -> dict[str, tf.Variable]:

@@ -248,19 +248,19 @@ class Server:
                     return
                 self._changed.wait(_CHECK_SECONDS)
 
-    def values(self, worker: int, keys: Sequence[int]) -> tuple[list[list[int]], list[list], list[np.ndarray]]:
-        """For each of these models: how many updates its optimizers have made. Then names and shapes of the state of
+    def values(self, worker: int, keys: Sequence[int]) -> tuple[list[list[list[float]]], list[list], list[np.ndarray]]:
+        """For each of these models what its optimizers count (`Store.scalars`). Then names and shapes of the state of
         layers. Then all values: parameters by model and message, and that state.
         """
         with self._changed:
             self.most_ahead = max(self.most_ahead, self.clocks.lead(worker))
-            steps, arrays = [], []
+            scalars, arrays = [], []
             for model in (self.models[key] for key in keys):
                 model.pulled[worker] = model.updates
-                steps.append(model.store.steps)
+                scalars.append(model.store.scalars)
                 arrays += [model.store.values(n) for n in range(len(model.store.definition.messages))]
             names, state = self.layers.in_order()
-            return steps, names, [*arrays, *state]
+            return scalars, names, [*arrays, *state]
 
     def post(self, worker: int, name: str, value: Any, is_lost: Callable[[], bool]) -> Any:
         """The value that the first worker tells under a name; without it, that of the first to come.

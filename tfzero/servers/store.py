@@ -141,11 +141,6 @@ class Store:
         ]
 
     @property
-    def steps(self) -> list[int]:
-        """How many updates each optimizer has made."""
-        return [int(runtime.iteration_counter(each).numpy()) for each in self.optimizers]
-
-    @property
     def held_bytes(self) -> int:
         """Bytes of masters and slots."""
         variables = [master for master, _ in self._all()] + [v for each in self.optimizers for v in each.variables]
