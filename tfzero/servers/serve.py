@@ -4,8 +4,8 @@ A worker calls twice: for what it pushes and pulls, and for its pulse. It says f
 must be the same for all. The server ends when all workers have taken leave; or when none has been there for
 `timeout_seconds`, as they are lost. It waits without limit for the first to come.
 
-[Note: told to end] On SIGTERM a server tells the workers that can save and end (those with a `CheckpointCallback`) to do
-so, and serves them until they are gone. If there are none, it ends at once.
+[Note: told to end] On SIGTERM a server tells the workers that can save and end (those with a `CheckpointCallback`) to
+do so, and serves them until they are gone. If there are none, it ends at once.
 """
 
 import contextlib
