@@ -154,8 +154,9 @@ class CheckpointCallback(keras.callbacks.Callback):
         epoch = self.params["epochs"] if is_over else self._position["epoch"]
         runtime.set_initial_epoch(self.model, epoch)
         if self._team.is_chief and self._resume.found is not None:
-            folder, _ = self._resume.found
-            place = f"epoch {self._position['epoch'] + 1}, after {self._position['batch']} batches"
+            folder, manifest = self._resume.found
+            behind = ", where the slowest worker was" * (self.step < manifest["step"])
+            place = f"epoch {self._position['epoch'] + 1}, after {self._position['batch']} batches{behind}"
             print(f"Going on from {folder}: step {self.step}, {place}.", flush=True)
             if told := self._describe_other_data():
                 warnings.warn(f"{folder}: {told}", stacklevel=2)

@@ -150,7 +150,8 @@ class ServedSteps:
                 try:
                     told = [{"value": function()}]
                 except Exception as error:
-                    self._announce(topic, told_of(error))
+                    with contextlib.suppress(ConnectionError):  # the error that is raised tells more
+                        self._announce(topic, told_of(error))
                     raise
                 self._announce(topic, told[0])
         if told and "error" in told[0]:

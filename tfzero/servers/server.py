@@ -189,7 +189,7 @@ class Server:
         with self._changed:
             model = self.models[key]
             is_late = self.is_synchronous and step < self._synchronous_step
-            if step < model.pushed.get((worker, message), 0) or is_late:
+            if step < max(self.clocks.done[worker], model.pushed.get((worker, message), 0)) or is_late:
                 self.dropped += 1
                 return
             model.pushed[worker, message] = step + 1
