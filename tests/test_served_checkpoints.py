@@ -469,7 +469,7 @@ class Run:
 
 
 def assert_counted(run, updates):
-    """Every element of every part has had so many updates, on both servers. The first worker ends last, if it was lost."""
+    """Every element on both servers has had so many updates. If the first worker was lost, it ends last."""
     result = run.results()[0]
     for weights in result["weights"]:
         np.testing.assert_array_equal(weights, np.full_like(weights, -updates))
