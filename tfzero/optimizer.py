@@ -259,8 +259,8 @@ class ZeroOptimizer(keras.optimizers.Optimizer):
             views = {id(view.variable): view for view in make_views(variables, plan, strategy.served is not None)}
             all_views = [views.get(id(variable)) or OverwrittenView(variable) for variable in given]
             self._wrapped.build(ViewsAtHand(all_views, strategy.extended.creation))
-            wire = make_wire(codec, list(views.values()), plan, strategy, self.loss_scale_optimizer)
-            return tuple(tuple(view.slots) for view in views.values()), wire
+            slots = tuple(tuple(view.slots) for view in views.values())  # before those of the wire
+            return slots, make_wire(codec, list(views.values()), plan, strategy, self.loss_scale_optimizer)
 
     def watch_norm(self) -> bool:
         """Makes steps traced from now on compute the gradient's norm. All workers call it together.
