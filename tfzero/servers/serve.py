@@ -174,7 +174,8 @@ class _Host:
                 life, idle = message.get("life"), message.get("idle")
                 if self._server is not None and idle is not None and is_seconds(idle):
                     self._server.beat(worker, idle)
-                (self._can_stop.add if message.get("can_stop") else self._can_stop.discard)(worker)
+                with self._changed:
+                    (self._can_stop.add if message.get("can_stop") else self._can_stop.discard)(worker)
                 send_frame(connection, {"stop": self._is_told}, (), CALL_SECONDS)
         with self._changed:
             line = self._lines.get(worker)
