@@ -451,6 +451,27 @@ def test_a_worker_holds_no_slots(monkeypatch):
         assert 4 * 4 * trained <= told["held_bytes"] <= 4 * 4 * trained + 64  # the parameter and Adam's three slots
 
 
+def test_tensorboard_shows_staleness_as_a_histogram(monkeypatch, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with strategy_here(monkeypatch, devices=["CPU:0"]) as strategy:
+        with strategy.scope():
+            model = oracle.dense_model()
+        model.compile("sgd", "categorical_crossentropy")
+        fit = {"batch_size": 15, "epochs": 3, "verbose": 0}
+        model.fit(*DATA.arrays(), callbacks=[tfzero.TensorBoardCallback(tmp_path, every_steps=4)], **fit)
+        counts = {"0": 3000, "1": 40, "7": 1}  # of a longer run
+        monkeypatch.setattr(strategy.served.peers[0], "ask", lambda message: {"staleness": counts})
+        ages = strategy.served.staleness()
+        assert np.unique(ages).tolist() == [0, 1, 7] and (ages == 0).sum() == 987 and (ages == 7).sum() == 1
+        monkeypatch.undo()
+    events = EventAccumulator(str(tmp_path / "tfzero"), size_guidance={"tensors": 0}).Reload()
+    buckets = [tf.make_ndarray(event.tensor_proto) for event in events.Tensors("servers/staleness")]
+    assert [int(each[:, 2].sum()) for each in buckets] == [4, 8, 12]  # updates, all of staleness 0
+    updates = [float(tf.make_ndarray(event.tensor_proto)) for event in events.Tensors("servers/updates")]
+    assert updates == [4, 8, 12]
+
+
 @pytest.mark.parametrize(("stage", "devices", "servers"), [(0, 2, 2), (2, 2, 1), (3, 2, 2)])
 def test_costs_are_those_of_real_workers(monkeypatch, stage, devices, servers):
     local = [f"CPU:{index}" for index in range(devices)]

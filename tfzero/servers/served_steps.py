@@ -10,6 +10,7 @@ also leaves out those that the slowest of the others has ended meanwhile.
 """
 
 import contextlib
+import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -95,6 +96,12 @@ class ServedSteps:
             "servers/dropped_pushes": float(told["dropped"]),
             "servers/waited_seconds": self.waited_seconds,
         }
+
+    def staleness(self) -> np.ndarray:
+        """The staleness of each update so far, for a histogram; of many updates 1,000, in proportion."""
+        counts = self.peers[0].ask({"do": "tell"})["staleness"]
+        per_one = max(1.0, sum(counts.values()) / 1000)
+        return np.repeat([int(age) for age in counts], [math.ceil(count / per_one) for count in counts.values()])
 
     def claims(self, path: str) -> bool:
         """Whether this worker writes a file, as the first that asked and is still here."""

@@ -152,6 +152,8 @@ class TensorBoardCallback(keras.callbacks.Callback):
         with self._writer.as_default(self.step), tf.summary.record_if(True):
             for tag, value in scalars.items():
                 tf.summary.scalar(tag, value)
+            if (served := self._strategy.served) is not None and len(ages := served.staleness()):
+                tf.summary.histogram("servers/staleness", ages)
         self._writer.flush()  # so that it shows during `fit`
 
     def _scalars(self) -> dict[str, float]:
