@@ -35,10 +35,10 @@ def restored(taken, server, workers, max_staleness):
     """Another server, with what was copied of one."""
     other = served(workers, max_staleness)
     for where in ((0, 0, 0), (0, 1, 0)):
-        other.assign(1, 0, where, server.read(0, where, is_copied=True))
+        other.assign((0, 0, 1), 0, where, server.read(0, where, is_copied=True))
     state = {name: array for (name, _), array in zip(taken.names, taken.state, strict=True)}
     flight = Flight.read(json.loads(json.dumps(dataclasses.asdict(taken.flight))), workers)
-    other.end_assignments(1, Assignments(state, {0: taken.scalars[0]}, flight))
+    other.end_assignments((0, 0, 1), Assignments(state, {0: taken.scalars[0]}, flight))
     return other
 
 
@@ -109,12 +109,20 @@ def test_what_the_first_worker_does_is_heard_when_it_is_done_or_passed():
 
 
 def manifest(step, servers, **position):
-    position = {"first_epoch": 0, "epoch": 2, "batch": 1, "epoch_batches": 4, "epoch_steps": [0, 4, 8], **position}
+    position = {
+        "first_epoch": 0,
+        "finished": None,
+        "epoch": 2,
+        "batch": 1,
+        "epoch_batches": 4,
+        "epoch_steps": [0, 4, 8],
+        **position,
+    }
     return {"step": step, "position": position, "servers": servers}
 
 
 def of_server(done, pushed=(), layout="x"):
-    return {"done": list(done), "pushed": [list(each) for each in pushed], "layout": layout}
+    return {"done": list(done), "pushed": [list(each) for each in pushed], "layout": layout, "scalars": [[[len(done)]]]}
 
 
 @pytest.mark.parametrize(
@@ -135,7 +143,8 @@ def test_what_was_in_flight_is_known_to_the_same_servers_only():
     servers = [of_server([9, 7], [(0, 1, 3)]), of_server([9, 8], [], "y")]
     floor = Floor.of(manifest(9, servers), 2)
     assert floor.step == 7
-    same = [{"done": [2, 0], "pushed": [[0, 1, 3]]}, {"done": [2, 1], "pushed": []}]
+    counted = {"scalars": [[[2]]]}
+    same = [{"done": [2, 0], "pushed": [[0, 1, 3]], **counted}, {"done": [2, 1], "pushed": [], **counted}]
     assert floor.flights(2, 0, ["x", "y"]) == same
     servers[0]["pushed"] = [[0, 1, 3], [0, 0, 3]]
     other = {"done": [3, 1], "pushed": []}  # nothing twice

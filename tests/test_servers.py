@@ -282,10 +282,10 @@ def test_what_comes_after_a_synchronous_step_changes_nothing():
 
 def test_values_that_a_program_assigns_count_once():
     server = served(1, 0)
-    for number, given in ((1, 5.0), (1, 7.0), (2, 9.0)):
+    for number, given in (((0, 3, 1), 5.0), ((0, 3, 1), 7.0), ((0, 2, 9), 8.0), ((1, 0, 1), 9.0)):
         server.assign(number, 0, (0, 0, 0), np.full(2, given, "float32"))
         server.end_assignments(number, Assignments({}, {}, None))
-        if given == 7.0:
+        if given in (7.0, 8.0):
             assert value(server) == [5.0, 5.0, 0.0]
     assert value(server) == [9.0, 9.0, 0.0]
 

@@ -32,7 +32,8 @@ class CheckpointCallback(keras.callbacks.Callback):
     earlier epoch it draws only the first batch, which repeats the shuffles. With `steps_per_epoch` it draws all
     batches, as one iterator serves all epochs. Random operations in a `Dataset.map` are not repeated.
 
-    On SIGTERM all workers save after the same step and exit with code 75.
+    On SIGTERM all workers save after the same step and exit with code 75. With parameter servers the first worker saves
+    for all, and only it needs the directory (docs/servers.md).
 
     Args:
         directory: where to save, as `directory/step-...`; all workers must see it. Only one run may use it at a time.
@@ -194,7 +195,8 @@ class CheckpointCallback(keras.callbacks.Callback):
             self._due = True
             self._save_if_due()
             self._save.wait()
-            saved = f"saved step {self.step} in {self.directory}, and " * self._team.takes_part
+            is_saved = self._team.takes_part and self._mark() == self._saved
+            saved = f"saved step {self.step} in {self.directory}, and " * is_saved
             print(f"Told to stop: {saved}exits.", flush=True)
             raise SystemExit(EXIT_STOPPED)
 
@@ -226,7 +228,8 @@ class CheckpointCallback(keras.callbacks.Callback):
             self._position |= {"randomness": self._data.randomness, "batch_size": self._data.batch_size}
             self._position["passes"] = self._data.passes_at(self._position["batch"])
             self._position["steps"] = self.params["steps"]
-            self._resume.note_saved(self._save.start(self.step, dict(self._position), self.asynchronous))
+            manifest = self._save.start(self.step, dict(self._position), self.asynchronous)
+            self._resume.note_saved(self.model, manifest)
             self._saved = self._mark()
         self._due = False
 

@@ -8,7 +8,7 @@ The manifest of a checkpoint, as JSON:
     variables                  list of `{"name", "shape", "dtype", "replicas"}`, and "copies" of what each worker has
     optimizers, bucket_bytes   by the model's attribute that holds the optimizer
     position                   the position in the data, or null (`checkpoint/callback.py`)
-    servers                    for each parameter server, `{"done", "pushed", "layout"}` (`servers/models.py`); or null
+    servers                    for each parameter server, `{"done", "pushed", "layout", "scalars"}`; or null
 """
 
 import re
@@ -68,7 +68,15 @@ def _is_of_server(value: Any) -> bool:
         return False
     are_three = all(isinstance(each, list) and len(each) == 3 and all(map(_is_count, each)) for each in value["pushed"])
     of_worker = are_three and all(each[1] < len(value["done"]) for each in value["pushed"])
-    return of_worker and value["done"] != [] and all(map(_is_count, value["done"])) and _is_text(value.get("layout"))
+    are_counts = value["done"] != [] and all(map(_is_count, value["done"]))
+    return of_worker and are_counts and _is_text(value.get("layout")) and _are_scalars(value.get("scalars"), depth=3)
+
+
+def _are_scalars(value: Any, depth: int) -> bool:
+    """Whether a value is a list of lists, so deep, of numbers."""
+    if not depth:
+        return type(value) in (int, float)
+    return isinstance(value, list) and all(_are_scalars(each, depth - 1) for each in value)
 
 
 _VARIABLE: dict[str, Check] = {

@@ -3,9 +3,10 @@
 [Note: resuming with servers] The first worker looks for a checkpoint, and tells the others where all go on: where the
 slowest was. Who was further leaves out the batches that it has trained. The first worker restores its model and the
 servers, which give it to the others. So only the first worker needs the directory. With each checkpoint it tells anew
-where all are, as a worker that is started again goes on from there: then the servers have all, and nothing is restored.
+where each is, as a worker that is started again goes on from there: then the servers have all, and nothing is restored.
 """
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import keras
 
 from tfzero.checkpoint.opening import Team, find_newest, open_checkpoint
 from tfzero.checkpoint.saving import restore
-from tfzero.checkpoint.served import Floor, restore_for_all
-from tfzero.checkpoint.state import METRICS
+from tfzero.checkpoint.served import Floor, first_does, place_at, restore_for_all, take_scalars, tell_scalars
+from tfzero.checkpoint.state import METRICS, build_optimizer
+from tfzero.servers.parts import Number
 from tfzero.servers.served_steps import ServedSteps
 
 _PLACE, _RESTORING = "resuming", "restoring"  # topics of `ServedSteps.first_does`
@@ -82,7 +84,7 @@ class Resume:
             restore(model, *self.found, self._team, only=METRICS)  # Keras has just reset them
         self.found = None
 
-    def note_saved(self, manifest: dict | None) -> None:
+    def note_saved(self, model: keras.Model, manifest: dict | None) -> None:
         """Notes a new checkpoint."""
 
 
@@ -98,39 +100,48 @@ class ServedResume(Resume):
         return self._served.is_behind()
 
     def _find(self) -> None:
-        told = self._served.first_does(_PLACE, self._look)
-        self._told: dict[str, Any] = told or {"folder": None, "position": None, "step": 0}
-        self.position, self.step = self._told["position"], self._told["step"]
+        self._told: dict[str, Any] = first_does(self._served, _PLACE, self._look, is_of_fit=True)
+        told, worker = self._told, self._served.worker
+        if told["position"] is not None:
+            back = min(max(told["at"] - told["done"][worker], 0), told["step"])
+            self.position, self.step = place_at(told["position"], told["step"], back), told["step"] - back
+            self._at = told["at"] - back
 
     def _look(self) -> dict[str, Any]:
         self._search()
+        now, workers = self._served.step, self._served.workers
+        told: dict[str, Any] = {"folder": None, "position": None, "from": now}
         if self.found is None:
-            return {"folder": None, "position": None, "step": 0}
-        floor = Floor.of(self.found[1], self._served.workers)
-        place = {"position": floor.position, "step": floor.step, "at": self._served.step}
-        return {"folder": self.found[0].name, **place, "from": self._served.step}
+            return told
+        floor = Floor.of(self.found[1], workers)
+        place = {"position": floor.position, "step": floor.step, "at": now, "done": [now] * workers}
+        return {**told, "folder": self.found[0].name, **place}
 
     def restore(self, model: keras.Model) -> None:
-        folder, done = self._told["folder"], None
-        if folder is not None:
-            done = restore_for_all(model, self._served, _RESTORING, lambda number: self._read(model, number))
-        if self.position is not None:
-            self._served.go_on_at(self._told["at"], done)
+        done = None
+        if self._told["folder"] is not None:
+            read = functools.partial(self._read, model)
+            done = restore_for_all(model, self._served, _RESTORING, read, is_of_fit=True)
+        if self._told.get("scalars") is not None:  # those of a later checkpoint
+            build_optimizer(model)
+            take_scalars(model, self._told["scalars"])
+        self._served.go_on_at(self._at, done)
 
-    def _read(self, model: keras.Model, number: int) -> tuple[list[int], list[dict]]:
+    def _read(self, model: keras.Model, number: Number) -> tuple[list[int], list[dict]]:
         """On the first worker: restores the model and its slots on the servers. Returns which steps they have."""
         if self.found is None:  # it was told in a former life
             folder = self._directory / self._told["folder"]
             self.found = folder, open_checkpoint(folder, self._team)
         restore(model, *self.found, self._team, number=number)
-        floor = Floor.of(self.found[1], self._served.workers)
-        flights = floor.flights(self._served.workers, self._told["from"], self._served.keeping.layouts())
+        layouts = self._served.keeping.layouts(self._served.keeping.remotes_of(model))
+        flights = Floor.of(self.found[1], self._served.workers).flights(
+            self._served.workers, self._told["from"], layouts
+        )
         return [min(each) for each in zip(*(flight["done"] for flight in flights), strict=True)], flights
 
-    def note_saved(self, manifest: dict | None) -> None:
+    def note_saved(self, model: keras.Model, manifest: dict | None) -> None:
         if manifest is None:
             return
-        floor = Floor.of(manifest, self._served.workers)
-        at = min(min(each["done"]) for each in manifest["servers"])
-        told = {**self._told, "position": floor.position, "step": floor.step, "at": at}
-        self._served.tell_anew(_PLACE, told)
+        done = [min(each) for each in zip(*(of_server["done"] for of_server in manifest["servers"]), strict=True)]
+        place = {"position": manifest["position"], "step": manifest["step"], "at": done[0], "done": done}
+        self._served.tell_anew(_PLACE, {**self._told, **place, "scalars": tell_scalars(model)})

@@ -15,10 +15,11 @@ from tfzero.checkpoint import commits, directories
 from tfzero.checkpoint.opening import Search, Team, find_newest, open_checkpoint, writing
 from tfzero.checkpoint.outer import mergers_of, whole_state_of
 from tfzero.checkpoint.pieces import Writer, check_fits, patience, pieces_to_write, read_state, snapshot
-from tfzero.checkpoint.served import ServedItem, items_on_servers, restore_for_all
+from tfzero.checkpoint.served import ServedItem, first_does, items_on_servers, restore_for_all
 from tfzero.checkpoint.state import METRICS, Item, bucket_bytes_of, build_optimizer, optimizers_of
 from tfzero.checkpoint.teamwork import together
 from tfzero.host import notes
+from tfzero.servers.parts import Number
 from tfzero.strategy import ZeroStrategy
 from tfzero.workers.progress import progress
 
@@ -59,7 +60,7 @@ def save_checkpoint(model: keras.Model, directory: str | os.PathLike[str]) -> Pa
             save.start(step, None, asynchronous=False)
         return step
 
-    step = save_all() if team.served is None else team.served.first_does("saving a checkpoint", save_all)
+    step = save_all() if team.served is None else first_does(team.served, "saving a checkpoint", save_all)
     return directories.step_folder(directory, int(model.optimizer.iterations) if step is None else step)
 
 
@@ -91,7 +92,7 @@ def load_checkpoint(model: keras.Model, directory: str | os.PathLike[str]) -> in
     directory = directories.local_path(directory)
     team = Team.of(model)
 
-    def load(number: int | None = None) -> tuple[int, None]:
+    def load(number: Number | None = None) -> tuple[int, None]:
         folder, manifest = _find(directory, team)
         restore(model, folder, manifest, team, number=number)
         return manifest["step"], None
@@ -99,7 +100,6 @@ def load_checkpoint(model: keras.Model, directory: str | os.PathLike[str]) -> in
     if team.served is None:
         return load()[0]
     step = restore_for_all(model, team.served, "loading a checkpoint", load)
-    team.served.take_restored()
     return int(model.optimizer.iterations) if step is None else step
 
 
@@ -122,7 +122,7 @@ def _find(directory: Path, team: Team) -> tuple[Path, dict]:
 
 
 def restore(model: keras.Model, folder: Path, manifest: Mapping, team: Team, only: str | None = None,
-            number: int | None = None) -> None:  # fmt: skip
+            number: Number | None = None) -> None:  # fmt: skip
     """Restores the variables of a model from a checkpoint.
 
     Args:
@@ -219,6 +219,10 @@ class Save:
         """
         if not self._team.takes_part:
             return None
+        with contextlib.nullcontext() if self._team.served is None else self._team.served.peers.busy():
+            return self._start(step, position, asynchronous)
+
+    def _start(self, step: int, position: Mapping | None, asynchronous: bool) -> dict:
         self.wait()
         if isinstance(strategy := self._model.distribute_strategy, ZeroStrategy):
             strategy.merge("saving a checkpoint")
@@ -232,19 +236,19 @@ class Save:
             "bucket_bytes": bucket_bytes_of(self._model),
         }
         if self._team.served is not None:
-            manifest["servers"] = self._team.served.snapshot()
+            manifest["servers"] = self._team.served.snapshot(self._team.served.keeping.remotes_of(self._model))
             items = items_on_servers(self._team.served, items)
-        title, size_bytes = "copying" if asynchronous else "saving", sum(item.bytes for item in items)
+        copied = [item for item in items if not (asynchronous and isinstance(item, ServedItem))]
+        title, size_bytes = "copying" if asynchronous else "saving", sum(item.bytes for item in copied)
         with progress(title, size_bytes, unit="bytes", shown=self._team.is_chief) as bar:
             if not asynchronous:
                 self._write(pieces_to_write(items, self._team.mesh, bar.advance), items, manifest)
                 self.wait()
                 return manifest
-            copied = [item for item in items if not isinstance(item, ServedItem)]  # servers have copies of the others
             copies: deque = deque()
             pieces = pieces_to_write(copied, self._team.mesh, bar.advance)
             self._team.together("copying", lambda: copies.extend(snapshot(pieces)))
-        others = [item for item in items if isinstance(item, ServedItem)]
+        others = [item for item in items if isinstance(item, ServedItem)]  # of which servers have copies
         rest = pieces_to_write(others, self._team.mesh, lambda size_bytes: None)
         self._is_writing = True
         arguments = itertools.chain(_drain(copies), rest), items, manifest
@@ -286,13 +290,14 @@ class Save:
         team, folder = self._team, directories.step_folder(self._directory, manifest["step"])
         try:
             Writer(team.channel, team.mesh, folder, team.timeout_seconds).write(pieces, items, manifest)
-            if team.served is not None:
-                team.served.keeping.drop_copies()
             if self._keep is not None:
                 self._damaged.discard(folder.name)
                 team.together("deleting old checkpoints", self._prune if team.is_chief else lambda: None)
         except BaseException as error:
             self._problem = error
+        if team.served is not None:
+            with contextlib.suppress(ConnectionError):  # a lost server has no copies
+                team.served.keeping.drop_copies()
         with self._guard:
             self._is_writing = False
             if self._is_closed:

@@ -10,8 +10,9 @@ import numpy as np
 import tensorflow as tf
 
 from tfzero.checkpoint.state import HeldPart, Item, build_optimizer, scalars_of
+from tfzero.checkpoint.teamwork import KINDS, kind_of
 from tfzero.plan.mesh import Mesh
-from tfzero.servers.parts import RemotePart
+from tfzero.servers.parts import Number, RemotePart
 from tfzero.servers.remote import assign_whole
 from tfzero.servers.served_steps import ServedSteps
 
@@ -21,7 +22,7 @@ class _OnServer:
     """A part as if it were a variable: read from the latest copies of its server, assigned under a number."""
 
     part: RemotePart
-    number: int
+    number: Number | None
     device: str = "CPU:0"
 
     @property
@@ -33,7 +34,8 @@ class _OnServer:
             return tf.convert_to_tensor(self.part.read(is_copied=True), dtype, name=name)
 
     def assign(self, value: tf.types.experimental.TensorLike) -> None:
-        self.part.write(self.number, np.asarray(value))
+        if self.number is not None:  # of what is saved nothing is assigned
+            self.part.write(self.number, np.asarray(value))
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class ServedItem(Item):
     """
 
     parts: tuple[RemotePart, ...] = ()
-    number: int = 0
+    number: Number | None = None
 
     @property
     def is_in_shards(self) -> bool:
@@ -57,7 +59,7 @@ class ServedItem(Item):
             yield HeldPart(mesh.ranks[0], _OnServer(part, self.number), part.begin, part.end)
 
 
-def items_on_servers(served: ServedSteps, items: Sequence[Item], number: int = 0) -> list[Item]:
+def items_on_servers(served: ServedSteps, items: Sequence[Item], number: Number | None = None) -> list[Item]:
     """The same items; those that servers hold are read and assigned there."""
     parts: dict[int, list[RemotePart]] = {}
     for held in served.keeping.held:
@@ -73,9 +75,30 @@ def items_on_servers(served: ServedSteps, items: Sequence[Item], number: int = 0
     ]
 
 
+def first_does(served: ServedSteps, topic: str, function: Callable[[], Any], is_of_fit: bool = False) -> Any:
+    """As `ServedSteps.first_does`; errors are of the kinds that `together` raises."""
+    caught: list[Exception] = []
+
+    def attempt() -> Any:
+        try:
+            return function()
+        except Exception as error:
+            caught.append(error)
+            raise RuntimeError(f"{kind_of(error)}: {error}") from error
+
+    try:
+        return served.first_does(topic, attempt, is_of_fit)
+    except RuntimeError as error:
+        if caught:
+            raise caught[0] from None
+        kind, _, text = str(error).partition(": ")
+        raise KINDS.get(kind, RuntimeError)(text if kind in KINDS else str(error)) from None
+
+
 def restore_for_all(
-    model: keras.Model, served: ServedSteps, topic: str, read: Callable[[int], tuple[Any, list[dict] | None]]
-) -> Any:
+    model: keras.Model, served: ServedSteps, topic: str, read: Callable[[Number], tuple[Any, list[dict] | None]],
+    is_of_fit: bool = False,
+) -> Any:  # fmt: skip
     """Has the first worker restore a model, for all workers and on the servers. All call it.
 
     Args:
@@ -84,6 +107,7 @@ def restore_for_all(
         topic: as in `first_does`.
         read: reads a checkpoint, and assigns under the number that it is given. Returns a value, as JSON, and which
             steps each server has (`Flight`); None for those that it has now.
+        is_of_fit: as in `first_does`.
 
     Returns:
         The value; None if the first worker has passed here without.
@@ -93,18 +117,35 @@ def restore_for_all(
 
     def restore() -> dict[str, Any]:
         nonlocal is_restored_here
-        value = served.keeping.restore(read)
         is_restored_here = True
-        return {"value": value, "scalars": [float(each.numpy()) for each in scalars_of(model)]}
+        value = served.keeping.restore(model, read)
+        served.take_restored(model)
+        return {"value": value, "scalars": tell_scalars(model)}
 
-    told = served.first_does(topic, restore)
+    try:
+        told = first_does(served, topic, restore, is_of_fit)
+    except Exception:
+        if not is_restored_here:
+            served.keeping.count_restored()
+        raise
     if told is None:
         return None
     if not is_restored_here:
         served.keeping.count_restored()
-        for variable, value in zip(scalars_of(model), told["scalars"], strict=True):
-            assign_whole(variable.value, np.array([value], variable.value.dtype.as_numpy_dtype))
+        take_scalars(model, told["scalars"])
+        served.take_restored(model)
     return told["value"]
+
+
+def tell_scalars(model: keras.Model) -> list[float]:
+    """What a model's optimizers hold beside slots."""
+    return [float(each.numpy()) for each in scalars_of(model)]
+
+
+def take_scalars(model: keras.Model, values: Sequence[float]) -> None:
+    """Takes what the first worker has told."""
+    for variable, value in zip(scalars_of(model), values, strict=True):
+        assign_whole(variable.value, np.array([value], variable.value.dtype.as_numpy_dtype))
 
 
 # Where workers resume that are not equally far.
@@ -135,24 +176,30 @@ class Floor:
         stored, position, step = manifest.get("servers"), manifest["position"], manifest["step"]
         if not stored or len(stored[0]["done"]) != workers:
             return cls(position, step)
-        least = min(min(each["done"]) for each in stored)
-        ahead = [each | {"done": [count - least for count in each["done"]]} for each in stored]
-        floor = step - max(each["done"][0] for each in ahead)
-        return cls(_position_at(position, step, floor), floor, ahead)
+        first = max(each["done"][0] for each in stored)
+        # A worker may be behind by more than this `fit` has taken.
+        least = max(min(min(each["done"]) for each in stored), first - step)
+        ahead = [each | {"done": [max(count - least, 0) for count in each["done"]]} for each in stored]
+        is_over = position is not None and position["finished"] is not None and least == first
+        return cls(place_at(position, step, first - least), step - (first - least), None if is_over else ahead)
 
     def flights(self, workers: int, step: int, layouts: Sequence[str]) -> list[dict[str, Any]]:
-        """`Flight` of each server.
+        """`Flight` of each server, and what it counts.
 
         Args:
             workers: number of workers.
             step: the number that the next step here has now.
-            layouts: what each server holds now (`Remote.layout`). If it is something else than in the checkpoint, what
-                was in flight counts as pushed everywhere.
+            layouts: what each server holds now (`Keeping.layouts`). If it is something else than in the checkpoint,
+                what was in flight counts as pushed everywhere.
         """
         if self.ahead is None:
             return [{"done": [step] * workers, "pushed": []} for _ in layouts]
         if [each["layout"] for each in self.ahead] == list(layouts):
-            return [{"done": [step + count for count in each["done"]], "pushed": each["pushed"]} for each in self.ahead]
+            names = "pushed", "scalars"
+            return [
+                {"done": [step + count for count in each["done"]], **{name: each[name] for name in names}}
+                for each in self.ahead
+            ]
         begun = [
             max(each["done"][w] + any(of == w for _, of, _ in each["pushed"]) for each in self.ahead)
             for w in range(workers)
@@ -160,15 +207,16 @@ class Floor:
         return [{"done": [step + count for count in begun], "pushed": []} for _ in layouts]
 
 
-def _position_at(position: dict[str, Any], step: int, floor: int) -> dict[str, Any]:
-    """An earlier position in the data."""
-    begun = position.get("epoch_steps") or []
-    if floor == step or not begun:
+def place_at(position: dict[str, Any] | None, step: int, back: int) -> dict[str, Any] | None:
+    """The position in the data so many steps earlier."""
+    if not back or position is None:
         return position
-    epoch = max(bisect.bisect_right(begun, floor) - 1, 0)
+    begun = position.get("epoch_steps") or [0]
+    epoch = max(bisect.bisect_right(begun, step - back) - 1, 0)
     return position | {
         "epoch": (position["first_epoch"] or 0) + epoch,
-        "batch": floor - begun[epoch],
+        "batch": step - back - begun[epoch],
         "epoch_batches": begun[epoch] - begun[epoch - 1] if epoch else 0,
         "epoch_steps": begun[:epoch],
+        "finished": None,
     }

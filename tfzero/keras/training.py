@@ -324,6 +324,7 @@ def _fit_bound(
     given = call.arguments.get("callbacks")
     if strategy.served is not None:
         _check_callbacks(_flat_callbacks(given))
+        strategy.served.begin_fit()
     trains_apart = strategy.settings.merging is not None
     first: list[keras.callbacks.Callback] = [_Merging()] if trains_apart else []
     last: list[keras.callbacks.Callback] = [_Stopping()] if trains_apart else []
@@ -352,9 +353,7 @@ def _fit_bound(
     return history
 
 
-def _to_the_end(
-    original: Callable[..., Any], strategy: ZeroStrategy, call: inspect.BoundArguments
-) -> keras.callbacks.History:
+def _to_the_end(original: Callable[..., Any], strategy: ZeroStrategy, call: inspect.BoundArguments) -> Any:
     history = original(*call.args, **call.kwargs)
     if strategy.served is not None:
         strategy.served.end_fit()

@@ -114,7 +114,7 @@ class Line:
                     check_sizes(specs, size)
                     own = [np.empty(shape, dtype) for shape, dtype in shapes]
                 self._read(size, own or [])
-                shared = server.share(name, own, lambda: self.is_lost)
+                shared = server.share(name, own, bool(message.get("anew")), lambda: self.is_lost)
                 if [(array.shape, array.dtype) for array in shared] != shapes and not self.is_lost:
                     raise ValueError(
                         f"The first worker has other variables that are not trained in the model {name}. Make the same "
@@ -133,16 +133,17 @@ class Line:
         """What a worker assigns, saves and restores. Returns whether it was that."""
         server = self.server
         match message:
-            case {"do": "assign", "number": int(number), "key": int(key), "part": list(part)}:
+            case {"do": "assign", "number": list(number), "key": int(key), "part": list(part)}:
                 where, elements = self._place(key, part)
                 self._read(size, [elements])
-                server.assign(number, key, where, elements)
-            case {"do": "end of assignments", "number": int(number), "state": list(specs), "scalars": dict(scalars)}:
+                server.assign(tuple(map(int, number)), key, where, elements)
+            case {"do": "end of assignments", "number": list(number), "state": list(specs), "scalars": dict(scalars)}:
                 check_sizes([(shape, "float64") for _, shape in specs], size)
                 state = {str(name): np.empty(tuple(map(int, shape)), np.float64) for name, shape in specs}
                 self._read(size, list(state.values()))
                 flight = Flight.read(message.get("flight"), server.clocks.workers)
-                server.end_assignments(number, Assignments(state, {int(k): v for k, v in scalars.items()}, flight))
+                ended = Assignments(state, {int(key): values for key, values in scalars.items()}, flight)
+                server.end_assignments(tuple(map(int, number)), ended)
             case {"do": "snapshot", "keys": list(keys)}:
                 taken = server.snapshot(keys)
                 facts = {"flight": asdict(taken.flight), "scalars": taken.scalars, "state": taken.names}

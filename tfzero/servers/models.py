@@ -111,8 +111,12 @@ class Model:
         return self.updates - self.pulled.get(worker, self.updates)
 
     def in_flight(self, key: int, flight: Flight) -> list[list[int]]:
-        """What has come of each worker's next step. [Note: steps in flight]"""
-        return [[key, *who] for who, number in self.pushed.items() if number > flight.done[who[0]]]
+        """What has come of each worker's next step, and does not wait. [Note: steps in flight]"""
+        return [
+            [key, worker, message]
+            for (worker, message), number in self.pushed.items()
+            if number > flight.done[worker] and (message, number - 1) not in self.waiting
+        ]
 
     def resume(self, key: int, flight: Flight) -> None:
         """Goes on with the next step of each worker. [Note: steps in flight]"""

@@ -7,6 +7,8 @@ import numpy as np
 
 from tfzero.servers.client import Peer
 
+Number = tuple[int, int, int]
+
 
 @dataclass(frozen=True)
 class RemotePart:
@@ -34,14 +36,14 @@ class RemotePart:
         self.peer.ask(request, (), lambda answer: [values])
         return values
 
-    def write(self, number: int, values: np.ndarray) -> None:
+    def write(self, number: Number, values: np.ndarray) -> None:
         """Assigns a value, `[end - begin]`.
 
         Args:
-            number: how often the program has assigned values.
+            number: of the assignment. [Note: assignments] in `keeping.py`
             values: the value.
         """
-        self.peer.tell({"do": "assign", "number": number, "key": self.key, "part": list(self.place)}, [values])
+        self.peer.tell({"do": "assign", "number": list(number), "key": self.key, "part": list(self.place)}, [values])
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class RemoteValue:
     """
 
     parts: Sequence[RemotePart]
-    number: Callable[[], int | None]
+    number: Callable[[], Number | None]
 
     def read(self) -> np.ndarray:
         """The whole value, flat."""

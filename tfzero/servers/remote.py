@@ -11,7 +11,7 @@ from tfzero.host import keras_objects, runtime
 from tfzero.plan.placement import Bucket, Placement, Plan
 from tfzero.plan.serving import Piece, deal, within
 from tfzero.servers.client import Peers
-from tfzero.servers.parts import RemotePart
+from tfzero.servers.parts import Number, RemotePart
 from tfzero.servers.store import Held
 from tfzero.variables.classes import ShardedParameter
 from tfzero.variables.remote_slots import RemoteSlot
@@ -208,11 +208,11 @@ class Remote:
         ]
         return sorted(parts, key=lambda part: part.begin)
 
-    def assign(self, number: int, assigned: set[int]) -> None:
+    def assign(self, number: Number, assigned: set[int]) -> None:
         """Gives the servers parameters that the program has assigned.
 
         Args:
-            number: how often the program has assigned values.
+            number: of the assignment. [Note: assignments] in `keeping.py`
             assigned: ids of the variables.
         """
         for index, variable in enumerate(self._variables):

@@ -26,6 +26,7 @@ from tfzero.plan.placement import Plan
 from tfzero.plan.serving import Serving
 from tfzero.rows.apart import ADDED, AVERAGED, name_of
 from tfzero.servers.client import Peers
+from tfzero.servers.frames import FOREVER
 from tfzero.servers.keeping import Keeping, take_state
 from tfzero.servers.remote import Remote, assign_whole, make_remote, whole_of
 from tfzero.variables.remote_slots import RemoteSlot
@@ -66,21 +67,29 @@ class ServedSteps:
         }
         self.peers = Peers(cluster, wanted, settings.timeout_seconds)
         self._serving: Serving = settings.serving
-        self.keeping = Keeping(self.peers, strategy.extended.apart, cluster.index == 0, self.is_behind)
+        self.keeping = Keeping(self.peers, strategy.extended.apart, self)
         self.step = 0
         self.waited_seconds = 0.0
         self._first: int | None = None  # the first step that it trains with; None until it has entered
         self._restored: int | None = None  # the number of the next step as a checkpoint has it
-        self._posts = self._models = 0
-        self._firsts: Counter[str] = Counter()  # what the first worker has done for all, by topic
+        self._fits, self._is_in_fit = 0, False
+        self._calls: Counter[str] = Counter()  # by topic and place of the program
         self._shared: weakref.WeakSet = weakref.WeakSet()  # models whose untrained values are those of the first worker
         at_farewell(self.peers.leave)
 
     def post(self, topic: str, value: Any) -> Any:
         """The first worker's value, on all. All workers call it in the same order."""
-        self._posts += 1
-        answer = self.peers[0].ask({"do": "post", "name": f"{self._posts} {topic}", "value": value})
+        answer = self.peers[0].ask({"do": "post", "name": self._name_of(topic, is_of_fit=True), "value": value})
         return answer["value"]
+
+    def begin_fit(self) -> None:
+        """A `fit` begins."""
+        self._fits, self._is_in_fit = self._fits + 1, True
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """The place of the program: `fit`s begun, and the next step. It is the same for a worker started again."""
+        return self._fits, self.step
 
     def scalars(self) -> dict[str, float]:
         """What there is to see of the run, for TensorBoard."""
@@ -133,14 +142,25 @@ class ServedSteps:
         return self._serving.workers
 
     @property
+    def worker(self) -> int:
+        """Index of this worker."""
+        return self._worker
+
+    @property
     def is_first(self) -> bool:
         """Whether this is the first worker, which saves and restores for all."""
         return self._worker == 0
 
-    def first_does(self, topic: str, function: Callable[[], Any]) -> Any:
+    def first_does(self, topic: str, function: Callable[[], Any], is_of_fit: bool = False) -> Any:
         """What the first worker gets from a function, as JSON, on all workers. All call it alike, between steps.
 
-        If the first worker was started again, and has called the function in a former life, it does not call it again.
+        If the first worker was started again, and has called the function in a former life, it does not call it again,
+        unless that has failed.
+
+        Args:
+            topic: what it does.
+            function: is called on the first worker.
+            is_of_fit: whether every `fit` calls it, once, before its first step.
 
         Returns:
             Its value; None if the first worker is past this place of the program, where it has not called it.
@@ -149,31 +169,35 @@ class ServedSteps:
             Exception: on all workers, what the function has raised.
             RuntimeError: if the first worker is lost before.
         """
-        self._firsts[topic] += 1
-        request = {"do": "hear", "name": self._name_of(topic), "step": None if self.is_first else self.step}
-        told = self.peers[0].ask(request)["told"]
-        if not told and self.is_first and not self.is_behind():
+        name = self._name_of(topic, is_of_fit)
+        passed = None if self.is_first else FOREVER if is_of_fit else self.step
+        told = self.peers[0].ask({"do": "hear", "name": name, "step": passed})["told"]
+        is_open = not told or "error" in told[0]
+        if is_open and self.is_first and (is_of_fit or not self.is_behind()):
             with self.peers.busy():
                 try:
                     told = [{"value": function()}]
                 except Exception as error:
                     with contextlib.suppress(ConnectionError):  # the error that is raised tells more
-                        self._announce(topic, told_of(error))
+                        self._announce(name, told_of(error))
                     raise
-                self._announce(topic, told[0])
+                self._announce(name, told[0])
         if told and "error" in told[0]:
             raise error_of(told[0])
         return told[0]["value"] if told else None
 
     def tell_anew(self, topic: str, value: Any) -> None:
-        """On the first worker: workers that are started again hear this, in place of what `first_does` has told."""
-        self._announce(topic, {"value": value})
+        """On the first worker: tells workers that are started again another value of what `fit` has called."""
+        self._announce(f"{topic} {self._fits} 1", {"value": value})
 
-    def _announce(self, topic: str, told: dict[str, Any]) -> None:
-        self.peers[0].ask({"do": "announce", "name": self._name_of(topic), "value": told})
+    def _announce(self, name: str, told: dict[str, Any]) -> None:
+        self.peers[0].ask({"do": "announce", "name": name, "value": told})
 
-    def _name_of(self, topic: str) -> str:
-        return f"{topic} {self._firsts[topic]}"
+    def _name_of(self, topic: str, is_of_fit: bool) -> str:
+        """A name for a call, the same on all workers, and on one that is started again."""
+        place = f"{topic} {self._fits}" + ("" if is_of_fit or not self._is_in_fit else f" at {self.step}")
+        self._calls[place] += 1
+        return f"{place} {self._calls[place]}"
 
     def go_on_at(self, step: int, done: Sequence[int] | None) -> None:
         """The next step is this one. All workers call it, where a run resumes.
@@ -183,19 +207,16 @@ class ServedSteps:
             done: by worker, how many steps have ended, if the servers were restored; None if they were not.
         """
         self.step, self._first = step, None
-        if done is not None:
-            self._restored = done[self._worker]
-            self.take_restored()
+        self._restored = None if done is None else done[self._worker]
 
-    def take_restored(self) -> None:
-        """Takes what the first worker has restored."""
-        self._shared.clear()
+    def take_restored(self, model: keras.Model) -> None:
+        """Takes what the first worker has restored of a model."""
+        self._share(model, anew=True)
         self._pull()
 
-    def snapshot(self) -> list[dict[str, Any]]:
+    def snapshot(self, remotes: Sequence[Remote]) -> list[dict[str, Any]]:
         """Has the servers copy what they hold (`Keeping.snapshot`)."""
-        with self.peers.busy():
-            return self.keeping.snapshot(self._known())
+        return self.keeping.snapshot(remotes, self._known())
 
     def refresh(self) -> None:
         """Takes what the servers have now."""
@@ -206,6 +227,7 @@ class ServedSteps:
         """Waits until all that are awaited have taken as many steps, and takes what the servers have then."""
         self._give_assigned()
         self._pull(ahead=0, ends=True)
+        self._is_in_fit = False
 
     def is_behind(self) -> bool:
         """Whether the next step was taken before this process began. [Note: a worker in place of another]"""
@@ -258,12 +280,11 @@ class ServedSteps:
         else:
             self.keeping.give_assigned()
 
-    def _share(self, model: keras.Model) -> None:
+    def _share(self, model: keras.Model, anew: bool = False) -> None:
         """Takes the first worker's values of variables that are not trained, such as frozen weights and seeds, once."""
-        if model in self._shared or not model.built:
+        if (model in self._shared and not anew) or not model.built:
             return
         self._shared.add(model)
-        self._models += 1
         values = [v.value for v in model.non_trainable_variables if v.value.dtype != tf.string]
         self.keeping.layers.update({name_of(value): value for value in values if value.dtype.is_floating or
                              value.dtype.is_integer})  # fmt: skip
@@ -271,7 +292,8 @@ class ServedSteps:
         arrays = [array.view(np.uint8) if array.dtype == bool else array for array in own]
         specs = [[list(array.shape), array.dtype.name] for array in arrays]
         told = [np.empty_like(array) for array in arrays]
-        message = {"do": "share", "name": f"number {self._models}", "specs": specs}
+        key = next((remote.key for remote in self.keeping.remotes_of(model)), len(self.keeping.remotes))
+        message = {"do": "share", "name": f"of optimizer {key}", "specs": specs, "anew": anew and not self.is_behind()}
         self.peers[0].ask(message, arrays if self._worker == 0 else [], lambda answer: told)
         with tf.init_scope():
             for value, array, received in zip(values, own, told, strict=True):

@@ -49,7 +49,8 @@ class Server:
         self.dropped = 0  # pushes that did not count, as they came twice or too late
         self._is_aware = staleness_aware
         self._synchronous_step = 0
-        self._assignments = 0  # that the first worker's program has made
+        self._assignments: tuple[int, ...] = ()  # the number of the latest. [Note: assignments] in `keeping.py`
+        self._passed = 0  # steps that the first worker has taken by itself, or that all had when a run resumed
         self._changed = threading.Condition()
 
     @property
@@ -64,6 +65,8 @@ class Server:
         """A worker is lost or has left: others do not wait for it."""
         with self._changed:
             self.clocks.lose(worker)
+            if worker == 0:
+                self._copies.clear()  # which only the first worker reads
             self._changed.notify_all()
 
     def beat(self, worker: int, idle_seconds: float) -> None:
@@ -107,19 +110,22 @@ class Server:
                     "all workers and servers again, with the same program on every worker."
                 )
 
-    def share(self, name: str, values: list[np.ndarray] | None, is_lost: Callable[[], bool]) -> list[np.ndarray]:
+    def share(
+        self, name: str, values: list[np.ndarray] | None, anew: bool, is_lost: Callable[[], bool]
+    ) -> list[np.ndarray]:
         """The first worker's values of variables that are not trained.
 
         Args:
             name: of the model.
             values: the first worker's; None from the others, which wait for them.
+            anew: whether they take the place of earlier ones.
             is_lost: whether the worker that asks is gone.
 
         Raises:
             RuntimeError: if the first worker does not tell them.
         """
         with self._changed:
-            if values is not None and name not in self.shared:
+            if values is not None and (anew or name not in self.shared):
                 self.shared[name] = values
                 self._changed.notify_all()
             self._await_first_worker(lambda: name in self.shared, is_lost)
@@ -131,7 +137,7 @@ class Server:
             if is_lost():
                 return False
             if self.clocks.is_lost(0):
-                raise RuntimeError("The first worker was lost before it told the servers what to train.")
+                raise RuntimeError("The first worker was lost before it told the others what to train, or to restore.")
             if 0 not in self.clocks.awaited():
                 raise RuntimeError(
                     f"The first worker has not come within {self.clocks.timeout_seconds:g} s to tell the servers what "
@@ -140,13 +146,13 @@ class Server:
             self._changed.wait(_CHECK_SECONDS)
         return True
 
-    def assign(self, number: int, key: int, where: tuple[int, int, int], part: np.ndarray) -> None:
+    def assign(self, number: tuple[int, ...], key: int, where: tuple[int, int, int], part: np.ndarray) -> None:
         """The first worker's program has given parameters or slots other values, for the time of this number."""
         with self._changed:
             if number > self._assignments:
                 self.models[key].store.part(*where).assign(part)
 
-    def end_assignments(self, number: int, ended: Assignments) -> None:
+    def end_assignments(self, number: tuple[int, ...], ended: Assignments) -> None:
         """All values of this number have come; also those that are no parts of variables. A number counts once."""
         with self._changed:
             if number <= self._assignments:
@@ -158,7 +164,7 @@ class Server:
             if ended.flight is not None:
                 self.clocks.done[:] = ended.flight.done
                 self.clocks.at_end.clear()
-                self._synchronous_step = min(ended.flight.done)
+                self._synchronous_step = self._passed = min(ended.flight.done)
                 for key, model in self.models.items():
                     model.resume(key, ended.flight)
             self._changed.notify_all()
@@ -168,10 +174,9 @@ class Server:
         with self._changed:
             models = {key: self.models[key] for key in keys}
             flight = Flight(list(self.clocks.done))
-            if self.is_synchronous:  # what has come of the next step waits, and is not in the copies
+            if self.is_synchronous:  # what has come of the next step mostly waits, and is not in the copies
                 flight.done[:] = [min(count, self._synchronous_step) for count in flight.done]
-            else:
-                flight.pushed.extend(each for key, model in models.items() for each in model.in_flight(key, flight))
+            flight.pushed.extend(each for key, model in models.items() for each in model.in_flight(key, flight))
             self._copies = {key: model.store.copy() for key, model in models.items()}
             return Snapshot(flight, [model.store.scalars for model in models.values()], *self.layers.in_order())
 
@@ -182,7 +187,8 @@ class Server:
 
     def drop_copies(self) -> None:
         """Nobody reads the copies of the latest `snapshot` any more."""
-        self._copies.clear()
+        with self._changed:
+            self._copies.clear()
 
     def push(self, worker: int, key: int, message: int, step: int, push: Push) -> None:
         """A worker's gradients for a message. [Note: numbered pushes]"""
@@ -215,6 +221,7 @@ class Server:
             if not self.clocks.end(worker, step) or is_late:
                 self._changed.notify_all()
                 return
+            self._passed = step + 1 if worker == 0 else self._passed
             self.layers.note(worker, rows, changes)
             if self.is_synchronous:
                 self._end_step_if_all_have(step)
@@ -283,7 +290,7 @@ class Server:
             self.board[name] = value
             self._changed.notify_all()
 
-    def hear(self, name: str, step: int | None, is_lost: Callable[[], bool]) -> Any:
+    def hear(self, name: str, step: float | None, is_lost: Callable[[], bool]) -> Any:
         """What the first worker has announced, in a list; [] if it has not.
 
         Args:
@@ -297,7 +304,7 @@ class Server:
         """
         with self._changed:
             if step is not None:
-                self._await_first_worker(lambda: name in self.board or self.clocks.done[0] > step, is_lost)
+                self._await_first_worker(lambda: name in self.board or self._passed > step, is_lost)
             return [self.board[name]] if name in self.board else []
 
     def claim(self, name: str, worker: int) -> bool:
