@@ -19,12 +19,12 @@ import oracle
 import pytest
 import tensorflow as tf
 from marks import FLEET_SECONDS, sweep
-from test_servers import DATA, arguments, push, served, strategy_here, value, wide_model
+from test_servers import DATA, arguments, push, served, server_here, strategy_here, value, wide_model
 
 import tfzero
 from tfzero.checkpoint import commits
 from tfzero.checkpoint.manifests import find_fault
-from tfzero.checkpoint.served import Floor
+from tfzero.checkpoint.served import Floor, first_does
 from tfzero.servers.layer_state import Change
 from tfzero.servers.models import Assignments, Flight
 
@@ -105,6 +105,45 @@ def test_what_the_first_worker_does_is_heard_when_it_is_done_or_passed():
         server.hear("b 1", 5, lambda: False)
 
 
+def test_who_restores_for_others_has_not_passed_them():
+    server = served(2, None)
+    server.end_assignments((0, 0, 1), Assignments({}, {}, Flight([9, 5])))
+    lost = iter([False, True])
+    assert server.hear("restoring", 5, lambda: next(lost)) == []  # as this worker is lost: it has waited
+    assert next(lost, None) is None
+    push(server, 0, 9, 1.0)
+    server.end(0, 9, 1, {})
+    assert server.hear("restoring", 5, lambda: False) == []
+
+
+def test_what_a_synchronous_step_has_updated_already_is_in_flight():
+    server = served(3, 0)
+    server.lose(0)  # so the others do not wait for it
+    server.end(1, 0, 1, {})
+    server.end(2, 0, 1, {})
+    server.wait_for_others(1, 0, False, lambda: False)
+    for worker in (1, 2):
+        push(server, worker, 1, 2.0)
+    server.come(0)
+    taken = server.snapshot([0])
+    assert taken.flight == Flight([0, 1, 1], [[0, 1, 0], [0, 2, 0]])
+    assert server.read(0, (0, 0, 0), is_copied=True).tolist() == [-2.0, -2.0]
+    other = restored(taken, server, 3, 0)
+    for worker in (1, 2):
+        push(other, worker, 1, 2.0)
+    assert value(other) == [-2.0] * 3 and other.dropped == 2
+
+
+def test_copies_are_dropped_when_nobody_can_read_them():
+    server = served(2, None)
+    server.snapshot([0])
+    server.lose(1)
+    server.read(0, (0, 0, 0), is_copied=True)
+    server.lose(0)
+    with pytest.raises(KeyError):
+        server.read(0, (0, 0, 0), is_copied=True)
+
+
 # Where workers resume.
 
 
@@ -149,6 +188,20 @@ def test_what_was_in_flight_is_known_to_the_same_servers_only():
     servers[0]["pushed"] = [[0, 1, 3], [0, 0, 3]]
     other = {"done": [3, 1], "pushed": []}  # nothing twice
     assert Floor.of(manifest(9, servers), 2).flights(2, 0, ["z"]) == [other]
+
+
+def test_who_is_behind_at_the_end_goes_on():
+    behind = Floor.of(manifest(12, [of_server([12, 8])], epoch=3, batch=0, finished=3), 2)
+    assert (behind.step, behind.position["epoch"], behind.position["finished"]) == (8, 2, None)
+    further = Floor.of(manifest(8, [of_server([8, 12])], batch=0, finished=3), 2)  # the first one stopped earlier
+    assert (further.step, further.position["finished"]) == (8, 3)
+    assert further.flights(2, 8, ["x"]) == [{"done": [8, 8], "pushed": []}]
+
+
+def test_nobody_resumes_before_this_fit():
+    floor = Floor.of(manifest(4, [of_server([104, 96])], epoch=1, batch=0, epoch_steps=[0, 4]), 2)
+    assert (floor.step, floor.position["epoch"], floor.position["batch"]) == (0, 0, 0)
+    assert floor.flights(2, 0, ["x"])[0]["done"] == [4, 0]
 
 
 def test_another_number_of_workers_resumes_where_the_first_was():
@@ -318,8 +371,8 @@ def test_a_server_that_is_lost_while_a_checkpoint_is_written_ends_the_run(monkey
         strategy = model.distribute_strategy
         whole = strategy.served.snapshot
 
-        def snapshot():
-            taken = whole()
+        def snapshot(remotes):
+            taken = whole(remotes)
             strategy.served.peers[0].close("the test has ended it")
             return taken
 
@@ -349,6 +402,81 @@ def test_a_damaged_manifest_is_no_manifest(monkeypatch, tmp_path, change, fault)
     assert find_fault(content) == ""
     change(content["servers"])
     assert fault in find_fault(content)
+
+
+@contextlib.contextmanager
+def life(cluster, monkeypatch, is_last=False):
+    """A strategy of the only worker, which is lost then, but for its last life."""
+    spec = {"worker": list(cluster.addresses), "ps": list(cluster.servers)}
+    monkeypatch.setenv("TF_CONFIG", json.dumps({"cluster": spec, "task": {"type": "worker", "index": 0}}))
+    keras.utils.clear_session()  # names are counted up in each process
+    strategy = tfzero.ZeroStrategy(timeout_seconds=20, devices=["CPU:0"], min_shard_elements=64)
+    try:
+        yield strategy
+    finally:
+        for peer in strategy.served.peers:
+            if not is_last:
+                peer.close("the test has lost it")
+        strategy.served.peers.leave()
+
+
+class Assigning(keras.callbacks.Callback):
+    """What a program assigns at the end of each epoch, and does there."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.folder, self.saved = folder, []
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.model.optimizer.learning_rate = float(self.model.optimizer.learning_rate) / 2
+        self.model.layers[-1].bias.assign([epoch, 0.0, 1.0])
+        if epoch % 2:
+            self.saved.append(tfzero.save_checkpoint(self.model, self.folder / "by hand").name)
+
+
+def program(strategy, folder, crash=None):
+    """Two models, each trained once. Returns the second one, and what was saved by hand."""
+    with strategy.scope():
+        models = wide_model(), wide_model()
+    for number, model in enumerate(models):
+        model.compile(keras.optimizers.SGD(0.5, momentum=0.5), "categorical_crossentropy")
+        with contextlib.suppress(FileNotFoundError):
+            tfzero.load_checkpoint(model, folder / "nothing")
+        assigning = Assigning(folder / str(number))
+        calls = [tfzero.CheckpointCallback(folder / f"saved {number}", save_every_steps=3), assigning]
+        fit(model, 6, callbacks=[*calls, *([Crash(crash)] if crash and number else [])])
+    return state_of(models[1]), assigning.saved
+
+
+@pytest.mark.parametrize("crash", [3, sweep(17), 20])
+def test_a_first_worker_that_is_started_again_ends_as_if_it_never_was(monkeypatch, tmp_path, crash):
+    with server_here(servers=2) as cluster, life(cluster, monkeypatch, is_last=True) as strategy:
+        whole, saved = program(strategy, tmp_path / "whole")
+    with server_here(servers=2) as cluster:
+        with life(cluster, monkeypatch) as strategy, saving(), pytest.raises(KeyboardInterrupt):
+            program(strategy, tmp_path / "again", crash)
+        with life(cluster, monkeypatch, is_last=True) as strategy:
+            again, saved_again = program(strategy, tmp_path / "again")
+    assert_equal(again, whole, rtol=2e-4, atol=2e-5)
+    assert saved_again == saved[-len(saved_again) :]
+
+
+def test_errors_of_the_first_worker_are_of_the_same_kind_on_all():
+    class Other:
+        """Another worker, which hears of an error."""
+
+        def first_does(self, topic, function, is_of_fit):
+            raise RuntimeError(self.text)
+
+    for text, kind, told in (
+        ("FileNotFoundError: nothing there", FileNotFoundError, "^nothing there"),
+        ("DamagedCheckpointError: of: this", commits.DamagedCheckpointError, "^of: this"),
+        ("The first worker was lost: so", RuntimeError, "^The first worker was lost: so"),
+    ):
+        other = Other()
+        other.text = text
+        with pytest.raises(kind, match=told):
+            first_does(other, "loading", lambda: 0)
 
 
 # Real processes, which the launcher starts again.

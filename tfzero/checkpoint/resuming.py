@@ -118,26 +118,23 @@ class ServedResume(Resume):
         return {**told, "folder": self.found[0].name, **place}
 
     def restore(self, model: keras.Model) -> None:
-        done = None
         if self._told["folder"] is not None:
             read = functools.partial(self._read, model)
-            done = restore_for_all(model, self._served, _RESTORING, read, is_of_fit=True)
+            restore_for_all(model, self._served, _RESTORING, read, is_of_fit=True)
         if self._told.get("scalars") is not None:  # those of a later checkpoint
             build_optimizer(model)
             take_scalars(model, self._told["scalars"])
-        self._served.go_on_at(self._at, done)
+        self._served.go_on_at(self._at)
 
-    def _read(self, model: keras.Model, number: Number) -> tuple[list[int], list[dict]]:
-        """On the first worker: restores the model and its slots on the servers. Returns which steps they have."""
+    def _read(self, model: keras.Model, number: Number) -> tuple[str, list[dict]]:
+        """On the first worker: restores the model, and what servers hold. Returns the folder, and their steps."""
         if self.found is None:  # it was told in a former life
             folder = self._directory / self._told["folder"]
             self.found = folder, open_checkpoint(folder, self._team)
         restore(model, *self.found, self._team, number=number)
-        layouts = self._served.keeping.layouts(self._served.keeping.remotes_of(model))
-        flights = Floor.of(self.found[1], self._served.workers).flights(
-            self._served.workers, self._told["from"], layouts
-        )
-        return [min(each) for each in zip(*(flight["done"] for flight in flights), strict=True)], flights
+        keeping, workers = self._served.keeping, self._served.workers
+        layouts = keeping.layouts(keeping.remotes_of(model))
+        return self._told["folder"], Floor.of(self.found[1], workers).flights(workers, self._told["from"], layouts)
 
     def note_saved(self, model: keras.Model, manifest: dict | None) -> None:
         if manifest is None:

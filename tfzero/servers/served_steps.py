@@ -6,7 +6,8 @@ waits for its turn, and pulls all parameters and the state of layers that others
 
 [Note: a worker in place of another] A worker that comes in place of a lost one runs the program from its beginning. It
 draws the batches of the steps that its predecessor has ended, and trains with none of them. If its steps are bounded it
-also leaves out those that the slowest of the others has ended meanwhile.
+also leaves out those that the slowest of the others has ended meanwhile. Before its first step it takes what the
+servers have.
 """
 
 import contextlib
@@ -71,7 +72,7 @@ class ServedSteps:
         self.step = 0
         self.waited_seconds = 0.0
         self._first: int | None = None  # the first step that it trains with; None until it has entered
-        self._restored: int | None = None  # the number of the next step as a checkpoint has it
+        self._is_blind = False  # whether it has not seen the state of layers before this step
         self._fits, self._is_in_fit = 0, False
         self._calls: Counter[str] = Counter()  # by topic and place of the program
         self._shared: weakref.WeakSet = weakref.WeakSet()  # models whose untrained values are those of the first worker
@@ -199,15 +200,9 @@ class ServedSteps:
         self._calls[place] += 1
         return f"{place} {self._calls[place]}"
 
-    def go_on_at(self, step: int, done: Sequence[int] | None) -> None:
-        """The next step is this one. All workers call it, where a run resumes.
-
-        Args:
-            step: its number.
-            done: by worker, how many steps have ended, if the servers were restored; None if they were not.
-        """
+    def go_on_at(self, step: int) -> None:
+        """The next step is this one. All workers call it, where a run resumes."""
         self.step, self._first = step, None
-        self._restored = None if done is None else done[self._worker]
 
     def take_restored(self, model: keras.Model) -> None:
         """Takes what the first worker has restored of a model."""
@@ -239,9 +234,12 @@ class ServedSteps:
         """Leaves out a step; what the servers have of the model is taken nevertheless."""
         self._share(model)
         self.keeping.take_assigned()
+        self._build(model)
+        self.step += 1
+
+    def _build(self, model: keras.Model) -> None:
         if model.built and model.optimizer is not None and not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
-        self.step += 1
 
     @contextlib.contextmanager
     def training(self, model: keras.Model) -> Iterator[None]:
@@ -258,6 +256,10 @@ class ServedSteps:
             )
         self._share(model)
         self._give_assigned()
+        if self.step == self._first and self.step > 0:  # [Note: a worker in place of another]
+            self._build(model)
+            self._pull()
+            self._is_blind = not self.keeping.remotes
         for remote in self.keeping.remotes:
             remote.end_step(self.step)
         apart = self._extended.apart
@@ -323,12 +325,11 @@ class ServedSteps:
         """Ends a step that was taken."""
         rows = self._extended.apart.take_rows()
         specs, arrays = [], []
-        # Its layers have not seen the others' state.
-        is_first_of_successor = self.step == self._first and self.step > 0 and self.step != self._restored
         for name, variable in self._state().items():
             before, now = (np.asarray(each, np.float64) for each in (variable.common[0], variable.values[0]))
             specs.append([name, variable.merged, list(before.shape)])
-            arrays += [before, np.zeros_like(before) if is_first_of_successor else now - before]
+            arrays += [before, np.zeros_like(before) if self._is_blind else now - before]
+        self._is_blind = False
         self.peers.tell_all({"do": "end", "step": self.step, "rows": rows}, specs, arrays)
         self.step += 1
         start = monotonic()
