@@ -88,11 +88,13 @@ class Keeping:
 
     def take_assigned(self) -> set[int]:
         """Ids of what servers hold that the program has assigned since this was last asked."""
+        assigned = self._apart.take_assigned()
+        if not assigned:
+            return assigned
         counters = [each.value for remote in self.remotes for of_one in remote.counters for each in of_one]
         slots = [slot for each in self.held for of_variable in each.of_variables for slot in of_variable]
         trained = [variable.value for remote in self.remotes for variable in remote.variables]
-        held = set(map(id, [*trained, *counters, *slots, *self.layers.values()]))
-        assigned = self._apart.take_assigned() & held
+        assigned &= set(map(id, [*trained, *counters, *slots, *self.layers.values()]))
         self._number = self._number_after(self._number) if assigned else self._number
         return assigned
 

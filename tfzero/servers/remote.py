@@ -1,5 +1,6 @@
 """The variables of one optimizer, as a worker pushes their gradients to the servers and pulls their values."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -225,7 +226,7 @@ class Remote:
         """Whether no other optimizer trains a variable since."""
         return index not in self._given_up
 
-    @property
+    @functools.cached_property
     def counters(self) -> list[list[keras.Variable]]:
         """What each inner optimizer counts (`keras_objects.counters_of`)."""
         return [keras_objects.counters_of(each, lambda v: isinstance(v.value, RemoteSlot)) for each in self._optimizers]
