@@ -130,6 +130,8 @@ class Store:
             for number, masters in enumerate(self._masters)
             for place, master in enumerate(masters)
         }
+        slots = {id(slot) for parts in self._parts.values() for slot in parts[1:]}
+        self._counters = [keras_objects.counters_of(each, lambda v: id(v) in slots) for each in self.optimizers]
         self._functions: dict[Any, Callable] = {}
         self._has_begun = [False] * len(self.optimizers)
 
@@ -174,19 +176,15 @@ class Store:
     @property
     def scalars(self) -> list[list[float]]:
         """By optimizer, what it counts (`keras_objects.counters_of`), and whether an update has begun."""
-        counted = [[float(each.numpy()) for each in self._counters(index)] for index in range(len(self.optimizers))]
+        counted = [[float(each.numpy()) for each in counters] for counters in self._counters]
         return [[*values, float(begun)] for values, begun in zip(counted, self._has_begun, strict=True)]
 
     @scalars.setter
     def scalars(self, values: Sequence[Sequence[float]]) -> None:
         for index, (*counted, begun) in enumerate(values):
-            for variable, value in zip(self._counters(index), counted, strict=True):
+            for variable, value in zip(self._counters[index], counted, strict=True):
                 variable.assign(value)
             self._has_begun[index] = bool(begun)
-
-    def _counters(self, index: int) -> list[keras.Variable]:
-        slots = {id(slot) for parts in self._parts.values() for slot in parts[1:]}
-        return keras_objects.counters_of(self.optimizers[index], lambda variable: id(variable) in slots)
 
     def update(self, message: int, active: Sequence[int], gradient: np.ndarray, rates: Mapping[int, float],
                divisor: int = 1) -> None:  # fmt: skip

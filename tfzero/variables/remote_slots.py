@@ -3,11 +3,9 @@
 from collections.abc import Callable
 from typing import Any, Protocol
 
-import keras
 import numpy as np
 import tensorflow as tf
 
-from tfzero.plan.placement import Plan
 from tfzero.variables.classes import ShardedVariable, VariableView
 
 SERVERS = -1  # the owner of such a slot: no rank
@@ -51,9 +49,6 @@ class RemoteSlot(ShardedVariable):
 
 class RemoteSlotsView(VariableView):
     """A model variable as an optimizer sees it that makes its slots for servers."""
-
-    def __init__(self, variable: keras.Variable, plan: Plan, index: int) -> None:
-        super().__init__(variable, plan, index)
 
     @property
     def sharded(self) -> bool:
