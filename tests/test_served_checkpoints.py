@@ -19,6 +19,7 @@ import oracle
 import pytest
 import tensorflow as tf
 from marks import FLEET_SECONDS, sweep
+from test_checkpoints import Interruption
 from test_servers import DATA, arguments, push, served, server_here, strategy_here, value, wide_model
 
 import tfzero
@@ -295,17 +296,6 @@ def saving():
             thread.join()
 
 
-class Crash(keras.callbacks.Callback):
-    def __init__(self, batches):
-        super().__init__()
-        self.left = batches
-
-    def on_train_batch_end(self, batch, logs=None):
-        self.left -= 1
-        if not self.left:
-            raise KeyboardInterrupt
-
-
 @pytest.mark.parametrize(
     ("before", "after", "asynchronous"),
     [(WIDE, NARROW, False), (SHARDED, NARROW, True), sweep(WIDE, WIDE, True), sweep(NARROW, SHARDED, True)],
@@ -314,8 +304,8 @@ def test_a_run_resumes_in_the_middle_of_an_epoch(monkeypatch, tmp_path, before, 
     plain = made(contextlib.nullcontext, "nadam")
     history = fit(plain, 3)
     saves = {"save_every_steps": 3, "asynchronous": asynchronous}
-    with mode(monkeypatch, **before) as scope, saving(), pytest.raises(KeyboardInterrupt):
-        fit(made(scope, "nadam"), 3, callbacks=[tfzero.CheckpointCallback(tmp_path, **saves), Crash(7)])
+    with mode(monkeypatch, **before) as scope, saving(), pytest.raises(Interruption.Crash):
+        fit(made(scope, "nadam"), 3, callbacks=[tfzero.CheckpointCallback(tmp_path, **saves), Interruption(7)])
     with mode(monkeypatch, **after) as scope:
         model = made(scope, "nadam", seed=6)
         resumed = fit(model, 3, callbacks=[tfzero.CheckpointCallback(tmp_path, **saves)])
@@ -444,7 +434,7 @@ def program(strategy, folder, crash=None):
             tfzero.load_checkpoint(model, folder / "nothing")
         assigning = Assigning(folder / str(number))
         calls = [tfzero.CheckpointCallback(folder / f"saved {number}", save_every_steps=3), assigning]
-        fit(model, 6, callbacks=[*calls, *([Crash(crash)] if crash and number else [])])
+        fit(model, 6, callbacks=[*calls, *([Interruption(crash)] if crash and number else [])])
     return state_of(models[1]), assigning.saved
 
 
@@ -453,7 +443,7 @@ def test_a_first_worker_that_is_started_again_ends_as_if_it_never_was(monkeypatc
     with server_here(servers=2) as cluster, life(cluster, monkeypatch, is_last=True) as strategy:
         whole, saved = program(strategy, tmp_path / "whole")
     with server_here(servers=2) as cluster:
-        with life(cluster, monkeypatch) as strategy, saving(), pytest.raises(KeyboardInterrupt):
+        with life(cluster, monkeypatch) as strategy, saving(), pytest.raises(Interruption.Crash):
             program(strategy, tmp_path / "again", crash)
         with life(cluster, monkeypatch, is_last=True) as strategy:
             again, saved_again = program(strategy, tmp_path / "again")
